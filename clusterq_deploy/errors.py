@@ -1,0 +1,82 @@
+"""Every error that the library raises on purpose.
+
+    ClusterQError
+    ├── ConfigError            an option or a configuration file is wrong
+    ├── ModelError             the model cannot be loaded
+    │   ├── UnknownModelError  no model has that name
+    │   └── WeightsError       the weights cannot be read, or do not fit the model
+    ├── NoBatchNormError       the model has no BatchNorm to align to
+    ├── GraphError             the model cannot be traced or quantized
+    ├── DataError              the evaluation data cannot be used
+    ├── RunDirectoryError      the run directory cannot be used or written
+    ├── SynthesisError         no usable calibration set came out
+    ├── ExportError            a graph could not be written
+    │   └── VerificationError  a graph does not compute what the torch model computes
+    └── EngineError            a TensorRT engine cannot be built, loaded or run
+        └── TensorRTMissing    TensorRT or an NVIDIA GPU is not there
+
+The message of each is one line for a person: what was received, what was expected, what to do.
+"""
+
+from calib.errors import ClusterQError, NoBatchNormError, SynthesisError
+
+__all__ = [
+    "ClusterQError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "ExportError",
+    "GraphError",
+    "ModelError",
+    "NoBatchNormError",
+    "RunDirectoryError",
+    "SynthesisError",
+    "TensorRTMissing",
+    "UnknownModelError",
+    "VerificationError",
+    "WeightsError",
+]
+
+
+class ConfigError(ClusterQError, ValueError):
+    """An option or a configuration file is wrong."""
+
+
+class ModelError(ClusterQError):
+    """The model cannot be loaded."""
+
+
+class UnknownModelError(ModelError, LookupError):
+    """No model has that name."""
+
+
+class WeightsError(ModelError, ValueError):
+    """The weights cannot be read, or do not fit the model."""
+
+
+class GraphError(ClusterQError, ValueError):
+    """The model cannot be traced or quantized."""
+
+
+class DataError(ClusterQError, ValueError):
+    """The evaluation data cannot be used."""
+
+
+class RunDirectoryError(ClusterQError, OSError):
+    """The run directory cannot be used or written."""
+
+
+class ExportError(ClusterQError, RuntimeError):
+    """A graph could not be written."""
+
+
+class VerificationError(ExportError):
+    """A graph does not compute what the torch model computes."""
+
+
+class EngineError(ClusterQError, RuntimeError):
+    """A TensorRT engine cannot be built, loaded or run."""
+
+
+class TensorRTMissing(EngineError):  # noqa: N818
+    """TensorRT or an NVIDIA GPU is not there."""

@@ -9,6 +9,7 @@
     ├── GraphError             the model cannot be traced or quantized
     ├── DataError              the evaluation data cannot be used
     ├── RunDirectoryError      the run directory cannot be used or written
+    ├── ReportError            a report.json cannot be read
     ├── SynthesisError         no usable calibration set came out
     ├── ExportError            a graph could not be written
     │   └── VerificationError  a graph does not compute what the torch model computes
@@ -29,6 +30,7 @@ __all__ = [
     "GraphError",
     "ModelError",
     "NoBatchNormError",
+    "ReportError",
     "RunDirectoryError",
     "SynthesisError",
     "TensorRTMissing",
@@ -64,6 +66,10 @@ class DataError(ClusterQError, ValueError):
 
 class RunDirectoryError(ClusterQError, OSError):
     """The run directory cannot be used or written."""
+
+
+class ReportError(ClusterQError, ValueError):
+    """A report.json cannot be read, or is no report of a schema that this version knows."""
 
 
 class ExportError(ClusterQError, RuntimeError):

@@ -1,0 +1,18 @@
+"""Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
+
+from clusterq_deploy.quantize.calibrate import calibrate
+from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
+from clusterq_deploy.quantize.grid import BitWidths, Grid
+from clusterq_deploy.quantize.student import Student, load_student, make_student
+
+__all__ = [
+    "BitWidths",
+    "FinetuneConfig",
+    "Grid",
+    "Student",
+    "Tuning",
+    "calibrate",
+    "finetune",
+    "load_student",
+    "make_student",
+]

@@ -1,0 +1,35 @@
+"""The report of a run: its schema, and the Markdown and HTML that people read."""
+
+from clusterq_deploy.report.html import to_html
+from clusterq_deploy.report.markdown import to_markdown
+from clusterq_deploy.report.schema import (
+    Accuracy,
+    Artifact,
+    CalibrationInfo,
+    Environment,
+    EvaluationInfo,
+    Latency,
+    LayerNote,
+    ModelInfo,
+    Report,
+    Skipped,
+    Variant,
+    read_report,
+)
+
+__all__ = [
+    "Accuracy",
+    "Artifact",
+    "CalibrationInfo",
+    "Environment",
+    "EvaluationInfo",
+    "Latency",
+    "LayerNote",
+    "ModelInfo",
+    "Report",
+    "Skipped",
+    "Variant",
+    "read_report",
+    "to_html",
+    "to_markdown",
+]

@@ -1,17 +1,25 @@
 """What `report.json` holds (schema 1). Field names are a contract; more may be added, none renamed."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clusterq_deploy.errors import ReportError
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # A loss that diverged is part of what a report says: JSON has no NaN, so it is written as "NaN".
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class Environment(_Record):
-    """Versions and hardware of the machine that measured; None where a thing is not there."""
+    """Versions and hardware of the machine that measured; None where a thing is not there.
+
+    `cores` are the logical cores that the process may use. `cpu_int8` names the CPU's instructions for INT8
+    dot products (avx512_vnni, amx_int8, ...): empty where it has none, None where that is not known.
+    """
 
     python: str
     torch: str
@@ -23,6 +31,7 @@ class Environment(_Record):
     driver: str | None = None
     gpu: str | None = None
     cpu: str
+    cpu_int8: list[str] | None = None
     cores: int
     memory_bytes: int
     platform: str
@@ -38,7 +47,10 @@ class ModelInfo(_Record):
 
 
 class CalibrationInfo(_Record):
-    """The calibration set: `teacher_top1` is the share (percent) of images that the teacher gives their label."""
+    """The calibration set: the teacher gives `teacher_top1` percent of the images their label.
+
+    `losses` are the training curves by name, one value a recorded step.
+    """
 
     images: int
     seconds: float
@@ -59,8 +71,8 @@ class EvaluationInfo(_Record):
 class Accuracy(_Record):
     """Percentages, as `runtime` executed the model; top1 and top5 are None without labels.
 
-    `agreement` is the share of images on which the prediction equals the FP32 teacher's. `graph` names the
-    artifact that was executed, None for the torch model.
+    `agreement` is the share of images on which the prediction equals the FP32 teacher's. `graph` is the path
+    of the artifact that was executed, None for the torch model.
     """
 
     runtime: str
@@ -82,7 +94,11 @@ class Artifact(_Record):
 
 
 class Latency(_Record):
-    """Time of one inference call of `batch` images, in milliseconds."""
+    """Time of one inference call of `batch` images, in milliseconds.
+
+    `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %. `graph` is the path of
+    the artifact that was executed, None for the torch model.
+    """
 
     runtime: str
     batch: int
@@ -152,4 +168,22 @@ def read_report(path: Path) -> Report:
     Raises:
         ReportError: the file cannot be read, is no JSON, or is no report of schema 1.
     """
-    raise NotImplementedError
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ReportError(f"{path} is not JSON ({error}): give the report.json of a run") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ReportError(f'{path} is no report: it has no "schema"; give the report.json of a run')
+    if content["schema"] != 1:
+        raise ReportError(
+            f"{path} has schema {content['schema']!r}, this version reads schema 1: "
+            "read it with the version of clusterq-deploy that wrote it"
+        )
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ReportError(f"{path} is no report of schema 1: {field}: {first['msg']}") from error

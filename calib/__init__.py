@@ -1,0 +1,25 @@
+"""Data-free synthesis: images with labels, made against a pretrained classifier's BatchNorm statistics.
+
+The method is ClusterQ (arXiv 2205.00179). Nothing here knows of quantization.
+"""
+
+from calib.calibration_set import CalibrationSet
+from calib.errors import ClusterQError, NoBatchNormError, SynthesisError
+from calib.progress import SILENT, Progress
+from calib.refine import RefineConfig
+from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+from calib.training import GeneratorConfig
+
+__all__ = [
+    "SILENT",
+    "CalibrationSet",
+    "ClusterQError",
+    "GeneratorConfig",
+    "NoBatchNormError",
+    "Progress",
+    "RefineConfig",
+    "Synthesis",
+    "SynthesisConfig",
+    "SynthesisError",
+    "synthesize",
+]

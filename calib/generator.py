@@ -1,0 +1,81 @@
+"""The class-conditional generator."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SEED_SIZE = 8  # the smallest feature map's side is at most this
+_MAX_WIDTH = 256
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """BatchNorm whose scale and shift are looked up by class; x (N, C, H, W), labels (N,) int64."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.affine = nn.Embedding(classes, 2 * channels)
+        with torch.no_grad():
+            self.affine.weight[:, :channels].fill_(1)
+            self.affine.weight[:, channels:].zero_()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scale, shift = self.affine(labels)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm(x), scale)
+
+
+class Generator(nn.Module):
+    """G(z | y): latents and classes to images.
+
+    A seed map of at most 8x8 is doubled until it has the image's size; every convolution is followed by a
+    class-conditional BatchNorm. Pixels leave in [0, 1] and are then normalized as the teacher wants them, so every
+    image is one that a camera could have written.
+
+    Args:
+        classes: number of classes.
+        size: (channels, height, width) of an image.
+        mean, std: the teacher's normalization, a value a channel.
+        latent: length of z.
+        width: channels at full resolution, doubled with every halving down to the seed, up to 256.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        classes: int,
+        size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        latent: int = 128,
+        width: int = 32,
+    ) -> None:
+        super().__init__()
+        channels, rows, columns = size
+        doublings = max(0, math.ceil(math.log2(max(rows, columns) / _SEED_SIZE)))
+        sides = [(math.ceil(rows / 2**k), math.ceil(columns / 2**k)) for k in range(doublings, -1, -1)]
+        widths = [min(_MAX_WIDTH, width * 2**k) for k in range(doublings, -1, -1)]
+        self.latent, self.sides, self.widths = latent, sides, widths
+        self.seed = nn.Linear(latent, widths[0] * sides[0][0] * sides[0][1])
+        self.label = nn.Embedding(classes, latent)
+        self.first = ConditionalBatchNorm2d(widths[0], classes)
+        pairs = list(zip(widths[:-1], widths[1:], strict=True)) or [(widths[0], widths[0])]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairs)
+        self.norms = nn.ModuleList(ConditionalBatchNorm2d(b, classes) for _, b in pairs)
+        self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.register_buffer("mean", torch.tensor(mean).view(1, channels, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, channels, 1, 1))
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Images (N, channels, height, width) float32, normalized, of z (N, latent) and labels (N,) int64."""
+        x = self.seed(z + self.label(labels)).view(len(z), self.widths[0], *self.sides[0])
+        x = F.leaky_relu(self.first(x, labels), 0.2)
+        sides = self.sides[1:] or self.sides
+        for conv, norm, side in zip(self.convs, self.norms, sides, strict=True):
+            if x.shape[-2:] != side:
+                x = F.interpolate(x, size=side, mode="nearest")
+            x = F.leaky_relu(norm(conv(x), labels), 0.2)
+        return (torch.sigmoid(2 * self.last(x)) - self.mean) / self.std

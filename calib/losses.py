@@ -1,0 +1,85 @@
+"""The generator's loss terms, by the equations of ClusterQ (arXiv 2205.00179).
+
+Every squared norm is a mean over channels: a weight then means the same for a layer of 16 channels and for one of
+2,048. For the same reason sums over classes and samples are means.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calib.statistics import Centroids, Moments, Tap, running_statistics
+
+
+def bns_loss(tap: Tap, weights: Sequence[float] | None = None) -> Tensor:
+    """Distance of the batch's statistics from the BatchNorm buffers.  # (9)
+
+    Args:
+        tap: the teacher's last forward pass.
+        weights: one a BatchNorm layer in order of execution; all 1 when None.
+    """
+    total = torch.zeros((), device=tap.moments[0].mean.device)
+    for index, (layer, own) in enumerate(zip(tap.layers, tap.moments, strict=True)):
+        mean, std = own.batch()
+        target_mean, target_std = running_statistics(layer)
+        distance = (mean - target_mean).square().mean() + (std - target_std).square().mean()
+        total = total + distance * (1.0 if weights is None else weights[index])
+    return total
+
+
+def sfda_loss(moments: Sequence[Moments], centroids: Centroids, present: Tensor, shares: Tensor) -> Tensor:
+    """Semantic feature distribution alignment: distance of class statistics from class centroids.  # (4)
+
+    Args:
+        moments: of the semantic layers.
+        centroids: of the same layers.
+        present, shares: from `calib.statistics.class_weights`, of correctly classified samples.
+    """
+    total = torch.zeros((), device=present.device)
+    for layer, own in enumerate(moments):
+        mean, std = own.pooled(shares)
+        total = total + (mean - centroids.mean[layer][present]).square().mean()
+        total = total + (std - centroids.std[layer][present]).square().mean()
+    return total
+
+
+def icv_loss(
+    statistics: Sequence[tuple[Tensor, Tensor]],
+    centroids: Centroids,
+    owners: Tensor,
+    spreads: Sequence[Tensor],
+    noise: Sequence[tuple[Tensor, Tensor]],
+    lambda_mean: float,
+    lambda_std: float,
+) -> Tensor:
+    """Intra-class variance: distance of statistics from a noisy centroid of their class.  # (6)
+
+    The targets are draws from N(mu_C, lambda_mean) and N(sigma_C, lambda_std), where the noise is relative to each
+    channel's deviation, so that it fits every layer's scale. The deviation is the teacher's: a centroid's own grows
+    with the noise that it scales, and takes the statistics away from the BatchNorm buffers.
+
+    Args:
+        statistics: a pair a semantic layer of means and deviations (R, C), of R classes or R samples.
+        centroids: of the same layers.
+        owners: (R,) int64, the class that each row belongs to.
+        spreads: the channels' deviations (C,), one a semantic layer.
+        noise: a pair a semantic layer of standard normal draws (R, C), for means and deviations.
+        lambda_mean: noise of the means, in channel deviations.
+        lambda_std: noise of the deviations, in channel deviations.
+    """
+    total = torch.zeros((), device=owners.device)
+    for layer, (own_mean, own_std) in enumerate(statistics):
+        mean, std = centroids.mean[layer][owners], centroids.std[layer][owners]
+        noise_mean, noise_std = noise[layer]
+        total = total + (own_mean - mean - lambda_mean * spreads[layer] * noise_mean).square().mean()
+        target_std = (std + lambda_std * spreads[layer] * noise_std).clamp_min(0)
+        total = total + (own_std - target_std).square().mean()
+    return total
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels of images (N, C, H, W), both directions summed."""
+    down = (images[:, :, 1:] - images[:, :, :-1]).abs().mean()
+    right = (images[..., 1:] - images[..., :-1]).abs().mean()
+    return down + right

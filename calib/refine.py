@@ -1,0 +1,134 @@
+"""Refinement of the generator's images, pixel by pixel, against the teacher's BatchNorm statistics."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from calib.config import StageConfig
+from calib.losses import bns_loss, total_variation
+from calib.progress import SILENT, Progress
+from calib.statistics import batchnorm_layers, tap_batchnorm
+from calib.training import ClassSampler, History
+
+
+class RefineConfig(StageConfig):
+    """How images are refined. `steps = 0` leaves them as the generator made them.
+
+    Attributes:
+        steps: optimizer steps a batch, Adam with cosine decay from `learning_rate`.
+        batch_size: images that share one set of batch statistics.
+        noise: share of white noise blended into the generator's images at the start.
+        bns_weight: weight of L_BNS (9); its layers weigh `shallow_weight` to `deep_weight`, linearly by depth:
+            early statistics only loosely bind an image, late ones do.
+        ce_weight: weight of L_CE (8), for images whose class the teacher gives less than `confident`.
+        variation_weight: weight of the total variation.
+        shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted alone.
+    """
+
+    steps: int = Field(120, ge=0)
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(0.1, gt=0)
+    noise: float = Field(0.5, ge=0, le=1)
+    bns_weight: float = Field(10.0, ge=0)
+    shallow_weight: float = Field(0.2, ge=0)
+    deep_weight: float = Field(1.1, ge=0)
+    ce_weight: float = Field(0.3, ge=0)
+    confident: float = Field(0.9, gt=0, le=1)
+    variation_weight: float = Field(0.05, ge=0)
+    shift: int = Field(2, ge=0)
+
+
+def shifted(images: Tensor, down: int, right: int, flip: bool) -> Tensor:
+    """Images (N, C, H, W) moved by whole pixels, the border replicated, and mirrored left to right if `flip`."""
+    reach = max(abs(down), abs(right))
+    if reach:
+        padded = F.pad(images, (reach,) * 4, mode="replicate")
+        height, width = images.shape[-2:]
+        images = padded[..., reach - down : reach - down + height, reach - right : reach - right + width]
+    return images.flip(-1) if flip else images
+
+
+@torch.no_grad()
+def survives_flip(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> bool:
+    """Whether mirrored images keep their class: true for photographs, false for digits and letters.
+
+    Asked of the teacher, on those of the images (N, C, H, W) that it gives their labels (N,).
+    """
+    right = kept = 0
+    for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        correct = teacher(part).argmax(1) == own
+        right += int(correct.sum())
+        kept += int((correct & (teacher(part.flip(-1)).argmax(1) == own)).sum())
+    return right > 0 and kept >= 0.8 * right
+
+
+def refine(
+    teacher: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    config: RefineConfig,
+    limits: tuple[Tensor, Tensor],
+    flip: bool,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+) -> tuple[Tensor, History]:
+    """Optimize images directly, a batch at a time.
+
+    Args:
+        teacher: frozen, in eval mode, on the images' device.
+        images: (N, C, H, W) float32, normalized.
+        labels: (N,) int64.
+        config: how to refine.
+        limits: the normalized values of black and of white, each (1, C, 1, 1).
+        flip: mirror images at random between steps.
+        rng: source of all randomness.
+
+    Returns:
+        The refined images, and each loss term by step, averaged over batches.
+    """
+    count = len(batchnorm_layers(teacher))
+    span = config.deep_weight - config.shallow_weight
+    weights = [config.shallow_weight + span * i / max(1, count - 1) for i in range(count)]
+    history: History = {"bns": [0.0] * config.steps, "ce": [0.0] * config.steps}
+    parts = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
+    refined = []
+    with progress.task("Refinement", len(parts) * config.steps) as advance:
+        for part, own in parts:
+            noise = torch.randn(part.shape, generator=rng, device=rng.device).to(part.device)
+            pixels = torch.lerp(part, noise, config.noise).clamp(*limits).requires_grad_()
+            optimizer = torch.optim.Adam([pixels], lr=config.learning_rate)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
+            for step in range(config.steps):
+                down, right, mirror = _draw_move(config.shift, rng)
+                with tap_batchnorm(teacher) as tap:
+                    logits = teacher(shifted(pixels, down, right, flip and mirror))
+                bns = bns_loss(tap, weights)
+                unsure = logits.softmax(1).gather(1, own[:, None]).squeeze(1) < config.confident
+                ce = (F.cross_entropy(logits, own, reduction="none") * unsure).mean()
+                loss = config.bns_weight * bns + config.ce_weight * ce
+                loss = loss + config.variation_weight * total_variation(pixels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                with torch.no_grad():
+                    pixels.clamp_(*limits)
+                figures = {"bns": bns.item(), "ce": ce.item()}
+                for name, value in figures.items():
+                    history[name][step] += value / len(parts)
+                advance(1, **figures)
+            refined.append(pixels.detach())
+    return torch.cat(refined), history
+
+
+def _draw_move(shift: int, rng: torch.Generator) -> tuple[int, int, bool]:
+    draws = torch.randint(-shift, shift + 1, (2,), generator=rng, device=rng.device).tolist()
+    mirror = bool(torch.randint(2, (), generator=rng, device=rng.device))
+    return int(draws[0]), int(draws[1]), mirror
+
+
+def balanced_labels(count: int, classes: int, rng: torch.Generator) -> Tensor:
+    """Labels (count,) int64 in which every class appears equally often, but for one."""
+    return ClassSampler(classes, rng).draw(count)

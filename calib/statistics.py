@@ -1,0 +1,177 @@
+"""Statistics of the inputs of BatchNorm layers: of a batch, of its classes, and the classes' moving centroids."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from calib.errors import NoBatchNormError
+
+_VARIANCE_FLOOR = 1e-8  # keeps the gradient of sqrt finite where a channel is constant
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of each sample's channels over space.
+
+    Attributes:
+        mean: (N, C) float32.
+        var: (N, C) float32, biased; zero where the layer has no spatial extent.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Moments":
+        """Moments of x, (N, C, ...) float."""
+        if x.dim() == 2:
+            return cls(x, torch.zeros_like(x))
+        var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
+        return cls(mean, var)
+
+    def pooled(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (K, C) of K groups of samples.
+
+        Args:
+            weights: (K, N) float, each row the samples' shares in a group, summing to one.
+        """
+        mean = weights @ self.mean
+        square = weights @ (self.var + self.mean.square())
+        return mean, (square - mean.square()).clamp_min(_VARIANCE_FLOOR).sqrt()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C,) of the whole batch."""
+        var = self.var.mean(0) + self.mean.var(0, correction=0)
+        return self.mean.mean(0), var.clamp_min(_VARIANCE_FLOOR).sqrt()
+
+    def sample_std(self) -> Tensor:
+        """Standard deviation (N, C) of each sample over space."""
+        return self.var.clamp_min(_VARIANCE_FLOOR).sqrt()
+
+
+def batchnorm_layers(teacher: nn.Module) -> list[_BatchNorm]:
+    """The teacher's BatchNorm layers that hold running statistics, in order of registration.
+
+    Raises:
+        NoBatchNormError: there is none.
+    """
+    layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        raise NoBatchNormError(
+            f"{type(teacher).__name__} has no BatchNorm layer with running statistics; "
+            "ClusterQ aligns synthetic images to them, so a model with BatchNorm is needed"
+        )
+    return layers
+
+
+@dataclass
+class Tap:
+    """What a forward pass of the teacher left behind at its BatchNorm layers, in order of execution."""
+
+    layers: list[_BatchNorm] = field(default_factory=list)
+    moments: list[Moments] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+        self.layers.clear()
+        self.moments.clear()
+
+
+@contextmanager
+def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
+    """Record `Moments` of every BatchNorm input while the context is open.
+
+    Each forward pass starts the record anew. The moments carry gradients to the images.
+
+    Raises:
+        NoBatchNormError: the teacher has no BatchNorm statistics.
+    """
+    tap = Tap()
+
+    def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _BatchNorm)  # noqa: S101  (narrows the type; only BatchNorm layers are hooked)
+        tap.layers.append(layer)
+        tap.moments.append(Moments.of(args[0]))
+
+    handles = [teacher.register_forward_pre_hook(lambda *_: tap.clear())]
+    handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(teacher)]
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) that the layer saw in training."""
+    if layer.running_mean is None or layer.running_var is None:
+        raise NoBatchNormError(f"{layer} holds no running statistics")
+    return layer.running_mean, (layer.running_var + layer.eps).sqrt()
+
+
+def class_weights(labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of the kept samples in their classes.
+
+    Args:
+        labels: (N,) int64.
+        keep: (N,) bool, False for samples that count nowhere.
+
+    Returns:
+        The classes that have a kept sample, (K,) int64 ascending, and the shares, (K, N) float32, rows summing
+        to one, for `Moments.pooled`.
+    """
+    present = labels[keep].unique()
+    member = (labels.unsqueeze(0) == present.unsqueeze(1)) & keep.unsqueeze(0)
+    shares = member.float()
+    return present, shares / shares.sum(1, keepdim=True)
+
+
+class Centroids:
+    """Exponential moving averages of the classes' statistics at the semantic layers.
+
+    Attributes:
+        mean, std: one tensor a semantic layer, (classes, C) float32.
+        seen: (classes,) bool, True once a class has had a correctly classified sample.
+    """
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.mean: list[Tensor] = []
+        self.std: list[Tensor] = []
+        self.seen = torch.zeros(classes, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def update(self, moments: list[Moments], present: Tensor, shares: Tensor, beta: float) -> None:
+        """Move the centroids of the classes `present` towards this batch's statistics, by beta.  # (5)
+
+        A class that is seen for the first time takes the statistics as they are. `present` and `shares` come
+        from `class_weights`.
+        """
+        if not self.mean:
+            rows = len(self.seen)
+            self.mean = [m.mean.new_zeros(rows, m.mean.shape[1]) for m in moments]
+            self.std = [m.mean.new_zeros(rows, m.mean.shape[1]) for m in moments]
+        step = torch.where(self.seen[present], beta, 1.0).unsqueeze(1)
+        for layer, own in enumerate(moments):
+            mean, std = own.pooled(shares)
+            self.mean[layer][present] = torch.lerp(self.mean[layer][present], mean, step)
+            self.std[layer][present] = torch.lerp(self.std[layer][present], std, step)
+        self.seen[present] = True
+
+
+def within_class_diversity(features: Tensor, labels: Tensor) -> float:
+    """Share of the features' variance that lies within classes, in [0, 1]; 0 is a full collapse of every class.
+
+    Args:
+        features: (N, F) float.
+        labels: (N,) int64.
+    """
+    total = features.var(0, correction=0).sum()
+    present, shares = class_weights(labels, torch.ones_like(labels, dtype=torch.bool))
+    centre = shares @ features
+    own = centre[torch.searchsorted(present, labels)]
+    within = (features - own).square().mean(0).sum()
+    return float(within / total.clamp_min(_VARIANCE_FLOOR))

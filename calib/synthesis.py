@@ -1,0 +1,128 @@
+"""Data-free synthesis, whole: train a generator, sample it evenly over the classes, refine what it made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from calib.calibration_set import CalibrationSet
+from calib.config import StageConfig
+from calib.errors import SynthesisError
+from calib.progress import SILENT, Progress
+from calib.refine import RefineConfig, balanced_labels, refine, survives_flip
+from calib.statistics import tap_batchnorm, within_class_diversity
+from calib.training import GeneratorConfig, GeneratorTrainer, History
+
+
+class SynthesisConfig(StageConfig):
+    """How the calibration set is made.
+
+    Attributes:
+        recipe: `default`, or `paper`: the generator alone, with the paper's weights.
+        images: size of the set.
+        generator, refine: the two parts.
+    """
+
+    recipe: Literal["default", "paper"] = "default"
+    images: int = Field(1024, ge=2)
+    generator: GeneratorConfig = GeneratorConfig()
+    refine: RefineConfig = RefineConfig()
+
+    @classmethod
+    def paper(cls, images: int = 1024) -> "SynthesisConfig":
+        """The equations with their published weights: (6) as it is written, and no refinement."""
+        return cls(
+            recipe="paper",
+            images=images,
+            generator=GeneratorConfig(icv_noise="class", lambda_mean=0.5, lambda_std=1.0),
+            refine=RefineConfig(steps=0),
+        )
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What synthesis gives.
+
+    Attributes:
+        calibration: the images, on the CPU.
+        teacher_top1: share (percent) of images that the teacher gives their label.
+        within_class_diversity: share of the variance of the teacher's last BatchNorm inputs that lies within classes.
+        flip: whether images keep their class when mirrored.
+        losses: each term by step.
+    """
+
+    calibration: CalibrationSet
+    teacher_top1: float
+    within_class_diversity: float
+    flip: bool
+    losses: History
+
+
+def synthesize(
+    teacher: nn.Module,
+    *,
+    classes: int,
+    size: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    config: SynthesisConfig,
+    device: torch.device,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+) -> Synthesis:
+    """Make a calibration set for a teacher, without data.
+
+    Args:
+        teacher: a classifier with BatchNorm, in eval mode, on `device`; images (N, C, H, W) to logits (N, classes).
+        classes: number of classes.
+        size: (channels, height, width) of an image.
+        mean, std: the teacher's normalization of pixels in [0, 1], a value a channel.
+        config: how to make it.
+        device: where to compute.
+        rng: source of all randomness.
+
+    Raises:
+        NoBatchNormError: the teacher has no BatchNorm statistics.
+        SynthesisError: a loss is not finite, so no usable image came out.
+    """
+    trainer = GeneratorTrainer(
+        teacher, classes=classes, size=size, mean=mean, std=std, config=config.generator, device=device, rng=rng
+    )
+    history = trainer.train(progress)
+    labels = balanced_labels(config.images, classes, rng).to(device)
+    images = trainer.sample(labels)
+    flip = survives_flip(teacher, images, labels, config.generator.batch_size)
+    losses = {f"generator.{name}": values for name, values in history.items()}
+    if config.refine.steps:
+        shape = (1, size[0], 1, 1)
+        offset, scale = torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)
+        images, history = refine(
+            teacher,
+            images,
+            labels,
+            config=config.refine,
+            limits=(-offset / scale, (1 - offset) / scale),
+            flip=flip,
+            rng=rng,
+            progress=progress,
+        )
+        losses |= {f"refine.{name}": values for name, values in history.items()}
+    images = images.half().float()  # as it will be read back
+    if not bool(images.isfinite().all()):
+        raise SynthesisError("synthesis diverged: the images hold values that are not finite; lower the learning rates")
+    top1, diversity = _judge(teacher, images, labels, config.generator.batch_size)
+    calibration = CalibrationSet(images.cpu(), labels.cpu())
+    return Synthesis(calibration, top1, diversity, flip, losses)
+
+
+@torch.no_grad()
+def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:
+    """The teacher's top-1 (percent), and the diversity of its last BatchNorm layer's inputs within classes."""
+    right, features = 0, []
+    with tap_batchnorm(teacher) as tap:
+        for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            right += int((teacher(part).argmax(1) == own).sum())
+            features.append(tap.moments[-1].mean)
+    return 100 * right / len(labels), within_class_diversity(torch.cat(features), labels)

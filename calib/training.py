@@ -1,0 +1,223 @@
+"""Training of the generator against the teacher: ClusterQ (arXiv 2205.00179), equations (4) to (10)."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from calib.config import StageConfig
+from calib.generator import Generator
+from calib.losses import bns_loss, icv_loss, sfda_loss
+from calib.progress import SILENT, Progress
+from calib.statistics import (
+    Centroids,
+    Moments,
+    Tap,
+    batchnorm_layers,
+    class_weights,
+    running_statistics,
+    tap_batchnorm,
+)
+
+History = dict[str, list[float]]
+"""A value a step for each loss term."""
+
+
+class GeneratorConfig(StageConfig):
+    """How the generator is trained. A weight of 0 switches its term off.
+
+    Attributes:
+        steps, warmup_steps: optimizer steps in all, and how many of them use L_CE + a1 L_BNS alone.  # (7)
+        batch_size: images a step: `samples_per_class` of each of `batch_size / samples_per_class` classes.
+        ce_weight, bns_weight, sfda_weight, icv_weight: 1, a1, a2, a3 of (10).
+        ema_beta: beta of (5); 0 keeps the centroids as the warmed-up generator set them.
+        lambda_mean, lambda_std: of (6), relative to the channel's deviation in the BatchNorm buffers.
+        icv_noise: what carries the noise of (6). `class`: class statistics aim at one fresh draw, as the equation
+            is written; its gradient is, on average, that of (4). `latent`: each sample aims at a draw of its own,
+            made by a fixed projection of its latent, so that a sample can tell where it should go.
+        semantic_start: the first semantic layer, as a share of the BatchNorm layers.
+    """
+
+    steps: int = Field(400, ge=1)
+    warmup_steps: int = Field(100, ge=1)
+    batch_size: int = Field(64, ge=2)
+    samples_per_class: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    ce_weight: float = Field(1.0, ge=0)
+    bns_weight: float = Field(0.1, ge=0)
+    sfda_weight: float = Field(0.9, ge=0)
+    icv_weight: float = Field(0.6, ge=0)
+    ema_beta: float = Field(0.2, ge=0, le=1)
+    lambda_mean: float = Field(0.3, ge=0)
+    lambda_std: float = Field(0.2, ge=0)
+    icv_noise: Literal["class", "latent"] = "latent"
+    semantic_start: float = Field(0.5, ge=0, lt=1)
+    latent: int = Field(128, ge=1)
+    width: int = Field(32, ge=1)
+
+
+class ClassSampler:
+    """Labels for batches that cover all classes evenly: a shuffled round through the classes, then the next."""
+
+    def __init__(self, classes: int, rng: torch.Generator) -> None:
+        self._classes, self._rng = classes, rng
+        self._queue = torch.empty(0, dtype=torch.int64, device=rng.device)
+
+    def draw(self, count: int) -> Tensor:
+        """The next `count` classes, (count,) int64."""
+        while len(self._queue) < count:
+            turn = torch.randperm(self._classes, generator=self._rng, device=self._rng.device)
+            self._queue = torch.cat([self._queue, turn])
+        taken, self._queue = self._queue[:count], self._queue[count:]
+        return taken
+
+
+def seeded(rng: torch.Generator) -> int:
+    """A seed drawn from `rng`, for what can be seeded only globally."""
+    return int(torch.randint(2**62, (), generator=rng, device=rng.device))
+
+
+class GeneratorTrainer:
+    """The generator, its optimizer and the class centroids, moved on a step at a time.
+
+    Args:
+        teacher: frozen, in eval mode, on `device`.
+        classes: number of classes.
+        size: (channels, height, width) of an image.
+        mean, std: the teacher's normalization.
+        config: how to train.
+        device: where to train.
+        rng: source of all randomness.
+
+    Raises:
+        NoBatchNormError: the teacher has no BatchNorm statistics.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        classes: int,
+        size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        config: GeneratorConfig,
+        device: torch.device,
+        rng: torch.Generator,
+    ) -> None:
+        self.teacher, self.config, self.device, self._rng = teacher, config, device, rng
+        self.first_semantic = int(config.semantic_start * len(batchnorm_layers(teacher)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeded(rng))
+            self.generator = Generator(classes, size, mean, std, config.latent, config.width).to(device)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)
+        )
+        self.centroids = Centroids(classes, device)
+        self._sampler = ClassSampler(classes, rng)
+        self._projections: list[tuple[Tensor, Tensor]] = []
+
+    def latents(self, count: int) -> Tensor:
+        """Standard normal z, (count, latent) float32."""
+        shape = (count, self.config.latent)
+        return torch.randn(shape, generator=self._rng, device=self._rng.device).to(self.device)
+
+    def batch_labels(self) -> Tensor:
+        """Labels of one batch, (batch_size,) int64: whole groups of one class, classes in even turns."""
+        per_class = min(self.config.samples_per_class, self.config.batch_size)
+        groups = math.ceil(self.config.batch_size / per_class)
+        labels = self._sampler.draw(groups).repeat_interleave(per_class)
+        return labels[: self.config.batch_size].to(self.device)
+
+    def step(self, *, warmup: bool) -> dict[str, float]:
+        """One optimizer step; gives the value of each loss term that took part."""
+        config, labels = self.config, self.batch_labels()
+        z = self.latents(len(labels))
+        with tap_batchnorm(self.teacher) as tap:
+            logits = self.teacher(self.generator(z, labels))
+        losses = {
+            "ce": (config.ce_weight, F.cross_entropy(logits, labels)),  # (8)
+            "bns": (config.bns_weight, bns_loss(tap)),
+        }
+        keep = logits.argmax(1) == labels
+        if not warmup and bool(keep.any()):
+            moments = tap.moments[self.first_semantic :]
+            present, shares = class_weights(labels, keep)
+            self.centroids.update(moments, present, shares, config.ema_beta)  # (5)
+            losses["sfda"] = (config.sfda_weight, sfda_loss(moments, self.centroids, present, shares))
+            if config.icv_weight:
+                losses["icv"] = (config.icv_weight, self._icv(tap, z, labels, keep, present, shares))
+        total = torch.stack([weight * value for weight, value in losses.values() if weight]).sum()  # (10)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        return {name: value.item() for name, (_, value) in losses.items()}
+
+    def _icv(
+        self, tap: Tap, z: Tensor, labels: Tensor, keep: Tensor, present: Tensor, shares: Tensor
+    ) -> Tensor:
+        config, moments = self.config, tap.moments[self.first_semantic :]
+        spreads = [running_statistics(layer)[1] for layer in tap.layers[self.first_semantic :]]
+        if config.icv_noise == "class":
+            statistics = [own.pooled(shares) for own in moments]
+            noise = [(self._normal(mean), self._normal(mean)) for mean, _ in statistics]
+            owners = present
+        else:
+            statistics = [(own.mean[keep], own.sample_std()[keep]) for own in moments]
+            noise = [(z[keep] @ a, z[keep] @ b) for a, b in self._projected(moments)]
+            owners = labels[keep]
+        return icv_loss(
+            statistics, self.centroids, owners, spreads, noise, config.lambda_mean, config.lambda_std
+        )
+
+    def _normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self._rng, device=self._rng.device).to(like.device)
+
+    def _projected(self, moments: list[Moments]) -> list[tuple[Tensor, Tensor]]:
+        """Fixed projections (latent, C) with unit columns: z times one is standard normal in every channel."""
+        if not self._projections:
+            for own in moments:
+                shape = own.mean.new_empty(self.config.latent, own.mean.shape[1])
+                a, b = self._normal(shape), self._normal(shape)
+                self._projections.append((F.normalize(a, dim=0), F.normalize(b, dim=0)))
+        return self._projections
+
+    @torch.no_grad()
+    def initialize_centroids(self) -> None:
+        """Let every class have its first centroid, from batches of the warmed-up generator."""
+        rounds = math.ceil(len(self.centroids.seen) * self.config.samples_per_class / self.config.batch_size)
+        for _ in range(rounds):
+            labels = self.batch_labels()
+            with tap_batchnorm(self.teacher) as tap:
+                keep = self.teacher(self.generator(self.latents(len(labels)), labels)).argmax(1) == labels
+            if bool(keep.any()):
+                moments = tap.moments[self.first_semantic :]
+                self.centroids.update(moments, *class_weights(labels, keep), self.config.ema_beta)
+
+    def train(self, progress: Progress = SILENT) -> History:
+        """Run all steps; gives the loss terms by step (0 where a term did not take part)."""
+        config = self.config
+        history: History = {"ce": [], "bns": [], "sfda": [], "icv": []}
+        with progress.task("Generator", config.steps) as advance:
+            for index in range(config.steps):
+                if index == config.warmup_steps:
+                    self.initialize_centroids()
+                losses = self.step(warmup=index < config.warmup_steps)
+                for name, values in history.items():
+                    values.append(losses.get(name, 0.0))
+                advance(1, **losses)
+        return history
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor) -> Tensor:
+        """Images (N, C, H, W) float32, normalized, of labels (N,) int64, in batches of `batch_size`."""
+        self.generator.eval()
+        images = [
+            self.generator(self.latents(len(part)), part.to(self.device))
+            for part in labels.split(self.config.batch_size)
+        ]
+        self.generator.train()
+        return torch.cat(images)

@@ -1,0 +1,242 @@
+"""Labelled images to measure accuracy on, decoded as they are needed."""
+
+import csv
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clusterq_deploy.errors import DataError
+from clusterq_deploy.models import InputSpec, LoadedModel
+from clusterq_deploy.models.digits import HELD_OUT
+from clusterq_deploy.models.weights import first_line
+
+Images = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_LABELS_FILE = "labels.csv"
+_FORMATS = f"a directory of class folders, a directory with {_LABELS_FILE} (file,label), or an .npz"
+_DECODERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSet:
+    """Images in a fixed order, with their labels where they have any.
+
+    Attributes:
+        name: what the report calls it.
+        labels: (N,) int64, or None.
+        read: the image of an index: (C, H, W) float32, normalized. Called from several threads at once.
+    """
+
+    name: str
+    count: int
+    labels: Labels | None
+    read: Callable[[int], Images]
+
+    @classmethod
+    def from_images(cls, name: str, images: Images, labels: npt.ArrayLike | None = None) -> Self:
+        """A set of images in memory: (N, C, H, W) float32, normalized, with labels (N,) or without."""
+        if images.ndim != 4 or not len(images):
+            raise DataError(f"{name}: images have shape {images.shape}; expected (N, C, H, W) with N > 0")
+        images = np.ascontiguousarray(images, dtype=np.float32)
+        checked = None if labels is None else np.asarray(labels, dtype=np.int64)
+        if checked is not None and checked.shape != (len(images),):
+            raise DataError(f"{name}: labels have shape {checked.shape}; expected ({len(images)},)")
+        return cls(name, len(images), checked, lambda index: images[index])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether accuracy can be measured on it."""
+        return self.labels is not None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Images, Labels | None]]:
+        """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None where there are none.
+
+        Raises:
+            DataError: a file is not an image.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for start in range(0, self.count, batch_size):
+                indices = range(start, min(start + batch_size, self.count))
+                labels = None if self.labels is None else self.labels[indices.start : indices.stop]
+                yield np.stack(list(pool.map(self.read, indices))), labels
+
+
+def load_evaluation(path: Path | None, model: LoadedModel, limit: int | None = None) -> EvaluationSet:
+    """Open evaluation data for a model.
+
+    Args:
+        path: a directory of class folders, a directory with labels.csv, or an .npz with `images` (N, H, W, C)
+            or (N, H, W) uint8 and `labels` (N,). Class folders whose names are class numbers are labelled by
+            them; any others are the classes in sorted order. None: the bundled model's held-out images.
+        model: says how images are preprocessed, and which labels there are.
+        limit: at most so many images, spread evenly over the set.
+
+    Raises:
+        DataError: the data is missing, in another form, or of another task than the model's.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit is {limit} images; expected at least 1")
+    if path is None:
+        if model.source != "bundled":
+            raise DataError(f"no evaluation data was given for {model.name!r}; expected {_FORMATS}")
+        return _from_npz(HELD_OUT, "digits, held out", model, limit)
+    if path.is_dir():
+        if (path / _LABELS_FILE).is_file():
+            files, labels = _read_labels_file(path)
+        else:
+            files, labels = _read_class_folders(path, model.classes)
+        return _from_files(path, files, labels, model, limit)
+    if not path.exists():
+        raise DataError(f"evaluation data {str(path)!r} does not exist; expected {_FORMATS}")
+    if path.suffix != ".npz":
+        raise DataError(f"evaluation data {str(path)!r} is of no known format; expected {_FORMATS}")
+    return _from_npz(path, path.name, model, limit)
+
+
+def _read_class_folders(path: Path, classes: int) -> tuple[list[Path], list[int]]:
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise DataError(f"{str(path)!r} has neither {_LABELS_FILE} nor folders; expected {_FORMATS}")
+    numbers = [int(folder.name) if folder.name.isdecimal() else -1 for folder in folders]
+    if not all(0 <= number < classes for number in numbers):
+        if len(folders) != classes:
+            raise DataError(
+                f"{str(path)!r} has {len(folders)} class folders, but the model has {classes} classes; "
+                f"expected one folder a class, or folders named by class numbers 0..{classes - 1}"
+            )
+        numbers = list(range(classes))
+    files, labels = [], []
+    for folder, number in zip(folders, numbers, strict=True):
+        found = sorted(file for file in folder.rglob("*") if _is_image(file))
+        files += found
+        labels += [number] * len(found)
+    return files, labels
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+
+
+def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
+    """Read rows of file,label; the files are in `path` or in its `images` folder."""
+    table = path / _LABELS_FILE
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            rows = [(number, row) for number, row in enumerate(csv.reader(stream), 1) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"cannot read {str(table)!r} ({first_line(error)}); expected rows of file,label"
+        ) from error
+    if rows and _number(rows[0][1]) is None and not Path(rows[0][1][0]).suffix:
+        del rows[0]  # a header: neither a label nor a file's name
+    files, labels = [], []
+    for number, row in rows:
+        where, label = f"{str(table)!r} row {number}", _number(row)
+        if label is None:
+            raise DataError(f"{where} is {','.join(row)!r}; expected file,label with a whole number as label")
+        # Parsed as Windows does it, a path shows either system's ways out of the folder.
+        windows = PureWindowsPath(row[0])
+        if windows.anchor or ".." in windows.parts:
+            raise DataError(f"{where} names {row[0]!r}, outside of the folder; expected a path below it")
+        file = next((file for file in (path / row[0], path / "images" / row[0]) if file.is_file()), None)
+        if file is None:
+            raise DataError(
+                f"{where} names {row[0]!r}, but there is no such file in the folder or its images folder"
+            )
+        files.append(file)
+        labels.append(label)
+    return files, labels
+
+
+def _number(row: list[str]) -> int | None:
+    """The label of a row of file,label; None where it is not one."""
+    try:
+        return int(row[1]) if len(row) == 2 else None
+    except ValueError:
+        return None
+
+
+def _from_files(
+    path: Path, files: list[Path], labels: list[int], model: LoadedModel, limit: int | None
+) -> EvaluationSet:
+    if not files:
+        raise DataError(f"no images were found in {str(path)!r}; expected {_FORMATS}")
+    checked = _check_labels(path, labels, model.classes)
+    chosen = _spread(len(files), limit)
+    files, spec = [files[index] for index in chosen], model.input
+    return EvaluationSet(
+        path.resolve().name, len(files), checked[chosen], lambda index: _decode(files[index], spec)
+    )
+
+
+def _decode(file: Path, spec: InputSpec) -> Images:
+    try:
+        with Image.open(file) as image:
+            return spec.preprocess(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"cannot read {str(file)!r} as an image ({first_line(error)}); replace it or leave it out"
+        ) from error
+
+
+def _from_npz(path: Path, name: str, model: LoadedModel, limit: int | None) -> EvaluationSet:
+    expected = "expected an .npz with images (N,H,W,C) or (N,H,W) uint8 and labels (N,) integers"
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except KeyError as error:
+        raise DataError(f"{str(path)!r} has no {error.args[0].split()[0]}; {expected}") from error
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot read {str(path)!r} ({first_line(error)}); {expected}") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(f"{str(path)!r} has images {images.shape} {images.dtype}; {expected}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{str(path)!r} has labels {labels.shape} {labels.dtype} for {len(images)} images; {expected}"
+        )
+    if not images.size:
+        raise DataError(f"{str(path)!r} has no images; {expected}")
+    channels = images.shape[3] if images.ndim == 4 else 1
+    if channels != model.input.size[0]:
+        raise DataError(
+            f"{str(path)!r} has images of {channels} channels, but the model takes {model.input.size[0]}; "
+            "convert the images, or choose other data"
+        )
+    checked = _check_labels(path, labels, model.classes)
+    chosen, spec = _spread(len(images), limit), model.input
+    images = images[chosen, ..., 0] if images.ndim == 4 and channels == 1 else images[chosen]
+    return EvaluationSet(
+        name, len(images), checked[chosen], lambda index: spec.preprocess(Image.fromarray(images[index]))
+    )
+
+
+def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> Labels:
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low < 0 or high >= classes:
+        found = f"labels down to {low}" if low < 0 else f"labels up to {high}"
+        raise DataError(
+            f"{str(path)!r} has {found}, but the model has {classes} classes; expected 0..{classes - 1}"
+        )
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _spread(count: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """The indices of at most `limit` of `count` images, evenly spread: sets are often sorted by class."""
+    kept = count if limit is None else min(limit, count)
+    return np.arange(kept, dtype=np.int64) * count // kept

@@ -1,0 +1,23 @@
+"""TensorRT engines: build them from ONNX, load them, run and time them.
+
+Importing this package needs neither TensorRT nor a GPU; `unavailable_reason` says if the rest works here.
+Only names that TensorRT 10.3 to 11.4 share are used. Objects of TensorRT carry their class as an annotation,
+and a test holds every name asked of them against the lists of public members of those releases.
+"""
+
+from clusterq_deploy.engine.availability import unavailable_reason
+from clusterq_deploy.engine.build import build_engine
+from clusterq_deploy.engine.config import BuildConfig
+from clusterq_deploy.engine.runner import TensorRTRunner
+from clusterq_deploy.engine.sidecar import EngineInfo, Machine, read_sidecar, sidecar_path
+
+__all__ = [
+    "BuildConfig",
+    "EngineInfo",
+    "Machine",
+    "TensorRTRunner",
+    "build_engine",
+    "read_sidecar",
+    "sidecar_path",
+    "unavailable_reason",
+]

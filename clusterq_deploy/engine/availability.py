@@ -1,0 +1,40 @@
+"""Whether TensorRT engines can be built and run on this machine."""
+
+import torch
+
+from clusterq_deploy.errors import TensorRTMissing
+
+
+def unavailable_reason() -> str | None:
+    """One line with everything that keeps engines from being built and run here; None if nothing does."""
+    return "; ".join(filter(None, (_gpu_problem(), _tensorrt_problem()))) or None
+
+
+def require_tensorrt() -> None:
+    """Return if engines can be built and run here.
+
+    Raises:
+        TensorRTMissing: they cannot; the message is that of `unavailable_reason`.
+    """
+    if reason := unavailable_reason():
+        raise TensorRTMissing(reason)
+
+
+def _gpu_problem() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "no NVIDIA GPU is visible to torch"
+
+
+def _tensorrt_problem() -> str | None:
+    try:
+        import tensorrt  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "tensorrt":
+            return "tensorrt is not installed: pip install 'clusterq-deploy[tensorrt]'"
+        return f"tensorrt is installed but cannot be imported: {error}"
+    except (ImportError, OSError, RuntimeError) as error:  # a shared library is missing, or of another CUDA
+        return f"tensorrt is installed but cannot be imported: {' '.join(str(error).split())}"
+    return None

@@ -1,0 +1,40 @@
+"""How an engine is built."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from calib.config import StageConfig
+
+
+class BuildConfig(StageConfig):
+    """Settings of the build stage.
+
+    Raises:
+        pydantic.ValidationError: a value is out of range, or the batch sizes are not in ascending order.
+    """
+
+    batch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 32)
+    """Smallest, tuned-for and largest batch size of a graph with a dynamic batch dimension."""
+
+    workspace_bytes: PositiveInt = 4 * 2**30
+    """Most scratch memory on the GPU that a layer may use."""
+
+    optimization_level: int = Field(default=3, ge=0, le=5)
+    """How long the builder searches: 0 takes the first implementation that works, 5 compares the most."""
+
+    timing_cache: Path | None = None
+    """File that keeps the builder's measurements from one build to the next; made where it does not exist."""
+
+    version_compatible: bool = False
+    """Let later TensorRT releases run the engine, at some cost in speed."""
+
+    hardware_compatible: bool = False
+    """Let every GPU of compute capability 8.0 (Ampere) or later run the engine, at some cost in speed."""
+
+    @model_validator(mode="after")
+    def _batch_ascends(self) -> Self:
+        if list(self.batch) != sorted(self.batch):
+            raise ValueError(f"batch is {self.batch}; expected (min, opt, max) with min <= opt <= max")
+        return self

@@ -1,0 +1,78 @@
+"""What machine and what versions measured: a number without them cannot be compared with another."""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+
+import cpuinfo
+import psutil
+import torch
+
+from clusterq_deploy.report.schema import Environment
+
+# CPU flags of instructions that add up products of 8-bit integers, as Linux spells them.
+_INT8_FLAGS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
+
+
+def collect_environment(device: torch.device) -> Environment:
+    """Describe this machine; the GPU, its driver and CUDA only where `device` is a GPU.
+
+    Takes about a second, most of it to ask the CPU what it is. What cannot be found out is None.
+    """
+    cpu, cpu_int8 = _cpu()
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=_version("torchvision"),
+        onnx=_version("onnx") or "not installed",
+        onnxruntime=_version("onnxruntime") or "not installed",
+        tensorrt=_version("tensorrt"),
+        cuda=torch.version.cuda if on_gpu else None,
+        driver=_driver_version() if on_gpu else None,
+        gpu=torch.cuda.get_device_name(device) if on_gpu else None,
+        cpu=cpu,
+        cpu_int8=cpu_int8,
+        cores=_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        platform=platform.platform(),
+    )
+
+
+def _version(module: str) -> str | None:
+    """The version of a module that imports: a wheel whose libraries do not load counts as absent."""
+    try:
+        return str(importlib.import_module(module).__version__)
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return None
+
+
+def _cpu() -> tuple[str, list[str] | None]:
+    """The CPU's name and its INT8 instructions; None for the latter where its flags cannot be read."""
+    try:
+        info = cpuinfo.get_cpu_info()
+    except Exception:  # py-cpuinfo raises bare exceptions on processors that it does not know
+        info = {}
+    flags = info.get("flags")
+    name = info.get("brand_raw") or platform.processor() or platform.machine() or "unknown"
+    return name, [flag for flag in _INT8_FLAGS if flag in flags] if flags else None
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and container pinning
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _driver_version() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.split()), None)

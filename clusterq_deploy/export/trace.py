@@ -1,0 +1,88 @@
+"""From torch to ONNX: the float graph, and the student's graph with markers where its quantizers are."""
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from clusterq_deploy.errors import ExportError
+from clusterq_deploy.models.inputs import InputSpec
+
+OPSET = 21
+IR_VERSION = 10  # with opset 21: what onnxruntime-gpu 1.20 and TensorRT 10.3 read, INT4 included
+INPUT, OUTPUT = "images", "logits"
+
+
+def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProto:
+    """The ONNX graph of a model, `images` (batch, C, H, W) float32 to `logits` (batch, classes) float32.
+
+    Quantizers come out as one `clusterq::FakeQuantize` node each, named by their site; `spell` turns them into
+    operators. Traces of the source (paths, line numbers) are taken out.
+
+    Args:
+        model: in eval mode; a copy on the CPU is traced.
+        size: (channels, height, width).
+
+    Raises:
+        ExportError: torch cannot trace or translate the model.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns of its own internals
+            program = torch.onnx.export(
+                model,
+                (torch.zeros(2, *size),),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+    except Exception as error:  # torch raises many kinds here, all of which mean the same to the caller
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
+    finally:
+        quiet.setLevel(level)
+    if program is None:
+        raise ExportError(f"torch gave no ONNX program for {type(model).__name__}")
+    proto = program.model_proto
+    proto.ir_version = IR_VERSION
+    _strip(proto)
+    return proto
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter noted of this machine's source files."""
+    del proto.metadata_props[:]
+    for message in [proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer]:
+        message.ClearField("doc_string")
+        del message.metadata_props[:]
+    for value in [*proto.graph.input, *proto.graph.output]:
+        del value.metadata_props[:]
+
+
+def annotate(
+    proto: onnx.ModelProto, *, model: str, variant: str, inputs: InputSpec, provenance: Mapping[str, Any]
+) -> onnx.ModelProto:
+    """Write into a graph what a user needs to feed it, and where it came from; gives the same graph."""
+    props = {
+        "clusterq.model": model,
+        "clusterq.variant": variant,
+        "clusterq.input": inputs.model_dump_json(),
+        "clusterq.provenance": json.dumps(dict(provenance), sort_keys=True),
+    }
+    onnx.helper.set_model_props(proto, props)
+    proto.producer_name = "clusterq-deploy"
+    proto.graph.name = f"{model}-{variant}"
+    return proto

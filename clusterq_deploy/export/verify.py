@@ -1,0 +1,71 @@
+"""A graph counts as written once a runtime has computed with it what torch computes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from clusterq_deploy.errors import VerificationError
+from clusterq_deploy.runners import Array, OnnxRunner
+
+MIN_AGREEMENT = 0.99
+_CLOSE = 1e-2  # of the logits' standard deviation
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How near a graph comes to the torch model on the same images.
+
+    Attributes:
+        agreement: share of images with the same top-1, as the runtime executes the graph.
+        close: share of images whose logits differ by at most a hundredth of the logits' standard deviation, with
+            the runtime's optimizations off. A value that falls on the other side of a rounding boundary moves an
+            image out of this share without anything being wrong.
+        largest: the largest difference of a logit, optimizations off.
+    """
+
+    agreement: float
+    close: float
+    largest: float
+
+
+def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str, optimized: bool) -> Verification:
+    """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
+
+    Args:
+        graph: the graph.
+        images: (N, C, H, W) float32, normalized.
+        reference: torch's logits for them, (N, classes) float32.
+        name: what messages call the graph.
+        optimized: whether it is meant for ONNX Runtime, and so is run as it will be executed too.
+
+    Raises:
+        VerificationError: the graph is invalid, does not run, or disagrees with torch.
+    """
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"{name} is no valid ONNX: {str(error).splitlines()[0]}") from error
+    data = graph.SerializeToString()
+    with OnnxRunner(data, optimized=False) as runner:
+        plain = runner.infer(images)
+    executed = plain
+    if optimized:
+        with OnnxRunner(data) as runner:
+            executed = runner.infer(images)
+    difference = np.abs(plain - reference).max(axis=1)
+    result = Verification(
+        agreement=min(_agreement(plain, reference), _agreement(executed, reference)),
+        close=float((difference <= _CLOSE * max(float(reference.std()), 1e-30)).mean()),
+        largest=float(difference.max()),
+    )
+    if not result.agreement >= MIN_AGREEMENT:
+        raise VerificationError(
+            f"{name} gives torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images, expected at least "
+            f"{100 * MIN_AGREEMENT:.0f} % (largest difference of a logit {result.largest:.3g}); the file is not written"
+        )
+    return result
+
+
+def _agreement(a: Array, b: Array) -> float:
+    return float((a.argmax(axis=1) == b.argmax(axis=1)).mean())

@@ -1,0 +1,55 @@
+"""Writing files so that a reader finds the old content or the new, never a part of it."""
+
+import hashlib
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from clusterq_deploy.errors import RunDirectoryError
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` as one atomic step; missing parent directories are made.
+
+    The data goes to a temporary file beside `path`, reaches the disk, and takes the name `path` by a rename.
+    On any failure `path` is left as it was, and the temporary file is gone.
+
+    Raises:
+        RunDirectoryError: the file system refuses: it is full or read-only, or access is denied.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, with its line ends as they are, as `write_bytes` does.
+
+    Raises:
+        RunDirectoryError: as for `write_bytes`.
+    """
+    write_bytes(path, text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the file's content, in hexadecimal.
+
+    Raises:
+        RunDirectoryError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,146 @@
+"""What a deployable costs and saves: accuracy as a runtime executes it, and latency."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from calib.config import StageConfig
+from calib.progress import SILENT, Progress
+from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.errors import DataError
+from clusterq_deploy.report.schema import Accuracy, Latency
+from clusterq_deploy.runners import Array, Runner
+
+Predictions = npt.NDArray[np.int64]
+
+
+class BenchmarkConfig(StageConfig):
+    """How latency is measured.
+
+    Attributes:
+        batches: batch sizes.
+        threads: threads of CPU runtimes; None takes one a core.
+        warmup_ms: each runtime runs this long before anything counts.
+        min_runs, min_seconds: each measurement has at least both.
+        rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them.
+    """
+
+    batches: tuple[int, ...] = (1, 32)
+    threads: int | None = Field(None, ge=1)
+    warmup_ms: float = Field(200, ge=0)
+    min_runs: int = Field(10, ge=1)
+    min_seconds: float = Field(3, ge=0)
+    rounds: int = Field(3, ge=1)
+
+
+def predictions(runner: Runner, data: EvaluationSet, batch_size: int, progress: Progress = SILENT) -> Predictions:
+    """The five most likely classes of each image, most likely first: (N, min(5, classes)) int64.
+
+    Ties go to the lower class.
+    """
+    found = []
+    with progress.task(f"Evaluating on {runner.runtime}", len(data)) as advance:
+        for images, _ in data.batches(batch_size):
+            logits = runner.infer(images)
+            found.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
+            advance(len(images))
+    return np.concatenate(found)
+
+
+def score(
+    runtime: str, own: Predictions, teacher: Predictions, data: EvaluationSet, graph: str | None = None
+) -> Accuracy:
+    """Percentages from `predictions` of a model and of its teacher on the same images.
+
+    Args:
+        runtime: what executed the model.
+        own, teacher: (N, 5) from `predictions`.
+        data: the images, for their labels.
+        graph: the file that was executed.
+
+    Raises:
+        DataError: the counts differ.
+    """
+    if len(own) != len(teacher) or len(own) != len(data):
+        raise DataError(f"{len(own)} predictions, {len(teacher)} of the teacher and {len(data)} images do not fit")
+    agreement = 100 * float((own[:, 0] == teacher[:, 0]).mean())
+    if data.labels is None:
+        return Accuracy(runtime=runtime, top1=None, top5=None, agreement=agreement, graph=graph)
+    hits = own == data.labels[:, None]
+    return Accuracy(
+        runtime=runtime,
+        top1=100 * float(hits[:, 0].mean()),
+        top5=100 * float(hits.any(axis=1).mean()),
+        agreement=agreement,
+        graph=graph,
+    )
+
+
+def benchmark(
+    runners: Mapping[str, Runner],
+    size: tuple[int, int, int],
+    config: BenchmarkConfig,
+    progress: Progress = SILENT,
+) -> dict[str, list[Latency]]:
+    """Time `infer`, host to host, of several runtimes in turn.
+
+    Args:
+        runners: by a name of the caller's.
+        size: (channels, height, width) of an image.
+        config: how to measure.
+
+    Returns:
+        For each name one record a batch size. Records of one call can be compared with each other.
+    """
+    found: dict[str, list[Latency]] = {name: [] for name in runners}
+    turns = len(config.batches) * config.rounds * len(runners)
+    with progress.task("Benchmark", turns) as advance:
+        for batch in config.batches:
+            images = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
+            times: dict[str, list[float]] = {name: [] for name in runners}
+            for turn in range(config.rounds):
+                for name, runner in runners.items():
+                    if turn == 0:
+                        _run_for(runner, images, config.warmup_ms / 1000, 1)
+                    runs = -(-config.min_runs // config.rounds)
+                    times[name] += _run_for(runner, images, config.min_seconds / config.rounds, runs)
+                    advance(1)
+            for name, runner in runners.items():
+                found[name].append(summarize(runner.runtime, batch, times[name], config.threads, name))
+    return found
+
+
+def _run_for(runner: Runner, images: Array, seconds: float, runs: int) -> list[float]:
+    """Milliseconds of each call, for at least so long and so many."""
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < runs or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        runner.infer(images)
+        times.append(1000 * (time.perf_counter() - before))
+    return times
+
+
+def summarize(
+    runtime: str, batch: int, times_ms: list[float], threads: int | None, graph: str | None = None
+) -> Latency:
+    """The record of a series of times of one call, in milliseconds."""
+    times = np.array(times_ms)
+    median, p90, p95, p99 = (float(np.percentile(times, q)) for q in (50, 90, 95, 99))
+    return Latency(
+        runtime=runtime,
+        batch=batch,
+        threads=threads,
+        runs=len(times),
+        mean_ms=float(times.mean()),
+        median_ms=median,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        coefficient_of_variation=float(times.std() / times.mean()),
+        images_per_second=1000 * batch / float(times.mean()),
+        graph=graph,
+    )

@@ -1,0 +1,78 @@
+"""The bundled model: a small BatchNorm ResNet for handwritten digits.
+
+With it the whole pipeline runs on a fresh machine: no download, no GPU. See `examples/train_digits.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).parents[1] / "assets"
+WEIGHTS = ASSETS / "digits.safetensors"
+HELD_OUT = ASSETS / "digits_test.npz"
+"""The images that training never saw: `images` (N, 8, 8, 1) uint8 and `labels` (N,) int64."""
+
+CLASSES = 10
+TOP1 = 99.78
+"""Accuracy on the held-out images, in percent."""
+PRETRAINED_CFG: dict[str, Any] = {
+    "input_size": (1, 32, 32),
+    "mean": (0.305,),
+    "std": (0.325,),
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+}
+"""How the input is made, by timm's convention; mean and std are of pixels in [0, 1]."""
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (N, width_in, H, W) -> (N, width, H / stride, W / stride)."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class DigitsNet(nn.Module):
+    """A 13-convolution ResNet: images (N, 1, 32, 32) float32, normalized -> logits (N, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = PRETRAINED_CFG
+        self.conv1 = nn.Conv2d(1, 12, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.layer1 = nn.Sequential(ResidualBlock(12, 12, 1))  # 32x32
+        self.layer2 = nn.Sequential(ResidualBlock(12, 24, 2), ResidualBlock(24, 24, 1))  # 16x16
+        self.layer3 = nn.Sequential(ResidualBlock(24, 48, 2), ResidualBlock(48, 48, 1))  # 8x8
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(48, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(torch.flatten(self.pool(x), 1))
+        return logits
+
+
+def digits() -> DigitsNet:
+    """The trained model on the CPU, in eval mode."""
+    net = DigitsNet()
+    net.load_state_dict(load_file(WEIGHTS))
+    return net.eval()

@@ -1,0 +1,171 @@
+"""How an image becomes a model's input, and back."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from pydantic import PositiveInt, ValidationError, model_validator
+from torch import Tensor
+
+from calib.config import StageConfig
+from clusterq_deploy.errors import ModelError
+
+_SMALL = 64
+"""Models for images smaller than this see the whole image, with nothing cropped off."""
+_CROP_FRACTION = 0.875
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_EXPECTED = {
+    "size": "(channels, height, width)",
+    "mean": "one number a channel",
+    "std": "one number a channel",
+    "resize": "a positive number of pixels",
+    "interpolation": "bilinear or bicubic",
+}
+_OPTIONS = {"input_size": "--input-size", "mean": "--mean", "std": "--std"}
+
+
+class InputSpec(StageConfig):
+    """The input that a model was trained on.
+
+    Attributes:
+        size: (channels, height, width); 1 channel is grey, 3 are RGB.
+        mean, std: one a channel, of pixels in [0, 1].
+        resize: an image's shorter side before its centre is cropped; None resizes straight to height x width.
+        interpolation: the filter that resizes; both are antialiased, as Pillow's always are.
+
+    Raises:
+        pydantic.ValidationError: the values do not fit together.
+    """
+
+    size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: PositiveInt | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        channels, height, width = self.size
+        if channels not in (1, 3):
+            raise ValueError(f"size has {channels} channels; expected 1 (grey) or 3 (RGB)")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ValueError(f"{name} has {len(values)} values for {channels} channels")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean is {self.mean}; expected values of pixels in [0, 1]")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std is {self.std}; expected positive numbers")
+        if self.resize is not None and self.resize < min(height, width):
+            raise ValueError(f"resize is {self.resize}, less than the crop of {height}x{width}")
+        return self
+
+    def preprocess(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """Turn one image of any size and mode into (channels, height, width) float32, normalized.
+
+        An image whose shorter side already lies between the crop and `resize` is only cropped: enlarging it
+        would blur it for nothing. Any other is first resized, to the same pixels as torchvision's transforms.
+        """
+        channels, height, width = self.size
+        image = _convert(image, "L" if channels == 1 else "RGB")
+        image = image.resize(self._resized(*image.size), _RESAMPLING[self.interpolation])
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
+        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
+        normalized = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normalized.transpose(2, 0, 1))
+
+    def denormalize(self, images: Tensor) -> npt.NDArray[np.uint8]:
+        """Undo the normalization: (N, C, H, W) float -> (N, H, W, C) uint8, clipped to 0..255."""
+        pixels = images.detach().cpu().float().permute(0, 2, 3, 1)
+        pixels = (pixels * torch.tensor(self.std) + torch.tensor(self.mean)) * 255
+        return pixels.round().clamp(0, 255).numpy().astype(np.uint8)
+
+    def _resized(self, image_width: int, image_height: int) -> tuple[int, int]:
+        """(width, height) that an image of this size is resized to before the crop."""
+        _, height, width = self.size
+        if self.resize is None:
+            return width, height
+        shorter = min(image_width, image_height)
+        if image_width >= width and image_height >= height and shorter <= self.resize:
+            return image_width, image_height
+        # The crop must fit even where it is longer one way than the image is.
+        to = max(
+            self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height)
+        )
+        return max(int(to * image_width / shorter), width), max(int(to * image_height / shorter), height)
+
+
+def input_spec(
+    name: str,
+    cfg: object,
+    *,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> InputSpec:
+    """Read a model's `pretrained_cfg`, with what the user gave taking precedence.
+
+    Args:
+        name: the model's name, for messages.
+        cfg: a mapping or an object with timm's names: input_size, mean, std, and optionally crop_pct and
+            interpolation; `resize` (pixels) goes before crop_pct. None where the model has none.
+        input_size: (channels, height, width).
+        mean, std: one a channel, of pixels in [0, 1].
+
+    Raises:
+        ModelError: something is missing or wrong.
+    """
+    given = {"input_size": input_size, "mean": mean, "std": std}
+    values = {key: _entry(cfg, key) if value is None else value for key, value in given.items()}
+    missing = [key for key, value in values.items() if value is None]
+    if missing:
+        raise ModelError(
+            f"model {name!r} does not say how its input is made ({', '.join(missing)} missing): "
+            f"give {' '.join(_OPTIONS[key] for key in missing)}, or set pretrained_cfg on the model"
+        )
+    settings: dict[str, Any] = {
+        "size": values["input_size"],
+        "mean": values["mean"],
+        "std": values["std"],
+        "interpolation": _entry(cfg, "interpolation") or "bilinear",
+    }
+    try:
+        settings["resize"] = _resize(InputSpec(**settings), cfg, resized=input_size is not None)
+        return InputSpec(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            field = str(first["loc"][0])
+            reason = f"{field} is {settings[field]!r}; expected {_EXPECTED[field]}"
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error)
+    raise ModelError(
+        f"the input of model {name!r} cannot be made: {reason}; "
+        f"give {' '.join(_OPTIONS.values())}, or correct its pretrained_cfg"
+    )
+
+
+def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
+    """The shorter side to resize to; `resized` is true where the size is not the one of `cfg`."""
+    shorter = min(spec.size[1:])
+    resize, crop_pct = _entry(cfg, "resize"), _entry(cfg, "crop_pct")
+    if resize is not None and not resized:
+        return int(resize)
+    if crop_pct is not None:
+        return math.floor(shorter / float(crop_pct))  # timm rounds down
+    return shorter if shorter < _SMALL else round(shorter / _CROP_FRACTION)
+
+
+def _entry(cfg: object, key: str) -> Any:
+    return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns where such a palette is converted directly
+    return image if image.mode == mode else image.convert(mode)

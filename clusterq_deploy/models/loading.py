@@ -1,0 +1,170 @@
+"""Loading a model, whatever it is called, into one checked form."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from calib.errors import NoBatchNormError
+from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.models import sources
+from clusterq_deploy.models.inputs import InputSpec, input_spec
+from clusterq_deploy.models.registry import BUNDLED, torchvision_names
+from clusterq_deploy.models.weights import State, digest, first_line, fit_state, read_state
+
+_TIMM = "timm:"
+_RANDOM = "none"
+_RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier that is ready to be a teacher.
+
+    Attributes:
+        name: as the user gave it.
+        module: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen.
+        input: how an image becomes its input.
+        source: "bundled", "torchvision", "timm" or "file".
+        weights: what its weights are, for a person.
+        weights_sha256: digest over the tensors of its state_dict.
+    """
+
+    name: str
+    module: nn.Module
+    input: InputSpec
+    classes: int
+    source: str
+    weights: str
+    weights_sha256: str
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it has."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def slug(self) -> str:
+        """Its name for a file: the factory of `path/to/module.py:factory`, the NAME of `timm:NAME`."""
+        return self.name.rpartition(":")[2]
+
+
+def load_model(
+    name: str,
+    *,
+    weights: str | None = None,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: torch.device,
+) -> LoadedModel:
+    """Load a model and check that ClusterQ can work on it. No global state of the process changes.
+
+    Args:
+        name: `digits`, a torchvision classifier, `timm:NAME`, or `path/to/module.py:factory`.
+        weights: None for the model's own; "none" for random ones, the same every time; else a file.
+        input_size, mean, std: how the input is made, where the model does not say or says otherwise:
+            (channels, height, width), and values a channel for pixels in [0, 1].
+        device: where the module is put.
+
+    Raises:
+        UnknownModelError: nothing has that name.
+        WeightsError: the weights cannot be read or do not fit.
+        NoBatchNormError: the model has no BatchNorm statistics.
+        ModelError: the model cannot be made, run, or fed.
+    """
+    with _isolated():
+        draft = _draft(name, weights)
+    module = draft.module.eval().float().requires_grad_(False)
+    _require_batchnorm(name, draft.source, module)
+    description = _fill(name, draft, weights)
+    spec = input_spec(name, draft.cfg, input_size=input_size, mean=mean, std=std)
+    with _isolated():
+        classes = _count_classes(name, module, spec)
+    sha256 = digest(module)
+    return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256)
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Seed what a model's code draws, and undo what it does to the process's globals."""
+    path, dtype = list(sys.path), torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_RANDOM_SEED)
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            torch.set_default_dtype(dtype)
+
+
+def _draft(name: str, weights: str | None) -> sources.Draft:
+    path, _, factory = name.rpartition(":")
+    if name.startswith(_TIMM):
+        return sources.timm_model(name.removeprefix(_TIMM), pretrained=weights is None)
+    if path.endswith(".py"):
+        if weights == _RANDOM:
+            raise ModelError(f"model {name!r} makes its own weights: drop --weights none")
+        return sources.user_model(Path(path), factory)
+    if name == BUNDLED:
+        return sources.bundled_model(pretrained=weights is None)
+    known = torchvision_names()
+    if name in known:
+        return sources.torchvision_model(name)
+    near = sources.did_you_mean(get_close_matches(name.lower(), [BUNDLED, *known]))
+    raise UnknownModelError(
+        f"unknown model {name!r}; {near}expected {BUNDLED}, a torchvision classifier, timm:NAME "
+        "or path/to/module.py:factory"
+    )
+
+
+def _fill(name: str, draft: sources.Draft, weights: str | None) -> str:
+    """Copy the wanted weights into the draft's module; returns what they are."""
+    if weights == _RANDOM:
+        return f"random (seed {_RANDOM_SEED})"
+    if weights is not None:
+        state: State = read_state(Path(weights))
+    elif draft.pretrained is not None:
+        state = draft.pretrained()
+    else:
+        return draft.weights
+    if draft.source == "torchvision":
+        state = sources.rename_torchvision(state)
+    origin = draft.weights if weights is None else weights
+    fit_state(draft.module, state, name=name, origin=origin)
+    return origin
+
+
+def _require_batchnorm(name: str, source: str, module: nn.Module) -> None:
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    if any(layer.running_mean is not None for layer in layers):
+        return
+    found = f"{len(layers)} BatchNorm layers without running statistics" if layers else "no BatchNorm layer"
+    raise NoBatchNormError(
+        f"model {name!r} ({source}, {type(module).__name__}) has {found}: ClusterQ aligns "
+        "synthetic images to BatchNorm's running statistics; choose a model that has them, such as resnet18"
+    )
+
+
+def _count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
+    """The width of the logits, by a forward pass of one zero image on the CPU."""
+    shape = (1, *spec.size)
+    try:
+        with torch.no_grad():
+            logits: object = module(torch.zeros(shape))
+    except Exception as error:  # it may be the user's code
+        raise ModelError(
+            f"model {name!r} fails on an input of shape {shape} ({first_line(error)}); check --input-size"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 2:
+        got = f"a {type(logits).__name__}"
+        if isinstance(logits, Tensor):
+            got = f"a tensor of shape {tuple(logits.shape)}"
+        raise ModelError(f"model {name!r} returns {got} for one image; expected logits of shape (1, classes)")
+    return logits.shape[1]

@@ -1,0 +1,159 @@
+"""Where models come from: each function here makes one, before anything about it is checked."""
+
+import hashlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+from torchvision import models as tv  # type: ignore[import-untyped]
+
+from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.models import digits
+from clusterq_deploy.models.registry import torchvision_cfg
+from clusterq_deploy.models.weights import State, first_line
+
+_WITHOUT_DOWNLOAD = "pass --weights FILE, or --weights none for random ones"
+_AUXILIARY = ("googlenet", "inception_v3")
+"""Trained with auxiliary heads, which their weights hold and inference does not use."""
+_AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+"""torchvision's DenseNet weights keep names of before its layers were renamed: norm.1 is norm1 now."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model as its source makes it.
+
+    Attributes:
+        cfg: its `pretrained_cfg`, or None.
+        weights: what its weights are, once `pretrained` has been copied in.
+        pretrained: gets the weights that belong to it; None where it has them already.
+    """
+
+    module: nn.Module
+    cfg: object
+    source: str
+    weights: str
+    pretrained: Callable[[], State] | None = None
+
+
+def bundled_model(*, pretrained: bool) -> Draft:
+    """The `digits` model."""
+    module = digits.digits() if pretrained else digits.DigitsNet()
+    return Draft(module, digits.PRETRAINED_CFG, "bundled", digits.WEIGHTS.name)
+
+
+def torchvision_model(name: str) -> Draft:
+    """A classifier of torchvision's with random weights; its own come from torch's cache or the network."""
+    options = {}
+    if name in _AUXILIARY:
+        options = {"transform_input": True, "aux_logits": False, "init_weights": True}
+    default = tv.get_model_weights(name).DEFAULT
+
+    def pretrained() -> State:
+        try:
+            state: State = default.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except Exception as error:  # the network or a damaged cache can fail in many ways
+            raise ModelError(
+                f"cannot get the weights of {name!r} from {default.url} ({first_line(error)}); "
+                f"{_WITHOUT_DOWNLOAD}"
+            ) from error
+        return state
+
+    module = tv.get_model(name, weights=None, **options)
+    return Draft(module, torchvision_cfg(name), "torchvision", str(default), pretrained)
+
+
+def rename_torchvision(state: State) -> State:
+    """torchvision's weights as its models name them today, without auxiliary heads."""
+    return {
+        _OLD_DENSENET_KEY.sub(r"\1\2.", key): value
+        for key, value in state.items()
+        if not key.startswith(_AUXILIARY_HEADS)
+    }
+
+
+def timm_model(name: str, *, pretrained: bool) -> Draft:
+    """A model of timm's.
+
+    Raises:
+        ModelError: timm is not installed, or cannot make the model.
+        UnknownModelError: timm has no such model.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise ModelError(f"model 'timm:{name}' needs timm, which is not installed: pip install timm")
+    import timm
+
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models())
+        raise UnknownModelError(f"timm has no model {name!r}; {did_you_mean(near)}see timm.list_models()")
+    try:
+        module = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # a download can fail in any of its libraries' ways
+        remedy = _WITHOUT_DOWNLOAD if pretrained else "try another model"
+        raise ModelError(f"timm cannot make {name!r} ({first_line(error)}); {remedy}") from error
+    cfg = module.pretrained_cfg
+    tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+    return Draft(module, cfg, "timm", f"timm {name}" + (f".{tag}" if tag and not name.endswith(tag) else ""))
+
+
+def user_model(path: Path, factory: str) -> Draft:
+    """Import a file and call a function of it that takes no argument and returns a model.
+
+    Raises:
+        ModelError: the file is missing or does not run; the factory is missing or makes no model.
+    """
+    spec = f"{path}:{factory}"
+    if not path.is_file():
+        raise ModelError(f"model {spec!r}: there is no such file; expected path/to/module.py:factory")
+    module = _import(path)
+    make = getattr(module, factory, None)
+    if not callable(make):
+        own = [name for name, value in vars(module).items() if _defined_in(module, value) and name[0] != "_"]
+        near = did_you_mean(get_close_matches(factory, own) or own[:5])
+        raise ModelError(f"model {spec!r}: the file has no {factory!r}; {near}expected a function of it")
+    try:
+        made = make()
+    except Exception as error:  # it is the user's code
+        raise ModelError(
+            f"model {spec!r}: the factory, called without arguments, raised {first_line(error)}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"model {spec!r}: the factory made a {type(made).__name__}; expected an nn.Module")
+    return Draft(made, getattr(made, "pretrained_cfg", None), "file", "made by the factory")
+
+
+def did_you_mean(near: list[str]) -> str:
+    """A clause that offers these names, or nothing."""
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def _defined_in(module: ModuleType, value: object) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _import(path: Path) -> ModuleType:
+    """Run a Python file as a module of a name that nothing else has; `__file__` is its absolute path."""
+    path = path.resolve()
+    unique = f"clusterq_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{str(path)!r} is not a Python file; expected path/to/module.py:factory")
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(unique)
+    sys.modules[unique] = module  # dataclasses and pickle look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code
+        sys.modules.pop(unique)
+        if before is not None:
+            sys.modules[unique] = before
+        advice = "; put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise ModelError(f"importing {str(path)!r} raised {first_line(error)}{advice}") from error
+    return module

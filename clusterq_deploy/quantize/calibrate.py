@@ -1,0 +1,109 @@
+"""Scales that lose least: a search over candidate steps by mean squared error."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from calib.progress import SILENT, Progress
+from clusterq_deploy.quantize.grid import Grid
+from clusterq_deploy.quantize.quantizer import Quantizer
+from clusterq_deploy.quantize.student import Student
+
+_SAMPLES_A_SITE = 1 << 18
+_CANDIDATES = 80
+_DEAD = 1e-4  # a channel's scale is at least this share of its layer's largest
+
+
+def _best_scale(grid: Grid, largest: Tensor, error_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The candidate with the smallest error, elementwise over `largest`, from 1 to 1/80 of the whole range."""
+    reach = max(grid.high, -grid.low)
+    best, best_error = largest / reach, torch.full_like(largest, torch.inf)
+    for share in torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist():
+        scale = (largest * (share / reach)).clamp_min(1e-30)
+        error = error_of(scale)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
+
+
+def weight_scales(weight: Tensor, grid: Grid) -> Tensor:
+    """Step of each output channel of a weight (O, ...), (O,) float32, positive also for a channel of zeros."""
+    rows = weight.detach().flatten(1)
+    largest = rows.abs().amax(1)
+
+    def error_of(scale: Tensor) -> Tensor:
+        step = scale[:, None]
+        return ((rows / step).round_().clamp_(grid.low, grid.high).mul_(step) - rows).square_().sum(1)
+
+    scale = _best_scale(grid, largest, error_of)
+    return scale.clamp_min(float((scale.max() * _DEAD).clamp_min(1e-8)))
+
+
+def activation_scale(values: Tensor, grid: Grid) -> Tensor:
+    """Step of a tensor, () float32, from a sample (n,) of its values and its grid."""
+    largest = values.abs().max()
+    if not bool(largest > 0):
+        return values.new_tensor(1.0)  # nothing was ever seen here: any step will do
+
+    def error_of(scale: Tensor) -> Tensor:
+        return ((values / scale).round_().clamp_(grid.low, grid.high).mul_(scale) - values).square_().mean()
+
+    return _best_scale(grid, largest, error_of)
+
+
+@torch.no_grad()
+def calibrate(
+    student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
+) -> None:
+    """Set all scales of a student: weights by themselves, activations by what the images make of the float graph.
+
+    Args:
+        student: its scales are overwritten.
+        images: (N, C, H, W) float32, normalized.
+        batch_size: images a forward pass.
+        rng: chooses the values that are looked at.
+    """
+    for layer in student.layers().values():
+        scale = weight_scales(layer.weight, layer.weight_quantizer.grid)
+        layer.weight_quantizer.floor.copy_((scale.max() * _DEAD).clamp_min(1e-8))
+        layer.weight_quantizer.set_scale(scale)
+    seen = _activations(student, images, batch_size, rng, progress)
+    for name, quantizer in student.quantizers().items():
+        if name in seen:
+            quantizer.set_scale(activation_scale(seen[name], quantizer.grid))
+    student.settle()
+
+
+def _activations(
+    student: Student, images: Tensor, batch_size: int, rng: torch.Generator, progress: Progress
+) -> dict[str, Tensor]:
+    """A random sample of the float values at each activation quantizer, about 262,144 a site."""
+    device = next(student.parameters()).device
+    sites = {site.name: len(site.producers) for site in student.placement.activations}
+    quantizers = {name: q for name, q in student.quantizers().items() if name in sites}
+    batches = images.split(batch_size)
+    seen: dict[str, list[Tensor]] = {name: [] for name in quantizers}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        share = max(1, _SAMPLES_A_SITE // (len(batches) * sites[name]))
+
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].flatten()
+            if len(values) > share:
+                picked = torch.randint(len(values), (share,), generator=rng, device=rng.device)
+                values = values[picked.to(values.device)]
+            seen[name].append(values)
+
+        return record
+
+    handles = [quantizer.register_forward_pre_hook(hook(name)) for name, quantizer in quantizers.items()]
+    try:
+        with student.in_float(), progress.task("Calibration", len(batches)) as advance:
+            for batch in batches:
+                student(batch.to(device))
+                advance(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(values) for name, values in seen.items()}

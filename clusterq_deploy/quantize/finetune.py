@@ -1,0 +1,142 @@
+"""Fine-tuning: the student learns from the teacher's answers to synthetic images."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from calib.calibration_set import CalibrationSet
+from calib.config import StageConfig
+from calib.progress import SILENT, Progress
+from calib.refine import shifted
+from clusterq_deploy.quantize.quantizer import Quantizer
+from clusterq_deploy.quantize.student import Student
+
+
+class FinetuneConfig(StageConfig):
+    """How a student is tuned. `steps = 0` leaves the calibrated scales and the teacher's weights.
+
+    Attributes:
+        steps: optimizer steps (Adam, cosine decay).
+        learning_rate: of weights and biases.
+        scale_learning_rate: of the logarithms of the scales.
+        ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
+        temperature: of the KL term; 1 is the paper's.
+        shift: images are shifted by up to this many pixels, and mirrored where that keeps their class.
+        held_out: share of the synthetic images that is not tuned on, but selects the best checkpoint.
+        checkpoints: how often the held-out images are asked.
+    """
+
+    steps: int = Field(600, ge=0)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    scale_learning_rate: float = Field(3e-3, gt=0)
+    ce_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(4.0, gt=0)
+    shift: int = Field(2, ge=0)
+    held_out: float = Field(0.125, gt=0, lt=1)
+    checkpoints: int = Field(8, ge=1)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What fine-tuning did: the loss by step, the held-out KL by checkpoint, and the step that was kept."""
+
+    losses: dict[str, list[float]]
+    kept_step: int
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
+    """CE(Q(x), y) + gamma KL, from logits (N, classes) and labels (N,).  # (11) in arXiv 2205.00179
+
+    The KL term is taken at a temperature T and multiplied by T squared, which keeps its gradient's size
+    (Hinton et al., arXiv 1503.02531).
+    """
+    t = config.temperature
+    kl = F.kl_div(
+        (student / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True
+    )
+    loss = config.kl_weight * t * t * kl
+    return loss + config.ce_weight * F.cross_entropy(student, labels) if config.ce_weight else loss
+
+
+@torch.no_grad()
+def divergence(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int) -> float:
+    """Mean KL(teacher || student) over images (N, C, H, W), in nats, at temperature 1."""
+    device = next(student.parameters()).device
+    total = 0.0
+    for part in images.split(batch_size):
+        batch = part.to(device)
+        own, target = student(batch).log_softmax(1), teacher(batch).log_softmax(1)
+        total += float(F.kl_div(own, target, reduction="sum", log_target=True))
+    return total / len(images)
+
+
+def finetune(
+    student: Student,
+    teacher: nn.Module,
+    calibration: CalibrationSet,
+    *,
+    config: FinetuneConfig,
+    flip: bool,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+) -> Tuning:
+    """Tune weights, biases and scales of a calibrated student, in place.
+
+    The checkpoint with the smallest divergence from the teacher on held-out synthetic images is kept; the
+    untuned student is the first of them.
+
+    Args:
+        student: calibrated, on the device to tune on.
+        teacher: frozen, in eval mode, on the same device.
+        calibration: the synthetic images.
+        flip: mirror images at random.
+        rng: source of all randomness.
+    """
+    losses: dict[str, list[float]] = {"distillation": [], "held_out_kl": []}
+    if not config.steps:
+        return Tuning(losses, 0)
+    device = next(student.parameters()).device
+    tune, held_out = calibration.split(config.held_out)
+    scales = [q.log_scale for q in student.modules() if isinstance(q, Quantizer)]
+    ids = {id(s) for s in scales}
+    groups = [
+        {"params": [p for p in student.parameters() if id(p) not in ids], "lr": config.learning_rate},
+        {"params": scales, "lr": config.scale_learning_rate},
+    ]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    best = divergence(student, teacher, held_out.images, config.batch_size)
+    losses["held_out_kl"].append(best)
+    kept, kept_step = copy.deepcopy(student.state_dict()), 0
+    every = max(1, config.steps // config.checkpoints)
+    with progress.task(f"Fine-tuning {student.bits}", config.steps) as advance:
+        for step in range(1, config.steps + 1):
+            picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
+            images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
+            moves = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng, device=rng.device).tolist()
+            mirror = flip and bool(torch.randint(2, (), generator=rng, device=rng.device))
+            images = shifted(images, int(moves[0]), int(moves[1]), mirror)
+            with torch.no_grad():
+                target = teacher(images)
+            loss = distillation_loss(student(images), target, labels, config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            student.project()
+            losses["distillation"].append(loss.item())
+            advance(1, loss=losses["distillation"][-1])
+            if step % every == 0 or step == config.steps:
+                now = divergence(student, teacher, held_out.images, config.batch_size)
+                losses["held_out_kl"].append(now)
+                if now < best:
+                    best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
+    student.load_state_dict(kept)
+    student.settle()
+    return Tuning(losses, kept_step)

@@ -1,0 +1,60 @@
+"""Bit widths and the integer grids that the targets can run."""
+
+import re
+from dataclasses import dataclass
+
+from clusterq_deploy.errors import ConfigError
+
+_MIN_BITS, _MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A symmetric integer grid: zero-point 0, values `low` to `high` times a positive scale.
+
+    Unsigned grids end at 127: TensorRT has no UINT8, so that an unsigned 8-bit tensor has INT8's positive half (and
+    is the same as a 7-bit one).
+    """
+
+    bits: int
+    signed: bool
+
+    @property
+    def low(self) -> int:
+        """The smallest integer."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else min(2**self.bits - 1, 127)
+
+
+@dataclass(frozen=True, order=True)
+class BitWidths:
+    """Bits of weights and of activations; `str` gives the variant's name, such as w4a4."""
+
+    weights: int
+    activations: int
+
+    def __post_init__(self) -> None:
+        for bits in (self.weights, self.activations):
+            if not _MIN_BITS <= bits <= _MAX_BITS:
+                raise ConfigError(
+                    f"bit widths go from {_MIN_BITS} to {_MAX_BITS}, got {self}; name them like w8a8 or w4a4"
+                )
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+    @classmethod
+    def parse(cls, text: str) -> "BitWidths":
+        """Read a name such as `w4a4`.
+
+        Raises:
+            ConfigError: the text is no such name, or a width is outside 2 to 8.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        if match is None:
+            raise ConfigError(f"{text!r} is no bit-width setting; name it like w8a8 or w4a4")
+        return cls(int(match[1]), int(match[2]))

@@ -1,0 +1,129 @@
+"""What the nodes of a traced graph do to values: which ones move them only, which ones bound them."""
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from clusterq_deploy.quantize.graph import module_of, tensor_inputs
+
+Range = tuple[float, float]
+_ANY: Range = (-math.inf, math.inf)
+
+_MOVING_MODULES = (
+    nn.MaxPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.ZeroPad2d,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+)
+_MOVING_FUNCTIONS = {
+    F.max_pool2d,
+    F.adaptive_max_pool2d,
+    F.dropout,
+    F.dropout2d,
+    F.channel_shuffle,
+    F.pixel_shuffle,
+    operator.getitem,
+    torch.channel_shuffle,
+    torch.chunk,
+    torch.flatten,
+    torch.max_pool2d,
+    torch.permute,
+    torch.reshape,
+    torch.split,
+    torch.squeeze,
+    torch.transpose,
+    torch.unsqueeze,
+}
+_MOVING_METHODS = {
+    "chunk", "contiguous", "flatten", "permute", "reshape", "split", "squeeze", "transpose", "unsqueeze", "view",
+}  # fmt: skip
+_CONCATENATIONS = {torch.cat, torch.concat}
+_ADDITIONS = {operator.add, torch.add}
+_PRODUCTS = {operator.mul, torch.mul}
+_AVERAGES = {F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean}
+
+_BOUNDS: dict[Any, Range] = {
+    nn.ReLU: (0, math.inf), F.relu: (0, math.inf), torch.relu: (0, math.inf), "relu": (0, math.inf),
+    nn.ReLU6: (0, 6), F.relu6: (0, 6),
+    nn.Sigmoid: (0, 1), F.sigmoid: (0, 1), torch.sigmoid: (0, 1), "sigmoid": (0, 1),
+    nn.Hardsigmoid: (0, 1), F.hardsigmoid: (0, 1),
+    nn.Softmax: (0, 1), F.softmax: (0, 1),
+}  # fmt: skip
+_RECTIFIERS = {nn.ReLU, F.relu, torch.relu, "relu", nn.ReLU6, F.relu6}
+
+
+def _identity(traced: fx.GraphModule, node: fx.Node) -> Any:
+    """What a node calls: a function, a method's name, or a module's type."""
+    module = module_of(traced, node)
+    return type(module) if module is not None else node.target
+
+
+def moves_values(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node's output holds only values of its inputs (and zeros), so that a grid passes through it."""
+    if node.op == "call_module":
+        module = module_of(traced, node)
+        if isinstance(module, nn.ConstantPad2d):
+            return module.value == 0
+        return isinstance(module, _MOVING_MODULES) or (
+            isinstance(module, nn.Upsample) and module.mode == "nearest"
+        )
+    if node.op == "call_function":
+        if node.target is F.pad:
+            return node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+        if node.target is F.interpolate:
+            return node.kwargs.get("mode", "nearest") == "nearest"
+        return node.target in _MOVING_FUNCTIONS or node.target in _CONCATENATIONS
+    return node.op == "call_method" and node.target in _MOVING_METHODS
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two tensors."""
+    named = node.op == "call_function" and node.target in _ADDITIONS
+    named = named or (node.op == "call_method" and node.target in {"add", "add_"})
+    return named and len(node.args) >= 2 and all(isinstance(a, fx.Node) for a in node.args[:2])
+
+
+def is_rectifier(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a ReLU or ReLU6, which a runtime fuses into the convolution in front of it."""
+    return _identity(traced, node) in _RECTIFIERS
+
+
+def value_ranges(traced: fx.GraphModule) -> dict[fx.Node, Range]:
+    """The interval that each node's values must lie in, by what the operations are; infinite where unknown."""
+    ranges: dict[fx.Node, Range] = {}
+    for node in traced.graph.nodes:
+        ranges[node] = _range(traced, node, [ranges[source] for source in tensor_inputs(node)])
+    return ranges
+
+
+def _range(traced: fx.GraphModule, node: fx.Node, inputs: list[Range]) -> Range:
+    if not inputs:
+        return _ANY
+    kind = _identity(traced, node)
+    if kind in _BOUNDS:
+        low, high = _BOUNDS[kind]
+        return low, min(high, max(inputs[0][1], low))
+    if kind is nn.Hardtanh:
+        module = module_of(traced, node)
+        return (float(module.min_val), float(module.max_val)) if isinstance(module, nn.Hardtanh) else _ANY
+    if moves_values(traced, node):
+        padded = kind in {F.pad, nn.ZeroPad2d, nn.ConstantPad2d}
+        lows, highs = [low for low, _ in inputs], [high for _, high in inputs]
+        return min([*lows, 0] if padded else lows), max([*highs, 0] if padded else highs)
+    if kind in _AVERAGES or kind in {nn.AvgPool2d, nn.AdaptiveAvgPool2d, "mean"}:
+        return inputs[0]
+    if is_addition(node):
+        return sum(low for low, _ in inputs), sum(high for _, high in inputs)
+    if kind in _PRODUCTS and len(inputs) == 2 and min(inputs[0][0], inputs[1][0]) >= 0:
+        return 0, inputs[0][1] * inputs[1][1] if math.isfinite(inputs[0][1] * inputs[1][1]) else math.inf
+    return _ANY

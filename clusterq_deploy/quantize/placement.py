@@ -1,0 +1,204 @@
+"""Where quantizers go: chosen by the graph, so that every quantized layer is one that the targets can run."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx, nn
+
+from clusterq_deploy.quantize.graph import module_of, tensor_inputs
+from clusterq_deploy.quantize.grid import BitWidths, Grid
+from clusterq_deploy.quantize.ops import is_addition, is_rectifier, moves_values, value_ranges
+
+Target = Literal["onnxruntime", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("onnxruntime", "tensorrt")
+_EIGHT = 8
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A quantizer behind the outputs of `producers` (several where a concatenation shares one scale).
+
+    `targets` are the runtimes whose graph has it: ONNX Runtime wants one directly behind every convolution,
+    TensorRT wants none between a convolution and the residual add that it fuses.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    grid: Grid
+    limit: float
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """A quantizer, per output channel, on the weight of `layer`, whose input has the quantizer `input_site`."""
+
+    name: str
+    layer: str
+    grid: Grid
+    input_site: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All quantizers of a student, and the layers that stay in float with the reason."""
+
+    activations: tuple[ActivationSite, ...]
+    weights: tuple[WeightSite, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) -> Placement:
+    """Decide on every quantizer of a folded graph.
+
+    - The input of each Conv2d and Linear is quantized, where its values are made: behind the ReLU in front of a
+      max-pool, behind each branch of a concatenation, so that what only moves values keeps their grid.
+    - At an addition the identity branch is quantized, the branch that ends in a convolution is not (it is fused).
+    - For ONNX Runtime alone, the output of a convolution that nothing else quantizes has an 8-bit quantizer.
+    - The image, and the identity branches that feed no layer, have 8 bits: they cost nothing.
+
+    Args:
+        traced: from `folded_teacher`.
+        bits: widths of weights and activations.
+        first_last: False keeps weights and inputs of the first and last layers at 8 bits.
+    """
+    layers, skipped = _layers(traced)
+    ranges = value_ranges(traced)
+    boundary = {n for n in layers if _reads_image(traced, n)} | {n for n in layers if _is_last(traced, n)}
+    groups = _Groups()
+
+    def wide(node: fx.Node) -> bool:
+        return node in boundary and not first_last
+
+    for node in layers:
+        image = _reads_image(traced, node)
+        groups.demand(_producers(traced, tensor_inputs(node)[0]), _EIGHT if wide(node) or image else bits.activations)
+    for node in traced.graph.nodes:
+        if is_addition(node):
+            for branch in _identity_branches(traced, node, layers):
+                groups.demand(_producers(traced, branch), None)
+    activations = [
+        ActivationSite(members[0].name, tuple(m.name for m in members), grid, limit, TARGETS)
+        for members, width in groups.resolved()
+        for grid, limit in [_grid(width or _EIGHT, [ranges[m] for m in members])]
+    ]
+    owner = {name: site.name for site in activations for name in site.producers}
+    for node in layers:
+        output = _fused_output(traced, node)
+        if output.name not in owner and not _is_last(traced, node):
+            grid, limit = _grid(_EIGHT, [ranges[output]])
+            activations.append(ActivationSite(output.name, (output.name,), grid, limit, ("onnxruntime",)))
+            owner[output.name] = output.name
+    weights = [
+        WeightSite(
+            f"{node.target}.weight",
+            str(node.target),
+            Grid(_EIGHT if wide(node) else bits.weights, signed=True),
+            owner[_producers(traced, tensor_inputs(node)[0])[0].name],
+        )
+        for node in layers
+    ]
+    return Placement(tuple(activations), tuple(weights), skipped)
+
+
+def _grid(bits: int, ranges: list[tuple[float, float]]) -> tuple[Grid, float]:
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    return Grid(bits, signed=low < 0), high if low >= 0 and high > 0 else math.inf
+
+
+def _layers(traced: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
+    """The nodes that call a layer to quantize, in order, and the layers left out with the reason."""
+    calls: dict[str, list[fx.Node]] = {}
+    skipped: dict[str, str] = {}
+    for node in traced.graph.nodes:
+        module = module_of(traced, node)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            calls.setdefault(str(node.target), []).append(node)
+        elif module is not None and any(True for _ in module.parameters(recurse=False)):
+            reason = "BatchNorm without a layer to fold it into" if isinstance(module, nn.BatchNorm2d) else "no INT8 form"
+            skipped[str(node.target)] = f"{type(module).__name__}: {reason}"
+    layers = []
+    for name, nodes in calls.items():
+        module = traced.get_submodule(name)
+        if len(nodes) > 1:
+            skipped[name] = f"{type(module).__name__}: called {len(nodes)} times, one set of scales does not fit"
+        elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            skipped[name] = f"Conv2d: padding mode {module.padding_mode!r} has no INT8 form"
+        else:
+            layers.append(nodes[0])
+    return layers, skipped
+
+
+def _producers(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The nodes that make the values of `node`, above everything that only moves them."""
+    found: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        at = stack.pop()
+        sources = tensor_inputs(at)
+        if sources and moves_values(traced, at):
+            stack.extend(reversed(sources))
+        elif at not in found:
+            found.append(at)
+    return found
+
+
+def _reads_image(traced: fx.GraphModule, node: fx.Node) -> bool:
+    return any(source.op == "placeholder" for source in _producers(traced, tensor_inputs(node)[0]))
+
+
+def _is_last(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a layer's output leaves the net, moved at most."""
+    return any(user.op == "output" or (moves_values(traced, user) and _is_last(traced, user)) for user in node.users)
+
+
+def _fused_output(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node whose output a runtime fuses into the layer: the ReLU behind it, or the layer itself."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and is_rectifier(traced, users[0]) else node
+
+
+def _identity_branches(traced: fx.GraphModule, node: fx.Node, layers: list[fx.Node]) -> list[fx.Node]:
+    """The operands of an addition other than the one that a convolution is fused with."""
+    operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    fusable = [a for a in operands if a in layers and len(a.users) == 1]
+    if not fusable:
+        return []
+    deepest = max(fusable, key=lambda a: _depth(a, {}))
+    return [a for a in operands if a is not deepest]
+
+
+def _depth(node: fx.Node, known: dict[fx.Node, int]) -> int:
+    """Length of the longest path from the graph's inputs to a node."""
+    for at in node.graph.nodes:
+        known[at] = 1 + max((known[source] for source in tensor_inputs(at)), default=0)
+        if at is node:
+            break
+    return known[node]
+
+
+class _Groups:
+    """Producers that share a quantizer, and the width that their consumers want of it."""
+
+    def __init__(self) -> None:
+        self._sets: list[tuple[list[fx.Node], int | None]] = []
+
+    def demand(self, producers: list[fx.Node], bits: int | None) -> None:
+        """Want one quantizer for `producers`, of `bits`; None goes along with what others want."""
+        merged, widths = [], [bits]
+        kept = []
+        for members, width in self._sets:
+            if any(p in members for p in producers):
+                merged += members
+                widths.append(width)
+            else:
+                kept.append((members, width))
+        merged += [p for p in producers if p not in merged]
+        self._sets = [*kept, (merged, max((w for w in widths if w is not None), default=None))]
+
+    def resolved(self) -> list[tuple[list[fx.Node], int | None]]:
+        """The groups in order of the graph."""
+        order = {node: i for members, _ in self._sets for i, node in enumerate(members[0].graph.nodes)}
+        ordered = [(sorted(members, key=order.__getitem__), bits) for members, bits in self._sets]
+        return sorted(ordered, key=lambda group: order[group[0][0]])

@@ -1,0 +1,134 @@
+"""Fake quantization with a learned step, and the layers that apply it to their weights."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clusterq_deploy.quantize.grid import Grid
+
+MARKER = "FakeQuantize"
+MARKER_DOMAIN = "clusterq"
+"""Operator and domain that stand for a quantizer in an exported graph until it is spelled for a target."""
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Round to the grid; the gradient passes where the value is on it, and the step's is that of LSQ.
+
+    Esser et al., Learned Step Size Quantization, arXiv 1902.08153, equations (1) to (3).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        steps = x / scale  # divide and round half to even, as QuantizeLinear does
+        ctx.save_for_backward(steps, scale)
+        ctx.range = (low, high)
+        return steps.round().clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
+        steps, scale = ctx.saved_tensors
+        low, high = ctx.range
+        inside = (steps >= low) & (steps <= high)
+        grad_x = grad * inside
+        slope = steps.round().clamp_(low, high).sub_(steps * inside).mul_(grad)
+        grad_scale = slope.sum() if scale.dim() == 0 else slope.flatten(1).sum(1).view_as(scale)
+        return grad_x, grad_scale, None, None
+
+
+class Quantizer(nn.Module):
+    """Rounds a tensor to `grid`, with a learned positive scale.
+
+    Args:
+        site: the quantizer's name, unique in its model.
+        grid: the integers.
+        channels: length of the scale: one for each index of dimension 0 (weights), or None for one in all.
+        limit: the largest value that the tensor can have (6 behind a ReLU6); the scale is kept so that
+            `high * scale` does not pass it, which makes the clip in front of the quantizer redundant.
+
+    Attributes:
+        log_scale: () or (channels,) float32; its logarithm is learned, so the scale stays positive.
+        enabled: False lets the tensor pass untouched.
+        floor: the smallest scale that `project` leaves.
+    """
+
+    def __init__(self, site: str, grid: Grid, channels: int | None = None, limit: float = math.inf) -> None:
+        super().__init__()
+        self.site, self.grid, self.limit, self.enabled = site, grid, limit, True
+        self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
+        self.register_buffer("floor", torch.tensor(1e-8))
+
+    floor: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """The step between neighbouring values, () or (channels,) float32, positive."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Set the step; values under the floor or over the limit are moved there."""
+        self.log_scale.copy_(scale.to(self.log_scale).clamp_min(1e-30).log())
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the scale back between its floor and its limit; to be called after each optimizer step."""
+        # a relative ulp below the limit: log and exp round, and the limit must hold exactly
+        highest = math.log(self.limit / self.grid.high) - 1e-6 if math.isfinite(self.limit) else math.inf
+        self.log_scale.clamp_(min=float(self.floor.log()), max=highest)
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The grid's integers for x, int8, of x's shape."""
+        return (x / self._spread(x)).round().clamp(self.grid.low, self.grid.high).to(torch.int8)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        scale = self.scale
+        return scale if scale.dim() == 0 else scale.view(-1, *[1] * (x.dim() - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        if torch.compiler.is_exporting():
+            return torch.onnx.ops.symbolic(
+                f"{MARKER_DOMAIN}::{MARKER}", (x,), {"site": self.site}, dtype=x.dtype, shape=x.shape, version=1
+            )
+        result: Tensor = _FakeQuantize.apply(x, self._spread(x), self.grid.low, self.grid.high)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        return f"{self.site!r}, {self.grid}"
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution whose weight passes a quantizer."""
+
+    weight_quantizer: Quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight passes a quantizer."""
+
+    weight_quantizer: Quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+
+
+QuantizedLayer = QuantizedConv2d | QuantizedLinear
+
+
+def with_weight_quantizer(layer: nn.Conv2d | nn.Linear, quantizer: Quantizer) -> QuantizedLayer:
+    """The layer with the same parameters and a quantizer on its weight."""
+    kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+    quantized = kind.__new__(kind)
+    quantized.__dict__.update(layer.__dict__)
+    quantized._modules = dict(layer._modules)
+    quantized.weight_quantizer = quantizer
+    return quantized

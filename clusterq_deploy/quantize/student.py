@@ -1,0 +1,165 @@
+"""The student: a teacher's folded graph with quantizers in it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, fx, nn
+
+from clusterq_deploy.errors import WeightsError
+from clusterq_deploy.quantize.graph import folded_teacher
+from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.placement import Placement, Target, place
+from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLinear, Quantizer, with_weight_quantizer
+
+
+class Student(nn.Module):
+    """A quantized model: images (N, C, H, W) float32, normalized, to logits (N, classes).
+
+    Attributes:
+        net: the folded graph with a `Quantizer` at every site.
+        bits: widths of weights and activations.
+        first_last: whether the first and last layers have those widths too, not 8 bits.
+        placement: where the quantizers are, and which layers stay in float.
+    """
+
+    def __init__(self, net: fx.GraphModule, bits: BitWidths, first_last: bool, placement: Placement) -> None:
+        super().__init__()
+        self.net, self.bits, self.first_last, self.placement = net, bits, first_last, placement
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """All quantizers by the name of their site."""
+        return {m.site: m for m in self.modules() if isinstance(m, Quantizer)}
+
+    def layers(self) -> dict[str, QuantizedConv2d | QuantizedLinear]:
+        """The quantized layers by the teacher's name for them, in order of execution."""
+        found: dict[str, QuantizedConv2d | QuantizedLinear] = {}
+        for site in self.placement.weights:
+            layer = self.net.get_submodule(site.layer)
+            if isinstance(layer, QuantizedConv2d | QuantizedLinear):
+                found[site.layer] = layer
+        return found
+
+    @contextmanager
+    def spelled(self, target: Target) -> Iterator[None]:
+        """Compute what `target`'s graph computes: without the quantizers that only the other one has."""
+        quantizers = self.quantizers()
+        absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
+        before = [q.enabled for q in absent]
+        for quantizer in absent:
+            quantizer.enabled = False
+        try:
+            yield
+        finally:
+            for quantizer, enabled in zip(absent, before, strict=True):
+                quantizer.enabled = enabled
+
+    @contextmanager
+    def in_float(self) -> Iterator[None]:
+        """Compute what the folded teacher computes: without any quantizer."""
+        before = {q: q.enabled for q in self.quantizers().values()}
+        for quantizer in before:
+            quantizer.enabled = False
+        try:
+            yield
+        finally:
+            for quantizer, enabled in before.items():
+                quantizer.enabled = enabled
+
+    def project(self) -> None:
+        """Bring every scale back into its bounds; to be called after each optimizer step."""
+        for quantizer in self.quantizers().values():
+            quantizer.project()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round every bias to its layer's accumulator, an INT32 whose step is input scale times weight scale.
+
+        Integer kernels add the bias there; done here, the torch model and every graph add the same numbers.
+        """
+        quantizers, layers = self.quantizers(), self.layers()
+        for site in self.placement.weights:
+            layer = layers[site.layer]
+            if layer.bias is not None:
+                step = quantizers[site.input_site].scale * layer.weight_quantizer.scale
+                layer.bias.copy_((layer.bias / step).round() * step)
+
+    def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
+        """The student as a safetensors file: folded float weights and scales; settings in the metadata."""
+        metadata = {
+            "bits": str(self.bits),
+            "first_last": json.dumps(self.first_last),
+            "provenance": json.dumps(dict(provenance), sort_keys=True),
+        }
+        return save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, metadata=metadata)
+
+
+def make_student(teacher: nn.Module, bits: BitWidths, *, first_last: bool = False) -> Student:
+    """A student whose quantizers stand where the targets want them, all scales still to be set.
+
+    Args:
+        teacher: in eval mode; it is copied, not changed.
+        bits: widths of weights and activations.
+        first_last: False keeps the first and last layers at 8 bits.
+
+    Raises:
+        GraphError: the teacher cannot be traced.
+    """
+    graph = folded_teacher(teacher)
+    placement = place(graph, bits, first_last=first_last)
+    device = next(graph.parameters()).device
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for site in placement.weights:
+        layer = graph.get_submodule(site.layer)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            quantizer = Quantizer(site.name, site.grid, channels=len(layer.weight))
+            graph.set_submodule(site.layer, with_weight_quantizer(layer, quantizer))
+    sites = nn.ModuleDict()
+    graph.add_submodule("quantizers", sites)
+    for activation in placement.activations:
+        key = activation.name.replace(".", "_")
+        sites[key] = Quantizer(activation.name, activation.grid, limit=activation.limit)
+        for producer in activation.producers:
+            node = nodes[producer]
+            with graph.graph.inserting_after(node):
+                quantized = graph.graph.call_module(f"quantizers.{key}")
+            node.replace_all_uses_with(quantized)
+            quantized.args = (node,)
+    graph.graph.lint()
+    graph.recompile()
+    return Student(graph, bits, first_last, placement).to(device).eval()
+
+
+def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
+    """Read what `Student.to_bytes` wrote, with its provenance.
+
+    Args:
+        path: a `quantized.safetensors`.
+        teacher: the model that it was made from.
+
+    Raises:
+        WeightsError: the file cannot be read, or belongs to another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        bits, first_last = BitWidths.parse(metadata["bits"]), bool(json.loads(metadata["first_last"]))
+        provenance = json.loads(metadata["provenance"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is no quantized model: {error}") from error
+    student = make_student(teacher, bits, first_last=first_last)
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} was made from another model: {str(error).splitlines()[1].strip()}") from error
+    return student, dict(provenance)

@@ -1,0 +1,162 @@
+"""The charts of the HTML report, as inline SVG that takes its colours and its font from the page.
+
+matplotlib draws in placeholder colours, which are then replaced by the page's CSS variables: so a chart
+follows light and dark without a script. Text stays text. The same numbers always give the same bytes.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from html import escape
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from clusterq_deploy.report.findings import BASELINE, Point
+
+_INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
+_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
+_POINT = 1 / 72  # of an inch: figures are laid out in points, which become the units of the SVG
+_CURVE_POINTS = 240
+_NAME_WIDTH = 45.0  # points that a variant's name takes, about
+_LEAST_RANGE = 5.0  # percentage points: a smaller range would make noise look like a difference
+
+
+def tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
+    """Accuracy (agreement without labels) over median latency, a labelled point for each variant.
+
+    `name` makes the ids of this chart unique in the page.
+    """
+    with _style(name):
+        figure, axes = _canvas(360, 250, left=0.11, right=0.97, bottom=0.17, top=0.90)
+        placed = [(p.latency.median_ms, _score(p, labelled), p.variant) for p in points]
+        for x, y, variant in placed:
+            colour = _MUTED if variant == BASELINE else _ACCENT
+            axes.plot([x], [y], "o", color=colour, markersize=7, clip_on=False, zorder=3)
+        lowest, highest = min(y for _, y, _ in placed), max(y for _, y, _ in placed)
+        pad = 0.2 * max(highest - lowest, _LEAST_RANGE)
+        axes.set_ylim(lowest - pad, min(highest + pad, 100.0))
+        axes.set_xlim(0, 1.2 * max(x for x, _, _ in placed))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(
+            f"median latency, ms at batch {points[0].latency.batch}", color=_MUTED, fontsize=10, loc="right"
+        )
+        axes.set_title(
+            "top-1, %" if labelled else "agreement with fp32, %", color=_MUTED, fontsize=10, loc="left"
+        )
+        _label(axes, placed)
+        listed = "; ".join(f"{variant} {y:.2f} % at {x:.3f} ms" for x, y, variant in placed)
+        return _svg(figure, name, f"Accuracy over latency in {points[0].latency.runtime}: {listed}")
+
+
+def curve_chart(losses: Sequence[float], title: str, name: str) -> str:
+    """One training curve, with its first and last finite value; a long one is drawn as means over windows."""
+    with _style(name):
+        figure, axes = _canvas(220, 110, left=0.03, right=0.78, bottom=0.10, top=0.76)
+        window = math.ceil(len(losses) / _CURVE_POINTS) or 1
+        chunks = [losses[start : start + window] for start in range(0, len(losses), window)]
+        means = [sum(chunk) / len(chunk) for chunk in chunks]
+        finite = [(step, value) for step, value in enumerate(means) if math.isfinite(value)]
+        # A gap where the loss was not finite: matplotlib breaks the line at NaN.
+        axes.plot(
+            [value if math.isfinite(value) else math.nan for value in means], color=_ACCENT, linewidth=1.3
+        )
+        axes.set_title(_plain(title), color=_INK, fontsize=12, loc="left")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.margins(0.02, 0.12)
+        if finite:
+            (_, first), (last_step, last) = finite[0], finite[-1]
+            axes.plot([last_step], [last], "o", color=_ACCENT, markersize=3.5, clip_on=False)
+            axes.annotate(
+                f"{last:.3g}",
+                (last_step, last),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                color=_INK,
+                fontsize=12,
+            )
+            axes.set_title(f"from {first:.3g}", color=_MUTED, fontsize=11, loc="right")
+        return _svg(figure, name, f"{title} over {len(losses)} recorded steps")
+
+
+def _score(point: Point, labelled: bool) -> float:
+    top1 = point.accuracy.top1
+    return top1 if labelled and top1 is not None else point.accuracy.agreement
+
+
+def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
+    """Write each name right of its point, left where another point is; names that would overlap move down."""
+    scale = 72 / axes.figure.dpi
+    spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in placed]
+    taken: list[tuple[float, float]] = []
+    for (column, row), (x, y, variant) in sorted(
+        zip(spots, placed, strict=True), key=lambda item: -item[0][1]
+    ):
+        left = any(0 < other - column < _NAME_WIDTH and abs(height - row) < 10 for other, height in spots)
+        start, shift = column + (-_NAME_WIDTH if left else 0), 0.0
+        for other_start, other_row in taken:
+            if abs(start - other_start) < _NAME_WIDTH and row + shift > other_row - 13:
+                shift = other_row - 13 - row
+        taken.append((start, row + shift))
+        axes.annotate(
+            _plain(variant),
+            (x, y),
+            (-9 if left else 9, shift),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=_INK,
+            fontsize=11,
+            fontweight="normal" if variant == BASELINE else "bold",
+            zorder=2.5,
+        )
+
+
+def _style(name: str) -> AbstractContextManager[None]:
+    """matplotlib's own defaults, whatever the user's are; `name` seeds the ids in the SVG."""
+    return style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name}])
+
+
+def _canvas(
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float
+) -> tuple[Figure, Axes]:
+    """A transparent figure of `width` x `height` points; its axes lie between the given shares of it."""
+    figure = Figure(figsize=(width * _POINT, height * _POINT), frameon=False)
+    axes = figure.add_axes((left, bottom, right - left, top - bottom), frameon=True)
+    axes.patch.set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_RULE)
+    axes.tick_params(colors=_MUTED, labelsize=10)
+    return figure, axes
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an `<svg>` element that scales to its container."""
+    page = io.StringIO()
+    figure.savefig(page, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = page.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # A style sheet inside an inline <svg> would hold for the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(f": {colour}", f": {variable}")
+    opening = f'<svg class="chart" role="img" aria-label="{escape(description)}" '
+    svg = re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', lambda tag: f"{opening}{tag[1]}>", svg, count=1)
+    return svg.strip()

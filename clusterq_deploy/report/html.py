@@ -1,0 +1,118 @@
+"""`report.html`: the report as one page that needs no network, no script and no other file."""
+
+import base64
+import json
+import shlex
+from dataclasses import dataclass
+
+import jinja2
+
+from clusterq_deploy.report import wording
+from clusterq_deploy.report.findings import (
+    BASELINE,
+    Verdict,
+    accuracy_rows,
+    file_rows,
+    latency_rows,
+    points,
+    verdicts,
+)
+from clusterq_deploy.report.schema import Report
+
+
+@dataclass(frozen=True, slots=True)
+class _Curves:
+    """The training curves of one stage, each an `<svg>` element."""
+
+    stage: str
+    charts: list[str]
+
+
+def to_html(report: Report, preview_png: bytes | None = None) -> str:
+    """The text of `report.html`; `preview_png` is a contact sheet of the synthetic images, as a PNG file."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clusterq_deploy.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": wording.duration,
+        "ms": wording.milliseconds,
+        "number": wording.number,
+        "percent": wording.percent,
+        "size": wording.size,
+        "speedup": wording.speedup,
+        "with_error": wording.with_error,
+    }
+    found = verdicts(report)
+    chosen = [(v.runtime, v.choice) for v in found if v.outcome == "deploy" and v.choice is not None]
+    labelled = report.evaluation.labelled
+    files = file_rows(report)
+    return (
+        environment.get_template("template.html.j2").render(
+            report=report,
+            baseline=BASELINE,
+            summary=wording.summary(report),
+            cards=[
+                (verdict, _headline(verdict), wording.verdict_sentence(verdict, labelled))
+                for verdict in found
+            ],
+            chosen={(choice.variant, runtime) for runtime, choice in chosen},
+            chosen_files={choice.accuracy.graph for _, choice in chosen},
+            accuracy=accuracy_rows(report),
+            latency=latency_rows(report),
+            files=files,
+            largest_file=max((row.artifact.size_bytes for row in files), default=0),
+            tradeoffs=_tradeoffs(report, found),
+            curves=_curves(report),
+            notes=wording.notes(report),
+            calibration=wording.calibration_facts(report),
+            environment=wording.environment_facts(report.environment),
+            command=shlex.join(report.command),
+            config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str)
+            if report.config
+            else "",
+            preview=base64.b64encode(preview_png).decode("ascii") if preview_png else None,
+        )
+        + "\n"
+    )
+
+
+def _headline(verdict: Verdict) -> str:
+    if verdict.outcome == "deploy" and verdict.choice is not None:
+        return f"Deploy {verdict.choice.variant}"
+    return "No suggestion" if verdict.outcome == "unknown" else f"Keep {BASELINE}"
+
+
+def _tradeoffs(report: Report, found: list[Verdict]) -> list[tuple[str, str]]:
+    """Runtime and chart, for each runtime in which something was scored and timed."""
+    from clusterq_deploy.report.charts import tradeoff_chart  # matplotlib takes half a second to import
+
+    charts = []
+    for index, verdict in enumerate(found):
+        measured = points(report, verdict.runtime)
+        if measured:
+            chart = tradeoff_chart(measured, report.evaluation.labelled, f"tradeoff{index}")
+            charts.append((verdict.runtime, chart))
+    return charts
+
+
+def _curves(report: Report) -> list[_Curves]:
+    from clusterq_deploy.report.charts import curve_chart
+
+    stages = [("Synthesis", report.calibration.losses)]
+    stages += [(variant.name, variant.losses) for variant in report.variants]
+    return [
+        _Curves(
+            stage,
+            [
+                curve_chart(values, name, f"curve{number}-{index}")
+                for index, (name, values) in enumerate(losses.items())
+                if values
+            ],
+        )
+        for number, (stage, losses) in enumerate(stages)
+        if any(losses.values())
+    ]

@@ -1,0 +1,130 @@
+"""`report.md`: the report as tables that read well in a terminal and on a code host."""
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from clusterq_deploy.report import wording
+from clusterq_deploy.report.findings import accuracy_rows, file_rows, latency_rows, verdicts
+from clusterq_deploy.report.schema import Report
+
+
+def to_markdown(report: Report) -> str:
+    """The text of `report.md`."""
+    labelled = report.evaluation.labelled
+    sections = [
+        f"# {_text(report.model.name)}: quantization report",
+        _text(wording.summary(report)),
+        _bullets(_text(wording.verdict_sentence(verdict, labelled)) for verdict in verdicts(report)),
+        "## Accuracy",
+        _accuracy_table(report),
+        "## Latency",
+        _latency_table(report),
+        "## Files",
+        _file_table(report),
+        "## How to read these numbers",
+        _bullets(_text(note) for note in wording.notes(report)),
+        "## What was skipped",
+        _bullets(_skipped(report)) or "Nothing.",
+        "## Calibration set",
+        _table(("", ""), [tuple(map(_text, fact)) for fact in wording.calibration_facts(report)]),
+        "## Environment",
+        _table(("", ""), [tuple(map(_text, fact)) for fact in wording.environment_facts(report.environment)]),
+        "## Command",
+        textwrap.indent(shlex.join(report.command), "    "),
+        f"Seed {report.seed}; clusterq-deploy {_text(report.clusterq_deploy)}; {_text(report.created)}.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _accuracy_table(report: Report) -> str:
+    rows = [
+        (
+            _text(row.variant),
+            _text(row.accuracy.runtime),
+            wording.size(row.size_bytes),
+            wording.with_error(row.accuracy.top1, row.top1_error),
+            wording.with_error(row.drop, row.drop_error),
+            wording.number(row.accuracy.top5),
+            wording.with_error(row.accuracy.agreement, row.agreement_error),
+        )
+        for row in accuracy_rows(report)
+    ]
+    headings = ("variant", "runtime", "size", "top-1 %", "drop", "top-5 %", "agreement %")
+    return _table(headings, rows, left=2) if rows else "Not measured."
+
+
+def _latency_table(report: Report) -> str:
+    rows = [
+        (
+            _text(row.variant),
+            _text(row.latency.runtime),
+            str(row.latency.batch),
+            str(row.latency.threads or wording.ABSENT),
+            ("~" if row.unsteady else "") + wording.milliseconds(row.latency.median_ms),
+            wording.milliseconds(row.latency.p90_ms),
+            wording.milliseconds(row.latency.p99_ms),
+            f"{row.latency.images_per_second:,.0f}",
+            wording.speedup(row.speedup),
+        )
+        for row in latency_rows(report)
+    ]
+    headings = (
+        "variant",
+        "runtime",
+        "batch",
+        "threads",
+        "median ms",
+        "p90 ms",
+        "p99 ms",
+        "images/s",
+        "speed-up",
+    )
+    return _table(headings, rows, left=2) if rows else "Not measured."
+
+
+def _file_table(report: Report) -> str:
+    rows = [
+        (
+            _text(row.artifact.path),
+            _text(row.artifact.target),
+            wording.size(row.artifact.size_bytes),
+            wording.percent(row.share),
+            _text("; ".join(row.artifact.notes)),
+        )
+        for row in file_rows(report)
+    ]
+    return _table(("file", "for", "size", "of fp32", "notes"), rows, left=2) if rows else "None was written."
+
+
+def _skipped(report: Report) -> list[str]:
+    stages = [f"{_text(skipped.stage)}: {_text(skipped.reason)}" for skipped in report.skipped]
+    layers = [
+        f"{_text(variant.name)}, layer {_text(note.layer)} left in float: {_text(note.reason)}"
+        for variant in report.variants
+        for note in variant.skipped_layers
+    ]
+    return stages + layers
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int | None = None) -> str:
+    """A table padded for a fixed-width font; columns from `left` on are numbers and stand to the right."""
+    left = len(headings) if left is None else left
+    lines = [headings, *rows]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(headings))]
+    pads = [str.ljust if column < left else str.rjust for column in range(len(headings))]
+    ruler = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    cells = [
+        [pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)] for line in lines
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], ruler, *cells[1:]])
+
+
+def _bullets(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _text(text: str) -> str:
+    """Text as one line in which Markdown finds no markup, HTML or table cell."""
+    return re.sub(r"([\\`*|<\[\]])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,221 @@
+"""The words that the Markdown and the HTML report share: units, verdicts, and how to read the numbers."""
+
+from clusterq_deploy.report.findings import (
+    BASELINE,
+    MAX_DISAGREEMENT,
+    MAX_DROP,
+    SPEED_TIE,
+    UNSTEADY,
+    Verdict,
+    grid_bits,
+    latency_rows,
+)
+from clusterq_deploy.report.schema import Environment, Report
+
+ABSENT = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def number(value: float | None, decimals: int = 2) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    if value is None:
+        return ABSENT
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else f"{0:.{decimals}f}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """`69.42 ± 0.65`; the error is left out where there is none."""
+    return number(value) if value is None or error is None else f"{number(value)} ± {number(error)}"
+
+
+def milliseconds(value: float) -> str:
+    """Four digits: 0.123, 1.234, 12.34, 123.4."""
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
+
+
+def size(size_bytes: int | None) -> str:
+    """A file size in decimal units: 46.8 MB."""
+    if size_bytes is None:
+        return ABSENT
+    if size_bytes < 1e6:
+        return f"{size_bytes / 1e3:.1f} kB"
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def speedup(value: float | None) -> str:
+    """3.28 with a multiplication sign behind it."""
+    return ABSENT if value is None else f"{value:.2f}{TIMES}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage: 0.254 is `25.4 %`."""
+    return ABSENT if share is None else f"{100 * share:.1f} %"
+
+
+def summary(report: Report) -> str:
+    """What was done, in one sentence."""
+    names = [variant.name for variant in report.variants if variant.name != BASELINE]
+    made = f"to {_listed(names)} " if names else ""
+    if report.evaluation.labelled:
+        scored = f"scored on {report.evaluation.images:,} labelled images of {report.evaluation.dataset}"
+    else:
+        scored = f"compared with its fp32 teacher on {report.evaluation.images:,} held-out synthetic images"
+    return (
+        f"{report.model.name} was quantized {made}without any of its training data, "
+        f"from {report.calibration.images:,} synthetic images, and {scored}."
+    )
+
+
+def verdict_sentence(verdict: Verdict, labelled: bool) -> str:
+    """What to deploy in one runtime, what it costs and what it saves."""
+    choice, reference = verdict.choice, verdict.baseline
+    if choice is None or choice.cost is None:
+        return f"On {verdict.runtime} nothing can be suggested: no variant could be compared with fp32 there."
+    cost = _cost(choice.cost, labelled)
+    if verdict.outcome == "inaccurate":
+        return (
+            f"On {verdict.runtime} keep fp32: no variant stays within {_limit(labelled)}; "
+            f"the nearest, {choice.variant}, {cost}."
+        )
+    pace = f"{speedup(choice.speedup)} the speed of fp32 at batch {choice.latency.batch}"
+    if reference is not None:
+        times = milliseconds(choice.latency.median_ms), milliseconds(reference.latency.median_ms)
+        pace += f" ({times[0]} ms against {times[1]} ms)"
+    space = f", in {percent(verdict.size_share)} of the size" if verdict.size_share is not None else ""
+    if verdict.outcome == "slow":
+        return f"On {verdict.runtime} keep fp32: {choice.variant} runs at {pace}{space}; it {cost}."
+    file = f" ({choice.accuracy.graph})" if choice.accuracy.graph else ""
+    return f"On {verdict.runtime} deploy {choice.variant}{file}: {pace}{space}; it {cost}."
+
+
+def notes(report: Report) -> list[str]:
+    """How to read the numbers, and what they do not say."""
+    found = [*_accuracy_notes(report), *_grid_notes(report)]
+    rows = latency_rows(report)
+    if rows:
+        found.append(
+            "Latency is the time of one call of a whole batch; speed-up compares medians with fp32 at the "
+            "same runtime, batch and threads."
+        )
+    if any(row.unsteady for row in rows):
+        found.append(
+            f"~ marks a latency whose standard deviation exceeds {100 * UNSTEADY:g} % of its mean: "
+            "the machine was not quiet."
+        )
+    on_cpu = any(row.latency.runtime == "onnxruntime-cpu" for row in rows)
+    if on_cpu and report.environment.cpu_int8 == []:
+        found.append(
+            "This CPU has no instructions for INT8 dot products (VNNI, AMX): INT8 gains little on it, "
+            "and more on one that has them."
+        )
+    found.append(
+        f"The suggestion is the fastest variant within {_limit(report.evaluation.labelled)}, in each "
+        f"runtime; of those within {100 * SPEED_TIE:g} % of its time, the one that loses least. "
+        "One that is no faster than fp32 by more than that is not suggested."
+    )
+    return found
+
+
+def environment_facts(environment: Environment) -> list[tuple[str, str]]:
+    """Label and value of everything that is known of the machine."""
+    int8 = environment.cpu_int8
+    facts = [
+        ("GPU", environment.gpu or "none used"),
+        ("NVIDIA driver", environment.driver),
+        ("CUDA", environment.cuda),
+        ("CPU", environment.cpu),
+        ("CPU INT8 instructions", None if int8 is None else ", ".join(int8) or "none"),
+        ("Cores", str(environment.cores)),
+        ("Memory", f"{environment.memory_bytes / 2**30:.1f} GiB" if environment.memory_bytes else None),
+        ("Platform", environment.platform),
+        ("Python", environment.python),
+        ("torch", environment.torch),
+        ("torchvision", environment.torchvision),
+        ("onnx", environment.onnx),
+        ("onnxruntime", environment.onnxruntime),
+        ("TensorRT", environment.tensorrt or "not installed"),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def calibration_facts(report: Report) -> list[tuple[str, str]]:
+    """Label and value of everything that is known of the calibration set."""
+    calibration = report.calibration
+    diversity = calibration.within_class_diversity
+    facts = [
+        ("Synthetic images", f"{calibration.images:,}"),
+        ("Recipe", calibration.recipe),
+        ("Time", duration(calibration.seconds)),
+        ("Teacher gives the intended label", f"{calibration.teacher_top1:.2f} %"),
+        ("Diversity within a class", None if diversity is None else f"{diversity:.3f}"),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def _accuracy_notes(report: Report) -> list[str]:
+    images, dataset = f"{report.evaluation.images:,}", report.evaluation.dataset
+    if not report.evaluation.labelled:
+        return [
+            "Accuracy was not measured, for no labelled images were given. Agreement is the percentage of "
+            f"{images} held-out synthetic images on which a variant predicts the class that the fp32 teacher "
+            "predicts: it says how closely the variant follows the teacher on such images, not how it "
+            "does on real ones. ± is one standard error, sqrt(p (1 - p) / n)."
+        ]
+    found = [
+        f"Top-1 and top-5 are percentages of {images} images of {dataset}; agreement is the percentage "
+        "on which a variant predicts the class that the fp32 teacher predicts. ± is one standard error, "
+        "sqrt(p (1 - p) / n).",
+        "Drop is fp32's top-1 in the same runtime less the variant's, in points. Both saw the same images, "
+        "so its ± is that of a paired difference: an upper bound, from how many predictions differ.",
+    ]
+    if any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy):
+        found.append(
+            "In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing."
+        )
+    return found
+
+
+def _grid_notes(report: Report) -> list[str]:
+    bits = {variant.name: grid_bits(variant.name) for variant in report.variants}
+    coarse = {name: count for name, count in bits.items() if count is not None and count < 8}
+    found = []
+    if coarse:
+        grid = _listed(sorted({f"{count}-bit" for count in coarse.values()}))
+        found.append(
+            f"{_listed(list(coarse))}: neither TensorRT nor ONNX Runtime convolves in INT4. Both run "
+            f"such a network as INT8 whose values lie on a {grid} grid: INT4 saves storage, the speed is "
+            "INT8's."
+        )
+    if any(artifact.target == "int4" for variant in report.variants for artifact in variant.artifacts):
+        found.append(
+            "The int4 files hold two weights in a byte and are the smallest to store and ship; ONNX Runtime "
+            "dequantizes them and convolves in float, so they are no faster than fp32."
+        )
+    return found
+
+
+def _cost(points: float, labelled: bool) -> str:
+    if not labelled:
+        return f"contradicts the teacher on {number(points)} % of the images"
+    if round(points, 2) == 0:
+        return "keeps the top-1 of fp32"
+    return f"{'loses' if points > 0 else 'gains'} {number(abs(points))} points of top-1"
+
+
+def _limit(labelled: bool) -> str:
+    return f"{MAX_DROP:g} point of top-1" if labelled else f"{MAX_DISAGREEMENT:g} % disagreement"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

@@ -1,0 +1,143 @@
+"""The run directory: its files, and the manifest that says which stages are finished."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusterq_deploy.errors import RunDirectoryError
+from clusterq_deploy.files import sha256_file, write_bytes, write_text
+
+MANIFEST = "manifest.json"
+CONFIG = "run.toml"
+_SCHEMA = 1
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A finished stage.
+
+    Attributes:
+        inputs: digest of everything that its result depends on.
+        files: SHA-256 of each file that it wrote, by path relative to the run directory.
+        result: what the report needs of it, JSON values only.
+        seconds: how long it took.
+    """
+
+    inputs: str
+    files: dict[str, str]
+    result: Result
+    seconds: float
+
+    @property
+    def digest(self) -> str:
+        """Identifies what the stage made, for the stages that build on it."""
+        return digest({"inputs": self.inputs, "files": self.files})
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class RunDirectory:
+    """A folder that one model's run writes to.
+
+    Args:
+        path: the folder; made when something is first written.
+        model: name and weights digest of the model.
+
+    Raises:
+        RunDirectoryError: the folder holds another model's run, or files that are no run's, or cannot be read.
+    """
+
+    def __init__(self, path: Path, model: Mapping[str, str]) -> None:
+        self.path = path
+        self._model = dict(model)
+        self._stages: dict[str, StageRecord] = {}
+        manifest = read_manifest(path)
+        if manifest is None:
+            if path.exists() and not path.is_dir():
+                raise RunDirectoryError(f"{path} is a file; choose a folder with --out")
+            if path.is_dir() and any(path.iterdir()):
+                raise RunDirectoryError(f"{path} holds files that are no run's; choose an empty folder with --out")
+            return
+        if manifest["model"] != self._model:
+            raise RunDirectoryError(
+                f"{path} holds a run of {_describe(manifest['model'])}, not of {_describe(self._model)}; "
+                "choose another folder with --out"
+            )
+        self._stages = {name: StageRecord(**record) for name, record in manifest["stages"].items()}
+
+    def finished(self, stage: str, inputs: str | None = None) -> StageRecord | None:
+        """The record of a stage that is finished with these inputs and whose files are all intact, or None."""
+        record = self._stages.get(stage)
+        if record is None or (inputs is not None and record.inputs != inputs):
+            return None
+        for name, sha256 in record.files.items():
+            path = self.path / name
+            if not path.is_file() or sha256_file(path) != sha256:
+                return None
+        return record
+
+    def perform(self, stage: str, inputs: Mapping[str, Any], work: Callable[[], tuple[Result, list[str]]]) -> StageRecord:
+        """Do a stage unless it is finished with the same inputs.
+
+        Args:
+            stage: its name, unique in the run.
+            inputs: JSON values that its result depends on.
+            work: does it; gives the result and the files that it wrote, relative to the run directory.
+        """
+        own = digest(inputs)
+        record = self.finished(stage, own)
+        if record is None:
+            start = time.perf_counter()
+            result, names = work()
+            files = {name: sha256_file(self.path / name) for name in names}
+            record = StageRecord(own, files, result, time.perf_counter() - start)
+            self._stages[stage] = record
+            self._save()
+        return record
+
+    def write(self, name: str, content: bytes | str) -> str:
+        """Write a file of the run atomically; gives its name."""
+        if isinstance(content, str):
+            write_text(self.path / name, content)
+        else:
+            write_bytes(self.path / name, content)
+        return name
+
+    def _save(self) -> None:
+        stages = {name: vars(record) for name, record in self._stages.items()}
+        text = json.dumps({"schema": _SCHEMA, "model": self._model, "stages": stages}, indent=1)
+        self.write(MANIFEST, text + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run directory, or None where there is none.
+
+    Raises:
+        RunDirectoryError: it cannot be read.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        if manifest["schema"] != _SCHEMA:
+            raise RunDirectoryError(f"{path / MANIFEST} has schema {manifest['schema']}, expected {_SCHEMA}")
+        return manifest if {"model", "stages"} <= manifest.keys() else _broken(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{path / MANIFEST} cannot be read: {error}") from error
+
+
+def _broken(path: Path) -> dict[str, Any]:
+    raise RunDirectoryError(f"{path / MANIFEST} is no manifest of a run; choose another folder with --out")
+
+
+def _describe(model: Mapping[str, str]) -> str:
+    return f"{model.get('name')} (weights {model.get('weights_sha256', '')[:8]})"

@@ -1,0 +1,336 @@
+"""A stand-in for the `tensorrt` module and for torch's CUDA, to drive the flow of control without either.
+
+It proves which calls are made and what becomes of their answers; nothing of what TensorRT makes of a graph.
+Its classes refuse, with an AssertionError, every name that not all supported releases have. An engine gives
+`logits[i, k] = (k + 1) * mean(images[i])`, from and to the addresses that it is told.
+"""
+
+import ctypes
+import functools
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clusterq_deploy.engine import build, log, runner, sidecar
+
+_RELEASES: list[dict[str, list[str]]] = list(
+    json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text()).values()
+)
+
+
+def common_names(owner: str) -> set[str]:
+    """The public members that the class has in every release."""
+    return set.intersection(*(set(release[owner]) for release in _RELEASES))
+
+
+class Strict:
+    """Base of the doubles: defining, reading or setting a public name that a release lacks is an error."""
+
+    def __init_subclass__(cls) -> None:
+        for name in vars(cls):
+            _require(cls.__name__, name)
+
+    def __getattr__(self, name: str) -> Any:
+        _require(type(self).__name__, name)
+        raise NotImplementedError(f"the double has no {type(self).__name__}.{name}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        _require(type(self).__name__, name)
+        super().__setattr__(name, value)
+
+
+def _require(owner: str, name: str) -> None:
+    if not name.startswith("_") and owner in _RELEASES[0]:
+        assert name in common_names(owner), f"{owner}.{name} is not in every release of TensorRT"
+
+
+@dataclass
+class World:
+    """What the doubles shall do, and what was asked of them."""
+
+    version: str = "10.9.0"
+    gpu: str = "NVIDIA Test 100"
+    capability: tuple[int, int] = (9, 0)
+    input_shape: tuple[int, ...] = (-1, 3, 4, 4)
+    classes: int = 5
+    parser_errors: tuple[tuple[str, str, str], ...] = ()
+    profile_error: str | None = None
+    profile_index: int = 0
+    build_error: str | None = None
+    loads: bool = True
+    captures: bool = True
+    flags: list[str] = field(default_factory=list)
+    options: Any = None
+    profiles: dict[str, Any] = field(default_factory=dict)
+    batches: list[int] = field(default_factory=list)
+    replays: int = 0
+    host_code_allowed: bool = False
+    timing_cache_read: bytes | None = None
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Put the doubles in the place of `tensorrt` and of the parts of `torch.cuda` that the package uses."""
+    world = World()
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(world))
+    fresh_log = functools.cache(log.tensorrt_log.__wrapped__)
+    for user in (log, build, runner):
+        monkeypatch.setattr(user, "tensorrt_log", fresh_log)
+    monkeypatch.setattr(sidecar, "_driver_version", lambda: "555.1")
+
+    def stream(_: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    class Graph:
+        def replay(self) -> None:
+            world.replays += 1
+
+    def graph(_: Graph, stream: Stream) -> AbstractContextManager[None]:
+        if not world.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return nullcontext()
+
+    def properties(_: int) -> SimpleNamespace:
+        return SimpleNamespace(name=world.gpu, major=world.capability[0], minor=world.capability[1])
+
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": properties,
+        "Stream": Stream,
+        "stream": stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return world
+
+
+class Stream:
+    def __init__(self, device: str) -> None:
+        self.cuda_stream = 77
+
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: Stream) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1.5
+
+
+def tensorrt_module(world: World) -> ModuleType:
+    """A module `tensorrt` that does what `world` says."""
+
+    class ILogger(Strict):
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+        def __init__(self) -> None: ...
+
+    class BuilderFlag(Strict):
+        VERSION_COMPATIBLE = "VERSION_COMPATIBLE"
+
+    class DataType(Strict):
+        FLOAT, HALF, BF16 = "FLOAT", "HALF", "BF16"
+
+    class HardwareCompatibilityLevel(Strict):
+        AMPERE_PLUS = "AMPERE_PLUS"
+
+    class MemoryPoolType(Strict):
+        WORKSPACE = "WORKSPACE"
+
+    class NetworkDefinitionCreationFlag(Strict):
+        STRONGLY_TYPED = 1
+
+    class TensorIOMode(Strict):
+        INPUT, OUTPUT = "INPUT", "OUTPUT"
+
+    class ITensor(Strict):
+        name = "images"
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            return world.input_shape
+
+    class INetworkDefinition(Strict):
+        num_inputs = 1
+
+        def get_input(self, index: int) -> ITensor:
+            assert index == 0
+            return ITensor()
+
+    class ParserError(Strict):
+        def __init__(self, node: str, operator: str, description: str) -> None:
+            self._node, self._operator, self._description = node, operator, description
+
+        def node_name(self) -> str:
+            return self._node
+
+        def node_operator(self) -> str:
+            return self._operator
+
+        def desc(self) -> str:
+            return self._description
+
+    class OnnxParser(Strict):
+        def __init__(self, network: INetworkDefinition, log: ILogger) -> None:
+            assert isinstance(network, INetworkDefinition)
+            assert isinstance(log, ILogger)
+
+        def parse_from_file(self, path: str) -> bool:
+            assert Path(path).is_file()
+            return not world.parser_errors
+
+        @property
+        def num_errors(self) -> int:
+            return len(world.parser_errors)
+
+        def get_error(self, index: int) -> ParserError:
+            return ParserError(*world.parser_errors[index])
+
+    class IOptimizationProfile(Strict):
+        def set_shape(self, name: str, smallest: Any, tuned: Any, largest: Any) -> None:
+            if world.profile_error:
+                raise ValueError(world.profile_error)
+            world.profiles[name] = smallest, tuned, largest
+
+    class ITimingCache(Strict):
+        def __init__(self, content: bytes) -> None:
+            self._content = content
+
+        def serialize(self) -> bytes:
+            return self._content + b"+measured"
+
+    class IBuilderConfig(Strict):
+        def set_memory_pool_limit(self, pool: str, limit: int) -> None:
+            assert pool == MemoryPoolType.WORKSPACE
+            assert limit > 0
+
+        def set_flag(self, flag: str) -> None:
+            world.flags.append(flag)
+
+        def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+            return world.profile_index
+
+        def create_timing_cache(self, content: bytes) -> ITimingCache | None:
+            world.timing_cache_read = content
+            return None if content == b"damaged" else ITimingCache(content)
+
+        def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+            assert ignore_mismatch is False
+            return True
+
+    class Builder(Strict):
+        def __init__(self, log: ILogger) -> None:
+            self._log = log
+
+        def create_network(self, flags: int) -> INetworkDefinition:
+            assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+            return INetworkDefinition()
+
+        def create_builder_config(self) -> IBuilderConfig:
+            return IBuilderConfig()
+
+        def create_optimization_profile(self) -> IOptimizationProfile:
+            return IOptimizationProfile()
+
+        def build_serialized_network(
+            self, network: INetworkDefinition, config: IBuilderConfig
+        ) -> bytes | None:
+            world.options = config
+            if world.build_error:
+                self._log.log(ILogger.ERROR, world.build_error)
+                return None
+            shapes = [list(shape) for shape in world.profiles.get("images", [world.input_shape] * 3)]
+            plan = {"shape": world.input_shape, "profile": shapes, "classes": world.classes}
+            return json.dumps(plan).encode()
+
+    class IExecutionContext(Strict):
+        def __init__(self, plan: dict[str, Any]) -> None:
+            self._plan, self._shape, self._addresses = plan, (), {}
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            assert name == "images"
+            smallest, _, largest = self._plan["profile"]
+            self._shape = shape
+            return smallest[0] <= shape[0] <= largest[0]
+
+        def infer_shapes(self) -> list[str]:
+            return [] if self._shape else ["images"]
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return self._shape[0], self._plan["classes"]
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self._addresses[name] = address
+            return True
+
+        def execute_async_v3(self, stream: int) -> bool:
+            assert stream == 77
+            images = _floats(self._addresses["images"], self._shape)
+            logits = _floats(self._addresses["logits"], (self._shape[0], self._plan["classes"]))
+            logits[:] = images.mean(axis=(1, 2, 3))[:, None] * np.arange(1, self._plan["classes"] + 1)
+            world.batches.append(self._shape[0])
+            return True
+
+    class ICudaEngine(Strict):
+        num_io_tensors = 2
+
+        def __init__(self, plan: dict[str, Any]) -> None:
+            self._plan = plan
+
+        def get_tensor_name(self, index: int) -> str:
+            return ("images", "logits")[index]
+
+        def get_tensor_mode(self, name: str) -> str:
+            return TensorIOMode.INPUT if name == "images" else TensorIOMode.OUTPUT
+
+        def get_tensor_dtype(self, name: str) -> str:
+            return DataType.FLOAT
+
+        def get_tensor_shape(self, name: str) -> list[int]:
+            return list(self._plan["shape"])
+
+        def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
+            assert (name, profile) == ("images", 0)
+            return list(self._plan["profile"])
+
+        def create_execution_context(self) -> IExecutionContext:
+            return IExecutionContext(self._plan)
+
+    class Runtime(Strict):
+        def __init__(self, log: ILogger) -> None:
+            self._log = log
+
+        def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+            world.host_code_allowed = self.engine_host_code_allowed
+            if world.loads:
+                return ICudaEngine(json.loads(plan))
+            self._log.log(ILogger.ERROR, "Serialization assertion failed")
+            return None
+
+    module = ModuleType("tensorrt")
+    classes = [value for value in locals().values() if isinstance(value, type) and issubclass(value, Strict)]
+    for double in classes:
+        setattr(module, double.__name__, double)
+    module.__version__ = world.version  # type: ignore[attr-defined]
+    return module
+
+
+def _floats(address: int, shape: tuple[int, ...]) -> Any:
+    count = int(np.prod(shape))
+    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)

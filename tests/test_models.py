@@ -1,0 +1,482 @@
+"""Models by every kind of name, their inputs and weights, and what is said of those that do not load."""
+
+import dataclasses
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models as tv
+from torchvision import transforms as T
+
+from clusterq_deploy.errors import ModelError, NoBatchNormError, UnknownModelError, WeightsError
+from clusterq_deploy.models import InputSpec, LoadedModel, available_models, load_model
+from clusterq_deploy.models.digits import ASSETS, PRETRAINED_CFG, WEIGHTS, DigitsNet
+from clusterq_deploy.models.inputs import input_spec
+
+CPU = torch.device("cpu")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SHARED = os.environ.get("CLUSTERQ_DATA")
+
+NET = """
+from dataclasses import dataclass
+from pathlib import Path
+from torch import nn
+
+@dataclass
+class Config:
+    width: int = 4
+
+def make():
+    width = int(Path(__file__).with_name("width.txt").read_text())
+    net = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(Config(width).width), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return net
+"""
+
+
+def load(name: str, **options: object) -> LoadedModel:
+    return load_model(name, device=CPU, **options)
+
+
+def failure(kind: type[Exception], name: str, **options: object) -> str:
+    """The message of the error that loading raises; checked to be of exactly this kind and one line."""
+    with pytest.raises(kind) as caught:
+        load(name, **options)
+    assert caught.type is kind
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture
+def net_file(tmp_path: Path) -> Path:
+    write(tmp_path / "width.txt", "7")
+    return write(tmp_path / "net.py", NET)
+
+
+# ---- digits ----
+
+
+def test_digits_is_small_and_traceable() -> None:
+    model = load("digits")
+    convolutions = [module for module in model.module.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 13
+    assert all(convolution.bias is None for convolution in convolutions)
+    assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 1_000_000
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(torch.fx.symbolic_trace(model.module)(images), model.module(images))
+
+
+def test_a_loaded_model_is_a_frozen_teacher() -> None:
+    model = load("digits")
+    assert (model.name, model.slug, model.source, model.classes) == ("digits", "digits", "bundled", 10)
+    assert model.input == InputSpec(size=(1, 32, 32), mean=(0.305,), std=(0.325,), resize=32)
+    assert model.parameters == sum(parameter.numel() for parameter in DigitsNet().parameters())
+    assert not model.module.training
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in model.module.parameters())
+    assert len(model.weights_sha256) == 64
+
+
+def test_the_digest_tells_weights_apart() -> None:
+    trained, random = load("digits"), load("digits", weights="none")
+    assert trained.weights_sha256 == load("digits").weights_sha256
+    assert trained.weights_sha256 != random.weights_sha256
+    assert random.weights_sha256 == load("digits", weights="none").weights_sha256
+
+
+# ---- inputs ----
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(500, 375), (333, 512), (257, 300), (100, 150), (31, 31)])
+def test_preprocessing_is_torchvisions(interpolation: str, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+    resize = T.Resize(256, T.InterpolationMode(interpolation))
+    reference = T.Compose([resize, T.CenterCrop(224), T.ToTensor(), T.Normalize(**IMAGENET)])
+    spec = InputSpec(size=(3, 224, 224), resize=256, interpolation=interpolation, **IMAGENET)
+    found = spec.preprocess(image)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, reference(image).numpy(), rtol=0, atol=1e-6)
+
+
+def test_an_image_near_the_models_size_is_only_cropped() -> None:
+    spec = InputSpec(size=(1, 6, 6), mean=(0.0,), std=(1.0,), resize=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 20), np.uint8)
+    for rows, columns in ((6, 6), (7, 7), (8, 20), (6, 20)):
+        found = spec.preprocess(Image.fromarray(pixels[:rows, :columns]))[0] * 255
+        top, left = round((rows - 6) / 2), round((columns - 6) / 2)
+        np.testing.assert_array_equal(np.rint(found), pixels[top : top + 6, left : left + 6])
+
+
+@pytest.mark.parametrize("size", [(64, 128), (100, 100), (20, 300), (300, 20), (128, 64), (1, 1)])
+def test_a_wide_crop_is_always_covered(size: tuple[int, int]) -> None:
+    spec = InputSpec(size=(3, 64, 128), resize=73, mean=(0.0,) * 3, std=(1.0,) * 3)
+    white = Image.new("RGB", size, "white")
+    np.testing.assert_array_equal(spec.preprocess(white), np.ones((3, 64, 128), np.float32))
+
+
+def test_without_a_resize_the_image_is_squeezed() -> None:
+    spec = InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,))
+    halves = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 40, axis=1).repeat(8, axis=0))
+    found = spec.preprocess(halves)
+    assert found.shape == (1, 4, 4)
+    assert found[0, 0, 0] == 0
+    assert found[0, 0, 3] == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_mode(mode: str, channels: int) -> None:
+    spec = InputSpec(size=(channels, 4, 4), mean=(0.0,) * channels, std=(1.0,) * channels)
+    assert spec.preprocess(Image.new(mode, (4, 4))).shape == (channels, 4, 4)
+
+
+def test_a_palette_with_transparency() -> None:
+    image = Image.new("P", (4, 4))
+    image.info["transparency"] = b"\x00\xff"
+    spec = InputSpec(size=(3, 4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert spec.preprocess(image).shape == (3, 4, 4)
+
+
+def test_denormalize_undoes_preprocess() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    spec = InputSpec(size=(3, 8, 8), **IMAGENET)
+    images = torch.from_numpy(np.stack([spec.preprocess(Image.fromarray(image)) for image in pixels]))
+    found = spec.denormalize(images)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, pixels)
+    assert spec.denormalize(images * 100).max() == 255
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": (2, 8, 8)}, "2 channels"),
+        ({"size": (3, 0, 8)}, "greater than 0"),
+        ({"mean": (0.5,)}, "mean has 1 values for 3 channels"),
+        ({"mean": (123.7, 116.3, 103.5)}, r"expected values of pixels in \[0, 1\]"),
+        ({"std": (1.0, 0.0, 1.0)}, "expected positive numbers"),
+        ({"std": (1.0, float("nan"), 1.0)}, "expected positive numbers"),
+        ({"resize": 7}, "resize is 7, less than the crop of 8x8"),
+        ({"interpolation": "nearest"}, "'bilinear' or 'bicubic'"),
+        ({"crop": 3}, "Extra inputs"),
+    ],
+)
+def test_an_input_spec_is_checked(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        InputSpec(**{"size": (3, 8, 8), **IMAGENET, **change})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "resize"),
+    [
+        ({"input_size": (3, 224, 224)}, 256),
+        ({"input_size": (3, 299, 299)}, 342),
+        ({"input_size": (3, 32, 32)}, 32),
+        ({"input_size": (3, 224, 224), "crop_pct": 0.95}, 235),
+        ({"input_size": (3, 224, 224), "crop_pct": 1.0}, 224),
+        ({"input_size": (3, 224, 224), "crop_pct": 0.9, "resize": 230}, 230),
+    ],
+)
+def test_the_resize_follows_pretrained_cfg(cfg: dict[str, object], resize: int) -> None:
+    assert input_spec("net", {**IMAGENET, **cfg}).resize == resize
+    assert input_spec("net", SimpleNamespace(**IMAGENET, **cfg)).resize == resize
+
+
+@pytest.mark.parametrize(
+    ("cfg", "said"),
+    [
+        (None, "give --input-size --mean --std"),
+        ({"input_size": (3, 8, 8), "mean": (0.5,) * 3}, "(std missing): give --std"),
+        ({**IMAGENET, "input_size": (8, 8)}, "size is (8, 8); expected (channels, height, width)"),
+        ({**IMAGENET, "input_size": 224}, "size is 224; expected (channels, height, width)"),
+        (
+            {**IMAGENET, "input_size": (3, 8, 8), "mean": "grey"},
+            "mean is 'grey'; expected one number a channel",
+        ),
+        ({**IMAGENET, "input_size": (3, 8, 8), "interpolation": "lanczos"}, "expected bilinear or bicubic"),
+        ({**IMAGENET, "input_size": (3, 8, 8), "crop_pct": 0}, "division by zero"),
+        ({**IMAGENET, "input_size": (3, 8, 8), "crop_pct": 2}, "resize is 4, less than the crop"),
+    ],
+)
+def test_a_pretrained_cfg_is_checked(cfg: object, said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        input_spec("net", cfg)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- torchvision ----
+
+
+def test_a_torchvision_model_brings_its_transforms() -> None:
+    model = load("resnet18", weights="none")
+    assert model.input == InputSpec(size=(3, 224, 224), resize=256, **IMAGENET)
+    assert (model.source, model.classes, model.parameters) == ("torchvision", 1000, 11_689_512)
+    smaller = load("resnet18", weights="none", input_size=(3, 96, 96), mean=(0.5,) * 3)
+    assert smaller.input == InputSpec(size=(3, 96, 96), resize=109, mean=(0.5,) * 3, std=IMAGENET["std"])
+
+
+def test_torchvisions_weights_come_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "shufflenet_v2_x0_5"
+    default = tv.get_model_weights(name).DEFAULT
+    cached = tmp_path / "hub" / "checkpoints" / default.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    net = tv.get_model(name)
+    torch.save(net.state_dict(), cached)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = load(name)
+    assert model.weights == str(default)
+    assert torch.equal(model.module.fc.weight, net.fc.weight)
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("no_proxy", "")
+    message = failure(ModelError, "shufflenet_v2_x0_5")
+    assert "cannot get the weights of 'shufflenet_v2_x0_5' from https://" in message
+    assert "pass --weights FILE, or --weights none" in message
+
+
+def test_official_files_with_old_names_and_auxiliary_heads(tmp_path: Path) -> None:
+    dense = tv.densenet121()
+    old = {key: value for key, value in dense.state_dict().items() if not key.endswith("num_batches_tracked")}
+    for layer in ("norm1", "norm2", "conv1", "conv2"):
+        old = {key.replace(f".{layer}.", f".{layer[:-1]}.{layer[-1]}."): old[key] for key in old}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    save_file(old, tmp_path / "dense.safetensors")
+    loaded = load("densenet121", weights=str(tmp_path / "dense.safetensors"), input_size=(3, 32, 32))
+    assert torch.equal(loaded.module.classifier.weight, dense.classifier.weight)
+    assert torch.equal(
+        loaded.module.features.denseblock2.denselayer3.conv2.weight,
+        dense.features.denseblock2.denselayer3.conv2.weight,
+    )
+
+    inception = tv.googlenet(aux_logits=True, init_weights=False)
+    torch.save(inception.state_dict(), tmp_path / "google.pth")
+    model = load("googlenet", weights=str(tmp_path / "google.pth"))
+    assert model.module.transform_input
+    assert torch.equal(model.module.fc.weight, inception.fc.weight)
+
+
+def test_a_model_without_batchnorm_is_refused_before_its_weights_are_fetched() -> None:
+    message = failure(NoBatchNormError, "squeezenet1_1")
+    assert "'squeezenet1_1' (torchvision, SqueezeNet) has no BatchNorm layer" in message
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("resnet81", "resnet18"), ("Digit", "digits"), ("mobilenetv2", "mobilenet_v2")]
+)
+def test_an_unknown_name_brings_near_ones(typo: str, meant: str) -> None:
+    assert meant in failure(UnknownModelError, typo)
+
+
+def test_a_name_like_no_other() -> None:
+    assert failure(UnknownModelError, "zzz").startswith("unknown model 'zzz'; expected digits")
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_timm_says_how_it_is_installed() -> None:
+    assert "pip install timm" in failure(ModelError, "timm:resnet18")
+
+
+def test_the_list_of_models_agrees_with_the_models() -> None:
+    entries = {entry.name: entry for entry in available_models()}
+    assert next(iter(entries)) == "digits"
+    assert entries["digits"].parameters == load("digits").parameters
+    assert entries["resnet18"].input_size == (3, 224, 224)
+    assert entries["resnet18"].top1 == pytest.approx(69.758)
+    for name, entry in entries.items():
+        if name == "digits" or name.startswith(
+            "regnet"
+        ):  # RegNet's widths are computed, which meta tensors cannot be
+            continue
+        with torch.device("meta"):
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            net = tv.get_model(name, **options)
+        assert entry.has_batchnorm == any(isinstance(module, _BatchNorm) for module in net.modules()), name
+
+
+# ---- weights from a file ----
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {"lr": 0.1}},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {
+            key: value.half() if value.is_floating_point() else value for key, value in state.items()
+        },
+    ],
+)
+def test_torch_files(tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = {
+        key: value.half().to(value.dtype)
+        for key, value in load("digits", weights="none").module.state_dict().items()
+    }
+    torch.save(wrap(state), tmp_path / "net.pth")
+    save_file(state, tmp_path / "net.safetensors")
+    model = load("digits", weights=str(tmp_path / "net.pth"))
+    assert model.weights == str(tmp_path / "net.pth")
+    assert model.weights_sha256 == load("digits", weights=str(tmp_path / "net.safetensors")).weights_sha256
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    state = load_file(WEIGHTS)
+    del state["bn1.weight"]
+    state["fc.weight"] = torch.zeros(7, 48)
+    state |= {f"extra{number}": torch.zeros(1) for number in range(5)}
+    save_file(state, tmp_path / "net.safetensors")
+    message = failure(WeightsError, "digits", weights=str(tmp_path / "net.safetensors"))
+    assert "1 missing (bn1.weight)" in message
+    assert "5 unexpected (extra0, extra1, extra2, ...)" in message
+    assert "1 of another shape (fc.weight: (7, 48) instead of (10, 48))" in message
+
+
+class Malicious:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.file}",)
+
+
+def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    torch.save({"state_dict": Malicious(trace)}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
+    for name in ("zip.pth", "plain.pth"):
+        message = failure(WeightsError, "digits", weights=str(tmp_path / name))
+        assert "refused to load" in message
+        assert "save the state_dict as safetensors" in message
+        assert not trace.exists()
+    pickle.loads((tmp_path / "plain.pth").read_bytes())
+    assert trace.exists(), "the attack must work where nothing stops it"
+
+
+def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "there is no weights file" in failure(WeightsError, "digits", weights=str(tmp_path / "absent.pth"))
+    for name in ("text.pth", "text.safetensors"):
+        file = write(tmp_path / name, "no weights")
+        assert "safetensors" in failure(WeightsError, "digits", weights=str(file))
+    whole = WEIGHTS.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "cannot read" in failure(WeightsError, "digits", weights=str(tmp_path / "cut.safetensors"))
+    for number, content in enumerate(
+        ([1, 2], {}, {"state_dict": {"epoch": 1}}, {1: torch.zeros(1)}, torch.zeros(3))
+    ):
+        torch.save(content, tmp_path / f"{number}.pth")
+        message = failure(WeightsError, "digits", weights=str(tmp_path / f"{number}.pth"))
+        assert "no state_dict" in message
+
+
+# ---- a user's own module ----
+
+
+def test_a_users_factory(net_file: Path) -> None:
+    model = load(f"{net_file}:make")
+    assert (model.name, model.slug, model.source) == (f"{net_file}:make", "make", "file")
+    assert model.classes == 7  # read through __file__
+    assert model.input.size == (3, 8, 8)
+    assert load(f"{net_file}:make").weights_sha256 == model.weights_sha256
+    overridden = load(f"{net_file}:make", input_size=(3, 80, 96), std=(1.0, 1.0, 1.0))
+    assert (overridden.input.size, overridden.input.resize) == ((3, 80, 96), 91)
+    assert overridden.input.mean == (0.5,) * 3
+
+
+def test_a_users_weights(net_file: Path) -> None:
+    state = load(f"{net_file}:make").module.state_dict()
+    state["0.weight"].fill_(0.25)
+    save_file(state, net_file.with_name("net.safetensors"))
+    model = load(f"{net_file}:make", weights=str(net_file.with_name("net.safetensors")))
+    assert (model.module[0].weight == 0.25).all()
+    assert "makes its own weights" in failure(ModelError, f"{net_file}:make", weights="none")
+
+
+def test_a_users_file_must_work(tmp_path: Path) -> None:
+    assert "there is no such file" in failure(ModelError, f"{tmp_path}/absent.py:make")
+    broken = write(tmp_path / "broken.py", "def make(:\n")
+    assert "SyntaxError" in failure(ModelError, f"{broken}:make")
+    needy = write(tmp_path / "needy.py", "import no_such_module_anywhere\n")
+    assert "PYTHONPATH" in failure(ModelError, f"{needy}:make")
+    file = write(
+        tmp_path / "net.py",
+        "from torch import nn\n"
+        "def resnet_tiny(): return nn.Identity()\n"
+        "def raises(): raise KeyError('first\\nsecond')\n"
+        "def needs(width): ...\n"
+        "def nothing(): return None\n"
+        "def plain(): return nn.Linear(2, 2)\n"
+        "def untracked(): return nn.BatchNorm2d(3, track_running_stats=False)\n"
+        "def unflattened(): return nn.BatchNorm2d(3)\n"
+        "def fails(): return nn.Sequential(nn.BatchNorm2d(5))\n",
+    )
+    assert "did you mean resnet_tiny?" in failure(ModelError, f"{file}:resnet_tini")
+    assert "did you mean resnet_tiny or raises" in failure(ModelError, f"{file}:xyz")
+    assert "KeyError" in failure(ModelError, f"{file}:raises")
+    assert "called without arguments, raised TypeError" in failure(ModelError, f"{file}:needs")
+    assert "made a NoneType" in failure(ModelError, f"{file}:nothing")
+    assert "no BatchNorm layer" in failure(NoBatchNormError, f"{file}:plain")
+    assert "1 BatchNorm layers without running statistics" in failure(NoBatchNormError, f"{file}:untracked")
+    assert "give --input-size --mean --std" in failure(ModelError, f"{file}:fails")
+    size = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert "a tensor of shape (1, 3, 8, 8)" in failure(ModelError, f"{file}:unflattened", **size)
+    assert "fails on an input of shape (1, 3, 8, 8)" in failure(ModelError, f"{file}:fails", **size)
+
+
+def test_loading_leaves_the_process_as_it_was(net_file: Path) -> None:
+    meddling = "sys.path.insert(0, 'x'); torch.set_default_dtype(torch.float64); torch.rand(3)"
+    net_file.write_text(f"{NET}\nimport sys, torch\n{meddling}\n")
+    path, state, modules = list(sys.path), torch.get_rng_state(), set(sys.modules)
+    model = load(f"{net_file}:make")
+    load("resnet18", weights="none")
+    assert sys.path == path
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == torch.float32
+    assert model.module[0].weight.dtype == torch.float32
+    (added,) = {name for name in set(sys.modules) - modules if "user" in name}
+    assert added.endswith("_net")
+    assert dataclasses.is_dataclass(sys.modules[added].Config)
+
+
+@pytest.mark.skipif(SHARED is None, reason="CLUSTERQ_DATA names no folder of evaluation data")
+@pytest.mark.parametrize(
+    ("factory", "classes", "size"),
+    [
+        ("resnet20_cifar10", 10, 32),
+        ("resnetsmall20_cifar100", 100, 32),
+        ("mobilenet_v1_025", 1000, 224),
+        ("resnet18_pqf", 1000, 224),
+    ],
+)
+def test_published_nets_as_a_users_module(factory: str, classes: int, size: int) -> None:
+    model = load(f"{SHARED}/models.py:{factory}")
+    assert (model.classes, model.input.size) == (classes, (3, size, size))
+
+
+def test_digits_cfg_is_what_it_was_trained_with() -> None:
+    assert load("digits").module.pretrained_cfg == PRETRAINED_CFG

@@ -1,0 +1,472 @@
+"""The report: its schema, what it concludes, and the pages that people read."""
+
+import json
+import math
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from clusterq_deploy.environment import collect_environment
+from clusterq_deploy.errors import ClusterQError, ReportError
+from clusterq_deploy.report import (
+    Accuracy,
+    Artifact,
+    CalibrationInfo,
+    Environment,
+    EvaluationInfo,
+    Latency,
+    LayerNote,
+    ModelInfo,
+    Report,
+    Skipped,
+    Variant,
+    read_report,
+    to_html,
+    to_markdown,
+)
+from clusterq_deploy.report.findings import accuracy_rows, latency_rows, points, standard_error, verdicts
+
+# The smallest PNG: one grey pixel.
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
+    "3a7e9b550000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
+)
+CPU, TENSORRT = "onnxruntime-cpu", "tensorrt"
+
+
+def accuracy(runtime: str, top1: float, agreement: float, graph: str | None = None) -> Accuracy:
+    return Accuracy(runtime=runtime, top1=top1, top5=top1 + 19.5, agreement=agreement, graph=graph)
+
+
+def latency(runtime: str, batch: int, median_ms: float, graph: str, variation: float = 0.012) -> Latency:
+    return Latency(
+        runtime=runtime,
+        batch=batch,
+        threads=2 if runtime == CPU else None,
+        runs=200,
+        mean_ms=median_ms * 1.01,
+        median_ms=median_ms,
+        p90_ms=median_ms * 1.04,
+        p95_ms=median_ms * 1.06,
+        p99_ms=median_ms * 1.15,
+        coefficient_of_variation=variation,
+        images_per_second=1000 * batch / median_ms,
+        graph=graph,
+    )
+
+
+def variant(name: str, scores: tuple[float, float], times: tuple[float, float], mb: float) -> Variant:
+    """`scores` are top-1 and agreement in percent, `times` medians on CPU and in TensorRT in ms."""
+    (top1, agreement), (cpu_ms, gpu_ms) = scores, times
+    graph, engine = f"{name}/model.ort.onnx", f"{name}/model.engine"
+    artifacts = [
+        Artifact(kind="onnx", target="onnxruntime", path=graph, size_bytes=int(mb * 1e6)),
+        Artifact(
+            kind="onnx", target="tensorrt", path=f"{name}/model.trt.onnx", size_bytes=int(mb * 1e6) + 9_000
+        ),
+        Artifact(
+            kind="engine", target="tensorrt", path=engine, size_bytes=int(mb * 1.1e6), notes=["TensorRT 10.9"]
+        ),
+    ]
+    if name == "w4a4":
+        artifacts.append(
+            Artifact(
+                kind="onnx",
+                target="int4",
+                path="w4a4/model.int4.onnx",
+                size_bytes=6_100_000,
+                notes=["opset 21"],
+            )
+        )
+    losses = (
+        {"distillation": [2 * math.exp(-step / 40) + 0.31 for step in range(400)]} if name != "fp32" else {}
+    )
+    return Variant(
+        name=name,
+        seconds=412.5,
+        accuracy=[
+            accuracy("torch", top1, agreement),
+            accuracy(CPU, top1 - 0.02, agreement - 0.04, graph),
+            accuracy(TENSORRT, top1 + 0.01, agreement - 0.02, engine),
+        ],
+        artifacts=artifacts,
+        latency=[
+            latency(CPU, 1, cpu_ms, graph),
+            latency(CPU, 32, cpu_ms * 29, graph, variation=0.041),
+            latency(TENSORRT, 1, gpu_ms, engine),
+            latency(TENSORRT, 32, gpu_ms * 9, engine),
+        ],
+        quantized_layers=None if name == "fp32" else 21,
+        skipped_layers=[LayerNote(layer="layer4.1.avgpool", reason="no weights")] if name == "w4a4" else [],
+        losses=losses,
+    )
+
+
+ENVIRONMENT = Environment(
+    python="3.11.9",
+    torch="2.13.0",
+    torchvision="0.28.0",
+    onnx="1.23.2",
+    onnxruntime="1.31.1",
+    tensorrt="10.9.0",
+    cuda="13.0",
+    driver="580.65.06",
+    gpu="NVIDIA L4",
+    cpu="AMD EPYC 9354P",
+    cpu_int8=["avx512_vnni"],
+    cores=2,
+    memory_bytes=16 * 2**30,
+    platform="Linux-6.8-x86_64",
+)
+
+
+def build(labelled: bool = True, **changes: object) -> Report:
+    report = Report(
+        command=["clusterq", "run", "resnet18", "--data", "/data/imagenet val"],
+        seed=7,
+        created="2025-11-03T14:02:11+00:00",
+        clusterq_deploy="0.1.0",
+        environment=ENVIRONMENT,
+        model=ModelInfo(name="resnet18", parameters=11_689_512, input_size=(3, 224, 224), classes=1000),
+        calibration=CalibrationInfo(
+            images=1024,
+            seconds=815.2,
+            teacher_top1=99.41,
+            recipe="default",
+            within_class_diversity=0.382,
+            losses={
+                "total": [9 * math.exp(-step / 300) + 1.1 for step in range(2000)],
+                "ce": [6 * math.exp(-step / 90) + 0.04 for step in range(2000)],
+                "bns": [2.5 / (1 + step / 200) + 0.3 + 0.1 * math.sin(step) for step in range(2000)],
+                "sfda": [1.2 / (1 + step / 400) for step in range(1600)],
+            },
+        ),
+        evaluation=EvaluationInfo(dataset="imagenet-val", images=5000, labelled=labelled),
+        variants=[
+            variant("fp32", (69.76, 100.0), (15.104, 1.021), 46.75),
+            variant("w8a8", (69.52, 98.3), (4.604, 0.412), 11.84),
+            variant("w4a4", (66.18, 86.44), (4.655, 0.409), 11.83),
+        ],
+        skipped=[Skipped(stage="benchmark", reason="onnxruntime-cuda has no fast INT8 path of its own")],
+        config={"seed": 7, "recipe": "default"},
+    )
+    return report.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def page(report: Report) -> str:
+    return to_html(report, PNG)
+
+
+# The schema
+
+
+def test_report_survives_the_way_through_json(report: Report, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(report.to_json(), encoding="utf-8")
+    assert read_report(path) == report
+
+
+def test_json_keeps_the_contract_of_field_names(report: Report) -> None:
+    content = json.loads(report.to_json())
+    assert content["schema"] == 1
+    assert content.keys() >= {
+        "command", "seed", "environment", "model", "calibration", "evaluation", "variants", "skipped"
+    }  # fmt: skip
+    assert content["environment"].keys() >= {"torch", "onnxruntime", "tensorrt", "gpu", "cpu"}
+    assert content["model"].keys() >= {"name", "parameters", "input_size", "classes"}
+    assert content["calibration"].keys() >= {"images", "seconds", "teacher_top1"}
+    assert content["evaluation"].keys() >= {"dataset", "images"}
+    found = content["variants"][1]
+    assert found.keys() >= {"name", "seconds", "accuracy", "artifacts", "latency"}
+    assert found["accuracy"][0].keys() >= {"runtime", "top1", "top5", "agreement"}
+    assert found["artifacts"][0].keys() >= {"kind", "target", "path", "size_bytes"}
+    assert found["latency"][0].keys() >= {
+        "runtime", "batch", "threads", "mean_ms", "median_ms", "p90_ms", "p99_ms", "images_per_second"
+    }  # fmt: skip
+    assert content["skipped"][0].keys() >= {"stage", "reason"}
+
+
+def test_a_loss_that_diverged_survives_json_and_is_drawn(report: Report, tmp_path: Path) -> None:
+    calibration = report.calibration.model_copy(update={"losses": {"ce": [1.0, math.nan, math.inf]}})
+    diverged = report.model_copy(update={"calibration": calibration})
+    path = tmp_path / "report.json"
+    path.write_text(diverged.to_json(), encoding="utf-8")
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # JSON itself has no NaN
+    again = read_report(path)
+    assert math.isnan(again.calibration.losses["ce"][1])
+    assert math.isinf(again.calibration.losses["ce"][2])
+    assert "from 1<" in to_html(again)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        ("[]", "is no report"),
+        ('{"model": 1}', "is no report"),
+        ('{"schema": 2}', "has schema 2, this version reads schema 1"),
+        ('{"schema": 1, "seed": "x"}', "is no report of schema 1: command: "),
+    ],
+)
+def test_read_report_says_in_one_line_what_is_wrong(
+    content: str | bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ReportError, match=re.escape(message)) as raised:
+        read_report(path)
+    assert isinstance(raised.value, ClusterQError)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# What it concludes
+
+
+def test_standard_error_is_that_of_a_share() -> None:
+    assert standard_error(50.0, 100) == pytest.approx(5.0)
+    assert standard_error(100.0, 100) == 0
+
+
+def test_drop_is_against_fp32_in_the_same_runtime(report: Report) -> None:
+    row = next(r for r in accuracy_rows(report) if (r.variant, r.accuracy.runtime) == ("w8a8", TENSORRT))
+    assert row.drop == pytest.approx(0.24)
+    # 1.72 % and 0.02 % contradict the teacher, so w8a8 and fp32 differ on at most 1.74 %.
+    assert row.drop_error == pytest.approx(100 * math.sqrt((0.0174 - 0.0024**2) / 5000))
+    assert row.size_bytes == 13_024_000
+
+
+def test_speedup_compares_the_same_runtime_batch_and_threads(report: Report) -> None:
+    rows = {(r.variant, r.latency.runtime, r.latency.batch): r for r in latency_rows(report)}
+    assert rows["fp32", CPU, 1].speedup is None
+    assert rows["w8a8", CPU, 1].speedup == pytest.approx(15.104 / 4.604)
+    assert rows["w8a8", CPU, 32].unsteady
+    assert not rows["w8a8", CPU, 1].unsteady
+    alone = report.model_copy(update={"variants": report.variants[1:]})
+    assert all(row.speedup is None for row in latency_rows(alone))
+
+
+def test_the_suggestion_is_fast_and_accurate(report: Report) -> None:
+    assert [(v.runtime, v.outcome, v.choice and v.choice.variant) for v in verdicts(report)] == [
+        (CPU, "deploy", "w8a8"),
+        (TENSORRT, "deploy", "w8a8"),  # w4a4 is a little faster there, and loses 3.58 points
+    ]
+
+
+def test_of_equally_fast_variants_the_suggestion_is_the_one_that_loses_least(report: Report) -> None:
+    fp32, w8a8, _ = report.variants
+    close = variant("w4a4", (69.40, 97.0), (4.50, 0.41), 11.8)
+    found = verdicts(report.model_copy(update={"variants": [fp32, w8a8, close]}))
+    assert found[0].choice is not None
+    assert found[0].choice.variant == "w8a8"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "outcome", "sentence"),
+    [
+        (
+            variant("w4a4", (66.18, 86.44), (4.655, 0.409), 11.8),
+            "inaccurate",
+            "keep fp32: no variant stays within 1 point",
+        ),
+        (
+            variant("w8a8", (69.52, 98.3), (20.0, 1.5), 11.8),
+            "slow",
+            "keep fp32: w8a8 runs at 0.76\N{MULTIPLICATION SIGN} the speed",
+        ),
+        (  # as fast as fp32, within a tie
+            variant("w8a8", (69.76, 99.9), (14.9, 1.0), 11.8),
+            "slow",
+            "keep fp32: w8a8 runs at 1.01\N{MULTIPLICATION SIGN} the speed of fp32 at batch 1 "
+            "(14.90 ms against 15.10 ms), in 25.2 % of the size; it keeps the top-1 of fp32.",
+        ),
+    ],
+)
+def test_fp32_stays_where_nothing_beats_it(
+    report: Report, candidate: Variant, outcome: str, sentence: str
+) -> None:
+    changed = report.model_copy(update={"variants": [report.variants[0], candidate]})
+    assert verdicts(changed)[0].outcome == outcome
+    assert sentence in to_markdown(changed)
+    assert "Keep fp32" in to_html(changed)
+
+
+def test_without_labels_only_agreement_counts() -> None:
+    unlabelled = [
+        v.model_copy(
+            update={"accuracy": [a.model_copy(update={"top1": None, "top5": None}) for a in v.accuracy]}
+        )
+        for v in build().variants
+    ]
+    changed = build(labelled=False, variants=unlabelled)
+    assert [v.choice and v.choice.variant for v in verdicts(changed)] == ["w8a8", "w8a8"]
+    assert [point.cost for point in points(changed, CPU)] == [None, pytest.approx(1.74), pytest.approx(13.6)]
+    for text in (to_markdown(changed), to_html(changed)):
+        assert "Accuracy was not measured" in text
+        assert "5,000 held-out synthetic images" in text
+        assert "98.26 ± 0.18" in text
+        assert "69.50" not in re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
+# The pages
+
+
+@pytest.mark.parametrize("render", [to_markdown, to_html])
+def test_pages_carry_the_numbers(report: Report, render: object) -> None:
+    text = render(report)  # type: ignore[operator]
+    for value in (
+        "69.50 ± 0.65",  # w8a8 top-1 in ONNX Runtime
+        "0.24 ± 0.19",  # and its drop
+        "98.26 ± 0.18",
+        "89.00",  # top-5
+        "4.604", "4.788", "5.295",  # median, p90, p99 at batch 1
+        "~133.5",  # unsteady median at batch 32
+        "3.28\N{MULTIPLICATION SIGN}",
+        "11.8 MB", "25.3 %", "w4a4/model.int4.onnx", "6.1 MB",
+        "1,024", "99.41 %", "13 min 35 s",
+        "NVIDIA L4", "AMD EPYC 9354P", "580.65.06",
+        "onnxruntime-cuda has no fast INT8 path of its own", "layer4.1.avgpool",
+        "INT4 saves storage, the speed is INT8",
+    ):  # fmt: skip
+        assert value in text, value
+
+
+def test_pages_give_the_exact_command(report: Report, page: str) -> None:
+    assert "\n    clusterq run resnet18 --data '/data/imagenet val'\n" in to_markdown(report)
+    assert "clusterq run resnet18 --data &#39;/data/imagenet val&#39;</pre>" in page
+
+
+def test_rendering_is_deterministic(report: Report, page: str) -> None:
+    assert to_html(report, PNG) == page
+    assert to_markdown(report) == to_markdown(report)
+
+
+def test_page_stands_alone(page: str) -> None:
+    assert re.findall(r"<(?:script|link|iframe|object|embed)\b", page) == []
+    assert "@import" not in page
+    for target in re.findall(r'\b(?:src|href|srcset)\s*=\s*"([^"]*)"', page):
+        assert target.startswith(("data:image/png;base64,", "#")), target
+    for target in re.findall(r"url\(([^)]*)\)", page):
+        assert target.startswith("#"), target
+    assert "default-src 'none'" in page
+
+
+def test_ids_in_the_page_are_unique(page: str) -> None:
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]*)', page)) <= set(ids)
+
+
+def test_charts_take_their_colours_from_the_page(page: str) -> None:
+    for chart in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {
+            "none", "var(--ink)", "var(--muted)", "var(--rule)", "var(--accent)"
+        }  # fmt: skip
+
+
+def test_names_cannot_inject_markup(report: Report) -> None:
+    evil = '<script>alert(1)</script>|`x` $y$ "z"'
+    changed = report.model_copy(
+        update={
+            "model": report.model.model_copy(update={"name": evil}),
+            "skipped": [Skipped(stage=evil, reason=evil)],
+            "command": ["clusterq", "run", evil],
+            "variants": [
+                v.model_copy(update={"name": evil}) if v.name == "w4a4" else v for v in report.variants
+            ],
+            "calibration": report.calibration.model_copy(update={"losses": {evil: [2.0, 1.0]}}),
+        }
+    )
+    text = to_html(changed)
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    markdown = to_markdown(changed)
+    assert "\\<script>alert(1)\\</script>\\|\\`x\\`" in markdown
+    prose = [line for line in markdown.splitlines() if not line.startswith("    ")]
+    assert all("<script" not in line.replace("\\<", "") for line in prose)
+
+
+def test_tables_are_whole(report: Report) -> None:
+    for block in to_markdown(report).split("\n\n"):
+        if block.startswith("|"):
+            widths = {len(line) for line in block.splitlines()}
+            assert len(widths) == 1
+
+
+def test_pages_of_a_run_that_measured_nothing() -> None:
+    bare = build(
+        variants=[Variant(name="w8a8", seconds=1.0)],
+        skipped=[],
+        config={},
+        calibration=CalibrationInfo(images=64, seconds=2.0, teacher_top1=90.0, recipe="paper"),
+    )
+    assert "Not measured." in to_markdown(bare)
+    text = to_html(bare)
+    assert "Nothing can be suggested" in text
+    assert "<svg" not in text
+    assert "<img" not in text
+
+
+@pytest.mark.timeout(60)
+def test_a_browser_shows_the_numbers(page: str, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium on PATH")
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    shown = subprocess.run(
+        [browser, *arguments, path.as_uri()], capture_output=True, text=True, timeout=50, check=True
+    )
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown.stdout)
+    assert {"69.50 ± 0.65", "0.24 ± 0.19", "4.604", "~133.5", "11.8 MB"} <= set(cells)
+    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 8
+
+
+# The environment
+
+
+def test_environment_describes_this_machine() -> None:
+    found = collect_environment(torch.device("cpu"))
+    assert found.python == platform.python_version()
+    assert found.torch == torch.__version__
+    assert found.cores >= 1
+    assert found.memory_bytes > 2**20
+    assert found.cpu
+    assert found.gpu is None
+    assert found.driver is None
+
+
+def test_environment_survives_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise ImportError
+
+    def unknown_processor() -> None:
+        raise Exception("py-cpuinfo does not know this processor")
+
+    monkeypatch.setattr("cpuinfo.get_cpu_info", unknown_processor)
+    monkeypatch.setattr("importlib.import_module", absent)
+    found = collect_environment(torch.device("cpu"))
+    assert (found.torchvision, found.tensorrt, found.cpu_int8) == (None, None, None)
+    assert found.onnxruntime == "not installed"
+    assert found.cpu

@@ -93,7 +93,9 @@ class CalibrationSet:
         tile_height, tile_width, gap = height * side, width * side, 2
         deepest = int(torch.stack([(self.labels == c).sum() for c in picked]).max())
         grid = np.full(
-            (min(rows, deepest) * (tile_height + gap) - gap, len(picked) * (tile_width + gap) - gap, 3), 255, np.uint8
+            (min(rows, deepest) * (tile_height + gap) - gap, len(picked) * (tile_width + gap) - gap, 3),
+            255,
+            np.uint8,
         )
         for column, label in enumerate(picked):
             own = self.images[self.labels == label][:rows].cpu()

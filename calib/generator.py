@@ -1,6 +1,7 @@
 """The class-conditional generator."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class Generator(nn.Module):
         self.seed = nn.Linear(latent, widths[0] * sides[0][0] * sides[0][1])
         self.label = nn.Embedding(classes, latent)
         self.first = ConditionalBatchNorm2d(widths[0], classes)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True)) or [(widths[0], widths[0])]
+        pairs = list(pairwise(widths)) or [(widths[0], widths[0])]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairs)
         self.norms = nn.ModuleList(ConditionalBatchNorm2d(b, classes) for _, b in pairs)
         self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)

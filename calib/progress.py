@@ -18,7 +18,7 @@ class Progress(Protocol):
 
 class _Silent:
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Advance]:  # noqa: ARG002
+    def task(self, description: str, total: int) -> Iterator[Advance]:
         yield lambda n=1, **figures: None
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from calib.config import StageConfig
 from calib.losses import bns_loss, total_variation
+from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from calib.statistics import batchnorm_layers, tap_batchnorm
 from calib.training import ClassSampler, History
@@ -102,8 +103,8 @@ def refine(
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
             for step in range(config.steps):
                 down, right, mirror = _draw_move(config.shift, rng)
-                with tap_batchnorm(teacher) as tap:
-                    logits = teacher(shifted(pixels, down, right, flip and mirror))
+                with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
+                    logits = teacher(shifted(pixels, down, right, flip and mirror)).float()
                 bns = bns_loss(tap, weights)
                 unsure = logits.softmax(1).gather(1, own[:, None]).squeeze(1) < config.confident
                 ce = (F.cross_entropy(logits, own, reduction="none") * unsure).mean()

@@ -27,11 +27,14 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
-        """Moments of x, (N, C, ...) float."""
+        """Moments of x, (N, C, ...) float of any precision."""
+        x = x.float()
         if x.dim() == 2:
             return cls(x, torch.zeros_like(x))
-        var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
-        return cls(mean, var)
+        space = tuple(range(2, x.dim()))
+        mean = x.mean(space)
+        # two plain means cost half of var_mean with its gradient; what cancels is far below a BatchNorm's eps
+        return cls(mean, (x.square().mean(space) - mean.square()).clamp_min(0))
 
     def pooled(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (K, C) of K groups of samples.
@@ -93,9 +96,9 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
     tap = Tap()
 
     def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, _BatchNorm)  # noqa: S101  (narrows the type; only BatchNorm layers are hooked)
-        tap.layers.append(layer)
-        tap.moments.append(Moments.of(args[0]))
+        if isinstance(layer, _BatchNorm):
+            tap.layers.append(layer)
+            tap.moments.append(Moments.of(args[0]))
 
     handles = [teacher.register_forward_pre_hook(lambda *_: tap.clear())]
     handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(teacher)]

@@ -88,7 +88,14 @@ def synthesize(
         SynthesisError: a loss is not finite, so no usable image came out.
     """
     trainer = GeneratorTrainer(
-        teacher, classes=classes, size=size, mean=mean, std=std, config=config.generator, device=device, rng=rng
+        teacher,
+        classes=classes,
+        size=size,
+        mean=mean,
+        std=std,
+        config=config.generator,
+        device=device,
+        rng=rng,
     )
     history = trainer.train(progress)
     labels = balanced_labels(config.images, classes, rng).to(device)
@@ -97,7 +104,10 @@ def synthesize(
     losses = {f"generator.{name}": values for name, values in history.items()}
     if config.refine.steps:
         shape = (1, size[0], 1, 1)
-        offset, scale = torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)
+        offset, scale = (
+            torch.tensor(mean, device=device).view(shape),
+            torch.tensor(std, device=device).view(shape),
+        )
         images, history = refine(
             teacher,
             images,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calib.config import StageConfig
 from calib.generator import Generator
 from calib.losses import bns_loss, icv_loss, sfda_loss
+from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from calib.statistics import (
     Centroids,
@@ -21,6 +22,8 @@ from calib.statistics import (
     running_statistics,
     tap_batchnorm,
 )
+
+_DEVIATION_BATCHES = 4
 
 History = dict[str, list[float]]
 """A value a step for each loss term."""
@@ -37,7 +40,8 @@ class GeneratorConfig(StageConfig):
         lambda_mean, lambda_std: of (6), relative to the channel's deviation in the BatchNorm buffers.
         icv_noise: what carries the noise of (6). `class`: class statistics aim at one fresh draw, as the equation
             is written; its gradient is, on average, that of (4). `latent`: each sample aims at a draw of its own,
-            made by a fixed projection of its latent, so that a sample can tell where it should go.
+            made from its latent, so that a sample can tell where it should go; the draw mixes the deviations of the
+            warmed-up generator's images, so that it lies where images can go.
         semantic_start: the first semantic layer, as a share of the BatchNorm layers.
     """
 
@@ -51,8 +55,8 @@ class GeneratorConfig(StageConfig):
     sfda_weight: float = Field(0.9, ge=0)
     icv_weight: float = Field(0.6, ge=0)
     ema_beta: float = Field(0.2, ge=0, le=1)
-    lambda_mean: float = Field(0.3, ge=0)
-    lambda_std: float = Field(0.2, ge=0)
+    lambda_mean: float = Field(0.5, ge=0)
+    lambda_std: float = Field(0.3, ge=0)
     icv_noise: Literal["class", "latent"] = "latent"
     semantic_start: float = Field(0.5, ge=0, lt=1)
     latent: int = Field(128, ge=1)
@@ -113,12 +117,11 @@ class GeneratorTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(rng))
             self.generator = Generator(classes, size, mean, std, config.latent, config.width).to(device)
-        self.optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999)
-        )
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
         self.centroids = Centroids(classes, device)
         self._sampler = ClassSampler(classes, rng)
-        self._projections: list[tuple[Tensor, Tensor]] = []
+        self._mixing = torch.empty(0, device=device)  # (latent, n): how a latent mixes n deviations
+        self._deviations: list[tuple[Tensor, Tensor]] = []  # a layer: (n, C) of means and of deviations
 
     def latents(self, count: int) -> Tensor:
         """Standard normal z, (count, latent) float32."""
@@ -136,8 +139,9 @@ class GeneratorTrainer:
         """One optimizer step; gives the value of each loss term that took part."""
         config, labels = self.config, self.batch_labels()
         z = self.latents(len(labels))
-        with tap_batchnorm(self.teacher) as tap:
+        with tap_batchnorm(self.teacher) as tap, mixed_precision(self.device):
             logits = self.teacher(self.generator(z, labels))
+        logits = logits.float()
         losses = {
             "ce": (config.ce_weight, F.cross_entropy(logits, labels)),  # (8)
             "bns": (config.bns_weight, bns_loss(tap)),
@@ -148,7 +152,7 @@ class GeneratorTrainer:
             present, shares = class_weights(labels, keep)
             self.centroids.update(moments, present, shares, config.ema_beta)  # (5)
             losses["sfda"] = (config.sfda_weight, sfda_loss(moments, self.centroids, present, shares))
-            if config.icv_weight:
+            if config.icv_weight and (config.icv_noise == "class" or self._deviations):
                 losses["icv"] = (config.icv_weight, self._icv(tap, z, labels, keep, present, shares))
         total = torch.stack([weight * value for weight, value in losses.values() if weight]).sum()  # (10)
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,9 +160,7 @@ class GeneratorTrainer:
         self.optimizer.step()
         return {name: value.item() for name, (_, value) in losses.items()}
 
-    def _icv(
-        self, tap: Tap, z: Tensor, labels: Tensor, keep: Tensor, present: Tensor, shares: Tensor
-    ) -> Tensor:
+    def _icv(self, tap: Tap, z: Tensor, labels: Tensor, keep: Tensor, present: Tensor, shares: Tensor) -> Tensor:
         config, moments = self.config, tap.moments[self.first_semantic :]
         spreads = [running_statistics(layer)[1] for layer in tap.layers[self.first_semantic :]]
         if config.icv_noise == "class":
@@ -167,35 +169,47 @@ class GeneratorTrainer:
             owners = present
         else:
             statistics = [(own.mean[keep], own.sample_std()[keep]) for own in moments]
-            noise = [(z[keep] @ a, z[keep] @ b) for a, b in self._projected(moments)]
+            mixture = z[keep] @ self._mixing
+            noise = [(mixture @ mean, mixture @ std) for mean, std in self._deviations]
             owners = labels[keep]
-        return icv_loss(
-            statistics, self.centroids, owners, spreads, noise, config.lambda_mean, config.lambda_std
-        )
+        return icv_loss(statistics, self.centroids, owners, spreads, noise, config.lambda_mean, config.lambda_std)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self._rng, device=self._rng.device).to(like.device)
 
-    def _projected(self, moments: list[Moments]) -> list[tuple[Tensor, Tensor]]:
-        """Fixed projections (latent, C) with unit columns: z times one is standard normal in every channel."""
-        if not self._projections:
-            for own in moments:
-                shape = own.mean.new_empty(self.config.latent, own.mean.shape[1])
-                a, b = self._normal(shape), self._normal(shape)
-                self._projections.append((F.normalize(a, dim=0), F.normalize(b, dim=0)))
-        return self._projections
-
     @torch.no_grad()
     def initialize_centroids(self) -> None:
-        """Let every class have its first centroid, from batches of the warmed-up generator."""
+        """Let every class have its first centroid, from batches of the warmed-up generator.
+
+        The deviations of its images from their class, which the noise of (6) mixes, are taken here too.
+        """
         rounds = math.ceil(len(self.centroids.seen) * self.config.samples_per_class / self.config.batch_size)
-        for _ in range(rounds):
+        rows: list[list[tuple[Tensor, Tensor]]] = []
+        for _ in range(max(rounds, _DEVIATION_BATCHES)):
             labels = self.batch_labels()
-            with tap_batchnorm(self.teacher) as tap:
+            with tap_batchnorm(self.teacher) as tap, mixed_precision(self.device):
                 keep = self.teacher(self.generator(self.latents(len(labels)), labels)).argmax(1) == labels
-            if bool(keep.any()):
-                moments = tap.moments[self.first_semantic :]
-                self.centroids.update(moments, *class_weights(labels, keep), self.config.ema_beta)
+            if not bool(keep.any()):
+                continue
+            moments = tap.moments[self.first_semantic :]
+            present, shares = class_weights(labels, keep)
+            self.centroids.update(moments, present, shares, self.config.ema_beta)
+            if len(rows) < _DEVIATION_BATCHES:
+                own = torch.searchsorted(present, labels[keep])
+                rows.append([_deviations(m, shares, own, keep) for m in moments])
+        if rows:
+            self._set_deviations(rows, tap)
+
+    def _set_deviations(self, rows: list[list[tuple[Tensor, Tensor]]], tap: Tap) -> None:
+        """Scale the deviations to one channel deviation on average, and draw how latents mix them."""
+        self._deviations = []
+        for index, layer in enumerate(tap.layers[self.first_semantic :]):
+            spread = running_statistics(layer)[1]
+            means, stds = (torch.cat([row[index][part] for row in rows]) / spread for part in (0, 1))
+            self._deviations.append((_unit(means), _unit(stds)))
+        count = len(self._deviations[0][0])
+        mixing = self._normal(self._mixing.new_empty(self.config.latent, count))
+        self._mixing = mixing / math.sqrt(self.config.latent * count)
 
     def train(self, progress: Progress = SILENT) -> History:
         """Run all steps; gives the loss terms by step (0 where a term did not take part)."""
@@ -221,3 +235,14 @@ class GeneratorTrainer:
         ]
         self.generator.train()
         return torch.cat(images)
+
+
+def _unit(deviations: Tensor) -> Tensor:
+    """Deviations scaled to a mean square of one."""
+    return deviations / deviations.square().mean().sqrt().clamp_min(1e-6)
+
+
+def _deviations(own: Moments, shares: Tensor, owners: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the kept samples' means and deviations (n, C) lie from their class's average of them."""
+    std = own.sample_std()
+    return own.mean[keep] - (shares @ own.mean)[owners], std[keep] - (shares @ std)[owners]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from clusterq_deploy.errors import DataError
-from clusterq_deploy.models import InputSpec, LoadedModel
+from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.models.weights import first_line
 
@@ -26,6 +26,19 @@ _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 _LABELS_FILE = "labels.csv"
 _FORMATS = f"a directory of class folders, a directory with {_LABELS_FILE} (file,label), or an .npz"
 _DECODERS = min(8, os.cpu_count() or 1)
+
+
+class Classifier(Protocol):
+    """What evaluation data must know of a model; a `LoadedModel` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def input(self) -> InputSpec: ...
+    @property
+    def classes(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +90,7 @@ class EvaluationSet:
                 yield np.stack(list(pool.map(self.read, indices))), labels
 
 
-def load_evaluation(path: Path | None, model: LoadedModel, limit: int | None = None) -> EvaluationSet:
+def load_evaluation(path: Path | None, model: Classifier, limit: int | None = None) -> EvaluationSet:
     """Open evaluation data for a model.
 
     Args:
@@ -140,9 +153,7 @@ def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             rows = [(number, row) for number, row in enumerate(csv.reader(stream), 1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"cannot read {str(table)!r} ({first_line(error)}); expected rows of file,label"
-        ) from error
+        raise DataError(f"cannot read {str(table)!r} ({first_line(error)}); expected rows of file,label") from error
     if rows and _number(rows[0][1]) is None and not Path(rows[0][1][0]).suffix:
         del rows[0]  # a header: neither a label nor a file's name
     files, labels = [], []
@@ -156,9 +167,7 @@ def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
             raise DataError(f"{where} names {row[0]!r}, outside of the folder; expected a path below it")
         file = next((file for file in (path / row[0], path / "images" / row[0]) if file.is_file()), None)
         if file is None:
-            raise DataError(
-                f"{where} names {row[0]!r}, but there is no such file in the folder or its images folder"
-            )
+            raise DataError(f"{where} names {row[0]!r}, but there is no such file in the folder or its images folder")
         files.append(file)
         labels.append(label)
     return files, labels
@@ -173,16 +182,14 @@ def _number(row: list[str]) -> int | None:
 
 
 def _from_files(
-    path: Path, files: list[Path], labels: list[int], model: LoadedModel, limit: int | None
+    path: Path, files: list[Path], labels: list[int], model: Classifier, limit: int | None
 ) -> EvaluationSet:
     if not files:
         raise DataError(f"no images were found in {str(path)!r}; expected {_FORMATS}")
     checked = _check_labels(path, labels, model.classes)
     chosen = _spread(len(files), limit)
     files, spec = [files[index] for index in chosen], model.input
-    return EvaluationSet(
-        path.resolve().name, len(files), checked[chosen], lambda index: _decode(files[index], spec)
-    )
+    return EvaluationSet(path.resolve().name, len(files), checked[chosen], lambda index: _decode(files[index], spec))
 
 
 def _decode(file: Path, spec: InputSpec) -> Images:
@@ -195,7 +202,7 @@ def _decode(file: Path, spec: InputSpec) -> Images:
         ) from error
 
 
-def _from_npz(path: Path, name: str, model: LoadedModel, limit: int | None) -> EvaluationSet:
+def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> EvaluationSet:
     expected = "expected an .npz with images (N,H,W,C) or (N,H,W) uint8 and labels (N,) integers"
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
@@ -207,9 +214,7 @@ def _from_npz(path: Path, name: str, model: LoadedModel, limit: int | None) -> E
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(f"{str(path)!r} has images {images.shape} {images.dtype}; {expected}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"{str(path)!r} has labels {labels.shape} {labels.dtype} for {len(images)} images; {expected}"
-        )
+        raise DataError(f"{str(path)!r} has labels {labels.shape} {labels.dtype} for {len(images)} images; {expected}")
     if not images.size:
         raise DataError(f"{str(path)!r} has no images; {expected}")
     channels = images.shape[3] if images.ndim == 4 else 1
@@ -230,9 +235,7 @@ def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> Labels:
     low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= classes:
         found = f"labels down to {low}" if low < 0 else f"labels up to {high}"
-        raise DataError(
-            f"{str(path)!r} has {found}, but the model has {classes} classes; expected 0..{classes - 1}"
-        )
+        raise DataError(f"{str(path)!r} has {found}, but the model has {classes} classes; expected 0..{classes - 1}")
     return np.asarray(labels, dtype=np.int64)
 
 

@@ -53,3 +53,20 @@ def sha256_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def fingerprint(path: Path) -> str:
+    """Identifies a file by its content, and a folder by the names and sizes of the files in it.
+
+    Raises:
+        RunDirectoryError: something cannot be read.
+    """
+    if not path.is_dir():
+        return sha256_file(path)
+    listing = hashlib.sha256()
+    try:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            listing.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+    except OSError as error:
+        raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from error
+    return listing.hexdigest()

@@ -85,7 +85,9 @@ class RunDirectory:
                 return None
         return record
 
-    def perform(self, stage: str, inputs: Mapping[str, Any], work: Callable[[], tuple[Result, list[str]]]) -> StageRecord:
+    def perform(
+        self, stage: str, inputs: Mapping[str, Any], work: Callable[[], tuple[Result, list[str]]]
+    ) -> StageRecord:
         """Do a stage unless it is finished with the same inputs.
 
         Args:

@@ -108,6 +108,11 @@ class OnnxRunner:
         found: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         return found
 
+    @property
+    def classes(self) -> int:
+        """The width of the logits."""
+        return int(self._session.get_outputs()[0].shape[-1])
+
     def provenance(self) -> dict[str, object]:
         """How the graph was made; empty for a graph of another exporter."""
         found: dict[str, object] = json.loads(self.metadata().get("clusterq.provenance", "{}"))

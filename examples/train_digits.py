@@ -98,9 +98,7 @@ def main(epochs: int, seed: int, out: Path) -> None:
     spec = input_spec("digits", PRETRAINED_CFG)
     images, labels, held_out, held_out_labels = load_split()
     background = -spec.mean[0] / spec.std[0]  # a black pixel, normalized
-    net = train(
-        preprocess(images, spec), torch.from_numpy(labels), epochs=epochs, seed=seed, background=background
-    )
+    net = train(preprocess(images, spec), torch.from_numpy(labels), epochs=epochs, seed=seed, background=background)
     out.mkdir(parents=True, exist_ok=True)
     save_file(net.state_dict(), out / WEIGHTS.name)
     np.savez_compressed(out / HELD_OUT.name, images=held_out, labels=held_out_labels)

@@ -248,9 +248,7 @@ def tensorrt_module(world: World) -> ModuleType:
         def create_optimization_profile(self) -> IOptimizationProfile:
             return IOptimizationProfile()
 
-        def build_serialized_network(
-            self, network: INetworkDefinition, config: IBuilderConfig
-        ) -> bytes | None:
+        def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
             world.options = config
             if world.build_error:
                 self._log.log(ILogger.ERROR, world.build_error)

@@ -188,9 +188,7 @@ def test_class_folders_must_match_the_model(tmp_path: Path, colour: LoadedModel)
     assert "has 2 class folders, but the model has 3 classes" in failure(tmp_path, colour)
 
 
-@pytest.mark.parametrize(
-    "outside", ["/etc/hosts", "../other.png", "images/../../other.png", "..\\x.png", "C:\\x.png"]
-)
+@pytest.mark.parametrize("outside", ["/etc/hosts", "../other.png", "images/../../other.png", "..\\x.png", "C:\\x.png"])
 def test_a_labels_file_stays_in_its_folder(tmp_path: Path, colour: LoadedModel, outside: str) -> None:
     paint(tmp_path / "other.png", 0)
     (tmp_path / "set").mkdir()
@@ -285,6 +283,4 @@ def test_a_users_model_on_imagenet() -> None:
     data = load_evaluation(Path(f"{SHARED}/imagenet_val"), model)
     assert len(data) == 650
     assert next(data.batches(2))[0].shape == (2, 3, 224, 224)
-    assert top1(model, load_evaluation(Path(f"{SHARED}/imagenet_val"), model, limit=100)) == pytest.approx(
-        66.8, abs=12
-    )
+    assert top1(model, load_evaluation(Path(f"{SHARED}/imagenet_val"), model, limit=100)) == pytest.approx(66.8, abs=12)

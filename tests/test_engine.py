@@ -149,9 +149,7 @@ class TestBuild:
 
 
 class TestRun:
-    @pytest.mark.parametrize(
-        ("images", "calls"), [(1, [2]), (2, [2]), (4, [4]), (5, [4, 2]), (11, [4, 4, 3]), (0, [])]
-    )
+    @pytest.mark.parametrize(("images", "calls"), [(1, [2]), (2, [2]), (4, [4]), (5, [4, 2]), (11, [4, 4, 3]), (0, [])])
     def test_splits_and_pads_batches(self, world: World, graph: Path, images: int, calls: list[int]) -> None:
         batch = np.random.default_rng(0).normal(size=(images, 3, 4, 4)).astype(np.float32)
         batch.flags.writeable = False
@@ -301,9 +299,7 @@ class TestAvailability:
         assert unavailable_reason() is None
 
     def test_says_all_that_is_missing(self, monkeypatch: pytest.MonkeyPatch, graph: Path) -> None:
-        monkeypatch.setitem(
-            sys.modules, "tensorrt", None
-        )  # the import system's own mark of a module not there
+        monkeypatch.setitem(sys.modules, "tensorrt", None)  # the import system's own mark of a module not there
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         reason = unavailable_reason()
         assert reason is not None
@@ -313,12 +309,8 @@ class TestAvailability:
         with pytest.raises(TensorRTMissing, match="tensorrt is not installed"):
             build(graph)
 
-    def test_tells_a_broken_installation_from_none(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        (tmp_path / "tensorrt.py").write_text(
-            "raise ImportError('libnvinfer.so.10: cannot open\\n object file')"
-        )
+    def test_tells_a_broken_installation_from_none(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open\\n object file')")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
         reason = unavailable_reason()

@@ -31,9 +31,7 @@ def test_a_file_system_that_ends_in_the_middle(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
         "write_bytes(Path(sys.argv[1]), bytes(2**21))\n"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert answer.returncode == 1
     assert f"RunDirectoryError: cannot write {path}: File too large" in answer.stderr
     assert path.read_text() == "old"
@@ -41,9 +39,7 @@ def test_a_file_system_that_ends_in_the_middle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_the_message_names_the_path_and_the_cause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_the_message_names_the_path_and_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(_: int) -> None:
         raise OSError(code, os.strerror(code))
 

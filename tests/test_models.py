@@ -308,9 +308,7 @@ def test_the_list_of_models_agrees_with_the_models() -> None:
     assert entries["resnet18"].input_size == (3, 224, 224)
     assert entries["resnet18"].top1 == pytest.approx(69.758)
     for name, entry in entries.items():
-        if name == "digits" or name.startswith(
-            "regnet"
-        ):  # RegNet's widths are computed, which meta tensors cannot be
+        if name == "digits" or name.startswith("regnet"):  # RegNet's widths are computed, which meta tensors cannot be
             continue
         with torch.device("meta"):
             options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -328,15 +326,12 @@ def test_the_list_of_models_agrees_with_the_models() -> None:
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state, "optimizer": {"lr": 0.1}},
         lambda state: {f"module.{key}": value for key, value in state.items()},
-        lambda state: {
-            key: value.half() if value.is_floating_point() else value for key, value in state.items()
-        },
+        lambda state: {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
     ],
 )
 def test_torch_files(tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], object]) -> None:
     state = {
-        key: value.half().to(value.dtype)
-        for key, value in load("digits", weights="none").module.state_dict().items()
+        key: value.half().to(value.dtype) for key, value in load("digits", weights="none").module.state_dict().items()
     }
     torch.save(wrap(state), tmp_path / "net.pth")
     save_file(state, tmp_path / "net.safetensors")
@@ -386,9 +381,7 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     whole = WEIGHTS.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "cannot read" in failure(WeightsError, "digits", weights=str(tmp_path / "cut.safetensors"))
-    for number, content in enumerate(
-        ([1, 2], {}, {"state_dict": {"epoch": 1}}, {1: torch.zeros(1)}, torch.zeros(3))
-    ):
+    for number, content in enumerate(([1, 2], {}, {"state_dict": {"epoch": 1}}, {1: torch.zeros(1)}, torch.zeros(3))):
         torch.save(content, tmp_path / f"{number}.pth")
         message = failure(WeightsError, "digits", weights=str(tmp_path / f"{number}.pth"))
         assert "no state_dict" in message

@@ -66,12 +66,8 @@ def variant(name: str, scores: tuple[float, float], times: tuple[float, float], 
     graph, engine = f"{name}/model.ort.onnx", f"{name}/model.engine"
     artifacts = [
         Artifact(kind="onnx", target="onnxruntime", path=graph, size_bytes=int(mb * 1e6)),
-        Artifact(
-            kind="onnx", target="tensorrt", path=f"{name}/model.trt.onnx", size_bytes=int(mb * 1e6) + 9_000
-        ),
-        Artifact(
-            kind="engine", target="tensorrt", path=engine, size_bytes=int(mb * 1.1e6), notes=["TensorRT 10.9"]
-        ),
+        Artifact(kind="onnx", target="tensorrt", path=f"{name}/model.trt.onnx", size_bytes=int(mb * 1e6) + 9_000),
+        Artifact(kind="engine", target="tensorrt", path=engine, size_bytes=int(mb * 1.1e6), notes=["TensorRT 10.9"]),
     ]
     if name == "w4a4":
         artifacts.append(
@@ -83,9 +79,7 @@ def variant(name: str, scores: tuple[float, float], times: tuple[float, float], 
                 notes=["opset 21"],
             )
         )
-    losses = (
-        {"distillation": [2 * math.exp(-step / 40) + 0.31 for step in range(400)]} if name != "fp32" else {}
-    )
+    losses = {"distillation": [2 * math.exp(-step / 40) + 0.31 for step in range(400)]} if name != "fp32" else {}
     return Variant(
         name=name,
         seconds=412.5,
@@ -221,9 +215,7 @@ def test_a_loss_that_diverged_survives_json_and_is_drawn(report: Report, tmp_pat
         ('{"schema": 1, "seed": "x"}', "is no report of schema 1: command: "),
     ],
 )
-def test_read_report_says_in_one_line_what_is_wrong(
-    content: str | bytes | None, message: str, tmp_path: Path
-) -> None:
+def test_read_report_says_in_one_line_what_is_wrong(content: str | bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -296,9 +288,7 @@ def test_of_equally_fast_variants_the_suggestion_is_the_one_that_loses_least(rep
         ),
     ],
 )
-def test_fp32_stays_where_nothing_beats_it(
-    report: Report, candidate: Variant, outcome: str, sentence: str
-) -> None:
+def test_fp32_stays_where_nothing_beats_it(report: Report, candidate: Variant, outcome: str, sentence: str) -> None:
     changed = report.model_copy(update={"variants": [report.variants[0], candidate]})
     assert verdicts(changed)[0].outcome == outcome
     assert sentence in to_markdown(changed)
@@ -307,9 +297,7 @@ def test_fp32_stays_where_nothing_beats_it(
 
 def test_without_labels_only_agreement_counts() -> None:
     unlabelled = [
-        v.model_copy(
-            update={"accuracy": [a.model_copy(update={"top1": None, "top5": None}) for a in v.accuracy]}
-        )
+        v.model_copy(update={"accuracy": [a.model_copy(update={"top1": None, "top5": None}) for a in v.accuracy]})
         for v in build().variants
     ]
     changed = build(labelled=False, variants=unlabelled)
@@ -385,9 +373,7 @@ def test_names_cannot_inject_markup(report: Report) -> None:
             "model": report.model.model_copy(update={"name": evil}),
             "skipped": [Skipped(stage=evil, reason=evil)],
             "command": ["clusterq", "run", evil],
-            "variants": [
-                v.model_copy(update={"name": evil}) if v.name == "w4a4" else v for v in report.variants
-            ],
+            "variants": [v.model_copy(update={"name": evil}) if v.name == "w4a4" else v for v in report.variants],
             "calibration": report.calibration.model_copy(update={"losses": {evil: [2.0, 1.0]}}),
         }
     )
@@ -435,9 +421,7 @@ def test_a_browser_shows_the_numbers(page: str, tmp_path: Path) -> None:
         f"--user-data-dir={tmp_path / 'profile'}",
         "--dump-dom",
     ]
-    shown = subprocess.run(
-        [browser, *arguments, path.as_uri()], capture_output=True, text=True, timeout=50, check=True
-    )
+    shown = subprocess.run([browser, *arguments, path.as_uri()], capture_output=True, text=True, timeout=50, check=True)
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown.stdout)
     assert {"69.50 ± 0.65", "0.24 ± 0.19", "4.604", "~133.5", "11.8 MB"} <= set(cells)
     assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 8

@@ -14,17 +14,13 @@ import pytest
 
 import clusterq_deploy.engine
 
-API: dict[str, dict[str, list[str]]] = json.loads(
-    (Path(__file__).parent / "data" / "tensorrt_api.json").read_text()
-)
+API: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
 SOURCES = sorted(Path(clusterq_deploy.engine.__file__).parent.glob("*.py"))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def test_engine_package_uses_only_names_of_every_release() -> None:
-    problems = [
-        f"{source.name}:{problem}" for source in SOURCES for problem in name_problems(source.read_text())
-    ]
+    problems = [f"{source.name}:{problem}" for source in SOURCES for problem in name_problems(source.read_text())]
     assert problems == []
 
 

@@ -60,17 +60,11 @@ class TensorRTRunner:
             self._input_name, self._output_name = _input_and_output(self._engine)
             smallest, largest = _input_shapes(self._engine, self._input_name)
             self.batch_range = smallest[0], largest[0]
-            self._input = torch.zeros(
-                largest, dtype=_torch_dtype(self._engine, self._input_name), device=device
-            )
+            self._input = torch.zeros(largest, dtype=_torch_dtype(self._engine, self._input_name), device=device)
             output_shape = self._set_batch(largest[0])
             if len(output_shape) != 2 or output_shape[0] != largest[0]:
-                raise EngineError(
-                    f"the engine's output has shape {output_shape}; expected ({largest[0]}, classes)"
-                )
-            self._output = torch.zeros(
-                output_shape, dtype=_torch_dtype(self._engine, self._output_name), device=device
-            )
+                raise EngineError(f"the engine's output has shape {output_shape}; expected ({largest[0]}, classes)")
+            self._output = torch.zeros(output_shape, dtype=_torch_dtype(self._engine, self._output_name), device=device)
             self._context.set_tensor_address(self._input_name, self._input.data_ptr())
             self._context.set_tensor_address(self._output_name, self._output.data_ptr())
 

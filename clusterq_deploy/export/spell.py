@@ -121,7 +121,10 @@ class _Speller:
                 continue
             quantized = ir.node("QuantizeLinear", [output, steps.scale, steps.zero_point])
             restored = ir.node("DequantizeLinear", [quantized.outputs[0], steps.scale, steps.zero_point])
-            quantized.outputs[0].name, restored.outputs[0].name = f"{output.name}.quantized", f"{output.name}.restored"
+            quantized.outputs[0].name, restored.outputs[0].name = (
+                f"{output.name}.quantized",
+                f"{output.name}.restored",
+            )
             self.graph.insert_after(node, [quantized, restored])
             for use in uses:
                 use.node.replace_input_with(use.idx, restored.outputs[0])
@@ -176,7 +179,10 @@ class _Speller:
         """Bound values to a grid narrower than INT8; the clip takes the place of a ReLU or ReLU6 in front."""
         if (grid.low, grid.high) in {(-128, 127), (0, 127)}:
             return source
-        bounds = [self._constant(f"{site}.min", grid.low * scale), self._constant(f"{site}.max", grid.high * scale)]
+        bounds = [
+            self._constant(f"{site}.min", grid.low * scale),
+            self._constant(f"{site}.max", grid.high * scale),
+        ]
         producer = source.producer()
         if not grid.signed and producer is not None and self._rectifies(producer) and self._only(source, marker):
             source = self._input(producer, 0)

@@ -93,9 +93,7 @@ class InputSpec(StageConfig):
         if image_width >= width and image_height >= height and shorter <= self.resize:
             return image_width, image_height
         # The crop must fit even where it is longer one way than the image is.
-        to = max(
-            self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height)
-        )
+        to = max(self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height))
         return max(int(to * image_width / shorter), width), max(int(to * image_height / shorter), height)
 
 

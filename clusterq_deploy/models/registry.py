@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchvision import models as tv  # type: ignore[import-untyped]
+from torchvision import models as tv
 
 from clusterq_deploy.models import digits
 

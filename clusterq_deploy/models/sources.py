@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from torch import nn
-from torchvision import models as tv  # type: ignore[import-untyped]
+from torchvision import models as tv
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
 from clusterq_deploy.models import digits
@@ -61,8 +61,7 @@ def torchvision_model(name: str) -> Draft:
             state: State = default.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except Exception as error:  # the network or a damaged cache can fail in many ways
             raise ModelError(
-                f"cannot get the weights of {name!r} from {default.url} ({first_line(error)}); "
-                f"{_WITHOUT_DOWNLOAD}"
+                f"cannot get the weights of {name!r} from {default.url} ({first_line(error)}); {_WITHOUT_DOWNLOAD}"
             ) from error
         return state
 

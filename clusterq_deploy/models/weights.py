@@ -42,13 +42,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         asks_for = re.search(r"GLOBAL (\S+)", str(error))
         what = f"its pickle asks for {asks_for[1]}" if asks_for else "it is not a plain torch file"
         raise WeightsError(
-            f"refused to load {str(path)!r}: {what}, but only tensors are read; "
-            "save the state_dict as safetensors"
+            f"refused to load {str(path)!r}: {what}, but only tensors are read; save the state_dict as safetensors"
         ) from error
     except Exception as error:  # damage shows wherever the parser meets it
         raise WeightsError(
-            f"cannot read the weights in {str(path)!r} ({first_line(error)}); "
-            "expected a .safetensors or a torch file"
+            f"cannot read the weights in {str(path)!r} ({first_line(error)}); expected a .safetensors or a torch file"
         ) from error
     return _unwrap(loaded, path)
 

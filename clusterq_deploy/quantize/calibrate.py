@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.grid import Grid
-from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 
 _SAMPLES_A_SITE = 1 << 18

@@ -1,6 +1,7 @@
 """Fine-tuning: the student learns from the teacher's answers to synthetic images."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from calib.calibration_set import CalibrationSet
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
 from calib.refine import shifted
+from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 
@@ -41,6 +43,17 @@ class FinetuneConfig(StageConfig):
     held_out: float = Field(0.125, gt=0, lt=1)
     checkpoints: int = Field(8, ge=1)
 
+    def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
+        """These settings for a variant: above four bits there is less to mend, so steps are fewer and smaller."""
+        spare = max(0, min(bits.weights, bits.activations) - 4)
+        return self.model_copy(
+            update={
+                "steps": math.ceil(self.steps / (1 + spare)),
+                "learning_rate": self.learning_rate / 2**spare,
+                "scale_learning_rate": self.scale_learning_rate / 2**spare,
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -57,9 +70,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: 
     (Hinton et al., arXiv 1503.02531).
     """
     t = config.temperature
-    kl = F.kl_div(
-        (student / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True
-    )
+    kl = F.kl_div((student / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True)
     loss = config.kl_weight * t * t * kl
     return loss + config.ce_weight * F.cross_entropy(student, labels) if config.ce_weight else loss
 

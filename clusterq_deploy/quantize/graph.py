@@ -19,7 +19,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if getattr(module, "inplace", False):
-            module.inplace = False
+            setattr(module, "inplace", False)  # noqa: B010  (no class of torch declares it)
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # whatever a user's forward raises when it is given proxies
@@ -60,8 +60,9 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[str]:
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
-        layer, norm = modules[source.target], modules[node.target]
-        if calls[source.target] != 1 or norm.running_mean is None:
+        name = str(source.target)
+        layer, norm = modules[name], modules[node.target]
+        if calls[name] != 1 or norm.running_mean is None:
             continue
         if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             fused: nn.Module = fuse_conv_bn_eval(layer, norm)
@@ -69,7 +70,7 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[str]:
             fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue
-        traced.set_submodule(source.target, fused)
+        traced.set_submodule(name, fused)
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
         folded.append(str(node.target))

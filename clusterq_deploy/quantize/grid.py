@@ -22,12 +22,12 @@ class Grid:
     @property
     def low(self) -> int:
         """The smallest integer."""
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def high(self) -> int:
         """The largest integer."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else min(2**self.bits - 1, 127)
+        return (1 << (self.bits - 1)) - 1 if self.signed else min((1 << self.bits) - 1, 127)
 
 
 @dataclass(frozen=True, order=True)

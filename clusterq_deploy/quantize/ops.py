@@ -73,15 +73,13 @@ def moves_values(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = module_of(traced, node)
         if isinstance(module, nn.ConstantPad2d):
-            return module.value == 0
-        return isinstance(module, _MOVING_MODULES) or (
-            isinstance(module, nn.Upsample) and module.mode == "nearest"
-        )
+            return bool(module.value == 0)
+        return isinstance(module, _MOVING_MODULES) or (isinstance(module, nn.Upsample) and module.mode == "nearest")
     if node.op == "call_function":
         if node.target is F.pad:
-            return node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+            return bool(node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value"))
         if node.target is F.interpolate:
-            return node.kwargs.get("mode", "nearest") == "nearest"
+            return bool(node.kwargs.get("mode", "nearest") == "nearest")
         return node.target in _MOVING_FUNCTIONS or node.target in _CONCATENATIONS
     return node.op == "call_method" and node.target in _MOVING_METHODS
 

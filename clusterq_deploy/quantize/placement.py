@@ -116,7 +116,9 @@ def _layers(traced: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
         if isinstance(module, nn.Conv2d | nn.Linear):
             calls.setdefault(str(node.target), []).append(node)
         elif module is not None and any(True for _ in module.parameters(recurse=False)):
-            reason = "BatchNorm without a layer to fold it into" if isinstance(module, nn.BatchNorm2d) else "no INT8 form"
+            reason = (
+                "BatchNorm without a layer to fold it into" if isinstance(module, nn.BatchNorm2d) else "no INT8 form"
+            )
             skipped[str(node.target)] = f"{type(module).__name__}: {reason}"
     layers = []
     for name, nodes in calls.items():

@@ -1,7 +1,7 @@
 """Fake quantization with a learned step, and the layers that apply it to their weights."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +93,16 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x
         if torch.compiler.is_exporting():
-            return torch.onnx.ops.symbolic(
-                f"{MARKER_DOMAIN}::{MARKER}", (x,), {"site": self.site}, dtype=x.dtype, shape=x.shape, version=1
+            marker: Tensor = torch.onnx.ops.symbolic(
+                f"{MARKER_DOMAIN}::{MARKER}",
+                (x,),
+                {"site": self.site},
+                dtype=x.dtype,
+                shape=x.shape,
+                version=1,
             )
-        result: Tensor = _FakeQuantize.apply(x, self._spread(x), self.grid.low, self.grid.high)  # type: ignore[no-untyped-call]
+            return marker
+        result: Tensor = _FakeQuantize.apply(x, self._spread(x), self.grid.low, self.grid.high)
         return result
 
     def extra_repr(self) -> str:
@@ -109,7 +115,8 @@ class QuantizedConv2d(nn.Conv2d):
     weight_quantizer: Quantizer
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+        output: Tensor = self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+        return output
 
 
 class QuantizedLinear(nn.Linear):
@@ -127,7 +134,7 @@ QuantizedLayer = QuantizedConv2d | QuantizedLinear
 def with_weight_quantizer(layer: nn.Conv2d | nn.Linear, quantizer: Quantizer) -> QuantizedLayer:
     """The layer with the same parameters and a quantizer on its weight."""
     kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    quantized = kind.__new__(kind)
+    quantized = cast(QuantizedLayer, kind.__new__(kind))
     quantized.__dict__.update(layer.__dict__)
     quantized._modules = dict(layer._modules)
     quantized.weight_quantizer = quantizer

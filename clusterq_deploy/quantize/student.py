@@ -15,7 +15,12 @@ from clusterq_deploy.errors import WeightsError
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.placement import Placement, Target, place
-from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLinear, Quantizer, with_weight_quantizer
+from clusterq_deploy.quantize.quantizer import (
+    QuantizedConv2d,
+    QuantizedLinear,
+    Quantizer,
+    with_weight_quantizer,
+)
 
 
 class Student(nn.Module):

@@ -49,9 +49,7 @@ def tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
         axes.set_xlabel(
             f"median latency, ms at batch {points[0].latency.batch}", color=_MUTED, fontsize=10, loc="right"
         )
-        axes.set_title(
-            "top-1, %" if labelled else "agreement with fp32, %", color=_MUTED, fontsize=10, loc="left"
-        )
+        axes.set_title("top-1, %" if labelled else "agreement with fp32, %", color=_MUTED, fontsize=10, loc="left")
         _label(axes, placed)
         listed = "; ".join(f"{variant} {y:.2f} % at {x:.3f} ms" for x, y, variant in placed)
         return _svg(figure, name, f"Accuracy over latency in {points[0].latency.runtime}: {listed}")
@@ -66,9 +64,7 @@ def curve_chart(losses: Sequence[float], title: str, name: str) -> str:
         means = [sum(chunk) / len(chunk) for chunk in chunks]
         finite = [(step, value) for step, value in enumerate(means) if math.isfinite(value)]
         # A gap where the loss was not finite: matplotlib breaks the line at NaN.
-        axes.plot(
-            [value if math.isfinite(value) else math.nan for value in means], color=_ACCENT, linewidth=1.3
-        )
+        axes.plot([value if math.isfinite(value) else math.nan for value in means], color=_ACCENT, linewidth=1.3)
         axes.set_title(_plain(title), color=_INK, fontsize=12, loc="left")
         axes.set_xticks([])
         axes.set_yticks([])
@@ -100,9 +96,7 @@ def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
     scale = 72 / axes.figure.dpi
     spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in placed]
     taken: list[tuple[float, float]] = []
-    for (column, row), (x, y, variant) in sorted(
-        zip(spots, placed, strict=True), key=lambda item: -item[0][1]
-    ):
+    for (column, row), (x, y, variant) in sorted(zip(spots, placed, strict=True), key=lambda item: -item[0][1]):
         left = any(0 < other - column < _NAME_WIDTH and abs(height - row) < 10 for other, height in spots)
         start, shift = column + (-_NAME_WIDTH if left else 0), 0.0
         for other_start, other_row in taken:

@@ -152,9 +152,7 @@ def points(report: Report, runtime: str) -> list[Point]:
             variant.name,
             accuracy,
             latency,
-            None
-            if variant.name == BASELINE
-            else _cost(report, accuracy, _by_runtime(reference).get(runtime)),
+            None if variant.name == BASELINE else _cost(report, accuracy, _by_runtime(reference).get(runtime)),
             None if variant.name == BASELINE else _speedup(reference, latency),
         )
         for variant in report.variants
@@ -180,9 +178,7 @@ def _verdict(report: Report, runtime: str) -> Verdict:
     float_point = next((point for point in measured if point.variant == BASELINE), None)
     # Without its fp32 counterpart a point has neither a cost nor a speed-up, and nothing can be said of it.
     compared = [(point, point.cost, point.speedup) for point in measured if point.variant != BASELINE]
-    known = [
-        (point, cost, speed) for point, cost, speed in compared if cost is not None and speed is not None
-    ]
+    known = [(point, cost, speed) for point, cost, speed in compared if cost is not None and speed is not None]
     if not known:
         return Verdict(runtime, "unknown", None, float_point, None)
     limit = MAX_DROP if report.evaluation.labelled else MAX_DISAGREEMENT
@@ -198,9 +194,7 @@ def _verdict(report: Report, runtime: str) -> Verdict:
     return Verdict(runtime, outcome, choice, float_point, _point_share(report, choice))
 
 
-def _accuracy_row(
-    images: int, variant: Variant, accuracy: Accuracy, reference: Accuracy | None
-) -> AccuracyRow:
+def _accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: Accuracy | None) -> AccuracyRow:
     drop = drop_error = None
     if variant.name != BASELINE and reference and reference.top1 is not None and accuracy.top1 is not None:
         drop = reference.top1 - accuracy.top1

@@ -55,10 +55,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             report=report,
             baseline=BASELINE,
             summary=wording.summary(report),
-            cards=[
-                (verdict, _headline(verdict), wording.verdict_sentence(verdict, labelled))
-                for verdict in found
-            ],
+            cards=[(verdict, _headline(verdict), wording.verdict_sentence(verdict, labelled)) for verdict in found],
             chosen={(choice.variant, runtime) for runtime, choice in chosen},
             chosen_files={choice.accuracy.graph for _, choice in chosen},
             accuracy=accuracy_rows(report),
@@ -71,9 +68,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             calibration=wording.calibration_facts(report),
             environment=wording.environment_facts(report.environment),
             command=shlex.join(report.command),
-            config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str)
-            if report.config
-            else "",
+            config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
             preview=base64.b64encode(preview_png).decode("ascii") if preview_png else None,
         )
         + "\n"

@@ -115,9 +115,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int | N
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(headings))]
     pads = [str.ljust if column < left else str.rjust for column in range(len(headings))]
     ruler = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    cells = [
-        [pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)] for line in lines
-    ]
+    cells = [[pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], ruler, *cells[1:]])
 
 

@@ -180,9 +180,7 @@ def _accuracy_notes(report: Report) -> list[str]:
         "so its ± is that of a paired difference: an upper bound, from how many predictions differ.",
     ]
     if any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy):
-        found.append(
-            "In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing."
-        )
+        found.append("In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing.")
     return found
 
 

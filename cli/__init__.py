@@ -1,0 +1,1 @@
+"""The command line: parse, call the library, render, turn errors into exit codes."""

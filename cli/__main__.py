@@ -1,0 +1,5 @@
+"""`python -m cli` is `clusterq`."""
+
+from cli.main import main
+
+main()

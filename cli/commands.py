@@ -1,0 +1,296 @@
+"""The commands: each parses, calls the library, and renders."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli import options
+
+if TYPE_CHECKING:
+    from clusterq_deploy.pipeline import Pipeline
+
+
+def _pipeline(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
+    from cli.render import LiveProgress
+    from clusterq_deploy.pipeline import Pipeline
+
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return Pipeline(config, out, progress=LiveProgress(ctx.obj["quiet"]), command=command)
+
+
+def _resume(ctx: click.Context, run: Path) -> "Pipeline":
+    """The pipeline of an existing run directory, with the options of the command line on top of its run.toml."""
+    from clusterq_deploy.config import read_settings
+    from clusterq_deploy.errors import RunDirectoryError
+    from clusterq_deploy.rundir import CONFIG
+
+    if not (run / CONFIG).is_file():
+        raise RunDirectoryError(f"{run} is no run directory: it has no {CONFIG}; start one with clusterq synthesize")
+    settings = read_settings(run / CONFIG)
+    chosen = ctx.params.get("bits") or ()
+    config = options.config_of(ctx, run / CONFIG)
+    if chosen:  # earlier variants stay part of the run
+        bits = [*settings.get("bits", []), *chosen]
+        config = config.model_validate({**config.model_dump(), "bits": bits})
+    return _pipeline(ctx, config, run)
+
+
+def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]:
+    """The variants that a command names, or all whose stage before is finished."""
+    from clusterq_deploy.quantize import BitWidths
+
+    if chosen := ctx.params.get("bits"):
+        return [str(BitWidths.parse(text)) for text in chosen]
+    finished = [v for v in pipeline.config.bits if pipeline.directory.finished(f"{stage}/{v}")]
+    return finished or list(pipeline.config.bits)
+
+
+def _default_out(model: str) -> Path:
+    slug = model.rpartition(":")[2].rpartition("/")[2]
+    return Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@click.command()
+@click.argument("model", required=False)
+@options.model_options
+@options.quantize_options
+@options.data_options
+@options.synthesis_options
+@options.benchmark_options
+@options.run_options
+@options.out_option
+@options.config_option
+@options.json_option
+@click.pass_context
+def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
+    """Do everything: synthesize, quantize, export, build, evaluate, benchmark, report.
+
+    MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. Given the same --out
+    again, a run goes on where it stopped, and a changed option redoes what depends on it.
+    """
+    from cli import render
+    from clusterq_deploy.report.wording import summary
+
+    config = options.config_of(ctx, config_file)
+    pipeline = _pipeline(ctx, config, out or _default_out(config.model))
+    report = pipeline.run()
+    if as_json:
+        render.print_json(report.to_json())
+        return
+    render.print_table(render.report_table(report))
+    render.print_line(summary(report))
+    for skipped in report.skipped:
+        render.print_line(f"Skipped {skipped.stage}: {skipped.reason}")
+    render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
+
+
+@click.command()
+@click.argument("model", required=False)
+@options.model_options
+@options.synthesis_options
+@options.run_options
+@options.out_option
+@options.config_option
+@options.json_option
+@click.pass_context
+def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
+    """Make calibration images for MODEL, without data: the first stage of a run."""
+    from cli import render
+    from clusterq_deploy.pipeline import IMAGES, PREVIEW
+    from clusterq_deploy.rundir import CONFIG
+
+    config = options.config_of(ctx, config_file)
+    pipeline = _pipeline(ctx, config, out or _default_out(config.model))
+    pipeline.directory.write(CONFIG, config.to_toml())
+    record = pipeline.synthesize()
+    path = pipeline.directory.path
+    figures = {k: v for k, v in record.result.items() if k != "losses"} | {"seconds": record.seconds}
+    if as_json:
+        render.print_json(json.dumps({**figures, "run": str(path), "files": list(record.files)}))
+        return
+    render.print_table(render.rows_table([figures]))
+    render.print_line(f"Images: {path / IMAGES}\nPreview: {path / PREVIEW}")
+
+
+@click.command()
+@options.run_argument
+@options.quantize_options
+@options.json_option
+@click.pass_context
+def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
+    """Quantize and fine-tune the model of RUN on its calibration images."""
+    from cli import render
+    from clusterq_deploy.quantize import BitWidths
+    from clusterq_deploy.rundir import CONFIG
+
+    pipeline = _resume(ctx, run)
+    rows = []
+    for name in ctx.params["bits"] or pipeline.config.bits:
+        bits = BitWidths.parse(name)
+        record = pipeline.quantize(bits)
+        held_out = record.result["losses"]["held_out_kl"] or [None]
+        rows.append(
+            {
+                "variant": str(bits),
+                "quantized_layers": record.result["quantized_layers"],
+                "skipped_layers": len(record.result["skipped_layers"]),
+                "kept_step": record.result["kept_step"],
+                "held_out_kl": min((v for v in held_out if v is not None), default=None),
+                "file": next(iter(record.files)),
+            }
+        )
+    pipeline.directory.write(CONFIG, pipeline.config.to_toml())
+    _show(rows, as_json, render)
+
+
+@click.command()
+@options.run_argument
+@options.bits_option
+@options.json_option
+@click.pass_context
+def export(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
+    """Write and verify the ONNX graphs of RUN's variants, and of the float baseline."""
+    from cli import render
+    from clusterq_deploy.pipeline import FP32
+
+    pipeline = _resume(ctx, run)
+    rows = []
+    for variant in [FP32, *_variants(ctx, pipeline, "quantize")]:
+        record = pipeline.export(variant)
+        rows += [
+            {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
+            for a in record.result["artifacts"]
+        ]
+    _show(rows, as_json, render)
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
+@options.bits_option
+@options.json_option
+@click.pass_context
+def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
+    """Build TensorRT engines: of RUN's variants, or of one ONNX file (next to it)."""
+    from cli import render
+    from clusterq_deploy import engine
+    from clusterq_deploy.errors import TensorRTMissing
+    from clusterq_deploy.pipeline import FP32
+
+    if reason := engine.unavailable_reason():
+        raise TensorRTMissing(f"no engine can be built here: {reason}")
+    if target.suffix == ".onnx":
+        info = engine.build_engine(
+            target, target.with_suffix(".engine"), engine.BuildConfig(), render.LiveProgress(ctx.obj["quiet"])
+        )
+        rows: list[dict[str, Any]] = [
+            {
+                "engine": str(target.with_suffix(".engine")),
+                "size_bytes": info.size_bytes,
+                "seconds": info.seconds,
+            }
+        ]
+    else:
+        pipeline = _resume(ctx, target)
+        records = {v: pipeline.build(v) for v in [FP32, *_variants(ctx, pipeline, "export")]}
+        rows = [{"variant": v, "engine": next(iter(r.files)), "seconds": r.seconds} for v, r in records.items() if r]
+    _show(rows, as_json, render)
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
+@options.data_options
+@options.bits_option
+@options.json_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context, /, target: Path, data: Path | None, limit: int | None, as_json: bool, **_: Any
+) -> None:
+    """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file."""
+    from cli import render
+    from clusterq_deploy.pipeline import FP32
+    from clusterq_deploy.rundir import CONFIG
+    from clusterq_deploy.standalone import evaluate_file
+
+    if target.is_file():
+        found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
+        _show([found], as_json, render)
+        return
+    pipeline = _resume(ctx, target)
+    pipeline.directory.write(CONFIG, pipeline.config.to_toml())
+    rows = [
+        {"variant": variant, **entry}
+        for variant in [FP32, *_variants(ctx, pipeline, "export")]
+        for entry in pipeline.evaluate(variant).result["accuracy"]
+    ]
+    _show(rows, as_json, render)
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
+@options.benchmark_options
+@options.bits_option
+@options.json_option
+@click.pass_context
+def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
+    """Measure latency: of RUN's variants in turn, or of one ONNX file."""
+    from cli import render
+    from clusterq_deploy.pipeline import FP32
+    from clusterq_deploy.standalone import benchmark_file
+
+    if target.is_file():
+        from clusterq_deploy.config import make_config
+
+        settings = make_config(options.overlay({"model": "digits"}, ctx)).benchmark
+        rows = benchmark_file(target, settings, render.LiveProgress(ctx.obj["quiet"]))
+    else:
+        pipeline = _resume(ctx, target)
+        record = pipeline.benchmark([FP32, *_variants(ctx, pipeline, "export")])
+        rows = [{"variant": v, **entry} for v, entries in record.result["latency"].items() for entry in entries]
+    _show(rows, as_json, render)
+
+
+@click.command()
+@options.run_argument
+@options.json_option
+@click.pass_context
+def report(ctx: click.Context, /, run: Path, as_json: bool) -> None:
+    """Write report.json, report.md and report.html of RUN from what has been measured so far."""
+    from cli import render
+
+    pipeline = _resume(ctx, run)
+    made = pipeline.report()
+    if as_json:
+        render.print_json(made.to_json())
+    else:
+        render.print_table(render.report_table(made))
+        render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
+
+
+@click.command()
+@options.json_option
+def models(as_json: bool) -> None:
+    """List the models that have a name."""
+    from dataclasses import asdict
+
+    from cli import render
+    from clusterq_deploy.models import available_models
+
+    entries = available_models()
+    if as_json:
+        render.print_json(json.dumps([asdict(entry) for entry in entries], indent=2))
+    else:
+        render.print_table(render.models_table(entries))
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool, render: Any) -> None:
+    if as_json:
+        render.print_json(json.dumps(rows, indent=2))
+    else:
+        render.print_table(render.rows_table(rows))
+
+
+ALL: list[click.Command] = [run, synthesize, quantize, export, build, evaluate, benchmark, report, models]

@@ -1,0 +1,67 @@
+"""The `clusterq` command. Heavy imports happen inside command bodies, so that `--help` answers at once."""
+
+import errno
+from typing import Any
+
+import click
+
+from cli import commands
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+class _UserError(click.ClickException):
+    """An error that the user can mend: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"Error: {self.message}", err=True)
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno in _DISK or _is_ours(error):
+                raise _UserError(_one_line(error)) from error
+            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if _is_ours(error):
+                raise _UserError(_one_line(error)) from error
+            raise
+
+
+def _is_ours(error: Exception) -> bool:
+    from calib.errors import ClusterQError
+
+    return isinstance(error, ClusterQError)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="clusterq-deploy", prog_name="clusterq")
+@click.option("-v", "--verbose", is_flag=True, help="Log what the library does.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.pass_context
+def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+    """INT8 and INT4 deployables of a pretrained CNN, without its training data.
+
+    `clusterq run MODEL` does everything; the other commands are its stages, each on the files that the one
+    before wrote.
+    """
+    ctx.obj = {"quiet": quiet}
+    if verbose:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+
+for command in commands.ALL:
+    main.add_command(command)

@@ -1,0 +1,128 @@
+"""Options that commands share, and how they become a configuration."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    from clusterq_deploy.config import RunConfig
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Numbers(click.ParamType[Any]):
+    """Numbers separated by commas."""
+
+    name = "n,n,..."
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            return self.fail(f"{value!r} is no list of numbers such as 3,224,224", param, ctx)
+
+
+# name of the option's parameter -> place in the configuration
+_PLACES: dict[str, tuple[str, ...]] = {
+    "model": ("model",),
+    "weights": ("weights",),
+    "input_size": ("input_size",),
+    "mean": ("mean",),
+    "std": ("std",),
+    "bits": ("bits",),
+    "first_last": ("first_last",),
+    "data": ("data",),
+    "limit": ("limit",),
+    "seed": ("seed",),
+    "device": ("device",),
+    "recipe": ("synthesis", "recipe"),
+    "images": ("synthesis", "images"),
+    "batches": ("benchmark", "batches"),
+    "threads": ("benchmark", "threads"),
+}
+
+
+def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
+    """Settings of a file with the options that were given on the command line on top."""
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for name, value in ctx.params.items():
+        if name not in _PLACES or value is None or ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+            continue
+        *tables, key = _PLACES[name]
+        place = merged
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[key] = list(value) if isinstance(value, tuple) else value
+    return merged
+
+
+def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "RunConfig":
+    """The configuration of a file, if any, and the command line."""
+    from clusterq_deploy.config import make_config, read_settings
+    from clusterq_deploy.errors import ConfigError
+
+    settings = overlay({**(read_settings(file) if file else {}), **more}, ctx)
+    if "model" not in settings:
+        raise ConfigError("no model was given; name one (clusterq models lists them), or a --config that does")
+    return make_config(settings, origin=str(file or "the options"))
+
+
+def _all(*decorators: Decorator) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_PATH = click.Path(path_type=Path)
+
+model_options = _all(
+    click.option(
+        "--weights",
+        metavar="FILE|none",
+        help="Weights to load; `none` for random ones.  [default: the model's]",
+    ),
+    click.option("--input-size", type=Numbers(int), metavar="C,H,W", help="Input size, where the model does not say."),
+    click.option("--mean", type=Numbers(float), metavar="M,...", help="Mean of pixels in [0, 1], one a channel."),
+    click.option("--std", type=Numbers(float), metavar="S,...", help="Standard deviation, one a channel."),
+)
+synthesis_options = _all(
+    click.option("--recipe", type=click.Choice(["default", "paper"]), help="How images are made.  [default: default]"),
+    click.option("--images", type=click.IntRange(2), help="Size of the calibration set.  [default: 1024]"),
+)
+bits_option = click.option(
+    "--bits",
+    multiple=True,
+    metavar="wXaY",
+    help="Bits of weights and activations, 2 to 8; may be repeated.  [default: w8a8, w4a4]",
+)
+quantize_options = _all(
+    bits_option,
+    click.option("--first-last", is_flag=True, help="Give the first and last layers those bits too, not 8."),
+)
+data_options = _all(
+    click.option("--data", type=_PATH, help="Evaluation data: class folders, a folder with labels.csv, or an .npz."),
+    click.option("--limit", type=click.IntRange(1), help="Evaluate at most so many images."),
+)
+benchmark_options = _all(
+    click.option("--batches", type=Numbers(int), metavar="N,...", help="Batch sizes to time.  [default: 1,32]"),
+    click.option("--threads", type=click.IntRange(1), help="Threads of CPU runtimes.  [default: one a core]"),
+)
+run_options = _all(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.  [default: auto]"),
+    click.option("--seed", type=click.IntRange(0), help="Source of all randomness.  [default: 0]"),
+)
+config_option = click.option("--config", "config_file", type=_PATH, help="Settings in TOML, such as a run.toml.")
+out_option = click.option("--out", type=_PATH, help="Run directory.  [default: runs/MODEL-TIME]")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+run_argument = click.argument("run", type=_PATH, metavar="RUN")

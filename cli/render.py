@@ -1,0 +1,128 @@
+"""What people see: progress on stderr, tables on stdout."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from calib.progress import Advance
+    from clusterq_deploy.models import ModelEntry
+    from clusterq_deploy.report import Report
+
+
+class LiveProgress:
+    """Shows the library's tasks as bars on stderr; silent where stderr is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(stderr=True)
+        self._shown = not quiet and self._console.is_terminal
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator["Advance"]:
+        """Open a task; what it tells of losses stands behind its bar."""
+        if not self._shown:
+            yield lambda n=1, **figures: None
+            return
+        columns = (
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", style="dim"),
+        )
+        with RichProgress(*columns, console=self._console) as progress:
+            task = progress.add_task(f"{description:<28}", total=total, figures="")
+
+            def advance(n: int = 1, **figures: float) -> None:
+                text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+                progress.update(task, advance=n, figures=text)
+
+            yield advance
+
+
+def print_json(text: str) -> None:
+    """Machine output, alone on stdout."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout; as wide as it must be where stdout is no terminal."""
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def print_line(text: str) -> None:
+    """A line on stdout, as it is."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+
+
+def report_table(report: "Report") -> Table:
+    """The closing table of a run: a row for each variant in each runtime."""
+    from clusterq_deploy.report import wording
+    from clusterq_deploy.report.findings import accuracy_rows, latency_rows
+
+    title = f"{report.model.name} on {report.evaluation.dataset} ({report.evaluation.images} images)"
+    table = Table(title=title, title_justify="left")
+    for name in ("variant", "runtime", "graph"):
+        table.add_column(name)
+    for name in ("size", "top-1 %", "drop", "agreement %", "batch 1, ms", "speed-up"):
+        table.add_column(name, justify="right")
+    timed = {(row.variant, row.latency.graph): row for row in latency_rows(report) if row.latency.batch == 1}
+    previous = None
+    for row in accuracy_rows(report):
+        own = timed.get((row.variant, row.accuracy.graph)) if row.accuracy.graph else None
+        table.add_row(
+            row.variant if row.variant != previous else "",
+            row.accuracy.runtime,
+            (row.accuracy.graph or "").rpartition("/")[2],
+            wording.size(row.size_bytes),
+            wording.number(row.accuracy.top1),
+            wording.number(row.drop),
+            wording.number(row.accuracy.agreement),
+            wording.milliseconds(own.latency.median_ms) if own else wording.ABSENT,
+            f"{own.speedup:.2f}x" if own and own.speedup is not None else wording.ABSENT,
+            end_section=False,
+        )
+        previous = row.variant
+    return table
+
+
+def models_table(entries: list["ModelEntry"]) -> Table:
+    """Known models; those without BatchNorm are marked."""
+    table = Table(caption="Also: timm:NAME and path/to/module.py:factory", caption_justify="left")
+    for name, justify in (
+        ("model", "left"),
+        ("source", "left"),
+        ("input", "left"),
+        ("parameters", "right"),
+        ("top-1 %", "right"),
+        ("BatchNorm", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            entry.source,
+            "x".join(str(side) for side in entry.input_size),
+            f"{entry.parameters:,}" if entry.parameters else "",
+            f"{entry.top1:.2f}" if entry.top1 else "",
+            "yes" if entry.has_batchnorm else "no: cannot be used",
+        )
+    return table
+
+
+def rows_table(rows: list[dict[str, Any]]) -> Table:
+    """Plain records as a table, a column a key."""
+    table = Table()
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
+    return table

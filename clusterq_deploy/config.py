@@ -1,0 +1,114 @@
+"""The resolved configuration of a run, and its file."""
+
+import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator
+
+from calib.config import StageConfig
+from calib.synthesis import SynthesisConfig
+from clusterq_deploy.engine.config import BuildConfig
+from clusterq_deploy.errors import ConfigError
+from clusterq_deploy.measure import BenchmarkConfig
+from clusterq_deploy.quantize.finetune import FinetuneConfig
+from clusterq_deploy.quantize.grid import BitWidths
+
+
+class RunConfig(StageConfig):
+    """What `clusterq run` does, whole: the model, the data, and each stage's own settings.
+
+    Attributes:
+        model: `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`.
+        weights: None for the model's own, `none` for random ones, else a file.
+        input_size, mean, std: how an input is made, where the model does not say.
+        bits: the variants, such as w8a8.
+        first_last: whether the first and last layers take the variant's widths too, not 8 bits.
+        data: evaluation data; None evaluates on the model's own or on held-out synthetic images.
+        limit: at most so many evaluation images.
+        seed: source of all randomness.
+        device: where to compute.
+    """
+
+    model: str
+    weights: str | None = None
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    bits: tuple[str, ...] = ("w8a8", "w4a4")
+    first_last: bool = False
+    data: Path | None = None
+    limit: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    synthesis: SynthesisConfig = SynthesisConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    build: BuildConfig = BuildConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @field_validator("bits")
+    @classmethod
+    def _canonical(cls, bits: tuple[str, ...]) -> tuple[str, ...]:
+        if not bits:
+            raise ValueError("give at least one variant, such as w8a8")
+        return tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in bits))
+
+    @property
+    def widths(self) -> list[BitWidths]:
+        """The variants."""
+        return [BitWidths.parse(text) for text in self.bits]
+
+    def to_toml(self) -> str:
+        """The text of `run.toml`; what is None is left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunConfig:
+    """Check a nested dictionary of settings.
+
+    Args:
+        values: names as in `RunConfig`.
+        origin: where they come from, for messages.
+
+    Raises:
+        ConfigError: a name is unknown (with near matches), or a value is wrong.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ConfigError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            near = get_close_matches(path[-1], _names(path[:-1]))
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown setting {'.'.join(path)!r} in {origin}{hint}") from error
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"{'.'.join(path)} in {origin}: {reason}, got {first['input']!r}") from error
+
+
+def _names(path: Iterable[str]) -> list[str]:
+    """The settings that a table of the file may hold."""
+    kind: Any = RunConfig
+    for part in path:
+        kind = kind.model_fields[part].annotation
+    return list(kind.model_fields)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, unchecked, for `make_config`.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error

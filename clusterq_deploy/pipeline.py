@@ -1,0 +1,436 @@
+"""The stages, strung together over one run directory."""
+
+import io
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from calib.calibration_set import CalibrationSet
+from calib.progress import SILENT, Progress
+from calib.synthesis import synthesize
+from clusterq_deploy import engine, export
+from clusterq_deploy.config import RunConfig
+from clusterq_deploy.data import EvaluationSet, load_evaluation
+from clusterq_deploy.errors import ConfigError, RunDirectoryError
+from clusterq_deploy.files import fingerprint
+from clusterq_deploy.measure import Predictions, benchmark, predictions, score, summarize
+from clusterq_deploy.models import LoadedModel, load_model
+from clusterq_deploy.quantize import BitWidths, Student, calibrate, finetune, load_student, make_student
+from clusterq_deploy.report.assemble import assemble
+from clusterq_deploy.report.html import to_html
+from clusterq_deploy.report.markdown import to_markdown
+from clusterq_deploy.report.schema import Accuracy, Artifact, Report, Skipped
+from clusterq_deploy.rundir import CONFIG, Result, RunDirectory, StageRecord, digest
+from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
+from clusterq_deploy.version import __version__
+
+logger = logging.getLogger(__name__)
+
+IMAGES, PREVIEW = "calibration/images.safetensors", "calibration/preview.png"
+FP32 = "fp32"
+_GRAPHS: dict[export.Spelling, str] = {
+    "onnxruntime": "model.ort.onnx",
+    "tensorrt": "model.trt.onnx",
+    "int4": "model.int4.onnx",
+}
+_VERIFIED_IMAGES = 64
+_EVALUATION_BATCH = 50
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: `cuda` is asked for and torch sees no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch sees no NVIDIA GPU; use --device cpu, or check the driver with nvidia-smi")
+    return torch.device(name)
+
+
+class Pipeline:
+    """One run: its configuration, its directory, and the stages that fill it.
+
+    Every stage is done at most once for the same inputs; a stage that needs another one's files asks for them.
+
+    Args:
+        config: what to do.
+        out: the run directory.
+        progress: shows how far things are.
+        command: the command line, for the report.
+
+    Raises:
+        ClusterQError: the model cannot be loaded, or the directory cannot be used.
+    """
+
+    def __init__(
+        self, config: RunConfig, out: Path, *, progress: Progress = SILENT, command: list[str] | None = None
+    ) -> None:
+        self.config, self.progress, self.command = config, progress, command or []
+        self.device = resolve_device(config.device)
+        self.model: LoadedModel = load_model(
+            config.model,
+            weights=config.weights,
+            input_size=config.input_size,
+            mean=config.mean,
+            std=config.std,
+            device=self.device,
+        )
+        identity = {"name": config.model, "weights_sha256": self.model.weights_sha256}
+        self.directory = RunDirectory(out, identity)
+        self._identity = {
+            **identity,
+            "input": self.model.input.model_dump(mode="json"),
+            "version": __version__,
+        }
+
+    # ---- stages ----
+
+    def synthesize(self) -> StageRecord:
+        """Make the calibration set."""
+        settings = self.config.synthesis
+
+        def work() -> tuple[Result, list[str]]:
+            spec = self.model.input
+            made = synthesize(
+                self.model.module,
+                classes=self.model.classes,
+                size=spec.size,
+                mean=spec.mean,
+                std=spec.std,
+                config=settings,
+                device=self.device,
+                rng=self._rng("synthesize"),
+                progress=self.progress,
+            )
+            provenance = self._provenance("calibration", synthesis=settings.model_dump(mode="json"))
+            calibration = CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
+            preview = io.BytesIO()
+            calibration.preview(spec.mean, spec.std).save(preview, "PNG")
+            names = [
+                self.directory.write(IMAGES, calibration.to_bytes()),
+                self.directory.write(PREVIEW, preview.getvalue()),
+            ]
+            result = {
+                "images": len(calibration),
+                "teacher_top1": made.teacher_top1,
+                "within_class_diversity": made.within_class_diversity,
+                "flip": made.flip,
+                "recipe": settings.recipe,
+                "losses": made.losses,
+            }
+            return result, names
+
+        return self._perform("synthesize", {"settings": settings.model_dump(mode="json")}, work)
+
+    def quantize(self, bits: BitWidths) -> StageRecord:
+        """Make one variant: quantizers, scales, fine-tuning."""
+        source, settings = self._done("synthesize"), self.config.finetune.scaled_to(bits)
+
+        def work() -> tuple[Result, list[str]]:
+            calibration, rng = self.calibration, self._rng(f"quantize/{bits}")
+            student = make_student(self.model.module, bits, first_last=self.config.first_last)
+            calibrate(student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=self.progress)
+            tuning = finetune(
+                student,
+                self.model.module,
+                calibration,
+                config=settings,
+                flip=bool(source.result["flip"]),
+                rng=rng,
+                progress=self.progress,
+            )
+            provenance = self._provenance(
+                str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES]
+            )
+            result = {
+                "losses": tuning.losses,
+                "kept_step": tuning.kept_step,
+                "quantized_layers": len(student.placement.weights),
+                "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
+            }
+            return result, [self.directory.write(_student_file(bits), student.to_bytes(provenance))]
+
+        inputs = {
+            "calibration": source.digest,
+            "settings": settings.model_dump(mode="json"),
+            "bits": str(bits),
+            "first_last": self.config.first_last,
+        }
+        return self._perform(f"quantize/{bits}", inputs, work)
+
+    def export(self, variant: str) -> StageRecord:
+        """Write a variant's graphs, each verified against torch first."""
+        size = self.model.input.size
+
+        def write(graph: onnx.ModelProto, name: str, target: export.Spelling) -> Result:
+            annotated = export.annotate(
+                graph,
+                model=self.model.slug,
+                variant=variant,
+                inputs=self.model.input,
+                provenance=self._provenance(variant, target=target),
+            )
+            data = annotated.SerializeToString()
+            path = self.directory.write(f"{variant}/{name}", data)
+            return Artifact(kind="onnx", target=target, path=path, size_bytes=len(data)).model_dump(mode="json")
+
+        def work_float() -> tuple[Result, list[str]]:
+            images = self._sample_images()
+            graph = export.export_graph(self.model.module, size)
+            reference = TorchRunner(self.model.module).infer(images)
+            export.verify(graph, images, reference, name="fp32/model.onnx", optimized=True)
+            artifact = write(graph, "model.onnx", "onnxruntime")
+            return {"artifacts": [artifact]}, [artifact["path"]]
+
+        def work() -> tuple[Result, list[str]]:
+            student, images = self.student(BitWidths.parse(variant)), self._sample_images()
+            marked, artifacts, checks = export.export_graph(student, size), [], {}
+            for spelling, name in _GRAPHS.items():
+                if spelling == "int4" and student.bits.weights > 4:
+                    continue
+                graph = export.spell(marked, student, spelling)
+                with student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
+                    reference = TorchRunner(student).infer(images)
+                found = export.verify(
+                    graph, images, reference, name=f"{variant}/{name}", optimized=spelling != "tensorrt"
+                )
+                checks[name] = vars(found)
+                artifacts.append(write(graph, name, spelling))
+            return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
+
+        if variant == FP32:
+            return self._perform("export/fp32", {}, work_float)
+        inputs = {"student": self._done(f"quantize/{variant}").digest}
+        return self._perform(f"export/{variant}", inputs, work)
+
+    def build(self, variant: str) -> StageRecord | None:
+        """Build a variant's TensorRT engine; None where that cannot be done."""
+        if engine.unavailable_reason() is not None:
+            return None
+        source, settings = self._done(f"export/{variant}"), self.config.build
+        graph = _graph_for(source, "tensorrt") or _graph_for(source, "onnxruntime")
+
+        def work() -> tuple[Result, list[str]]:
+            path = self.directory.path / variant / "model.engine"
+            info = engine.build_engine(self.directory.path / str(graph), path, settings, self.progress)
+            name = f"{variant}/model.engine"
+            artifact = Artifact(kind="engine", target="tensorrt", path=name, size_bytes=info.size_bytes)
+            return {"artifacts": [artifact.model_dump(mode="json")]}, [name, f"{variant}/model.engine.json"]
+
+        inputs = {"graph": source.digest, "settings": settings.model_dump(mode="json")}
+        return self._perform(f"build/{variant}", inputs, work)
+
+    def evaluate(self, variant: str) -> StageRecord:
+        """Measure a variant's accuracy in torch and as each runtime executes its graphs."""
+        source = self._done(f"export/{variant}")
+        built = self.directory.finished(f"build/{variant}")
+
+        def work() -> tuple[Result, list[str]]:
+            data, teacher = self.evaluation, self._teacher_predictions
+            found: list[Accuracy] = []
+            if variant == FP32:
+                found.append(score("torch", teacher, teacher, data))
+            else:
+                with TorchRunner(self.student(BitWidths.parse(variant))) as runner:
+                    found.append(self._accuracy(runner, None))
+            for artifact in [*source.result["artifacts"], *(built.result["artifacts"] if built else [])]:
+                with self._runner(artifact) as runner:
+                    found.append(self._accuracy(runner, artifact["path"]))
+            return {"accuracy": [a.model_dump(mode="json") for a in found]}, []
+
+        inputs = {"graphs": source.digest, "engine": built.digest if built else None, **self._data_identity()}
+        return self._perform(f"evaluate/{variant}", inputs, work)
+
+    def benchmark(self, variants: list[str]) -> StageRecord:
+        """Time FP32 and the variants in turn, each as its target executes it."""
+        sources = {v: self._done(f"export/{v}") for v in variants}
+        built = {v: self.directory.finished(f"build/{v}") for v in variants}
+        settings, size = self.config.benchmark, self.model.input.size
+
+        def work() -> tuple[Result, list[str]]:
+            runners: dict[str, Runner] = {}
+            owners: dict[str, str] = {}
+            for variant, source in sources.items():
+                name = str(_graph_for(source, "onnxruntime"))
+                path = self.directory.path / name
+                runners[name], owners[name] = OnnxRunner(path, threads=settings.threads), variant
+            if self.device.type == "cuda":
+                runners["torch"], owners["torch"] = TorchRunner(self.model.module), FP32
+            latency: dict[str, list[Result]] = {v: [] for v in variants}
+            for name, records in benchmark(runners, size, settings, self.progress).items():
+                latency[owners[name]] += [r.model_dump(mode="json") for r in records]
+            for variant, record in built.items():
+                if record:
+                    latency[variant] += self._time_engine(record.result["artifacts"][0]["path"])
+            return {"latency": latency}, []
+
+        inputs = {
+            "graphs": {v: s.digest for v, s in sources.items()},
+            "engines": {v: r.digest if r else None for v, r in built.items()},
+            "settings": settings.model_dump(mode="json"),
+        }
+        return self._perform("benchmark", inputs, work)
+
+    def report(self) -> Report:
+        """Write report.json, report.md and report.html from what the stages measured."""
+        self.directory.write(CONFIG, self.config.to_toml())
+        records = {name: r for name in self._stage_names() if (r := self.directory.finished(name)) is not None}
+        report = assemble(
+            records,
+            config=self.config,
+            model=self.model,
+            data=self.evaluation,
+            device=self.device,
+            command=self.command,
+            skipped=self._skipped(records),
+        )
+        preview = self.directory.path / PREVIEW
+        self.directory.write("report.json", report.to_json())
+        self.directory.write("report.md", to_markdown(report))
+        self.directory.write("report.html", to_html(report, preview.read_bytes() if preview.is_file() else None))
+        return report
+
+    def run(self) -> Report:
+        """Every stage in order."""
+        _ = self.evaluation  # wrong data is found before an hour of work, not after it
+        self.directory.write(CONFIG, self.config.to_toml())
+        self.synthesize()
+        variants = [FP32, *self.config.bits]
+        for bits in self.config.widths:
+            self.quantize(bits)
+        for variant in variants:
+            self.export(variant)
+        for variant in variants:
+            self.build(variant)
+        for variant in variants:
+            self.evaluate(variant)
+        self.benchmark(variants)
+        return self.report()
+
+    # ---- what stages share ----
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """The calibration set of this run."""
+        return CalibrationSet.load(self.directory.path / IMAGES)
+
+    @cached_property
+    def evaluation(self) -> EvaluationSet:
+        """The images that accuracy is measured on; nothing but `evaluate` and `report` reads them."""
+        if self.config.data is not None or self.model.source == "bundled":
+            return load_evaluation(self.config.data, self.model, self.config.limit)
+        if not self.directory.finished("synthesize"):
+            return EvaluationSet.from_images(
+                "held-out synthetic images", np.zeros((1, *self.model.input.size), np.float32)
+            )
+        _, held_out = self.calibration.split(self.config.finetune.held_out)
+        return EvaluationSet.from_images("held-out synthetic images", held_out.images.numpy())
+
+    @cached_property
+    def _teacher_predictions(self) -> Predictions:
+        with TorchRunner(self.model.module) as runner:
+            return predictions(runner, self.evaluation, _EVALUATION_BATCH, self.progress)
+
+    def student(self, bits: BitWidths) -> Student:
+        """A variant as the quantize stage left it."""
+        return load_student(self.directory.path / _student_file(bits), self.model.module)[0].to(self.device)
+
+    def _accuracy(self, runner: Runner, graph: str | None) -> Accuracy:
+        own = predictions(runner, self.evaluation, _EVALUATION_BATCH, self.progress)
+        return score(runner.runtime, own, self._teacher_predictions, self.evaluation, graph)
+
+    def _runner(self, artifact: Result) -> Runner:
+        path = self.directory.path / artifact["path"]
+        if artifact["kind"] == "engine":
+            return engine.TensorRTRunner(path)
+        return OnnxRunner(path, optimized=artifact["target"] != "tensorrt")
+
+    def _time_engine(self, name: str) -> list[Result]:
+        settings = self.config.benchmark
+        found = []
+        with engine.TensorRTRunner(self.directory.path / name) as runner:
+            for batch in settings.batches:
+                times = runner.measure(
+                    batch,
+                    warmup_ms=settings.warmup_ms,
+                    min_runs=settings.min_runs,
+                    min_seconds=settings.min_seconds,
+                    cuda_graph=True,
+                )
+                found.append(summarize(runner.runtime, batch, times, None, name).model_dump(mode="json"))
+        return found
+
+    def _perform(self, stage: str, inputs: Result, work: Callable[[], tuple[Result, list[str]]]) -> StageRecord:
+        logger.info("stage %s", stage)
+        own = {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
+        return self.directory.perform(stage, own, work)
+
+    def _done(self, stage: str) -> StageRecord:
+        record = self.directory.finished(stage)
+        if record is None:
+            verb, _, variant = stage.partition("/")
+            wanted = f" --bits {variant}" if variant and variant != FP32 else ""
+            raise RunDirectoryError(
+                f"{self.directory.path} has no finished {stage} stage; run clusterq {verb}{wanted} first"
+            )
+        return record
+
+    def _rng(self, stage: str) -> torch.Generator:
+        """A generator of its own for each stage, so that one more draw in a stage moves no other."""
+        seed = int(digest([self.config.seed, stage])[:15], 16)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _provenance(self, variant: str, **more: Any) -> Result:
+        return {
+            "variant": variant,
+            "seed": self.config.seed,
+            "torch": torch.__version__,
+            **self._identity,
+            **more,
+        }
+
+    def _sample_images(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Images to verify graphs on, spread over the classes."""
+        if self.directory.finished("synthesize"):
+            images: np.ndarray[Any, np.dtype[np.float32]] = self.calibration.images[:_VERIFIED_IMAGES].numpy()
+            return images
+        shape = (_VERIFIED_IMAGES, *self.model.input.size)
+        return np.random.default_rng(self.config.seed).standard_normal(shape, dtype=np.float32)
+
+    def _data_identity(self) -> Result:
+        data = self.config.data
+        return {
+            "data": fingerprint(data) if data else self.evaluation.name,
+            "limit": self.config.limit,
+        }
+
+    def _stage_names(self) -> list[str]:
+        variants = [FP32, *self.config.bits]
+        return ["synthesize", "benchmark"] + [
+            f"{stage}/{v}" for v in variants for stage in ("quantize", "export", "build", "evaluate")
+        ]
+
+    def _skipped(self, records: dict[str, StageRecord]) -> list[Skipped]:
+        skipped = []
+        if not any(name.startswith("build/") for name in records):
+            reason = engine.unavailable_reason() or "not asked for"
+            skipped.append(Skipped(stage="build", reason=reason))
+        return skipped
+
+
+def _student_file(bits: BitWidths) -> str:
+    return f"{bits}/quantized.safetensors"
+
+
+def _graph_for(record: StageRecord, target: str) -> str | None:
+    """The path of a finished export's graph for a target."""
+    return next((str(a["path"]) for a in record.result["artifacts"] if a["target"] == target), None)

@@ -1,0 +1,99 @@
+"""From the records of finished stages to a report."""
+
+import datetime
+from collections.abc import Mapping
+
+import torch
+
+from clusterq_deploy.config import RunConfig
+from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.environment import collect_environment
+from clusterq_deploy.models import LoadedModel
+from clusterq_deploy.report.schema import (
+    Accuracy,
+    Artifact,
+    CalibrationInfo,
+    EvaluationInfo,
+    Latency,
+    LayerNote,
+    ModelInfo,
+    Report,
+    Skipped,
+    Variant,
+)
+from clusterq_deploy.rundir import StageRecord
+from clusterq_deploy.version import __version__
+
+_CURVE_POINTS = 200
+
+
+def assemble(
+    records: Mapping[str, StageRecord],
+    *,
+    config: RunConfig,
+    model: LoadedModel,
+    data: EvaluationSet,
+    device: torch.device,
+    command: list[str],
+    skipped: list[Skipped],
+) -> Report:
+    """The report of what has been done so far.
+
+    Args:
+        records: finished stages by name: synthesize, benchmark, and quantize/V, export/V, build/V, evaluate/V.
+        config, model, data, device: of the run.
+        command: the command line.
+        skipped: stages that did not run, and why.
+    """
+    made = records.get("synthesize")
+    calibration = CalibrationInfo(
+        images=made.result["images"] if made else 0,
+        seconds=made.seconds if made else 0.0,
+        teacher_top1=made.result["teacher_top1"] if made else 0.0,
+        recipe=made.result["recipe"] if made else config.synthesis.recipe,
+        within_class_diversity=made.result["within_class_diversity"] if made else None,
+        losses={name: thin(values) for name, values in made.result["losses"].items()} if made else {},
+    )
+    return Report(
+        schema=1,
+        command=command,
+        seed=config.seed,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        clusterq_deploy=__version__,
+        environment=collect_environment(device),
+        model=ModelInfo(
+            name=model.name, parameters=model.parameters, input_size=model.input.size, classes=model.classes
+        ),
+        calibration=calibration,
+        evaluation=EvaluationInfo(dataset=data.name, images=len(data), labelled=data.labelled),
+        variants=[_variant(name, records) for name in ("fp32", *config.bits) if f"export/{name}" in records],
+        skipped=skipped,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
+    own = {s: records[f"{s}/{name}"] for s in ("quantize", "export", "build", "evaluate") if f"{s}/{name}" in records}
+    artifacts = []
+    for stage in ("export", "build"):
+        for artifact in own[stage].result["artifacts"] if stage in own else []:
+            sha256 = own[stage].files[artifact["path"]]
+            artifacts.append(Artifact.model_validate({**artifact, "sha256": sha256}))
+    timed = records["benchmark"].result["latency"].get(name, []) if "benchmark" in records else []
+    tuned = own["quantize"].result if "quantize" in own else {}
+    return Variant(
+        name=name,
+        seconds=sum(record.seconds for stage, record in own.items() if stage != "evaluate"),
+        accuracy=[Accuracy.model_validate(a) for a in own["evaluate"].result["accuracy"]] if "evaluate" in own else [],
+        artifacts=artifacts,
+        latency=[Latency.model_validate(entry) for entry in timed],
+        quantized_layers=tuned.get("quantized_layers"),
+        skipped_layers=[LayerNote.model_validate(note) for note in tuned.get("skipped_layers", [])],
+        losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},
+    )
+
+
+def thin(values: list[float]) -> list[float]:
+    """At most 200 of a curve's points, evenly spaced, the last one among them."""
+    stride = -(-len(values) // _CURVE_POINTS) or 1
+    return values[::-stride][::-1]

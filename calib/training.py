@@ -55,8 +55,8 @@ class GeneratorConfig(StageConfig):
     sfda_weight: float = Field(0.9, ge=0)
     icv_weight: float = Field(0.6, ge=0)
     ema_beta: float = Field(0.2, ge=0, le=1)
-    lambda_mean: float = Field(0.5, ge=0)
-    lambda_std: float = Field(0.3, ge=0)
+    lambda_mean: float = Field(1.0, ge=0)
+    lambda_std: float = Field(0.5, ge=0)
     icv_noise: Literal["class", "latent"] = "latent"
     semantic_start: float = Field(0.5, ge=0, lt=1)
     latent: int = Field(128, ge=1)

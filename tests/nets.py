@@ -58,7 +58,7 @@ class Branches(nn.Module):
         super().__init__()
         self.stem, self.act = conv_bn(3, 8), nn.LeakyReLU(0.1)
         self.left, self.right = conv_bn(8, 8, 1), conv_bn(8, 8)
-        self.half = conv_bn(8, 8)
+        self.second = conv_bn(8, 8)
         self.norm, self.conv = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)
         self.fc = nn.Linear(16, 10)
 
@@ -68,7 +68,7 @@ class Branches(nn.Module):
         n, c, h, w = x.shape
         x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
         a, b = x.chunk(2, 1)
-        x = torch.cat([a, F.relu(self.half(b))], 1)
+        x = torch.cat([a, F.relu(self.second(b))], 1)
         x = F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
         return self.fc(x.mean((2, 3)))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nets import images, make_net
 from torch import nn
 
 from calib.errors import NoBatchNormError
@@ -14,7 +15,6 @@ from calib.statistics import (
     tap_batchnorm,
     within_class_diversity,
 )
-from nets import images, make_net
 
 
 def test_moments_pool_to_what_the_pixels_say() -> None:

@@ -6,6 +6,7 @@ zero-point 128, and a narrower grid is an integer Clip behind the quantizer, whi
 by side to be fused. The INT4 graph is ONNX Runtime's with weights of at most four bits stored two a byte.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,7 @@ class _Speller:
         self.absent = {s.name for s in student.placement.activations if self.target not in s.targets}
         self.steps: dict[ir.Value, _Steps] = {}  # of every tensor that lies on an activation grid
         self.weight_scales: dict[ir.Value, npt.NDArray[np.float32]] = {}
+        self._spelled: Counter[str] = Counter()
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -147,48 +149,50 @@ class _Speller:
 
     def _activation(self, marker: ir.Node, source: ir.Value, quantizer: Quantizer) -> ir.Value:
         site, grid, scale = quantizer.site, quantizer.grid, self._scale(quantizer)
+        self._spelled[site] += 1  # branches of a concatenation share a quantizer, but not their tensors' names
+        label = site if self._spelled[site] == 1 else f"{site}.{self._spelled[site]}"
         if self.target == "tensorrt":
-            source = self._float_clip(marker, source, grid, scale, site)
+            source = self._float_clip(marker, source, grid, scale, label)
             zero = self._constant(f"{site}.zero_point", np.array(0, np.int8))
         else:
-            source = self._without_upper_clip(marker, source, quantizer)
+            source = self._without_upper_clip(marker, source, quantizer, label)
             zero = self._constant(f"{site}.zero_point", np.array(_OFFSET if grid.signed else 0, np.uint8))
         step = self._constant(f"{site}.scale", scale)
-        integers = self._insert(marker, "QuantizeLinear", [source, step, zero], f"{site}.quantized")
+        integers = self._insert(marker, "QuantizeLinear", [source, step, zero], f"{label}.quantized")
         if self.target == "onnxruntime":
-            integers = self._integer_clip(marker, integers, grid, site)
-        output = self._insert(marker, "DequantizeLinear", [integers, step, zero], f"{site}.dequantized")
+            integers = self._integer_clip(marker, integers, grid, label)
+        output = self._insert(marker, "DequantizeLinear", [integers, step, zero], f"{label}.dequantized")
         self.steps[output] = _Steps(step, zero)
         return output
 
-    def _integer_clip(self, marker: ir.Node, integers: ir.Value, grid: Grid, site: str) -> ir.Value:
+    def _integer_clip(self, marker: ir.Node, integers: ir.Value, grid: Grid, label: str) -> ir.Value:
         """Bound UINT8 integers to the grid where it is narrower than the type."""
         offset = _OFFSET if grid.signed else 0
         low, high = grid.low + offset, grid.high + offset
         if (low, high) == (0, 255):
             return integers
-        upper = self._constant(f"{site}.high", np.array(high, np.uint8))
+        upper = self._constant(f"{label}.high", np.array(high, np.uint8))
         if low == 0:
-            return self._insert(marker, "Min", [integers, upper], f"{site}.bounded")
-        lower = self._constant(f"{site}.low", np.array(low, np.uint8))
-        return self._insert(marker, "Clip", [integers, lower, upper], f"{site}.bounded")
+            return self._insert(marker, "Min", [integers, upper], f"{label}.bounded")
+        lower = self._constant(f"{label}.low", np.array(low, np.uint8))
+        return self._insert(marker, "Clip", [integers, lower, upper], f"{label}.bounded")
 
     def _float_clip(
-        self, marker: ir.Node, source: ir.Value, grid: Grid, scale: npt.NDArray[np.float32], site: str
+        self, marker: ir.Node, source: ir.Value, grid: Grid, scale: npt.NDArray[np.float32], label: str
     ) -> ir.Value:
         """Bound values to a grid narrower than INT8; the clip takes the place of a ReLU or ReLU6 in front."""
         if (grid.low, grid.high) in {(-128, 127), (0, 127)}:
             return source
         bounds = [
-            self._constant(f"{site}.min", grid.low * scale),
-            self._constant(f"{site}.max", grid.high * scale),
+            self._constant(f"{label}.min", grid.low * scale),
+            self._constant(f"{label}.max", grid.high * scale),
         ]
         producer = source.producer()
         if not grid.signed and producer is not None and self._rectifies(producer) and self._only(source, marker):
             source = self._input(producer, 0)
-        return self._insert(marker, "Clip", [source, *bounds], f"{site}.clipped")
+        return self._insert(marker, "Clip", [source, *bounds], f"{label}.clipped")
 
-    def _without_upper_clip(self, marker: ir.Node, source: ir.Value, quantizer: Quantizer) -> ir.Value:
+    def _without_upper_clip(self, marker: ir.Node, source: ir.Value, quantizer: Quantizer, label: str) -> ir.Value:
         """A ReLU in place of a ReLU6: the grid ends below 6, and a narrower Clip would stop the fusion."""
         producer = source.producer()
         if producer is None or producer.op_type != "Clip" or quantizer.grid.signed or not self._only(source, marker):
@@ -196,7 +200,7 @@ class _Speller:
         high = quantizer.grid.high * float(self._scale(quantizer))
         if not self._rectifies(producer) or high > quantizer.limit:
             return source
-        return self._insert(marker, "Relu", [self._input(producer, 0)], f"{quantizer.site}.rectified")
+        return self._insert(marker, "Relu", [self._input(producer, 0)], f"{label}.rectified")
 
     @staticmethod
     def _rectifies(node: ir.Node) -> bool:

@@ -84,6 +84,13 @@ def moves_values(traced: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _MOVING_METHODS
 
 
+def moved_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose values a node of `moves_values` moves; the sizes that it may read too are left out."""
+    if node.op == "call_function" and node.target in _CONCATENATIONS:
+        return tensor_inputs(node)
+    return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else tensor_inputs(node)[:1]
+
+
 def is_addition(node: fx.Node) -> bool:
     """Whether a node adds two tensors."""
     named = node.op == "call_function" and node.target in _ADDITIONS
@@ -100,7 +107,8 @@ def value_ranges(traced: fx.GraphModule) -> dict[fx.Node, Range]:
     """The interval that each node's values must lie in, by what the operations are; infinite where unknown."""
     ranges: dict[fx.Node, Range] = {}
     for node in traced.graph.nodes:
-        ranges[node] = _range(traced, node, [ranges[source] for source in tensor_inputs(node)])
+        sources = moved_inputs(node) if moves_values(traced, node) else tensor_inputs(node)
+        ranges[node] = _range(traced, node, [ranges[source] for source in sources])
     return ranges
 
 

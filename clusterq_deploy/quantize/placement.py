@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from clusterq_deploy.quantize.graph import module_of, tensor_inputs
 from clusterq_deploy.quantize.grid import BitWidths, Grid
-from clusterq_deploy.quantize.ops import is_addition, is_rectifier, moves_values, value_ranges
+from clusterq_deploy.quantize.ops import is_addition, is_rectifier, moved_inputs, moves_values, value_ranges
 
 Target = Literal["onnxruntime", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "tensorrt")
@@ -138,8 +138,8 @@ def _producers(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     stack = [node]
     while stack:
         at = stack.pop()
-        sources = tensor_inputs(at)
-        if sources and moves_values(traced, at):
+        sources = moved_inputs(at) if moves_values(traced, at) else []
+        if sources:
             stack.extend(reversed(sources))
         elif at not in found:
             found.append(at)

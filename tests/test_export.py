@@ -1,0 +1,171 @@
+"""Exported graphs compute what torch computes, in the operators that their targets want."""
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from nets import NETS, images, make_net
+from onnx import TensorProto, numpy_helper
+
+from clusterq_deploy.errors import VerificationError
+from clusterq_deploy.export import Spelling, annotate, export_graph, spell, verify
+from clusterq_deploy.models import InputSpec
+from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.runners import OnnxRunner, TorchRunner
+
+SPELLINGS: tuple[Spelling, ...] = ("onnxruntime", "tensorrt", "int4")
+
+
+@cache
+def exported(name: str, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
+    student = make_student(make_net(name), BitWidths.parse(bits))
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    return student, export_graph(student, (3, 16, 16))
+
+
+def graph_of(name: str, spelling: Spelling, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
+    student, marked = exported(name, bits)
+    return student, spell(marked, student, spelling)
+
+
+def reference(student: Student, spelling: Spelling, batch: torch.Tensor) -> np.ndarray:
+    with student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
+        return TorchRunner(student).infer(batch.numpy())
+
+
+def initializers(graph: onnx.ModelProto) -> dict[str, TensorProto]:
+    return {i.name: i for i in graph.graph.initializer}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a5"])
+def test_graphs_compute_what_torch_computes(name: str, spelling: Spelling, bits: str) -> None:
+    student, graph = graph_of(name, spelling, bits)
+    batch = images(64, seed=7)
+    expected = reference(student, spelling, batch)
+    found = verify(graph, batch.numpy(), expected, name=name, optimized=spelling != "tensorrt")
+    assert found.agreement == 1
+    assert found.close > 0.8  # the others have a value on a rounding boundary
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_float_graph_is_the_teacher(name: str) -> None:
+    net = make_net(name)
+    graph = export_graph(net, (3, 16, 16))
+    with OnnxRunner(graph.SerializeToString()) as runner:
+        for count in (1, 5):  # the batch dimension is dynamic
+            batch = images(count)
+            np.testing.assert_allclose(runner.infer(batch.numpy()), net(batch).numpy(), rtol=1e-3, atol=1e-4)
+    assert (graph.ir_version, graph.opset_import[0].version) == (10, 21)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_quantized_convolution_runs_as_integers(name: str, tmp_path: Path) -> None:
+    student, graph = graph_of(name, "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    layers = [type(layer).__name__ for layer in student.layers().values()]
+    assert operators["QLinearConv"] == layers.count("QuantizedConv2d")
+    assert operators["QGemm"] == layers.count("QuantizedLinear")
+    assert operators["Conv"] == operators["FusedConv"] == 0
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", NETS)
+def test_tensorrt_graphs_are_symmetric_int8(name: str, bits: str) -> None:
+    _, graph = graph_of(name, "tensorrt", bits)
+    stored = initializers(graph)
+    pairs = [n for n in graph.graph.node if n.op_type in {"QuantizeLinear", "DequantizeLinear"}]
+    assert pairs
+    for node in pairs:
+        zero, scale = (numpy_helper.to_array(stored[node.input[i]]) for i in (2, 1))
+        assert zero.dtype == np.int8
+        assert not zero.any()
+        assert (scale > 0).all()
+        if scale.ndim:
+            assert stored[node.input[0]].data_type == TensorProto.INT8  # only weights have a scale a channel
+            assert [a.i for a in node.attribute if a.name == "axis"] == [0]
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    for node in graph.graph.node:
+        if node.op_type in {"Conv", "Gemm"}:
+            assert producers[node.input[0]].op_type == "DequantizeLinear"
+            assert producers[node.input[1]].op_type == "DequantizeLinear"
+            assert stored[node.input[2]].data_type == TensorProto.FLOAT
+        if node.op_type == "Add":  # one branch comes straight from its convolution, the other is quantized
+            assert {producers[i].op_type for i in node.input} == {"Conv", "DequantizeLinear"}
+
+
+def test_int4_graphs_store_two_weights_a_byte() -> None:
+    student, graph = graph_of("residual", "int4")
+    stored = initializers(graph)
+    kinds = {name: stored[f"{name}.weight.integers"].data_type for name in student.layers()}
+    assert kinds["stem.0"] == kinds["fc"] == TensorProto.INT8
+    assert {kind for name, kind in kinds.items() if name not in {"stem.0", "fc"}} == {TensorProto.INT4}
+    weight = stored["a1.0.weight.integers"]
+    assert len(weight.raw_data) == 8 * 8 * 9 // 2
+    layer = student.layers()["a1.0"]
+    expected = layer.weight_quantizer.integers(layer.weight).numpy()
+    assert (numpy_helper.to_array(weight).astype(np.int8) == expected).all()
+
+
+def test_a_relu6_costs_nothing() -> None:
+    _, graph = graph_of("mobile", "onnxruntime")
+    floats = [n for n in graph.graph.node if n.op_type == "Clip" and "bounded" not in n.output[0]]
+    assert not floats
+    _, graph = graph_of("mobile", "tensorrt")
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    clips = [n for n in graph.graph.node if n.op_type == "Clip"]
+    assert clips
+    assert not [n for n in clips if producers[n.input[0]].op_type in {"Clip", "Relu"}]
+
+
+def test_biases_are_integers_for_onnx_runtime() -> None:
+    _, graph = graph_of("residual", "onnxruntime")
+    stored = initializers(graph)
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    for node in graph.graph.node:
+        if node.op_type in {"Conv", "Gemm"}:
+            assert stored[producers[node.input[2]].input[0]].data_type == TensorProto.INT32
+
+
+def test_no_trace_of_the_source_is_left() -> None:
+    student, marked = exported("residual")
+    here = str(Path(__file__).parent)
+    for graph in [marked, *(spell(marked, student, s) for s in SPELLINGS)]:
+        assert here.encode() not in graph.SerializeToString()
+        assert b"site-packages" not in graph.SerializeToString()
+
+
+def test_graphs_say_how_to_feed_them(tmp_path: Path) -> None:
+    _, graph = graph_of("residual", "onnxruntime")
+    spec = InputSpec(size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+    annotate(graph, model="residual", variant="w4a4", inputs=spec, provenance={"seed": 1})
+    onnx.save(graph, tmp_path / "model.onnx")
+    with OnnxRunner(tmp_path / "model.onnx") as runner:
+        assert InputSpec.model_validate_json(runner.metadata()["clusterq.input"]) == spec
+        assert runner.provenance() == {"seed": 1}
+        assert runner.classes == 10
+
+
+def test_a_graph_that_computes_something_else_is_refused() -> None:
+    student, graph = graph_of("residual", "onnxruntime")
+    batch = images(64, seed=7)
+    expected = reference(student, "onnxruntime", batch)
+    broken = onnx.ModelProto()
+    broken.CopyFrom(graph)
+    scale = next(i for i in broken.graph.initializer if i.name == "relu_2.scale")
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 3, scale.name))
+    with pytest.raises(VerificationError, match="the file is not written"):
+        verify(broken, batch.numpy(), expected, name="broken", optimized=True)
+    del broken.graph.node[3]
+    with pytest.raises(VerificationError, match="no valid ONNX"):
+        verify(broken, batch.numpy(), expected, name="broken", optimized=True)

@@ -1,0 +1,268 @@
+"""Grids, quantizers, where they go, and how their scales are found."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from nets import images, make_net
+from torch import nn
+
+from calib.calibration_set import CalibrationSet
+from clusterq_deploy.errors import ConfigError, GraphError, WeightsError
+from clusterq_deploy.quantize import (
+    BitWidths,
+    FinetuneConfig,
+    Grid,
+    Student,
+    calibrate,
+    finetune,
+    load_student,
+    make_student,
+)
+from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
+from clusterq_deploy.quantize.graph import fold_batchnorm, trace
+from clusterq_deploy.quantize.quantizer import Quantizer
+
+
+def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:
+    student = make_student(make_net(name), BitWidths.parse(bits), **options)
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    return student
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "low", "high"),
+    [
+        (8, True, -128, 127),
+        (4, True, -8, 7),
+        (2, True, -2, 1),
+        (4, False, 0, 15),
+        (7, False, 0, 127),
+        (8, False, 0, 127),
+    ],
+)
+def test_grids_fit_int8(bits: int, signed: bool, low: int, high: int) -> None:
+    grid = Grid(bits, signed)
+    assert (grid.low, grid.high) == (low, high)
+
+
+def test_bit_widths_are_parsed_and_bounded() -> None:
+    assert BitWidths.parse(" W4A8 ") == BitWidths(4, 8)
+    assert str(BitWidths(2, 3)) == "w2a3"
+    for wrong in ("w9a4", "w4a1", "w4a16"):
+        with pytest.raises(ConfigError, match="from 2 to 8"):
+            BitWidths.parse(wrong)
+    for wrong in ("int8", "w4", "4a4", ""):
+        with pytest.raises(ConfigError, match="name it like w8a8"):
+            BitWidths.parse(wrong)
+
+
+def test_quantizer_rounds_half_to_even_and_clamps() -> None:
+    quantizer = Quantizer("x", Grid(4, signed=True))
+    quantizer.set_scale(torch.tensor(0.5))
+    x = torch.tensor([0.25, 0.75, -0.25, -0.75, 0.3, 100.0, -100.0])
+    expected = torch.tensor([0.0, 1.0, 0.0, -1.0, 0.5, 3.5, -4.0])
+    torch.testing.assert_close(quantizer(x), expected)
+    assert quantizer.integers(x).tolist() == [0, 2, 0, -2, 1, 7, -8]
+
+
+def test_quantizer_gradients_are_those_of_lsq() -> None:
+    quantizer = Quantizer("x", Grid(4, signed=False))
+    quantizer.set_scale(torch.tensor(1.0))
+    x = torch.tensor([0.3, 2.6, -1.0, 99.0], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+    # round(v) - v inside, the bound outside; times the scale, for its logarithm is learned
+    assert quantizer.log_scale.grad is not None
+    assert float(quantizer.log_scale.grad) == pytest.approx((0 - 0.3) + (3 - 2.6) + 0 + 15, rel=1e-5)
+
+
+def test_per_channel_scales_are_per_channel() -> None:
+    quantizer = Quantizer("w", Grid(8, signed=True), channels=2)
+    quantizer.set_scale(torch.tensor([1.0, 0.25]))
+    weight = torch.tensor([[1.2, -3.4], [1.2, -3.4]])[:, :, None, None]
+    expected = torch.tensor([[1.0, -3.0], [1.25, -3.5]])[:, :, None, None]
+    torch.testing.assert_close(quantizer(weight), expected)
+
+
+def test_scale_keeps_under_its_limit_and_over_its_floor() -> None:
+    quantizer = Quantizer("x", Grid(4, signed=False), limit=6.0)
+    quantizer.set_scale(torch.tensor(100.0))
+    assert 5.99 < float(quantizer.scale.detach()) * 15 <= 6.0
+    quantizer.set_scale(torch.tensor(0.0))
+    assert float(quantizer.scale.detach()) == pytest.approx(1e-8)
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+def test_folding_changes_nothing(name: str) -> None:
+    net = make_net(name)
+    student = make_student(net, BitWidths(8, 8))
+    with torch.no_grad(), student.in_float():
+        torch.testing.assert_close(student(images()), net(images()), rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())  # the teacher is left alone
+
+
+def test_only_a_batchnorm_behind_a_layer_is_folded() -> None:
+    traced = trace(make_net("branches"))
+    folded = fold_batchnorm(traced)
+    assert len(folded) == 4
+    assert [n for n, m in traced.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["norm"]
+    student = student_of("branches")
+    assert "norm" in student.placement.skipped
+
+
+def test_control_flow_on_values_is_refused_with_its_line() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(GraphError, match=r"Branching\.forward, .*test_quantize\.py:\d+"):
+        trace(Branching())
+
+
+def test_placement_at_a_residual_block() -> None:
+    placement = student_of("residual").placement
+    sites = {site.name: site for site in placement.activations}
+    both = {name for name, site in sites.items() if site.targets == ("onnxruntime", "tensorrt")}
+    # the image, every ReLU that feeds a layer, the downsample branch, the pooled vector; max-pool has none of its own
+    assert both == {"x", "relu", "relu_1", "relu_2", "relu_3", "relu_4", "relu_5", "down_0", "adaptive_avg_pool2d"}
+    # the branch that ends in a convolution is quantized for ONNX Runtime alone
+    assert set(sites) - both == {"a2_0", "b2_0", "c2_0"}
+    assert sites["relu_1"].grid == Grid(4, signed=False)
+    assert sites["down_0"].grid == Grid(8, signed=True)
+    assert sites["x"].grid == Grid(8, signed=True)
+    assert sites["adaptive_avg_pool2d"].grid == Grid(8, signed=False)  # the last layer's input
+    widths = {site.layer: site.grid.bits for site in placement.weights}
+    assert widths["stem.0"] == widths["fc"] == 8
+    assert widths["a1.0"] == 4
+
+
+def test_first_last_gives_every_layer_the_same_bits_but_the_image() -> None:
+    placement = student_of("residual", "w3a3", first_last=True).placement
+    assert {site.grid.bits for site in placement.weights} == {3}
+    sites = {site.name: site.grid.bits for site in placement.activations}
+    assert sites["x"] == 8
+    assert sites["adaptive_avg_pool2d"] == 3
+
+
+def test_concatenated_branches_share_one_scale() -> None:
+    sites = {site.name: site for site in student_of("branches").placement.activations}
+    # left and right pass through shuffle and split into `second` and, with its output, into a BatchNorm
+    assert sites["relu"].producers == ("relu", "relu_1")
+
+
+def test_relu6_bounds_the_grid_and_squeeze_excite_gates_are_unsigned() -> None:
+    student = student_of("mobile")
+    sites = {site.name: site for site in student.placement.activations}
+    assert sites["stem_1"].limit == 6.0
+    assert sites["mul"].limit == 6.0
+    assert math.isinf(sites["add"].limit)
+    assert not sites["mul"].grid.signed  # ReLU6 times hard-sigmoid
+    assert sites["add"].grid.signed  # a linear bottleneck
+    for name, site in sites.items():
+        quantizer = student.quantizers()[name]
+        assert float(quantizer.scale.detach()) * site.grid.high <= site.limit
+
+
+def test_searched_scales_beat_the_largest_value() -> None:
+    weight = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    grid = Grid(4, signed=True)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        step = scale.view(-1, 1, 1, 1)
+        return ((weight / step).round().clamp(grid.low, grid.high) * step - weight).square().sum((1, 2, 3))
+
+    searched = weight_scales(weight, grid)
+    naive = weight.abs().amax((1, 2, 3)) / grid.high
+    assert bool((error(searched) <= error(naive)).all())
+    assert float(error(searched).sum() / error(naive).sum()) < 0.85
+    values = torch.randn(10_000).relu()
+    assert float(activation_scale(values, Grid(4, signed=False))) < float(values.max() / 15)
+
+
+def test_dead_channels_and_silent_tensors_have_positive_scales() -> None:
+    weight = torch.randn(4, 8)
+    weight[2] = 0
+    scales = weight_scales(weight, Grid(4, signed=True))
+    assert bool((scales > 0).all())
+    assert bool((weight_scales(torch.zeros(3, 5), Grid(8, signed=True)) > 0).all())
+    assert float(activation_scale(torch.zeros(10), Grid(8, signed=False))) > 0
+
+
+def test_biases_settle_on_the_accumulator() -> None:
+    student = student_of("residual")
+    quantizers = student.quantizers()
+    for site in student.placement.weights:
+        layer = student.layers()[site.layer]
+        steps = layer.bias / (quantizers[site.input_site].scale * layer.weight_quantizer.scale)
+        torch.testing.assert_close(steps, steps.round(), atol=1e-2, rtol=1e-6)
+
+
+def test_spelling_for_tensorrt_leaves_the_residual_branch_alone() -> None:
+    student = student_of("residual")
+    with torch.no_grad():
+        own = student(images())
+        with student.spelled("tensorrt"):
+            other = student(images())
+        assert not torch.equal(own, other)
+        assert torch.equal(student(images()), own)
+
+
+def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
+    net, student = make_net("residual"), student_of("residual", "w3a3")
+    data = images(256, seed=3)
+    calibration = CalibrationSet(data, net(data).argmax(1))
+    fresh = images(128, seed=9)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((student(fresh) - net(fresh)).square().mean())
+
+    before = distance()
+    config = FinetuneConfig(steps=60, batch_size=32, shift=0, checkpoints=3)
+    tuning = finetune(student, net, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
+    assert distance() < 0.8 * before
+    assert tuning.kept_step > 0
+    assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
+
+
+def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
+    net, student = make_net("residual"), student_of("residual", "w8a8")
+    data = images(64)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    config = FinetuneConfig(steps=4, learning_rate=1.0, scale_learning_rate=1.0, checkpoints=2)
+    calibration = CalibrationSet(data, net(data).argmax(1))
+    tuning = finetune(student, net, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
+    assert tuning.kept_step == 0
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_less_is_tuned_where_there_are_bits_to_spare() -> None:
+    config = FinetuneConfig()
+    assert config.scaled_to(BitWidths(4, 4)) == config
+    assert config.scaled_to(BitWidths(4, 8)) == config
+    eight = config.scaled_to(BitWidths(8, 8))
+    assert eight.steps < config.steps
+    assert eight.learning_rate < config.learning_rate
+
+
+def test_a_student_survives_its_file(tmp_path: Path) -> None:
+    student, path = student_of("mobile", "w5a6", first_last=True), tmp_path / "quantized.safetensors"
+    path.write_bytes(student.to_bytes({"seed": 3}))
+    again, provenance = load_student(path, make_net("mobile"))
+    assert (again.bits, again.first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
+    with torch.no_grad():
+        assert torch.equal(again(images()), student(images()))
+
+
+def test_another_models_student_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "quantized.safetensors"
+    path.write_bytes(student_of("mobile").to_bytes({}))
+    with pytest.raises(WeightsError, match="made from another model"):
+        load_student(path, make_net("residual"))
+    path.write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match="no quantized model"):
+        load_student(path, make_net("residual"))

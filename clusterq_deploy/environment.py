@@ -35,7 +35,7 @@ def collect_environment(device: torch.device) -> Environment:
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
         cpu=cpu,
         cpu_int8=cpu_int8,
-        cores=_cores(),
+        cores=available_cores(),
         memory_bytes=psutil.virtual_memory().total,
         platform=platform.platform(),
     )
@@ -60,7 +60,8 @@ def _cpu() -> tuple[str, list[str] | None]:
     return name, [flag for flag in _INT8_FLAGS if flag in flags] if flags else None
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and container pinning
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

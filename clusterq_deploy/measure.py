@@ -10,6 +10,7 @@ from pydantic import Field
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
 from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.environment import available_cores
 from clusterq_deploy.errors import DataError
 from clusterq_deploy.report.schema import Accuracy, Latency
 from clusterq_deploy.runners import Array, Runner
@@ -22,7 +23,7 @@ class BenchmarkConfig(StageConfig):
 
     Attributes:
         batches: batch sizes.
-        threads: threads of CPU runtimes; None takes one a core.
+        threads: threads of CPU runtimes; None takes one for each core that the process may use.
         warmup_ms: each runtime runs this long before anything counts.
         min_runs, min_seconds: each measurement has at least both.
         rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them.
@@ -34,6 +35,11 @@ class BenchmarkConfig(StageConfig):
     min_runs: int = Field(10, ge=1)
     min_seconds: float = Field(3, ge=0)
     rounds: int = Field(3, ge=1)
+
+    @property
+    def cpu_threads(self) -> int:
+        """The number of threads, counted where it was not given."""
+        return self.threads or available_cores()
 
 
 def predictions(runner: Runner, data: EvaluationSet, batch_size: int, progress: Progress = SILENT) -> Predictions:
@@ -109,7 +115,7 @@ def benchmark(
                     times[name] += _run_for(runner, images, config.min_seconds / config.rounds, runs)
                     advance(1)
             for name, runner in runners.items():
-                found[name].append(summarize(runner.runtime, batch, times[name], config.threads, name))
+                found[name].append(summarize(runner.runtime, batch, times[name], config.cpu_threads, name))
     return found
 
 

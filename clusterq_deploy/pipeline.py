@@ -262,7 +262,7 @@ class Pipeline:
             for variant, source in sources.items():
                 name = str(_graph_for(source, "onnxruntime"))
                 path = self.directory.path / name
-                runners[name], owners[name] = OnnxRunner(path, threads=settings.threads), variant
+                runners[name], owners[name] = OnnxRunner(path, threads=settings.cpu_threads), variant
             if self.device.type == "cuda":
                 runners["torch"], owners["torch"] = TorchRunner(self.model.module), FP32
             latency: dict[str, list[Result]] = {v: [] for v in variants}
@@ -301,7 +301,8 @@ class Pipeline:
 
     def run(self) -> Report:
         """Every stage in order."""
-        _ = self.evaluation  # wrong data is found before an hour of work, not after it
+        if self._has_own_data:
+            _ = self.evaluation  # wrong data is found before an hour of work, not after it
         self.directory.write(CONFIG, self.config.to_toml())
         self.synthesize()
         variants = [FP32, *self.config.bits]
@@ -326,14 +327,15 @@ class Pipeline:
     @cached_property
     def evaluation(self) -> EvaluationSet:
         """The images that accuracy is measured on; nothing but `evaluate` and `report` reads them."""
-        if self.config.data is not None or self.model.source == "bundled":
+        if self._has_own_data:
             return load_evaluation(self.config.data, self.model, self.config.limit)
-        if not self.directory.finished("synthesize"):
-            return EvaluationSet.from_images(
-                "held-out synthetic images", np.zeros((1, *self.model.input.size), np.float32)
-            )
+        self._done("synthesize")
         _, held_out = self.calibration.split(self.config.finetune.held_out)
         return EvaluationSet.from_images("held-out synthetic images", held_out.images.numpy())
+
+    @property
+    def _has_own_data(self) -> bool:
+        return self.config.data is not None or self.model.source == "bundled"
 
     @cached_property
     def _teacher_predictions(self) -> Predictions:

@@ -65,7 +65,7 @@ def benchmark_file(path: Path, config: BenchmarkConfig, progress: Progress = SIL
     Raises:
         ExportError: the file cannot be run.
     """
-    with OnnxRunner(path, threads=config.threads) as runner:
+    with OnnxRunner(path, threads=config.cpu_threads) as runner:
         size = describe(runner, path).input.size
         records = benchmark({str(path): runner}, size, config, progress)[str(path)]
     return [record.model_dump(mode="json") for record in records]

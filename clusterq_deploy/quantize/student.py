@@ -100,12 +100,10 @@ class Student(nn.Module):
 
     def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
         """The student as a safetensors file: folded float weights and scales; settings in the metadata."""
-        metadata = {
-            "bits": str(self.bits),
-            "first_last": json.dumps(self.first_last),
-            "provenance": json.dumps(dict(provenance), sort_keys=True),
-        }
-        return save({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, metadata=metadata)
+        settings = {"bits": str(self.bits), "first_last": self.first_last, "provenance": dict(provenance)}
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        # one entry: safetensors writes several in no fixed order, and the same student must give the same bytes
+        return save(state, metadata={"student": json.dumps(settings, sort_keys=True)})
 
 
 def make_student(teacher: nn.Module, bits: BitWidths, *, first_last: bool = False) -> Student:
@@ -156,10 +154,9 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            settings = json.loads((file.metadata() or {})["student"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        bits, first_last = BitWidths.parse(metadata["bits"]), bool(json.loads(metadata["first_last"]))
-        provenance = json.loads(metadata["provenance"])
+        bits, first_last, provenance = BitWidths.parse(settings["bits"]), settings["first_last"], settings["provenance"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no quantized model: {error}") from error
     student = make_student(teacher, bits, first_last=first_last)

@@ -1,0 +1,187 @@
+"""The commands, as a person calls them: exit code, output, files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from click.testing import CliRunner, Result
+from test_pipeline import SMALL
+
+from cli.main import main
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("run", "synthesize", "quantize", "export", "build", "evaluate", "benchmark", "report", "models")
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def fails(*args: object) -> str:
+    """The one line that a command fails with."""
+    result = call(*args)
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
+    return path
+
+
+def test_every_command_has_help() -> None:
+    listing = call("--help").stdout
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", listing, re.M)
+        result = call(name, "--help")
+        assert result.exit_code == 0
+        assert "Usage: " in result.stdout
+
+
+def test_run_prints_a_table_and_leaves_a_report(settings: Path, tmp_path: Path) -> None:
+    result = call("run", "digits", "--config", settings, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for text in ("digits", "w8a8", "w4a4", "model.ort.onnx", "Skipped build", "report.html"):
+        assert text in result.stdout
+    assert (tmp_path / "out/report.html").stat().st_size > 10_000
+
+
+def test_stages_alone_add_up_to_a_run(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = call("synthesize", "digits", "--config", settings, "--out", out, "--json")
+    assert json.loads(made.stdout)["images"] == 80, made.output
+    steps = [
+        call("quantize", out, "--bits", "w4a8", "--json"),
+        call("export", out, "--bits", "w4a8", "--json"),
+        call("evaluate", out, "--bits", "w4a8", "--json"),
+        call("benchmark", out, "--bits", "w4a8", "--json"),
+        call("report", out, "--json"),
+    ]
+    assert [r.exit_code for r in steps] == [0] * 5, [r.output for r in steps]
+    exported = json.loads(steps[1].stdout)
+    assert {row["path"] for row in exported} >= {"fp32/model.onnx", "w4a8/model.int4.onnx"}
+    report = json.loads(steps[4].stdout)
+    assert [v["name"] for v in report["variants"]] == ["fp32", "w4a8"]
+    for variant in report["variants"]:
+        assert variant["accuracy"]
+        assert variant["latency"]
+    # a graph alone says how it is fed
+    graph = out / "w4a8/model.ort.onnx"
+    alone = json.loads(call("evaluate", graph, "--limit", 60, "--json").stdout)[0]
+    assert alone["top1"] == report["variants"][1]["accuracy"][1]["top1"]
+    timed = json.loads(call("benchmark", graph, "--batches", "1", "--json").stdout)
+    assert timed[0]["median_ms"] > 0
+    assert "exported from digits" not in call("evaluate", graph).output
+
+
+def test_models_lists_what_is_there() -> None:
+    entries = json.loads(call("models", "--json").stdout)
+    names = [entry["name"] for entry in entries]
+    assert names[0] == "digits"
+    assert {"resnet18", "mobilenet_v2"} <= set(names)
+    assert "digits" in call("models").stdout
+
+
+def test_options_override_the_file(settings: Path, tmp_path: Path) -> None:
+    result = call(
+        "synthesize", "digits", "--config", settings, "--images", "20", "--seed", "5", "--out", tmp_path / "o"
+    )
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "o/run.toml").read_text()
+    assert "images = 20" in text
+    assert "seed = 5" in text
+    assert "steps = 12" in text
+
+
+def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    assert "did you mean" in fails("run", "resnet81", *out)
+    assert "BatchNorm" in fails("run", "vgg11", "--weights", "none", *out)
+    assert "from 2 to 8" in fails("run", "digits", "--bits", "w9a4", *out)
+    assert "no model was given" in fails("run", *out)
+    assert "does not exist" in fails("run", "digits", "--data", tmp_path / "nowhere", *out)
+    assert "no run directory" in fails("quantize", tmp_path)
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU" in fails("run", "digits", "--device", "cuda", *out)
+    weights = tmp_path / "weights.pth"
+    torch.save({"conv.weight": torch.zeros(3)}, weights)
+    assert "weights" in fails("run", "digits", "--weights", weights, *out)
+    (tmp_path / "wrong.toml").write_text("modle = 'digits'")
+    assert "did you mean 'model'" in fails("run", "digits", "--config", tmp_path / "wrong.toml", *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_folder_of_other_classes_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog", "fish"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "data" / name / "1.png")
+    message = fails("run", "digits", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert "3 class folders, but the model has 10 classes" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'harmed'}",)
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pth")
+    message = fails("run", "digits", "--weights", tmp_path / "evil.pth", "--out", tmp_path / "out")
+    assert "safetensors" in message
+    assert not (tmp_path / "harmed").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_models_run_is_refused(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call("synthesize", "digits", "--config", settings, "--out", out).exit_code == 0
+    assert "holds a run of digits" in fails("run", "resnet18", "--weights", "none", "--out", out)
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tmp_path: Path) -> None:
+    """The kernel refuses to let files grow past 20 kB: the settings fit, the images do not."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "from cli.main import main; main(sys.argv[1:])\n"
+    )
+    args = ["synthesize", "digits", "--config", str(settings), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "cannot write" in done.stderr
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["run.toml"]
+
+
+def test_building_without_tensorrt_says_what_is_missing(tmp_path: Path) -> None:
+    from clusterq_deploy.engine import unavailable_reason
+
+    if unavailable_reason() is None:
+        pytest.skip("TensorRT and a GPU are there")
+    (tmp_path / "x.onnx").write_bytes(b"")
+    assert "no engine can be built here" in fails("build", tmp_path / "x.onnx")
+
+
+def test_the_readmes_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    used = set(re.findall(r"^\s*\$? ?clusterq (\w+)", text, re.M))
+    assert used
+    assert used <= set(COMMANDS)
+    for command, option in re.findall(r"^\s*\$? ?clusterq (\w+)[^\n]*?(--[a-z-]+)", text, re.M):
+        assert option in call(command, "--help").stdout
+    assert text.index("make demo") < text.index("make test")

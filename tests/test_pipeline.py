@@ -1,0 +1,209 @@
+"""The stages over one run directory: what they leave, and what is done again."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clusterq_deploy import Pipeline, RunConfig, read_report
+from clusterq_deploy.config import make_config, read_settings
+from clusterq_deploy.errors import ConfigError, DataError, RunDirectoryError
+from clusterq_deploy.pipeline import resolve_device
+from clusterq_deploy.rundir import RunDirectory
+
+SMALL = {
+    "synthesis": {
+        "images": 80,
+        "generator": {"steps": 12, "warmup_steps": 6, "batch_size": 40, "samples_per_class": 4, "width": 8},
+        "refine": {"steps": 12, "batch_size": 80},
+    },
+    "finetune": {"steps": 12, "batch_size": 16, "checkpoints": 2},
+    "benchmark": {"batches": [1, 2], "min_seconds": 0.03, "min_runs": 3, "warmup_ms": 0},
+}
+
+
+def config(**more: object) -> RunConfig:
+    return make_config({"model": "digits", "limit": 100, **SMALL, **more})
+
+
+class Recorder:
+    """A progress that remembers which tasks were opened."""
+
+    def __init__(self) -> None:
+        self.tasks: list[str] = []
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[object]:
+        assert total > 0
+        self.tasks.append(description)
+        yield lambda n=1, **figures: None
+
+
+def run(out: Path, **more: object) -> list[str]:
+    recorder = Recorder()
+    Pipeline(config(**more), out, progress=recorder, command=["clusterq", "run"]).run()  # type: ignore[arg-type]
+    return recorder.tasks
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    run(out)
+    return out
+
+
+def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
+    files = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    graphs = {f"w4a4/model.{kind}.onnx" for kind in ("ort", "trt", "int4")}
+    graphs |= {f"w8a8/model.{kind}.onnx" for kind in ("ort", "trt")}
+    assert files == graphs | {
+        "run.toml", "manifest.json", "report.json", "report.md", "report.html", "fp32/model.onnx",
+        "calibration/images.safetensors", "calibration/preview.png",
+        "w8a8/quantized.safetensors", "w4a4/quantized.safetensors",
+    }  # fmt: skip
+
+
+def test_the_report_holds_measurements_of_every_graph(finished: Path) -> None:
+    report = read_report(finished / "report.json")
+    assert (report.model.name, report.model.classes, report.evaluation.images) == ("digits", 10, 100)
+    assert [v.name for v in report.variants] == ["fp32", "w8a8", "w4a4"]
+    for variant in report.variants:
+        executed = {a.graph for a in variant.accuracy}
+        assert executed == {None} | {a.path for a in variant.artifacts}
+        assert [a.runtime for a in variant.accuracy][:2] == ["torch", "onnxruntime-cpu"]
+        assert {entry.batch for entry in variant.latency} == {1, 2}
+        for artifact in variant.artifacts:
+            assert (finished / artifact.path).stat().st_size == artifact.size_bytes
+    fp32, w8a8, _ = report.variants
+    assert fp32.accuracy[0].agreement == 100
+    assert fp32.accuracy[1].top1 == fp32.accuracy[0].top1
+    assert w8a8.accuracy[1].agreement > 97
+    assert report.skipped[0].stage == "build" or torch.cuda.is_available()
+    raw = json.loads((finished / "report.json").read_text())
+    assert raw["schema"] == 1
+    assert raw["calibration"].keys() >= {"images", "seconds", "teacher_top1"}
+
+
+def test_a_finished_run_is_not_done_again(finished: Path) -> None:
+    before = (finished / "w4a4/model.ort.onnx").stat().st_mtime_ns
+    assert run(finished) == []
+    assert (finished / "w4a4/model.ort.onnx").stat().st_mtime_ns == before
+
+
+def test_run_toml_repeats_the_run(finished: Path) -> None:
+    settings = read_settings(finished / "run.toml")
+    assert make_config(settings) == config()
+
+
+def copied(source: Path, target: Path) -> Path:
+    for file in source.rglob("*"):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_changed_option_redoes_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path / "run")
+    images = (out / "calibration/images.safetensors").read_bytes()
+    tasks = run(out, bits=["w4a4", "w3a3"])
+    assert "Generator" not in tasks
+    assert "Fine-tuning w3a3" in tasks
+    assert "Fine-tuning w4a4" not in tasks
+    assert (out / "calibration/images.safetensors").read_bytes() == images
+
+
+def test_an_altered_file_is_made_again_and_comes_out_the_same(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path / "run")
+    path = out / "w4a4/quantized.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    tasks = run(out)
+    assert "Generator" not in tasks
+    assert path.read_bytes() == content
+
+
+def test_the_same_seed_gives_the_same_report(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "again")
+    first, again = (read_report(p / "report.json") for p in (finished, tmp_path / "again"))
+    assert first.calibration.teacher_top1 == again.calibration.teacher_top1
+    assert first.calibration.losses == again.calibration.losses
+    for a, b in zip(first.variants, again.variants, strict=True):
+        assert (a.accuracy, a.losses) == (b.accuracy, b.losses)
+        assert [f.sha256 for f in a.artifacts] == [f.sha256 for f in b.artifacts]
+
+
+def test_another_models_folder_is_refused_and_left_alone(finished: Path) -> None:
+    before = sorted(p.name for p in finished.iterdir())
+    with pytest.raises(RunDirectoryError, match=r"holds a run of digits .*choose another folder"):
+        Pipeline(config(weights="none"), finished)
+    assert sorted(p.name for p in finished.iterdir()) == before
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="holds files that are no run's"):
+        Pipeline(config(), tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="cannot be read"):
+        RunDirectory(tmp_path, {})
+
+
+def test_wrong_data_is_found_before_any_work(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.array([0, 1, 2, 99]))
+    with pytest.raises(DataError, match="labels up to 99"):
+        run(tmp_path / "out", data=tmp_path / "data.npz")
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_data_reaches_nothing_but_the_evaluation(finished: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    other = tmp_path / "noise.npz"
+    np.savez(other, images=rng.integers(0, 255, (50, 8, 8, 1), np.uint8), labels=rng.integers(0, 10, 50))
+    out = copied(finished, tmp_path / "run")
+    tasks = run(out, data=other)
+    assert set(tasks) == {"Evaluating on torch", "Evaluating on onnxruntime-cpu"}
+    for name in ("calibration/images.safetensors", "w4a4/quantized.safetensors", "w4a4/model.ort.onnx"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert read_report(out / "report.json").variants[0].accuracy[0].top1 != 100
+
+
+def test_without_data_agreement_on_held_out_synthetic_images_is_reported(tmp_path: Path) -> None:
+    module = tmp_path / "net.py"
+    module.write_text("from clusterq_deploy.models.digits import digits\n\n\ndef mine():\n    return digits()\n")
+    run(tmp_path / "out", model=f"{module}:mine", bits=["w8a8"])
+    report = read_report(tmp_path / "out/report.json")
+    assert not report.evaluation.labelled
+    assert "synthetic" in report.evaluation.dataset
+    assert report.evaluation.images == 10
+    assert all(a.top1 is None and a.agreement is not None for v in report.variants for a in v.accuracy)
+
+
+def test_stages_alone_say_what_they_need(tmp_path: Path) -> None:
+    pipeline = Pipeline(config(), tmp_path / "out")
+    with pytest.raises(RunDirectoryError, match="no finished synthesize stage; run clusterq synthesize"):
+        pipeline.quantize(pipeline.config.widths[0])
+    with pytest.raises(RunDirectoryError, match="run clusterq quantize --bits w4a4 first"):
+        pipeline.export("w4a4")
+
+
+def test_cuda_is_refused_where_there_is_none() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no NVIDIA GPU"):
+        resolve_device("cuda")
+
+
+def test_unknown_and_wrong_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'synthesis.imges'.*did you mean 'images'"):
+        make_config({"model": "digits", "synthesis": {"imges": 3}})
+    with pytest.raises(ConfigError, match=r"finetune.steps in the options"):
+        make_config({"model": "digits", "finetune": {"steps": -1}})
+    with pytest.raises(ConfigError, match="from 2 to 8"):
+        make_config({"model": "digits", "bits": ["w9a4"]})

@@ -31,7 +31,7 @@ def collect_environment(device: torch.device) -> Environment:
         onnxruntime=_version("onnxruntime") or "not installed",
         tensorrt=_version("tensorrt"),
         cuda=torch.version.cuda if on_gpu else None,
-        driver=_driver_version() if on_gpu else None,
+        driver=driver_version() if on_gpu else None,
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
         cpu=cpu,
         cpu_int8=cpu_int8,
@@ -67,7 +67,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _driver_version() -> str | None:
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, asked of nvidia-smi; torch has no public call for it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

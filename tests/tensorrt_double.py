@@ -83,7 +83,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
     fresh_log = functools.cache(log.tensorrt_log.__wrapped__)
     for user in (log, build, runner):
         monkeypatch.setattr(user, "tensorrt_log", fresh_log)
-    monkeypatch.setattr(sidecar, "_driver_version", lambda: "555.1")
+    monkeypatch.setattr(sidecar, "driver_version", lambda: "555.1")
 
     def stream(_: object) -> AbstractContextManager[None]:
         return nullcontext()

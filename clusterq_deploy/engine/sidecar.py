@@ -2,7 +2,6 @@
 
 import logging
 import re
-import subprocess
 from datetime import datetime
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clusterq_deploy.engine.config import BuildConfig
+from clusterq_deploy.environment import driver_version
 from clusterq_deploy.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def this_machine() -> Machine:
     return Machine(
         gpu=gpu.name,
         compute_capability=f"{gpu.major}.{gpu.minor}",
-        driver=_driver_version(),
+        driver=driver_version(),
         cuda=torch.version.cuda,
         tensorrt=trt.__version__,
     )
@@ -125,13 +125,3 @@ def _version_fits(info: EngineInfo, here: Machine) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
-
-
-def _driver_version() -> str | None:
-    # torch has no public call for it. The GPUs of a machine share one driver: any line of the answer serves.
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer.stdout.split()), None)

@@ -9,7 +9,7 @@ from calib.config import StageConfig
 from calib.losses import bns_loss, total_variation
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
-from calib.statistics import batchnorm_layers, tap_batchnorm
+from calib.statistics import count_executed, tap_batchnorm
 from calib.training import ClassSampler, History
 
 
@@ -89,7 +89,7 @@ def refine(
     Returns:
         The refined images, and each loss term by step, averaged over batches.
     """
-    count = len(batchnorm_layers(teacher))
+    count = count_executed(teacher, images)
     span = config.deep_weight - config.shallow_weight
     weights = [config.shallow_weight + span * i / max(1, count - 1) for i in range(count)]
     history: History = {"bns": [0.0] * config.steps, "ce": [0.0] * config.steps}

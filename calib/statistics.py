@@ -109,6 +109,18 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
             handle.remove()
 
 
+@torch.no_grad()
+def count_executed(teacher: nn.Module, images: Tensor) -> int:
+    """How many BatchNorm inputs a forward pass of images (N, C, H, W) meets; a layer that is called twice has two.
+
+    Raises:
+        NoBatchNormError: the teacher has no BatchNorm statistics.
+    """
+    with tap_batchnorm(teacher) as tap:
+        teacher(images[:1])
+    return len(tap.layers)
+
+
 def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) that the layer saw in training."""
     if layer.running_mean is None or layer.running_var is None:

@@ -1,10 +1,10 @@
 """Data-free synthesis, whole: train a generator, sample it evenly over the classes, refine what it made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from calib.calibration_set import CalibrationSet
@@ -15,12 +15,18 @@ from calib.refine import RefineConfig, balanced_labels, refine, survives_flip
 from calib.statistics import tap_batchnorm, within_class_diversity
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
+# the weights of the equations are the defaults; what differs is (6), here as it is written, and the refinement
+_PAPER: dict[str, dict[str, Any]] = {
+    "generator": {"icv_noise": "class", "lambda_mean": 0.5, "lambda_std": 1.0},
+    "refine": {"steps": 0},
+}
+
 
 class SynthesisConfig(StageConfig):
     """How the calibration set is made.
 
     Attributes:
-        recipe: `default`, or `paper`: the generator alone, with the paper's weights.
+        recipe: `default`, or `paper`: the generator alone, by the equations with their published weights.
         images: size of the set.
         generator, refine: the two parts.
     """
@@ -30,15 +36,17 @@ class SynthesisConfig(StageConfig):
     generator: GeneratorConfig = GeneratorConfig()
     refine: RefineConfig = RefineConfig()
 
+    @model_validator(mode="before")
     @classmethod
-    def paper(cls, images: int = 1024) -> "SynthesisConfig":
-        """The equations with their published weights: (6) as it is written, and no refinement."""
-        return cls(
-            recipe="paper",
-            images=images,
-            generator=GeneratorConfig(icv_noise="class", lambda_mean=0.5, lambda_std=1.0),
-            refine=RefineConfig(steps=0),
-        )
+    def _fill_in_the_recipe(cls, values: Any) -> Any:
+        """Settings that were not given take the recipe's values."""
+        if not isinstance(values, dict) or values.get("recipe") != "paper":
+            return values
+        filled = dict(values)
+        for part, settings in _PAPER.items():
+            given = filled.get(part, {})
+            filled[part] = {**settings, **given} if isinstance(given, dict) else given
+        return filled
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def synthesize(
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
-        SynthesisError: a loss is not finite, so no usable image came out.
+        SynthesisError: the images hold values that are not finite.
     """
     trainer = GeneratorTrainer(
         teacher,

@@ -1,11 +1,11 @@
 """Training of the generator against the teacher: ClusterQ (arXiv 2205.00179), equations (4) to (10)."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from calib.config import StageConfig
@@ -17,8 +17,8 @@ from calib.statistics import (
     Centroids,
     Moments,
     Tap,
-    batchnorm_layers,
     class_weights,
+    count_executed,
     running_statistics,
     tap_batchnorm,
 )
@@ -61,6 +61,12 @@ class GeneratorConfig(StageConfig):
     semantic_start: float = Field(0.5, ge=0, lt=1)
     latent: int = Field(128, ge=1)
     width: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _leaves_steps_for_the_method(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected less than the {self.steps} steps")
+        return self
 
 
 class ClassSampler:
@@ -113,9 +119,10 @@ class GeneratorTrainer:
         rng: torch.Generator,
     ) -> None:
         self.teacher, self.config, self.device, self._rng = teacher, config, device, rng
-        self.first_semantic = int(config.semantic_start * len(batchnorm_layers(teacher)))
+        blank = torch.zeros(1, *size, device=device)
+        self.first_semantic = int(config.semantic_start * count_executed(teacher, blank))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeded(rng))
+            torch.default_generator.manual_seed(seeded(rng))  # that of the CPU alone
             self.generator = Generator(classes, size, mean, std, config.latent, config.width).to(device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
         self.centroids = Centroids(classes, device)
@@ -154,11 +161,12 @@ class GeneratorTrainer:
             losses["sfda"] = (config.sfda_weight, sfda_loss(moments, self.centroids, present, shares))
             if config.icv_weight and (config.icv_noise == "class" or self._deviations):
                 losses["icv"] = (config.icv_weight, self._icv(tap, z, labels, keep, present, shares))
-        total = torch.stack([weight * value for weight, value in losses.values() if weight]).sum()  # (10)
+        total = torch.stack([weight * value for weight, value in losses.values()]).sum()  # (10)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
-        return {name: value.item() for name, (_, value) in losses.items()}
+        values = torch.stack([value.detach() for _, value in losses.values()]).tolist()
+        return dict(zip(losses, values, strict=True))
 
     def _icv(self, tap: Tap, z: Tensor, labels: Tensor, keep: Tensor, present: Tensor, shares: Tensor) -> Tensor:
         config, moments = self.config, tap.moments[self.first_semantic :]

@@ -101,11 +101,10 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
     """Make calibration images for MODEL, without data: the first stage of a run."""
     from cli import render
     from clusterq_deploy.pipeline import IMAGES, PREVIEW
-    from clusterq_deploy.rundir import CONFIG
 
     config = options.config_of(ctx, config_file)
     pipeline = _pipeline(ctx, config, out or _default_out(config.model))
-    pipeline.directory.write(CONFIG, config.to_toml())
+    pipeline.begin()
     record = pipeline.synthesize()
     path = pipeline.directory.path
     figures = {k: v for k, v in record.result.items() if k != "losses"} | {"seconds": record.seconds}
@@ -125,7 +124,6 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
     """Quantize and fine-tune the model of RUN on its calibration images."""
     from cli import render
     from clusterq_deploy.quantize import BitWidths
-    from clusterq_deploy.rundir import CONFIG
 
     pipeline = _resume(ctx, run)
     rows = []
@@ -143,7 +141,7 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
                 "file": next(iter(record.files)),
             }
         )
-    pipeline.directory.write(CONFIG, pipeline.config.to_toml())
+    pipeline.directory.begin(pipeline.config.to_toml())
     _show(rows, as_json, render)
 
 
@@ -212,7 +210,6 @@ def evaluate(
     """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file."""
     from cli import render
     from clusterq_deploy.pipeline import FP32
-    from clusterq_deploy.rundir import CONFIG
     from clusterq_deploy.standalone import evaluate_file
 
     if target.is_file():
@@ -220,25 +217,23 @@ def evaluate(
         _show([found], as_json, render)
         return
     pipeline = _resume(ctx, target)
-    pipeline.directory.write(CONFIG, pipeline.config.to_toml())
     rows = [
         {"variant": variant, **entry}
         for variant in [FP32, *_variants(ctx, pipeline, "export")]
         for entry in pipeline.evaluate(variant).result["accuracy"]
     ]
+    pipeline.directory.begin(pipeline.config.to_toml())
     _show(rows, as_json, render)
 
 
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
 @options.benchmark_options
-@options.bits_option
 @options.json_option
 @click.pass_context
 def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     """Measure latency: of RUN's variants in turn, or of one ONNX file."""
     from cli import render
-    from clusterq_deploy.pipeline import FP32
     from clusterq_deploy.standalone import benchmark_file
 
     if target.is_file():
@@ -248,7 +243,8 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
         rows = benchmark_file(target, settings, render.LiveProgress(ctx.obj["quiet"]))
     else:
         pipeline = _resume(ctx, target)
-        record = pipeline.benchmark([FP32, *_variants(ctx, pipeline, "export")])
+        record = pipeline.benchmark()
+        pipeline.directory.begin(pipeline.config.to_toml())
         rows = [{"variant": v, **entry} for v, entries in record.result["latency"].items() for entry in entries]
     _show(rows, as_json, render)
 

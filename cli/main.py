@@ -27,6 +27,9 @@ class _Group(click.Group):
             if error.errno in _DISK or _is_ours(error):
                 raise _UserError(_one_line(error)) from error
             raise
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "clusterq"
+            raise _UserError(f"{error.format_message()} (see {path} --help)") from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:

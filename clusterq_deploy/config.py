@@ -78,8 +78,6 @@ def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunCo
     """
     try:
         return RunConfig.model_validate(values)
-    except ConfigError:
-        raise
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]

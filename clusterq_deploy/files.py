@@ -56,7 +56,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Identifies a file by its content, and a folder by the names and sizes of the files in it.
+    """Identifies a file by its content, and a folder by the names, sizes and times of the files in it.
 
     Raises:
         RunDirectoryError: something cannot be read.
@@ -66,7 +66,8 @@ def fingerprint(path: Path) -> str:
     listing = hashlib.sha256()
     try:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            listing.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+            state = file.stat()
+            listing.update(f"{file.relative_to(path)}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
     except OSError as error:
         raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from error
     return listing.hexdigest()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
@@ -29,7 +29,7 @@ class BenchmarkConfig(StageConfig):
         rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them.
     """
 
-    batches: tuple[int, ...] = (1, 32)
+    batches: tuple[PositiveInt, ...] = Field((1, 32), min_length=1)
     threads: int | None = Field(None, ge=1)
     warmup_ms: float = Field(200, ge=0)
     min_runs: int = Field(10, ge=1)
@@ -115,7 +115,7 @@ def benchmark(
                     times[name] += _run_for(runner, images, config.min_seconds / config.rounds, runs)
                     advance(1)
             for name, runner in runners.items():
-                found[name].append(summarize(runner.runtime, batch, times[name], config.cpu_threads, name))
+                found[name].append(summarize(runner.runtime, batch, times[name]))
     return found
 
 
@@ -130,16 +130,13 @@ def _run_for(runner: Runner, images: Array, seconds: float, runs: int) -> list[f
     return times
 
 
-def summarize(
-    runtime: str, batch: int, times_ms: list[float], threads: int | None, graph: str | None = None
-) -> Latency:
+def summarize(runtime: str, batch: int, times_ms: list[float]) -> Latency:
     """The record of a series of times of one call, in milliseconds."""
     times = np.array(times_ms)
     median, p90, p95, p99 = (float(np.percentile(times, q)) for q in (50, 90, 95, 99))
     return Latency(
         runtime=runtime,
         batch=batch,
-        threads=threads,
         runs=len(times),
         mean_ms=float(times.mean()),
         median_ms=median,
@@ -148,5 +145,4 @@ def summarize(
         p99_ms=p99,
         coefficient_of_variation=float(times.std() / times.mean()),
         images_per_second=1000 * batch / float(times.mean()),
-        graph=graph,
     )

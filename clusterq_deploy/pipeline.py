@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ from calib.synthesis import synthesize
 from clusterq_deploy import engine, export
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
+from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, benchmark, predictions, score, summarize
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, calibrate, finetune, load_student, make_student
+from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
 from clusterq_deploy.report.schema import Accuracy, Artifact, Report, Skipped
-from clusterq_deploy.rundir import CONFIG, Result, RunDirectory, StageRecord, digest
+from clusterq_deploy.rundir import Result, RunDirectory, StageRecord, digest
 from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
 from clusterq_deploy.version import __version__
 
@@ -84,13 +86,26 @@ class Pipeline:
             std=config.std,
             device=self.device,
         )
-        identity = {"name": config.model, "weights_sha256": self.model.weights_sha256}
+        identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
         self.directory = RunDirectory(out, identity)
         self._identity = {
             **identity,
+            "code_sha256": self.model.code_sha256,
             "input": self.model.input.model_dump(mode="json"),
             "version": __version__,
         }
+
+    def begin(self) -> None:
+        """Make the run directory this run's; what can be found wrong with model or data is found here.
+
+        Raises:
+            GraphError: the model cannot be traced.
+            DataError: the evaluation data does not fit.
+        """
+        folded_teacher(self.model.module)
+        if self._has_own_data:
+            _ = self.evaluation
+        self.directory.begin(self.config.to_toml())
 
     # ---- stages ----
 
@@ -160,12 +175,11 @@ class Pipeline:
             return result, [self.directory.write(_student_file(bits), student.to_bytes(provenance))]
 
         inputs = {
-            "calibration": source.digest,
             "settings": settings.model_dump(mode="json"),
             "bits": str(bits),
             "first_last": self.config.first_last,
         }
-        return self._perform(f"quantize/{bits}", inputs, work)
+        return self._perform(f"quantize/{bits}", inputs, work, upstream=["synthesize"])
 
     def export(self, variant: str) -> StageRecord:
         """Write a variant's graphs, each verified against torch first."""
@@ -175,6 +189,7 @@ class Pipeline:
             annotated = export.annotate(
                 graph,
                 model=self.model.slug,
+                source=self.model.source,
                 variant=variant,
                 inputs=self.model.input,
                 provenance=self._provenance(variant, target=target),
@@ -184,7 +199,8 @@ class Pipeline:
             return Artifact(kind="onnx", target=target, path=path, size_bytes=len(data)).model_dump(mode="json")
 
         def work_float() -> tuple[Result, list[str]]:
-            images = self._sample_images()
+            shape = (_VERIFIED_IMAGES, *size)
+            images = np.random.default_rng(self.config.seed).standard_normal(shape, dtype=np.float32)
             graph = export.export_graph(self.model.module, size)
             reference = TorchRunner(self.model.module).infer(images)
             export.verify(graph, images, reference, name="fp32/model.onnx", optimized=True)
@@ -192,7 +208,7 @@ class Pipeline:
             return {"artifacts": [artifact]}, [artifact["path"]]
 
         def work() -> tuple[Result, list[str]]:
-            student, images = self.student(BitWidths.parse(variant)), self._sample_images()
+            student, images = self.student(BitWidths.parse(variant)), self.calibration.images[:_VERIFIED_IMAGES].numpy()
             marked, artifacts, checks = export.export_graph(student, size), [], {}
             for spelling, name in _GRAPHS.items():
                 if spelling == "int4" and student.bits.weights > 4:
@@ -209,14 +225,14 @@ class Pipeline:
 
         if variant == FP32:
             return self._perform("export/fp32", {}, work_float)
-        inputs = {"student": self._done(f"quantize/{variant}").digest}
-        return self._perform(f"export/{variant}", inputs, work)
+        self._done(f"quantize/{variant}")
+        return self._perform(f"export/{variant}", {}, work, upstream=["synthesize", f"quantize/{variant}"])
 
     def build(self, variant: str) -> StageRecord | None:
         """Build a variant's TensorRT engine; None where that cannot be done."""
         if engine.unavailable_reason() is not None:
             return None
-        source, settings = self._done(f"export/{variant}"), self.config.build
+        source, settings = self._done(f"export/{variant}"), self._build_config
         graph = _graph_for(source, "tensorrt") or _graph_for(source, "onnxruntime")
 
         def work() -> tuple[Result, list[str]]:
@@ -226,16 +242,16 @@ class Pipeline:
             artifact = Artifact(kind="engine", target="tensorrt", path=name, size_bytes=info.size_bytes)
             return {"artifacts": [artifact.model_dump(mode="json")]}, [name, f"{variant}/model.engine.json"]
 
-        inputs = {"graph": source.digest, "settings": settings.model_dump(mode="json")}
-        return self._perform(f"build/{variant}", inputs, work)
+        inputs = {"settings": settings.model_dump(mode="json")}
+        return self._perform(f"build/{variant}", inputs, work, upstream=[f"export/{variant}"])
 
     def evaluate(self, variant: str) -> StageRecord:
         """Measure a variant's accuracy in torch and as each runtime executes its graphs."""
         source = self._done(f"export/{variant}")
-        built = self.directory.finished(f"build/{variant}")
+        built, data = self._built(variant), self.evaluation
 
         def work() -> tuple[Result, list[str]]:
-            data, teacher = self.evaluation, self._teacher_predictions
+            teacher = self._teacher_predictions
             found: list[Accuracy] = []
             if variant == FP32:
                 found.append(score("torch", teacher, teacher, data))
@@ -247,13 +263,18 @@ class Pipeline:
                     found.append(self._accuracy(runner, artifact["path"]))
             return {"accuracy": [a.model_dump(mode="json") for a in found]}, []
 
-        inputs = {"graphs": source.digest, "engine": built.digest if built else None, **self._data_identity()}
-        return self._perform(f"evaluate/{variant}", inputs, work)
+        path = self.config.data
+        inputs = {"data": fingerprint(path) if path else data.name, "limit": self.config.limit}
+        upstream = [f"export/{variant}", *([] if self._has_own_data else ["synthesize"])]
+        return self._perform(f"evaluate/{variant}", inputs, work, upstream=[*upstream, *_engine_stage(variant, built)])
 
-    def benchmark(self, variants: list[str]) -> StageRecord:
-        """Time FP32 and the variants in turn, each as its target executes it."""
+    def benchmark(self) -> StageRecord:
+        """Time FP32 and every exported variant in turn, each as its target executes it."""
+        self._done(f"export/{FP32}")
+        variants = [v for v in (FP32, *self.config.bits) if self.directory.finished(f"export/{v}")]
         sources = {v: self._done(f"export/{v}") for v in variants}
-        built = {v: self.directory.finished(f"build/{v}") for v in variants}
+        built = {v: self._built(v) for v in variants}
+        environment = collect_environment(self.device).model_dump(mode="json")
         settings, size = self.config.benchmark, self.model.input.size
 
         def work() -> tuple[Result, list[str]]:
@@ -267,22 +288,20 @@ class Pipeline:
                 runners["torch"], owners["torch"] = TorchRunner(self.model.module), FP32
             latency: dict[str, list[Result]] = {v: [] for v in variants}
             for name, records in benchmark(runners, size, settings, self.progress).items():
-                latency[owners[name]] += [r.model_dump(mode="json") for r in records]
+                is_graph = name != "torch"
+                more = {"graph": name if is_graph else None, "threads": settings.cpu_threads if is_graph else None}
+                latency[owners[name]] += [{**r.model_dump(mode="json"), **more} for r in records]
             for variant, record in built.items():
                 if record:
                     latency[variant] += self._time_engine(record.result["artifacts"][0]["path"])
-            return {"latency": latency}, []
+            return {"latency": latency, "environment": environment}, []
 
-        inputs = {
-            "graphs": {v: s.digest for v, s in sources.items()},
-            "engines": {v: r.digest if r else None for v, r in built.items()},
-            "settings": settings.model_dump(mode="json"),
-        }
-        return self._perform("benchmark", inputs, work)
+        upstream = [stage for v in variants for stage in (f"export/{v}", *_engine_stage(v, built[v]))]
+        inputs = {"settings": settings.model_dump(mode="json"), "environment": environment}
+        return self._perform("benchmark", inputs, work, upstream=upstream)
 
     def report(self) -> Report:
         """Write report.json, report.md and report.html from what the stages measured."""
-        self.directory.write(CONFIG, self.config.to_toml())
         records = {name: r for name in self._stage_names() if (r := self.directory.finished(name)) is not None}
         report = assemble(
             records,
@@ -301,20 +320,19 @@ class Pipeline:
 
     def run(self) -> Report:
         """Every stage in order."""
-        if self._has_own_data:
-            _ = self.evaluation  # wrong data is found before an hour of work, not after it
-        self.directory.write(CONFIG, self.config.to_toml())
-        self.synthesize()
+        self.begin()
         variants = [FP32, *self.config.bits]
+        self.export(FP32)  # a model that cannot be exported is found before the work, not after it
+        self.synthesize()
         for bits in self.config.widths:
             self.quantize(bits)
-        for variant in variants:
+        for variant in self.config.bits:
             self.export(variant)
         for variant in variants:
             self.build(variant)
         for variant in variants:
             self.evaluate(variant)
-        self.benchmark(variants)
+        self.benchmark()
         return self.report()
 
     # ---- what stages share ----
@@ -368,13 +386,21 @@ class Pipeline:
                     min_seconds=settings.min_seconds,
                     cuda_graph=True,
                 )
-                found.append(summarize(runner.runtime, batch, times, None, name).model_dump(mode="json"))
+                found.append({**summarize(runner.runtime, batch, times).model_dump(mode="json"), "graph": name})
         return found
 
-    def _perform(self, stage: str, inputs: Result, work: Callable[[], tuple[Result, list[str]]]) -> StageRecord:
+    def _perform(
+        self,
+        stage: str,
+        inputs: Result,
+        work: Callable[[], tuple[Result, list[str]]],
+        upstream: Iterable[str] = (),
+    ) -> StageRecord:
         logger.info("stage %s", stage)
         own = {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
-        return self.directory.perform(stage, own, work)
+        # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self.directory.perform(stage, own, work, upstream)
 
     def _done(self, stage: str) -> StageRecord:
         record = self.directory.finished(stage)
@@ -400,20 +426,16 @@ class Pipeline:
             **more,
         }
 
-    def _sample_images(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Images to verify graphs on, spread over the classes."""
-        if self.directory.finished("synthesize"):
-            images: np.ndarray[Any, np.dtype[np.float32]] = self.calibration.images[:_VERIFIED_IMAGES].numpy()
-            return images
-        shape = (_VERIFIED_IMAGES, *self.model.input.size)
-        return np.random.default_rng(self.config.seed).standard_normal(shape, dtype=np.float32)
+    def _built(self, variant: str) -> StageRecord | None:
+        """The finished build stage of a variant, where its engine can run."""
+        return None if engine.unavailable_reason() else self.directory.finished(f"build/{variant}")
 
-    def _data_identity(self) -> Result:
-        data = self.config.data
-        return {
-            "data": fingerprint(data) if data else self.evaluation.name,
-            "limit": self.config.limit,
-        }
+    @property
+    def _build_config(self) -> engine.BuildConfig:
+        """The build settings, with a profile that holds the batches to be timed."""
+        settings = self.config.build
+        low, best, high = settings.batch
+        return settings.model_copy(update={"batch": (low, best, max(high, *self.config.benchmark.batches))})
 
     def _stage_names(self) -> list[str]:
         variants = [FP32, *self.config.bits]
@@ -423,8 +445,9 @@ class Pipeline:
 
     def _skipped(self, records: dict[str, StageRecord]) -> list[Skipped]:
         skipped = []
-        if not any(name.startswith("build/") for name in records):
-            reason = engine.unavailable_reason() or "not asked for"
+        reason = engine.unavailable_reason()
+        if reason or not any(name.startswith("build/") for name in records):
+            reason = reason or "not asked for"
             skipped.append(Skipped(stage="build", reason=reason))
         return skipped
 
@@ -436,3 +459,8 @@ def _student_file(bits: BitWidths) -> str:
 def _graph_for(record: StageRecord, target: str) -> str | None:
     """The path of a finished export's graph for a target."""
     return next((str(a["path"]) for a in record.result["artifacts"] if a["target"] == target), None)
+
+
+def _engine_stage(variant: str, built: StageRecord | None) -> list[str]:
+    """The build stage, for the stages that use its engine."""
+    return [f"build/{variant}"] if built else []

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ class StageRecord:
 
     Attributes:
         inputs: digest of everything that its result depends on.
+        upstream: digest of each stage that it built on, by name.
         files: SHA-256 of each file that it wrote, by path relative to the run directory.
         result: what the report needs of it, JSON values only.
         seconds: how long it took.
     """
 
     inputs: str
+    upstream: dict[str, str]
     files: dict[str, str]
     result: Result
     seconds: float
@@ -60,6 +62,7 @@ class RunDirectory:
         self.path = path
         self._model = dict(model)
         self._stages: dict[str, StageRecord] = {}
+        self._hashes: dict[tuple[Path, int, int], str] = {}
         manifest = read_manifest(path)
         if manifest is None:
             if path.exists() and not path.is_dir():
@@ -74,19 +77,33 @@ class RunDirectory:
             )
         self._stages = {name: StageRecord(**record) for name, record in manifest["stages"].items()}
 
+    def begin(self, config: str) -> None:
+        """Mark the folder as this run's, with its configuration, before the first stage."""
+        self._save()
+        self.write(CONFIG, config)
+
     def finished(self, stage: str, inputs: str | None = None) -> StageRecord | None:
-        """The record of a stage that is finished with these inputs and whose files are all intact, or None."""
+        """The record of a finished stage, or None.
+
+        Finished means: with these inputs, all its files intact, and the stages that it built on unchanged since.
+        """
         record = self._stages.get(stage)
         if record is None or (inputs is not None and record.inputs != inputs):
             return None
-        for name, sha256 in record.files.items():
-            path = self.path / name
-            if not path.is_file() or sha256_file(path) != sha256:
+        if any(self._sha256(name) != sha256 for name, sha256 in record.files.items()):
+            return None
+        for name, known in record.upstream.items():
+            source = self.finished(name)
+            if source is None or source.digest != known:
                 return None
         return record
 
     def perform(
-        self, stage: str, inputs: Mapping[str, Any], work: Callable[[], tuple[Result, list[str]]]
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        work: Callable[[], tuple[Result, list[str]]],
+        upstream: Iterable[str] = (),
     ) -> StageRecord:
         """Do a stage unless it is finished with the same inputs.
 
@@ -94,17 +111,30 @@ class RunDirectory:
             stage: its name, unique in the run.
             inputs: JSON values that its result depends on.
             work: does it; gives the result and the files that it wrote, relative to the run directory.
+            upstream: the finished stages that it builds on.
         """
-        own = digest(inputs)
+        sources = {name: record.digest for name in upstream if (record := self.finished(name)) is not None}
+        own = digest({"inputs": dict(inputs), "upstream": sources})
         record = self.finished(stage, own)
         if record is None:
             start = time.perf_counter()
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
-            record = StageRecord(own, files, result, time.perf_counter() - start)
+            record = StageRecord(own, sources, files, result, time.perf_counter() - start)
             self._stages[stage] = record
             self._save()
         return record
+
+    def _sha256(self, name: str) -> str | None:
+        """Digest of a file of the run, or None where there is none; read once for each state of the file."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        state = path.stat()
+        key = (path, state.st_mtime_ns, state.st_size)
+        if key not in self._hashes:
+            self._hashes[key] = sha256_file(path)
+        return self._hashes[key]
 
     def write(self, name: str, content: bytes | str) -> str:
         """Write a file of the run atomically; gives its name."""

@@ -1,6 +1,5 @@
 """One way to run a model, whatever executes it: images in, logits out."""
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -123,11 +122,6 @@ class OnnxRunner:
     def classes(self) -> int:
         """The width of the logits."""
         return int(self._session.get_outputs()[0].shape[-1])
-
-    def provenance(self) -> dict[str, object]:
-        """How the graph was made; empty for a graph of another exporter."""
-        found: dict[str, object] = json.loads(self.metadata().get("clusterq.provenance", "{}"))
-        return found
 
     def __enter__(self) -> Self:
         return self

@@ -34,7 +34,7 @@ def describe(runner: OnnxRunner, path: Path) -> Graph:
     try:
         return Graph(
             metadata["clusterq.model"],
-            "bundled" if metadata["clusterq.model"] == "digits" else "file",
+            metadata["clusterq.source"],
             InputSpec.model_validate_json(metadata["clusterq.input"]),
             runner.classes,
         )

@@ -66,7 +66,7 @@ def test_stages_alone_add_up_to_a_run(settings: Path, tmp_path: Path) -> None:
         call("quantize", out, "--bits", "w4a8", "--json"),
         call("export", out, "--bits", "w4a8", "--json"),
         call("evaluate", out, "--bits", "w4a8", "--json"),
-        call("benchmark", out, "--bits", "w4a8", "--json"),
+        call("benchmark", out, "--json"),
         call("report", out, "--json"),
     ]
     assert [r.exit_code for r in steps] == [0] * 5, [r.output for r in steps]
@@ -123,6 +123,19 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_fails_leaves_the_run_as_it_was(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call("synthesize", "digits", "--config", settings, "--out", out).exit_code == 0
+    assert "run clusterq quantize --bits w8a8 first" in fails("export", out)  # the float baseline is there now
+    before = (out / "run.toml").read_text()
+    assert "does not exist" in fails("evaluate", out, "--data", tmp_path / "nowhere")
+    assert "run clusterq export" in fails("evaluate", out, "--bits", "w3a3")
+    assert "--batches" in fails("benchmark", out, "--batches", "1,x")
+    assert "greater than 0" in fails("benchmark", out, "--batches", "0")
+    assert "No such option" in fails("run", "digits", "--bitts", "w4a4")
+    assert (out / "run.toml").read_text() == before
+
+
 def test_a_data_folder_of_other_classes_is_refused(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -165,7 +178,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tm
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert "cannot write" in done.stderr
-    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["run.toml"]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["manifest.json", "run.toml"]
+    again = call(*args)  # with room, the same command goes on in the same folder
+    assert again.exit_code == 0, again.output
 
 
 def test_building_without_tensorrt_says_what_is_missing(tmp_path: Path) -> None:

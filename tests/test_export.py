@@ -1,5 +1,6 @@
 """Exported graphs compute what torch computes, in the operators that their targets want."""
 
+import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from nets import NETS, images, make_net
 from onnx import TensorProto, numpy_helper
+from torch import nn
 
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export import Spelling, annotate, export_graph, spell, verify
@@ -128,6 +130,31 @@ def test_a_relu6_costs_nothing() -> None:
     assert not [n for n in clips if producers[n.input[0]].op_type in {"Clip", "Relu"}]
 
 
+class MixedBranches(nn.Module):
+    """One scale over a branch that ends at 6 and one that does not; a BatchNorm that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(3))
+        self.norm, self.conv, self.fc = nn.BatchNorm2d(8), nn.Conv2d(16, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = nn.functional.relu6(4 * self.norm(self.a(x)))
+        right = nn.functional.relu(9 * self.norm(self.b(x)))
+        return self.fc(self.conv(torch.cat([left, right], 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("spelling", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_a_bound_of_one_branch_is_kept_where_the_scale_is_shared(spelling: Spelling, bits: str) -> None:
+    torch.manual_seed(0)
+    student = make_student(MixedBranches().eval(), BitWidths.parse(bits))
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    graph, batch = spell(export_graph(student, (3, 16, 16)), student, spelling), images(64, seed=7)
+    expected = reference(student, spelling, batch)
+    assert verify(graph, batch.numpy(), expected, name="mixed", optimized=spelling == "onnxruntime").close > 0.8
+
+
 def test_biases_are_integers_for_onnx_runtime() -> None:
     _, graph = graph_of("residual", "onnxruntime")
     stored = initializers(graph)
@@ -148,11 +175,11 @@ def test_no_trace_of_the_source_is_left() -> None:
 def test_graphs_say_how_to_feed_them(tmp_path: Path) -> None:
     _, graph = graph_of("residual", "onnxruntime")
     spec = InputSpec(size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
-    annotate(graph, model="residual", variant="w4a4", inputs=spec, provenance={"seed": 1})
+    annotate(graph, model="residual", source="file", variant="w4a4", inputs=spec, provenance={"seed": 1})
     onnx.save(graph, tmp_path / "model.onnx")
     with OnnxRunner(tmp_path / "model.onnx") as runner:
         assert InputSpec.model_validate_json(runner.metadata()["clusterq.input"]) == spec
-        assert runner.provenance() == {"seed": 1}
+        assert json.loads(runner.metadata()["clusterq.provenance"]) == {"seed": 1}
         assert runner.classes == 10
 
 

@@ -50,7 +50,7 @@ def test_scores_are_percentages() -> None:
 
 def test_latencies_are_summarized_with_percentiles() -> None:
     times = [float(t) for t in range(1, 101)]
-    found = summarize("torch", 4, times, 2)
+    found = summarize("torch", 4, times)
     assert (found.runs, found.mean_ms, found.median_ms) == (100, 50.5, 50.5)
     assert (found.p90_ms, found.p95_ms, found.p99_ms) == pytest.approx((90.1, 95.05, 99.01))
     assert found.images_per_second == pytest.approx(4000 / 50.5)

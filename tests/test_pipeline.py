@@ -11,8 +11,10 @@ import torch
 
 from clusterq_deploy import Pipeline, RunConfig, read_report
 from clusterq_deploy.config import make_config, read_settings
-from clusterq_deploy.errors import ConfigError, DataError, RunDirectoryError
+from clusterq_deploy.engine import unavailable_reason
+from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.pipeline import resolve_device
+from clusterq_deploy.report import Artifact
 from clusterq_deploy.rundir import RunDirectory
 
 SMALL = {
@@ -136,6 +138,70 @@ def test_the_same_seed_gives_the_same_report(finished: Path, tmp_path: Path) -> 
     for a, b in zip(first.variants, again.variants, strict=True):
         assert (a.accuracy, a.losses) == (b.accuracy, b.losses)
         assert [f.sha256 for f in a.artifacts] == [f.sha256 for f in b.artifacts]
+
+
+def test_a_stage_made_anew_takes_what_built_on_it_out_of_the_report(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path / "run")
+    pipeline = Pipeline(config(seed=7), out)
+    pipeline.synthesize()
+    report = pipeline.report()
+    assert [v.name for v in report.variants] == ["fp32"]
+    with pytest.raises(RunDirectoryError, match="no finished quantize/w4a4"):
+        pipeline.export("w4a4")
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path: Path) -> None:
+    class Interrupting(Recorder):
+        @contextmanager
+        def task(self, description: str, total: int) -> Iterator[object]:
+            if description == "Refinement":
+                raise KeyboardInterrupt
+            yield lambda n=1, **figures: None
+
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(config(bits=["w8a8"]), out, progress=Interrupting()).run()  # type: ignore[arg-type]
+    run(out, bits=["w8a8"])
+    assert (out / "report.html").is_file()
+
+
+def test_an_engine_is_left_out_where_none_can_run(finished: Path, tmp_path: Path) -> None:
+    if unavailable_reason() is None:
+        pytest.skip("TensorRT and a GPU are there")
+    out = copied(finished, tmp_path / "run")
+    engine = Artifact(kind="engine", target="tensorrt", path="w4a4/model.engine", size_bytes=3)
+
+    def build() -> tuple[dict[str, object], list[str]]:
+        (out / engine.path).write_bytes(b"abc")
+        return {"artifacts": [engine.model_dump(mode="json")]}, [engine.path]
+
+    pipeline = Pipeline(config(), out)
+    pipeline.directory.perform("build/w4a4", {}, build, upstream=["export/w4a4"])
+    report = Pipeline(config(), out).run()
+    assert report.skipped[0].stage == "build"
+    assert all(a.runtime != "tensorrt" for v in report.variants for a in v.accuracy)
+
+
+def test_an_untraceable_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    module = tmp_path / "net.py"
+    module.write_text(
+        "from clusterq_deploy.models.digits import DigitsNet, PRETRAINED_CFG\n\n\n"
+        "class Net(DigitsNet):\n    def forward(s, x):\n"
+        "        return super().forward(x) if x.sum() > -1e9 else x\n\n\n"
+        "def net():\n    made = Net()\n    made.pretrained_cfg = PRETRAINED_CFG\n    return made\n"
+    )
+    with pytest.raises(GraphError, match=r"Net\.forward, .*net\.py:6"):
+        run(tmp_path / "out", model=f"{module}:net")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_is_what_it_says(tmp_path: Path) -> None:
+    paper = make_config({"model": "digits", "synthesis": {"recipe": "paper", "generator": {"steps": 900}}}).synthesis
+    assert (paper.generator.icv_noise, paper.generator.lambda_std, paper.generator.steps) == ("class", 1.0, 900)
+    assert paper.refine.steps == 0
+    assert make_config({"model": "digits"}).synthesis.refine.steps > 0
+    again = make_config({"model": "digits", "synthesis": paper.model_dump(mode="json")}).synthesis
+    assert again == paper
 
 
 def test_another_models_folder_is_refused_and_left_alone(finished: Path) -> None:

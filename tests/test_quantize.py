@@ -22,6 +22,7 @@ from clusterq_deploy.quantize import (
 )
 from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
 from clusterq_deploy.quantize.graph import fold_batchnorm, trace
+from clusterq_deploy.quantize.ops import value_ranges
 from clusterq_deploy.quantize.quantizer import Quantizer
 
 
@@ -164,6 +165,52 @@ def test_relu6_bounds_the_grid_and_squeeze_excite_gates_are_unsigned() -> None:
     for name, site in sites.items():
         quantizer = student.quantizers()[name]
         assert float(quantizer.scale.detach()) * site.grid.high <= site.limit
+
+
+def test_ranges_follow_sums_and_differences() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a = nn.functional.relu6(self.norm(self.conv(x)))
+            return self.last(torch.add(a + a, a, alpha=-1) - 1) + self.last(x[:, :1].expand(-1, 4, -1, -1))
+
+    class Doubled(Sums):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a = nn.functional.relu6(self.norm(self.conv(x)))
+            return self.last(a + a)
+
+    traced = trace(Doubled())
+    ranges = {node.name: r for node, r in value_ranges(traced).items()}
+    assert ranges["relu6"] == (0, 6)
+    assert ranges["add"] == (0, 12)
+    ranges = {node.name: r for node, r in value_ranges(trace(Sums())).items()}
+    assert ranges["add_1"] == (-math.inf, math.inf)
+
+
+def test_subclasses_with_torchs_forward_are_layers() -> None:
+    class MyConv(nn.Conv2d):
+        pass
+
+    class MyNorm(nn.BatchNorm2d):
+        pass
+
+    net = nn.Sequential(MyConv(3, 4, 3), MyNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)).eval()
+    placement = make_student(net, BitWidths(4, 4)).placement
+    assert [site.layer for site in placement.weights] == ["0", "4"]
+    assert not placement.skipped
+
+
+def test_the_largest_weight_of_a_channel_can_be_represented() -> None:
+    for bits in (2, 4, 8):
+        weight = torch.zeros(1, 9)
+        weight[0, 3] = 0.7
+        scale = weight_scales(weight, Grid(bits, signed=True))
+        quantizer = Quantizer("w", Grid(bits, signed=True), channels=1)
+        quantizer.set_scale(scale)
+        torch.testing.assert_close(quantizer(weight), weight, rtol=1e-4, atol=1e-6)
 
 
 def test_searched_scales_beat_the_largest_value() -> None:

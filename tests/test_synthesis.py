@@ -195,7 +195,7 @@ def test_refinement_brings_statistics_nearer() -> None:
 
 
 def test_the_paper_recipe_is_the_generator_alone() -> None:
-    paper = SynthesisConfig.paper()
+    paper = SynthesisConfig(recipe="paper")
     weights = paper.generator
     assert (weights.bns_weight, weights.sfda_weight, weights.icv_weight, weights.ema_beta) == (0.1, 0.9, 0.6, 0.2)
     assert (weights.lambda_mean, weights.lambda_std, weights.icv_noise) == (0.5, 1.0, "class")
@@ -281,6 +281,35 @@ def test_the_preview_shows_a_class_a_column() -> None:
     assert grid.shape == (3 * 66 - 2, 5 * 66 - 2, 3)
     assert grid[10, 2 * 66 + 10].tolist() == [255] * 3
     assert grid[10, 10].tolist() == [0] * 3
+
+
+def test_a_batchnorm_that_is_called_twice_is_met_twice() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+            self.unused, self.fc = nn.BatchNorm2d(4), nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.b(self.norm(self.a(x)).relu())).relu()
+            return self.fc(x.mean((2, 3)))
+
+    found = synthesize(
+        Shared().eval().requires_grad_(False),
+        classes=10,
+        size=(3, 16, 16),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        config=small(),
+        device=CPU,
+        rng=torch.Generator().manual_seed(0),
+    )
+    assert len(found.calibration) == 30
+
+
+def test_settings_that_leave_no_step_for_the_method_are_refused() -> None:
+    with pytest.raises(ValueError, match="warmup_steps is 5, expected less than the 5 steps"):
+        GeneratorConfig(steps=5, warmup_steps=5)
 
 
 def test_a_net_with_other_batchnorm_shapes_is_synthesized_too() -> None:

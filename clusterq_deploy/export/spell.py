@@ -6,6 +6,7 @@ zero-point 128, and a narrower grid is an integer Clip behind the quantizer, whi
 by side to be fused. The INT4 graph is ONNX Runtime's with weights of at most four bits stored two a byte.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -188,7 +189,8 @@ class _Speller:
             self._constant(f"{label}.max", grid.high * scale),
         ]
         producer = source.producer()
-        if not grid.signed and producer is not None and self._rectifies(producer) and self._only(source, marker):
+        redundant = producer is not None and self._ceiling(producer) >= grid.high * float(scale)
+        if producer is not None and redundant and not grid.signed and self._only(source, marker):
             source = self._input(producer, 0)
         return self._insert(marker, "Clip", [source, *bounds], f"{label}.clipped")
 
@@ -197,20 +199,24 @@ class _Speller:
         producer = source.producer()
         if producer is None or producer.op_type != "Clip" or quantizer.grid.signed or not self._only(source, marker):
             return source
-        high = quantizer.grid.high * float(self._scale(quantizer))
-        if not self._rectifies(producer) or high > quantizer.limit:
+        if self._ceiling(producer) < quantizer.grid.high * float(self._scale(quantizer)):
             return source
         return self._insert(marker, "Relu", [self._input(producer, 0)], f"{label}.rectified")
 
     @staticmethod
-    def _rectifies(node: ir.Node) -> bool:
-        """Whether a node cuts off at zero, and above nothing or a constant."""
+    def _ceiling(node: ir.Node) -> float:
+        """Where a node that cuts off at zero cuts off above; minus infinity for any other node."""
         if node.op_type == "Relu":
-            return True
+            return math.inf
         if node.op_type != "Clip" or len(node.inputs) < 2 or node.inputs[1] is None:
-            return False
-        low = ir.convenience.get_const_tensor(node.inputs[1])
-        return low is not None and float(low.numpy()) == 0
+            return -math.inf
+        low = convenience.get_const_tensor(node.inputs[1])
+        if low is None or float(low.numpy()) != 0:
+            return -math.inf
+        if len(node.inputs) < 3 or node.inputs[2] is None:
+            return math.inf
+        high = convenience.get_const_tensor(node.inputs[2])
+        return -math.inf if high is None else float(high.numpy())
 
     @staticmethod
     def _only(value: ir.Value, reader: ir.Node) -> bool:

@@ -73,11 +73,18 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 
 def annotate(
-    proto: onnx.ModelProto, *, model: str, variant: str, inputs: InputSpec, provenance: Mapping[str, Any]
+    proto: onnx.ModelProto,
+    *,
+    model: str,
+    source: str,
+    variant: str,
+    inputs: InputSpec,
+    provenance: Mapping[str, Any],
 ) -> onnx.ModelProto:
     """Write into a graph what a user needs to feed it, and where it came from; gives the same graph."""
     props = {
         "clusterq.model": model,
+        "clusterq.source": source,
         "clusterq.variant": variant,
         "clusterq.input": inputs.model_dump_json(),
         "clusterq.provenance": json.dumps(dict(provenance), sort_keys=True),

@@ -8,7 +8,8 @@ import onnx
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.runners import Array, OnnxRunner
 
-MIN_AGREEMENT = 0.99
+MIN_AGREEMENT = 0.98  # of 64 images one may lie on a boundary between two classes
+MAX_TYPICAL = 0.05
 _CLOSE = 1e-2  # of the logits' standard deviation
 
 
@@ -21,11 +22,14 @@ class Verification:
         close: share of images whose logits differ by at most a hundredth of the logits' standard deviation, with
             the runtime's optimizations off. A value that falls on the other side of a rounding boundary moves an
             image out of this share without anything being wrong.
+        typical: the median image's root mean square difference of a logit, in standard deviations of the logits,
+            optimizations off.
         largest: the largest difference of a logit, optimizations off.
     """
 
     agreement: float
     close: float
+    typical: float
     largest: float
 
 
@@ -53,16 +57,21 @@ def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str
     if optimized:
         with OnnxRunner(data) as runner:
             executed = runner.infer(images)
-    difference = np.abs(plain - reference).max(axis=1)
+    if not (np.isfinite(reference).all() and np.isfinite(plain).all() and np.isfinite(executed).all()):
+        raise VerificationError(f"{name} or its torch model gives logits that are not finite; the file is not written")
+    difference = np.abs(plain - reference)
+    deviation = max(float(reference.std()), 1e-30)
     result = Verification(
         agreement=min(_agreement(plain, reference), _agreement(executed, reference)),
-        close=float((difference <= _CLOSE * max(float(reference.std()), 1e-30)).mean()),
+        close=float((difference.max(axis=1) <= _CLOSE * deviation).mean()),
+        typical=float(np.median(np.sqrt(np.square(difference).mean(axis=1)))) / deviation,
         largest=float(difference.max()),
     )
-    if not result.agreement >= MIN_AGREEMENT:
+    if result.agreement < MIN_AGREEMENT or result.typical > MAX_TYPICAL:
         raise VerificationError(
-            f"{name} gives torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images, expected at least "
-            f"{100 * MIN_AGREEMENT:.0f} % (largest difference of a logit {result.largest:.3g}); the file is not written"
+            f"{name} gives torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images (expected "
+            f"{100 * MIN_AGREEMENT:.0f} %), its logits differ by {result.typical:.2g} standard deviations (expected "
+            f"at most {MAX_TYPICAL}); the file is not written"
         )
     return result
 

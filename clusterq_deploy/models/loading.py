@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from calib.errors import NoBatchNormError
 from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import sources
 from clusterq_deploy.models.inputs import InputSpec, input_spec
 from clusterq_deploy.models.registry import BUNDLED, torchvision_names
@@ -34,6 +35,7 @@ class LoadedModel:
         source: "bundled", "torchvision", "timm" or "file".
         weights: what its weights are, for a person.
         weights_sha256: digest over the tensors of its state_dict.
+        code_sha256: digest of a user's file, None for models of a package.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LoadedModel:
     source: str
     weights: str
     weights_sha256: str
+    code_sha256: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -88,7 +91,8 @@ def load_model(
     with _isolated():
         classes = _count_classes(name, module, spec)
     sha256 = digest(module)
-    return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256)
+    code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
+    return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256, code)
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from clusterq_deploy.quantize.grid import Grid
 from clusterq_deploy.quantize.student import Student
 
 _SAMPLES_A_SITE = 1 << 18
-_CANDIDATES = 80
+_CANDIDATES = 100
 _DEAD = 1e-4  # a channel's scale is at least this share of its layer's largest
 
 
 def _best_scale(grid: Grid, largest: Tensor, error_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """The candidate with the smallest error, elementwise over `largest`, from 1 to 1/80 of the whole range."""
-    reach = max(grid.high, -grid.low)
+    """The candidate with the smallest error, elementwise over `largest`, from 1 to 1/100 of the whole range."""
+    reach = grid.high  # the largest value may be positive, and then this is as far as the grid goes
     best, best_error = largest / reach, torch.full_like(largest, torch.inf)
     for share in torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist():
         scale = (largest * (share / reach)).clamp_min(1e-30)

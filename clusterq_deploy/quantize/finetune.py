@@ -40,7 +40,7 @@ class FinetuneConfig(StageConfig):
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(4.0, gt=0)
     shift: int = Field(2, ge=0)
-    held_out: float = Field(0.125, gt=0, lt=1)
+    held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)
 
     def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
@@ -66,8 +66,9 @@ class Tuning:
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
     """CE(Q(x), y) + gamma KL, from logits (N, classes) and labels (N,).  # (11) in arXiv 2205.00179
 
-    The KL term is taken at a temperature T and multiplied by T squared, which keeps its gradient's size
-    (Hinton et al., arXiv 1503.02531).
+    The divergence is that of the student from the teacher, KL(teacher || student), as in distillation: it asks the
+    student to give weight wherever the teacher does. It is taken at a temperature T and multiplied by T squared,
+    which keeps its gradient's size (Hinton et al., arXiv 1503.02531).
     """
     t = config.temperature
     kl = F.kl_div((student / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True)

@@ -3,11 +3,20 @@
 import copy
 import operator
 
-import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from clusterq_deploy.errors import GraphError
+
+
+class _Tracer(fx.Tracer):
+    """Keeps whole what a quantizer or a fold wants to see: subclasses too, if their forward is torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d):
+            if isinstance(m, kind) and type(m).forward is kind.forward:
+                return True
+        return super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -21,9 +30,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
         if getattr(module, "inplace", False):
             setattr(module, "inplace", False)  # noqa: B010  (no class of torch declares it)
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # whatever a user's forward raises when it is given proxies
-        raise GraphError(f"{type(model).__name__} cannot be traced: {_blame(error, model)}") from error
+        raise GraphError(f"{type(model).__name__} cannot be traced: {_blame(error)}") from error
     traced = fx.GraphModule(model, graph)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is operator.iadd:
@@ -35,12 +44,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _blame(error: BaseException, model: nn.Module) -> str:
+def _blame(error: BaseException) -> str:
     """What went wrong, and the innermost line outside torch where it did."""
     place, trace_back = "", error.__traceback__
     while trace_back is not None:
         code = trace_back.tb_frame.f_code
-        if "self" in code.co_varnames and "/torch/" not in code.co_filename and code.co_filename != __file__:
+        if "/torch/" not in code.co_filename and code.co_filename not in {__file__, "<string>"}:
             place = f" in {code.co_qualname}, {code.co_filename}:{trace_back.tb_lineno}"
         trace_back = trace_back.tb_next
     return f"{str(error).splitlines()[0]}{place}; the forward must not branch on the values of tensors"
@@ -110,8 +119,3 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads, in order of its arguments."""
     return list(node.all_input_nodes)
-
-
-def example_input(size: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """Two zero images (2, C, H, W) float32 for tracing shapes."""
-    return torch.zeros(2, *size, device=device)

@@ -95,7 +95,8 @@ def is_addition(node: fx.Node) -> bool:
     """Whether a node adds two tensors."""
     named = node.op == "call_function" and node.target in _ADDITIONS
     named = named or (node.op == "call_method" and node.target in {"add", "add_"})
-    return named and len(node.args) >= 2 and all(isinstance(a, fx.Node) for a in node.args[:2])
+    scaled = node.kwargs.get("alpha", 1) != 1
+    return named and not scaled and len(node.args) >= 2 and all(isinstance(a, fx.Node) for a in node.args[:2])
 
 
 def is_rectifier(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -107,7 +108,12 @@ def value_ranges(traced: fx.GraphModule) -> dict[fx.Node, Range]:
     """The interval that each node's values must lie in, by what the operations are; infinite where unknown."""
     ranges: dict[fx.Node, Range] = {}
     for node in traced.graph.nodes:
-        sources = moved_inputs(node) if moves_values(traced, node) else tensor_inputs(node)
+        if moves_values(traced, node):
+            sources = moved_inputs(node)
+        elif is_addition(node) or _identity(traced, node) in _PRODUCTS:
+            sources = [a for a in node.args[:2] if isinstance(a, fx.Node)]  # the same tensor may stand there twice
+        else:
+            sources = tensor_inputs(node)
         ranges[node] = _range(traced, node, [ranges[source] for source in sources])
     return ranges
 

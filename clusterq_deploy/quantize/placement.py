@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from clusterq_deploy.quantize.graph import module_of, tensor_inputs
@@ -13,6 +15,7 @@ from clusterq_deploy.quantize.ops import is_addition, is_rectifier, moved_inputs
 Target = Literal["onnxruntime", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "tensorrt")
 _EIGHT = 8
+_FUNCTIONAL_LAYERS = {F.conv2d: "conv2d", F.linear: "linear", torch.matmul: "matmul", torch.bmm: "bmm"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ def _layers(traced: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
                 "BatchNorm without a layer to fold it into" if isinstance(module, nn.BatchNorm2d) else "no INT8 form"
             )
             skipped[str(node.target)] = f"{type(module).__name__}: {reason}"
+        elif node.op == "call_function" and node.target in _FUNCTIONAL_LAYERS:
+            skipped[node.name] = f"{_FUNCTIONAL_LAYERS[node.target]}: a function call, only modules are quantized"
     layers = []
     for name, nodes in calls.items():
         module = traced.get_submodule(name)

@@ -13,6 +13,7 @@ from clusterq_deploy.report.schema import (
     Accuracy,
     Artifact,
     CalibrationInfo,
+    Environment,
     EvaluationInfo,
     Latency,
     LayerNote,
@@ -45,7 +46,7 @@ def assemble(
         command: the command line.
         skipped: stages that did not run, and why.
     """
-    made = records.get("synthesize")
+    made, timed = records.get("synthesize"), records.get("benchmark")
     calibration = CalibrationInfo(
         images=made.result["images"] if made else 0,
         seconds=made.seconds if made else 0.0,
@@ -60,7 +61,7 @@ def assemble(
         seed=config.seed,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         clusterq_deploy=__version__,
-        environment=collect_environment(device),
+        environment=Environment.model_validate(timed.result["environment"]) if timed else collect_environment(device),
         model=ModelInfo(
             name=model.name, parameters=model.parameters, input_size=model.input.size, classes=model.classes
         ),

@@ -1,5 +1,6 @@
 """The commands, as a person calls them: exit code, output, files."""
 
+import ast
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from test_pipeline import SMALL
 
+import clusterq_deploy
 from cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -194,9 +196,21 @@ def test_building_without_tensorrt_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_the_readmes_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    used = set(re.findall(r"^\s*\$? ?clusterq (\w+)", text, re.M))
-    assert used
-    assert used <= set(COMMANDS)
-    for command, option in re.findall(r"^\s*\$? ?clusterq (\w+)[^\n]*?(--[a-z-]+)", text, re.M):
-        assert option in call(command, "--help").stdout
+    lines = re.findall(r"clusterq (\w+)([^`\n]*)", text)
+    assert set(COMMANDS) == {command for command, _ in lines}
+    for command, rest in lines:
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in call(command, "--help").stdout, (command, option)
     assert text.index("make demo") < text.index("make test")
+
+
+def test_the_readmes_python_names_what_is_there() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "clusterq_deploy":
+            assert {alias.name for alias in node.names} <= set(clusterq_deploy.__all__)
+    head = block[: block.index("report =")]
+    names: dict[str, object] = {}
+    exec(head, names)
+    assert names["config"] == clusterq_deploy.RunConfig(model="digits")

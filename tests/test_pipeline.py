@@ -273,3 +273,14 @@ def test_unknown_and_wrong_settings_are_named() -> None:
         make_config({"model": "digits", "finetune": {"steps": -1}})
     with pytest.raises(ConfigError, match="from 2 to 8"):
         make_config({"model": "digits", "bits": ["w9a4"]})
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
+def test_a_run_on_the_gpu(tmp_path: Path) -> None:
+    run(tmp_path / "out", device="cuda")
+    report = read_report(tmp_path / "out/report.json")
+    assert report.environment.gpu
+    fp32, w8a8, _ = report.variants
+    assert "torch" in {entry.runtime for entry in fp32.latency}
+    assert w8a8.accuracy[0].agreement == pytest.approx(w8a8.accuracy[1].agreement, abs=2)

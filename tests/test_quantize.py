@@ -271,7 +271,7 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
     config = FinetuneConfig(steps=60, batch_size=32, shift=0, checkpoints=3)
     tuning = finetune(student, net, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert distance() < 0.8 * before
-    assert tuning.kept_step > 0
+    assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
 
 

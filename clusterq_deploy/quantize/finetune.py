@@ -17,6 +17,10 @@ from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 
+_SETTLED = 0.75
+"""From this share of the schedule on a checkpoint may be kept: before, learning rates are large and a small held-out
+divergence is luck (on a CIFAR-10 ResNet-20 one of step 75 of 600 cost 0.7 points more than its siblings' ends)."""
+
 
 class FinetuneConfig(StageConfig):
     """How a student is tuned. `steps = 0` leaves the calibrated scales and the teacher's weights.
@@ -28,7 +32,7 @@ class FinetuneConfig(StageConfig):
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
         shift: images are shifted by up to this many pixels, and mirrored where that keeps their class.
-        held_out: share of the synthetic images that is not tuned on, but selects the best checkpoint.
+        held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints.
         checkpoints: how often the held-out images are asked.
     """
 
@@ -100,8 +104,8 @@ def finetune(
 ) -> Tuning:
     """Tune weights, biases and scales of a calibrated student, in place.
 
-    The checkpoint with the smallest divergence from the teacher on held-out synthetic images is kept; the
-    untuned student is the first of them.
+    Of the untuned student and the checkpoints of the last quarter, the one with the smallest divergence from the
+    teacher on held-out synthetic images is kept.
 
     Args:
         student: calibrated, on the device to tune on.
@@ -147,7 +151,7 @@ def finetune(
             if step % every == 0 or step == config.steps:
                 now = divergence(student, teacher, held_out.images, config.batch_size)
                 losses["held_out_kl"].append(now)
-                if now < best:
+                if now < best and step >= _SETTLED * config.steps:
                     best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
     student.load_state_dict(kept)
     student.settle()

@@ -1,7 +1,7 @@
 """The student: a teacher's folded graph with quantizers in it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,27 +58,14 @@ class Student(nn.Module):
     def spelled(self, target: Target) -> Iterator[None]:
         """Compute what `target`'s graph computes: without the quantizers that only the other one has."""
         quantizers = self.quantizers()
-        absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
-        before = [q.enabled for q in absent]
-        for quantizer in absent:
-            quantizer.enabled = False
-        try:
+        with _disabled(quantizers[s.name] for s in self.placement.activations if target not in s.targets):
             yield
-        finally:
-            for quantizer, enabled in zip(absent, before, strict=True):
-                quantizer.enabled = enabled
 
     @contextmanager
     def in_float(self) -> Iterator[None]:
         """Compute what the folded teacher computes: without any quantizer."""
-        before = {q: q.enabled for q in self.quantizers().values()}
-        for quantizer in before:
-            quantizer.enabled = False
-        try:
+        with _disabled(self.quantizers().values()):
             yield
-        finally:
-            for quantizer, enabled in before.items():
-                quantizer.enabled = enabled
 
     def project(self) -> None:
         """Bring every scale back into its bounds; to be called after each optimizer step."""
@@ -104,6 +91,19 @@ class Student(nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         # one entry: safetensors writes several in no fixed order, and the same student must give the same bytes
         return save(state, metadata={"student": json.dumps(settings, sort_keys=True)})
+
+
+@contextmanager
+def _disabled(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Let tensors pass these quantizers untouched; afterwards each is as it was."""
+    before = {quantizer: quantizer.enabled for quantizer in quantizers}
+    for quantizer in before:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, enabled in before.items():
+            quantizer.enabled = enabled
 
 
 def make_student(teacher: nn.Module, bits: BitWidths, *, first_last: bool = False) -> Student:

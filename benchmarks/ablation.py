@@ -1,0 +1,100 @@
+"""What each part of ClusterQ does: the recipe `paper` with one part left out at a time, over seeds.
+
+The published schedule is 400 epochs of 200 steps, days of a CPU: `--scale` shortens it, the warm-up in proportion.
+
+    python benchmarks/ablation.py --models-file models.py --data-dir data --scale 0.01
+    python benchmarks/accuracy.py --table
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import harness
+import tables
+from cells import ROOT, Cell, Model, merged
+from store import Results
+
+RESULTS = ROOT / "benchmarks/results/ablation.json"
+SEEDS = (0, 1, 2)
+SCALE = 0.01
+STEPS, WARMUP_STEPS = 400 * 200, 50 * 200  # of the paper, at scale 1
+
+MODELS = (
+    Model("resnet20_cifar10", "ResNet-20, CIFAR-10", "cifar10_test.npz"),
+    Model("digits", "digits, the bundled model"),
+)
+ROWS: dict[str, dict[str, float]] = {
+    "ClusterQ, whole": {},
+    "without EMA (5)": {"ema_beta": 0.0},
+    "without intra-class variance (6)": {"icv_weight": 0.0},
+    "without both": {"ema_beta": 0.0, "icv_weight": 0.0},
+    "without class alignment (4), (6)": {"sfda_weight": 0.0, "icv_weight": 0.0},
+}
+
+
+def cells(
+    model: str = MODELS[0].name,
+    bits: str = "w4a4",
+    seeds: tuple[int, ...] = SEEDS,
+    scale: float = SCALE,
+    effort: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> list[Cell]:
+    """Every row from every seed, all layers at the same bits as in the paper; `settings` come on top."""
+    steps = max(2, round(scale * STEPS))
+    schedule = {"steps": steps, "warmup_steps": min(steps - 1, max(1, round(scale * WARMUP_STEPS)))}
+    return [
+        Cell(
+            model,
+            bits,
+            first_last=True,
+            recipe="paper",
+            effort=effort,
+            seed=seed,
+            label=label,
+            settings=merged({"synthesis": {"generator": {**schedule, **changed}}}, settings or {}),
+        )
+        for label, changed in ROWS.items()
+        for seed in seeds
+    ]
+
+
+def section(results: Results) -> str:
+    """The part of docs/accuracy.md."""
+    return tables.ablation_section(cells(), results.cells, results.failed)
+
+
+@click.command()
+@click.option("--model", default=MODELS[0].name, show_default=True, type=click.Choice([m.name for m in MODELS]))
+@click.option("--bits", default="w4a4", show_default=True, help="Bits of all layers, the first and last too.")
+@click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, type=harness.SEEDS)
+@click.option("--scale", default=SCALE, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+              help="Share of the published schedule.")  # fmt: skip
+@harness.options(RESULTS)
+def main(
+    model: str,
+    bits: str,
+    seeds: tuple[int, ...],
+    scale: float,
+    models_file: Path | None,
+    data_dir: Path | None,
+    effort: str | None,
+    settings: Path | None,
+    out: Path,
+    results: Path,
+    again: bool,
+    keep_old: bool,
+) -> None:
+    """Measure what is not among the results yet, and print the table; exit code 1 where a cell failed."""
+    wanted = cells(model, bits, seeds, scale, effort, tomllib.loads(settings.read_text()) if settings else None)
+    places = harness.places(MODELS, wanted, out, models_file, data_dir)
+    store = Results(results)
+    failures = harness.carry_out(harness.Harness(MODELS, places, store), wanted, again=again, keep_old=keep_old)
+    print(section(store))
+    raise SystemExit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """Data-free synthesis, whole: train a generator, sample it evenly over the classes, refine what it made."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,13 +21,15 @@ _PAPER: dict[str, dict[str, Any]] = {
     "generator": {"icv_noise": "class", "lambda_mean": 0.5, "lambda_std": 1.0},
     "refine": {"steps": 0},
 }
+_PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # without data an epoch is a pass as long as the set that is made
 
 
 class SynthesisConfig(StageConfig):
     """How the calibration set is made.
 
     Attributes:
-        recipe: `default`, or `paper`: the generator alone, by the equations with their published weights.
+        recipe: `default`, or `paper`: the generator alone, by the equations with their published weights and
+            schedule: 400 epochs, 50 of them warm-up, each as long as the set that is made.
         images: size of the set.
         generator, refine: the two parts.
     """
@@ -46,6 +49,11 @@ class SynthesisConfig(StageConfig):
         for part, settings in _PAPER.items():
             given = filled.get(part, {})
             filled[part] = {**settings, **given} if isinstance(given, dict) else given
+        generator, images = filled["generator"], filled.get("images", cls.model_fields["images"].default)
+        if isinstance(generator, dict) and "steps" not in generator and isinstance(images, int):
+            epoch = math.ceil(images / int(generator.get("batch_size", GeneratorConfig().batch_size)))
+            schedule = {"steps": _PAPER_EPOCHS * epoch, "warmup_steps": _PAPER_WARMUP_EPOCHS * epoch}
+            filled["generator"] = {**schedule, **generator}
         return filled
 
 

@@ -43,6 +43,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "limit": ("limit",),
     "seed": ("seed",),
     "device": ("device",),
+    "effort": ("effort",),
     "recipe": ("synthesis", "recipe"),
     "images": ("synthesis", "images"),
     "batches": ("benchmark", "batches"),
@@ -66,10 +67,13 @@ def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
 
 def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "RunConfig":
     """The configuration of a file, if any, and the command line."""
-    from clusterq_deploy.config import make_config, read_settings
+    from clusterq_deploy.config import make_config, read_settings, without_presets
     from clusterq_deploy.errors import ConfigError
 
-    settings = overlay({**(read_settings(file) if file else {}), **more}, ctx)
+    settings = read_settings(file) if file else {}
+    if any(ctx.params.get(name) for name in ("recipe", "effort")):
+        settings = without_presets(settings)
+    settings = overlay({**settings, **more}, ctx)
     if "model" not in settings:
         raise ConfigError("no model was given; name one (clusterq models lists them), or a --config that does")
     return make_config(settings, origin=str(file or "the options"))
@@ -98,6 +102,11 @@ model_options = _all(
 )
 synthesis_options = _all(
     click.option("--recipe", type=click.Choice(["default", "paper"]), help="How images are made.  [default: default]"),
+    click.option(
+        "--effort",
+        type=click.Choice(["fast", "standard", "thorough"]),
+        help="fast: calibration only, a minute or two; thorough: for a GPU.  [default: standard]",
+    ),
     click.option("--images", type=click.IntRange(2), help="Size of the calibration set.  [default: 1024]"),
 )
 bits_option = click.option(

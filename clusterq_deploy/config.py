@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from calib.config import StageConfig
 from calib.synthesis import SynthesisConfig
 from clusterq_deploy.engine.config import BuildConfig
 from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.measure import BenchmarkConfig
+from clusterq_deploy.presets import Effort, Settings, merged, preset, without
 from clusterq_deploy.quantize.finetune import FinetuneConfig
 from clusterq_deploy.quantize.grid import BitWidths
 
@@ -31,6 +32,7 @@ class RunConfig(StageConfig):
         limit: at most so many evaluation images.
         seed: source of all randomness.
         device: where to compute.
+        effort: how much work goes into synthesis and fine-tuning; fills in their settings that were not given.
     """
 
     model: str
@@ -44,10 +46,21 @@ class RunConfig(StageConfig):
     limit: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    effort: Effort = "standard"
     synthesis: SynthesisConfig = SynthesisConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     build: BuildConfig = BuildConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_recipe_and_effort(cls, values: Any) -> Any:
+        """Settings that were not given take the values of the recipe and of the effort."""
+        parts = [values.get("synthesis", {}), values.get("finetune", {})] if isinstance(values, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            return values
+        recipe, effort = parts[0].get("recipe", "default"), values.get("effort", "standard")
+        return merged(preset(str(recipe), str(effort)), values)
 
     @field_validator("bits")
     @classmethod
@@ -64,6 +77,20 @@ class RunConfig(StageConfig):
     def to_toml(self) -> str:
         """The text of `run.toml`; what is None is left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def without_presets(settings: Settings) -> Settings:
+    """A file's settings without those that its recipe and effort made, so that others can be chosen instead.
+
+    Args:
+        settings: nested, as in a `run.toml`.
+    """
+    recipe = settings.get("synthesis", {}).get("recipe", "default")
+    known = RunConfig.model_validate(
+        {"model": "", "effort": settings.get("effort", "standard"), "synthesis": {"recipe": recipe}}
+    ).model_dump(mode="json")
+    parts = {part: without(settings[part], known[part]) for part in ("synthesis", "finetune") if part in settings}
+    return {**settings, **parts}
 
 
 def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunConfig:

@@ -1,6 +1,7 @@
 """The stages over one run directory: what they leave, and what is done again."""
 
 import json
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from clusterq_deploy import Pipeline, RunConfig, read_report
-from clusterq_deploy.config import make_config, read_settings
+from clusterq_deploy.config import make_config, read_settings, without_presets
 from clusterq_deploy.engine import unavailable_reason
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.pipeline import resolve_device
@@ -284,3 +285,22 @@ def test_a_run_on_the_gpu(tmp_path: Path) -> None:
     fp32, w8a8, _ = report.variants
     assert "torch" in {entry.runtime for entry in fp32.latency}
     assert w8a8.accuracy[0].agreement == pytest.approx(w8a8.accuracy[1].agreement, abs=2)
+
+
+def test_effort_and_recipe_fill_in_what_was_not_given() -> None:
+    fast = make_config({"model": "digits", "effort": "fast", "synthesis": {"images": 300}})
+    assert (fast.finetune.steps, fast.synthesis.images, fast.synthesis.generator.steps) == (0, 300, 100)
+    thorough = make_config({"model": "digits", "effort": "thorough"})
+    assert thorough.synthesis.refine.steps > make_config({"model": "digits"}).synthesis.refine.steps
+    paper = make_config({"model": "digits", "synthesis": {"recipe": "paper", "images": 640}})
+    assert (paper.synthesis.generator.steps, paper.synthesis.generator.warmup_steps) == (4000, 500)
+    assert (paper.finetune.ce_weight, paper.finetune.temperature) == (1.0, 1.0)
+    with pytest.raises(ConfigError, match="takes no effort, got 'thorough'"):
+        make_config({"model": "digits", "effort": "thorough", "synthesis": {"recipe": "paper"}})
+
+
+def test_another_effort_replaces_what_the_first_one_filled_in_and_keeps_what_was_given() -> None:
+    first = make_config({"model": "digits", "effort": "fast", "finetune": {"batch_size": 16}})
+    settings = without_presets(tomllib.loads(first.to_toml()))
+    again = make_config({**settings, "effort": "standard"})
+    assert again == make_config({"model": "digits", "finetune": {"batch_size": 16}})

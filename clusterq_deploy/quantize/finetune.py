@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from calib.calibration_set import CalibrationSet
 from calib.config import StageConfig
+from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from calib.refine import shifted
 from clusterq_deploy.quantize.grid import BitWidths
@@ -131,6 +133,9 @@ def finetune(
     losses["held_out_kl"].append(best)
     kept, kept_step = copy.deepcopy(student.state_dict()), 0
     every = max(1, config.steps // config.checkpoints)
+    # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
+    coarse = max(student.bits.weights, student.bits.activations) < 8
+    precision = mixed_precision(device) if coarse else nullcontext()
     with progress.task(f"Fine-tuning {student.bits}", config.steps) as advance:
         for step in range(1, config.steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
@@ -138,9 +143,11 @@ def finetune(
             moves = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng, device=rng.device).tolist()
             mirror = flip and bool(torch.randint(2, (), generator=rng, device=rng.device))
             images = shifted(images, int(moves[0]), int(moves[1]), mirror)
-            with torch.no_grad():
-                target = teacher(images)
-            loss = distillation_loss(student(images), target, labels, config)
+            with precision:
+                with torch.no_grad():
+                    target = teacher(images).float()
+                logits = student(images).float()
+            loss = distillation_loss(logits, target, labels, config)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

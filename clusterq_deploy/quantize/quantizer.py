@@ -25,18 +25,27 @@ class _FakeQuantize(torch.autograd.Function):
         steps = x / scale  # divide and round half to even, as QuantizeLinear does
         ctx.save_for_backward(steps, scale)
         ctx.range = (low, high)
-        return steps.round().clamp_(low, high).mul_(scale)
+        return steps.clamp(low, high).round_().mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         steps, scale = ctx.saved_tensors
-        low, high = ctx.range
-        inside = (steps >= low) & (steps <= high)
-        grad_x = grad * inside
-        slope = steps.round().clamp_(low, high).sub_(steps * inside).mul_(grad)
-        grad_scale = slope.sum() if scale.dim() == 0 else slope.flatten(1).sum(1).view_as(scale)
+        held = steps.clamp(*ctx.range)
+        grad_x = grad * (held == steps)
+        rounded = held.round_()
+        # d/dscale is round(x/s) - x/s on the grid and the bound beyond it, each times the incoming gradient
+        if scale.dim() == 0:
+            grad_scale = _dot(rounded, grad) - _dot(steps, grad_x)
+        else:
+            slope = rounded.mul_(grad).sub_(steps.mul(grad_x))
+            grad_scale = slope.flatten(1).sum(1).view_as(scale)
         return grad_x, grad_scale, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product, () float32: one pass over two tensors of any shape and float type."""
+    return torch.dot(a.flatten().float(), b.flatten().float())
 
 
 class Quantizer(nn.Module):

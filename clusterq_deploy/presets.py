@@ -1,0 +1,65 @@
+"""What `--recipe` and `--effort` stand for: settings that fill in what was not given."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from clusterq_deploy.errors import ConfigError
+
+Effort = Literal["fast", "standard", "thorough"]
+Settings = dict[str, Any]
+
+EFFORTS: Mapping[str, Settings] = {
+    # scales, equalization and bias correction on few images: no weight is tuned
+    "fast": {
+        "synthesis": {"images": 256, "generator": {"steps": 100, "warmup_steps": 25}, "refine": {"steps": 60}},
+        "finetune": {"steps": 0},
+    },
+    "standard": {},
+    # for a GPU: a generator trained to the end, more images, refined longer, and ten times the fine-tuning
+    "thorough": {
+        "synthesis": {
+            "images": 5120,
+            "generator": {"steps": 3000, "warmup_steps": 500},
+            "refine": {"steps": 500},
+        },
+        "finetune": {"steps": 6000},
+    },
+}
+
+# (11) with gamma = 1 and no temperature, as it is written; the synthesis part is in calib.synthesis
+_PAPER: Settings = {"finetune": {"ce_weight": 1.0, "kl_weight": 1.0, "temperature": 1.0}}
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
+    """Two nested tables as one; where both have a value, that of `over`."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = merged(below, value) if both else value
+    return result
+
+
+def without(settings: Mapping[str, Any], known: Mapping[str, Any]) -> Settings:
+    """Nested settings without those that have the same value in `known`."""
+    left: Settings = {}
+    for key, value in settings.items():
+        other = known.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            left[key] = without(value, other)
+        elif key not in known or value != other:
+            left[key] = value
+    return left
+
+
+def preset(recipe: str, effort: str) -> Settings:
+    """The settings that a recipe and an effort stand for, to be laid under what was given.
+
+    Raises:
+        ConfigError: the two exclude each other.
+    """
+    if recipe != "paper":
+        return dict(EFFORTS.get(effort, {}))
+    if effort != "standard":
+        raise ConfigError(f"the recipe paper has the published schedule: it takes no effort, got {effort!r}")
+    return _PAPER

@@ -56,11 +56,13 @@ class RunConfig(StageConfig):
     @classmethod
     def _fill_in_recipe_and_effort(cls, values: Any) -> Any:
         """Settings that were not given take the values of the recipe and of the effort."""
-        parts = [values.get("synthesis", {}), values.get("finetune", {})] if isinstance(values, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts):
+        if not isinstance(values, dict):
             return values
-        recipe, effort = parts[0].get("recipe", "default"), values.get("effort", "standard")
-        return merged(preset(str(recipe), str(effort)), values)
+        synthesis = values.get("synthesis", {})
+        if not isinstance(synthesis, dict) or not isinstance(values.get("finetune", {}), dict):
+            return values
+        filling = preset(str(synthesis.get("recipe", "default")), str(values.get("effort", "standard")))
+        return merged(filling, values)
 
     @field_validator("bits")
     @classmethod
@@ -89,7 +91,9 @@ def without_presets(settings: Settings) -> Settings:
     known = RunConfig.model_validate(
         {"model": "", "effort": settings.get("effort", "standard"), "synthesis": {"recipe": recipe}}
     ).model_dump(mode="json")
-    parts = {part: without(settings[part], known[part]) for part in ("synthesis", "finetune") if part in settings}
+    parts: Settings = {
+        name: without(settings[name], known[name]) for name in ("synthesis", "finetune") if name in settings
+    }
     return {**settings, **parts}
 
 

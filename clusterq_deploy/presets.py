@@ -35,8 +35,8 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[key] = merged(below, value) if both else value
+        inner = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = merged(dict(below or {}), value) if inner else value
     return result
 
 

@@ -67,7 +67,7 @@ def _default_out(model: str) -> Path:
 @options.json_option
 @click.pass_context
 def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
-    """Do everything: synthesize, quantize, export, build, evaluate, benchmark, report.
+    """Do everything: synthesize, quantize, export, build, evaluate, features, benchmark, report.
 
     MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. Given the same --out
     again, a run goes on where it stopped, and a changed option redoes what depends on it.
@@ -227,6 +227,29 @@ def evaluate(
 
 
 @click.command()
+@options.run_argument
+@options.data_options
+@options.json_option
+@click.pass_context
+def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
+    """Compare the model's features of RUN's synthetic images with those of real ones, for the report."""
+    from cli import render
+
+    pipeline = _resume(ctx, run)
+    found = pipeline.features().result
+    pipeline.directory.begin(pipeline.config.to_toml())
+    if "skipped" in found:
+        rows = [{"skipped": found["skipped"]}]
+    else:
+        rows = [
+            {"set": name, **{k: v for k, v in found["features"][name].items() if k != "points"}}
+            for name in ("synthetic", "real")
+            if found["features"][name]
+        ]
+    _show(rows, as_json, render)
+
+
+@click.command()
 @click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
 @options.benchmark_options
 @options.json_option
@@ -289,4 +312,4 @@ def _show(rows: list[dict[str, Any]], as_json: bool, render: Any) -> None:
         render.print_table(render.rows_table(rows))
 
 
-ALL: list[click.Command] = [run, synthesize, quantize, export, build, evaluate, benchmark, report, models]
+ALL: list[click.Command] = [run, synthesize, quantize, export, build, evaluate, features, benchmark, report, models]

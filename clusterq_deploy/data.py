@@ -75,6 +75,11 @@ class EvaluationSet:
     def __len__(self) -> int:
         return self.count
 
+    def subset(self, indices: npt.NDArray[np.int64]) -> "EvaluationSet":
+        """The images of the given indices (M,) int64, in that order; none is read yet."""
+        labels = None if self.labels is None else self.labels[indices]
+        return EvaluationSet(self.name, len(indices), labels, lambda index: self.read(int(indices[index])))
+
     def batches(self, batch_size: int) -> Iterator[tuple[Images, Labels | None]]:
         """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None where there are none.
 

@@ -7,6 +7,7 @@
     │   └── WeightsError       the weights cannot be read, or do not fit the model
     ├── NoBatchNormError       the model has no BatchNorm to align to
     ├── GraphError             the model cannot be traced or quantized
+    ├── FeatureError           the model's penultimate features cannot be taken
     ├── DataError              the evaluation data cannot be used
     ├── RunDirectoryError      the run directory cannot be used or written
     ├── ReportError            a report.json cannot be read
@@ -27,6 +28,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "ExportError",
+    "FeatureError",
     "GraphError",
     "ModelError",
     "NoBatchNormError",
@@ -58,6 +60,10 @@ class WeightsError(ModelError, ValueError):
 
 class GraphError(ClusterQError, ValueError):
     """The model cannot be traced or quantized."""
+
+
+class FeatureError(ClusterQError, ValueError):
+    """The model's penultimate features cannot be taken."""
 
 
 class DataError(ClusterQError, ValueError):

@@ -18,7 +18,8 @@ from clusterq_deploy import engine, export
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.environment import collect_environment
-from clusterq_deploy.errors import ConfigError, RunDirectoryError
+from clusterq_deploy.errors import ConfigError, FeatureError, RunDirectoryError
+from clusterq_deploy.features import compare_features
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, benchmark, predictions, score, summarize
 from clusterq_deploy.models import LoadedModel, load_model
@@ -263,10 +264,32 @@ class Pipeline:
                     found.append(self._accuracy(runner, artifact["path"]))
             return {"accuracy": [a.model_dump(mode="json") for a in found]}, []
 
-        path = self.config.data
-        inputs = {"data": fingerprint(path) if path else data.name, "limit": self.config.limit}
         upstream = [f"export/{variant}", *([] if self._has_own_data else ["synthesize"])]
-        return self._perform(f"evaluate/{variant}", inputs, work, upstream=[*upstream, *_engine_stage(variant, built)])
+        upstream += _engine_stage(variant, built)
+        return self._perform(f"evaluate/{variant}", self._data_inputs, work, upstream=upstream)
+
+    def features(self) -> StageRecord:
+        """Lay the teacher's features of the synthetic images beside those of real ones; the report alone reads it."""
+        self._done("synthesize")
+        inputs = self._data_inputs
+
+        def work() -> tuple[Result, list[str]]:
+            made = self.calibration
+            synthetic = EvaluationSet.from_images("synthetic images", made.images.numpy(), made.labels.numpy())
+            try:
+                found = compare_features(
+                    self.model.module,
+                    synthetic,
+                    self.evaluation if self._has_own_data else None,
+                    classes=self.model.classes,
+                    seed=self.config.seed,
+                    progress=self.progress,
+                )
+            except FeatureError as error:
+                return {"inputs": inputs, "skipped": str(error)}, []
+            return {"inputs": inputs, "features": found.model_dump(mode="json")}, []
+
+        return self._perform("features", inputs, work, upstream=["synthesize"])
 
     def benchmark(self) -> StageRecord:
         """Time FP32 and every exported variant in turn, each as its target executes it."""
@@ -303,6 +326,9 @@ class Pipeline:
     def report(self) -> Report:
         """Write report.json, report.md and report.html from what the stages measured."""
         records = {name: r for name in self._stage_names() if (r := self.directory.finished(name)) is not None}
+        compared = records.get("features")
+        if compared and compared.result["inputs"] != self._data_inputs:
+            del records["features"]  # it shows other images than those that this report is on
         report = assemble(
             records,
             config=self.config,
@@ -332,6 +358,7 @@ class Pipeline:
             self.build(variant)
         for variant in variants:
             self.evaluate(variant)
+        self.features()
         self.benchmark()
         return self.report()
 
@@ -344,7 +371,7 @@ class Pipeline:
 
     @cached_property
     def evaluation(self) -> EvaluationSet:
-        """The images that accuracy is measured on; nothing but `evaluate` and `report` reads them."""
+        """The images that accuracy is measured on; nothing but `evaluate`, `features` and `report` reads them."""
         if self._has_own_data:
             return load_evaluation(self.config.data, self.model, self.config.limit)
         self._done("synthesize")
@@ -354,6 +381,12 @@ class Pipeline:
     @property
     def _has_own_data(self) -> bool:
         return self.config.data is not None or self.model.source == "bundled"
+
+    @cached_property
+    def _data_inputs(self) -> Result:
+        """Tells one choice of evaluation images from another; a changed file counts as another one."""
+        path = self.config.data
+        return {"data": fingerprint(path) if path else self.evaluation.name, "limit": self.config.limit}
 
     @cached_property
     def _teacher_predictions(self) -> Predictions:
@@ -439,7 +472,7 @@ class Pipeline:
 
     def _stage_names(self) -> list[str]:
         variants = [FP32, *self.config.bits]
-        return ["synthesize", "benchmark"] + [
+        return ["synthesize", "features", "benchmark"] + [
             f"{stage}/{v}" for v in variants for stage in ("quantize", "export", "build", "evaluate")
         ]
 
@@ -449,6 +482,8 @@ class Pipeline:
         if reason or not any(name.startswith("build/") for name in records):
             reason = reason or "not asked for"
             skipped.append(Skipped(stage="build", reason=reason))
+        if "features" in records and "skipped" in records["features"].result:
+            skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
         return skipped
 
 

@@ -3,7 +3,7 @@
     python examples/train_digits.py --out clusterq_deploy/assets
 
 The held-out images are fixed by their own seed, are never trained on, and choose nothing: training runs for
-a fixed number of epochs and keeps the last one. Needs scikit-learn; takes a few minutes on one core.
+a fixed number of epochs and keeps the last one. Takes a few minutes on one core.
 """
 
 import math

@@ -19,7 +19,7 @@ import clusterq_deploy
 from cli.main import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "synthesize", "quantize", "export", "build", "evaluate", "benchmark", "report", "models")
+COMMANDS = ("run", "synthesize", "quantize", "export", "build", "evaluate", "features", "benchmark", "report", "models")
 
 
 def call(*args: object) -> Result:
@@ -68,14 +68,19 @@ def test_stages_alone_add_up_to_a_run(settings: Path, tmp_path: Path) -> None:
         call("quantize", out, "--bits", "w4a8", "--json"),
         call("export", out, "--bits", "w4a8", "--json"),
         call("evaluate", out, "--bits", "w4a8", "--json"),
+        call("features", out, "--json"),
         call("benchmark", out, "--json"),
         call("report", out, "--json"),
     ]
-    assert [r.exit_code for r in steps] == [0] * 5, [r.output for r in steps]
+    assert [r.exit_code for r in steps] == [0] * 6, [r.output for r in steps]
     exported = json.loads(steps[1].stdout)
     assert {row["path"] for row in exported} >= {"fp32/model.onnx", "w4a8/model.int4.onnx"}
-    report = json.loads(steps[4].stdout)
+    report = json.loads(steps[5].stdout)
     assert [v["name"] for v in report["variants"]] == ["fp32", "w4a8"]
+    synthetic, real = json.loads(steps[3].stdout)
+    assert (synthetic["images"], real["images"]) == (80, 60)
+    assert synthetic["silhouette"] == report["features"]["synthetic"]["silhouette"]
+    assert "digits, held out" in call("features", out).stdout
     for variant in report["variants"]:
         assert variant["accuracy"]
         assert variant["latency"]

@@ -14,6 +14,8 @@ from clusterq_deploy import Pipeline, RunConfig, read_report
 from clusterq_deploy.config import make_config, read_settings, without_presets
 from clusterq_deploy.engine import unavailable_reason
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
+from clusterq_deploy.files import sha256_file
+from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.pipeline import resolve_device
 from clusterq_deploy.report import Artifact
 from clusterq_deploy.rundir import RunDirectory
@@ -136,6 +138,7 @@ def test_the_same_seed_gives_the_same_report(finished: Path, tmp_path: Path) -> 
     first, again = (read_report(p / "report.json") for p in (finished, tmp_path / "again"))
     assert first.calibration.teacher_top1 == again.calibration.teacher_top1
     assert first.calibration.losses == again.calibration.losses
+    assert first.features == again.features
     for a, b in zip(first.variants, again.variants, strict=True):
         assert (a.accuracy, a.losses) == (b.accuracy, b.losses)
         assert [f.sha256 for f in a.artifacts] == [f.sha256 for f in b.artifacts]
@@ -228,16 +231,102 @@ def test_wrong_data_is_found_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluation_data_reaches_nothing_but_the_evaluation(finished: Path, tmp_path: Path) -> None:
+def noise(path: Path) -> Path:
+    """Evaluation data that has nothing to do with digits."""
     rng = np.random.default_rng(0)
-    other = tmp_path / "noise.npz"
-    np.savez(other, images=rng.integers(0, 255, (50, 8, 8, 1), np.uint8), labels=rng.integers(0, 10, 50))
+    np.savez(path, images=rng.integers(0, 255, (50, 8, 8, 1), np.uint8), labels=rng.integers(0, 10, 50))
+    return path
+
+
+def made(out: Path) -> dict[str, str]:
+    """Digests of the files that each stage recorded, after a look that they are the files there, and all of them."""
+    stages = json.loads((out / "manifest.json").read_text())["stages"]
+    files = {name: digest for stage in stages.values() for name, digest in stage["files"].items()}
+    assert files == {name: sha256_file(out / name) for name in files}
+    others = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - files.keys()
+    assert others == {"run.toml", "manifest.json", "report.json", "report.md", "report.html"}
+    return files
+
+
+def test_evaluation_data_reaches_nothing_but_the_evaluation(finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path / "run")
-    tasks = run(out, data=other)
-    assert set(tasks) == {"Evaluating on torch", "Evaluating on onnxruntime-cpu"}
-    for name in ("calibration/images.safetensors", "w4a4/quantized.safetensors", "w4a4/model.ort.onnx"):
-        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    tasks = run(out, data=noise(tmp_path / "noise.npz"))
+    assert set(tasks) == {"Evaluating on torch", "Evaluating on onnxruntime-cpu", "Features"}
+    assert made(out) == made(finished)
     assert read_report(out / "report.json").variants[0].accuracy[0].top1 != 100
+
+
+def test_artifacts_made_anew_beside_other_data_or_labels_have_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    with np.load(HELD_OUT) as archive:
+        permuted = np.random.default_rng(0).permutation(archive["labels"])
+        np.savez(tmp_path / "permuted.npz", images=archive["images"], labels=permuted)
+    run(tmp_path / "noise", bits=["w4a4"], data=noise(tmp_path / "noise.npz"))
+    run(tmp_path / "permuted", bits=["w8a8"], data=tmp_path / "permuted.npz")
+    expected, beside_noise, beside_permuted = made(finished), made(tmp_path / "noise"), made(tmp_path / "permuted")
+    assert {name.partition("/")[0] for name in expected} == {"calibration", "fp32", "w8a8", "w4a4"}
+    assert beside_noise == {name: sha256 for name, sha256 in expected.items() if not name.startswith("w8a8")}
+    assert beside_permuted == {name: sha256 for name, sha256 in expected.items() if not name.startswith("w4a4")}
+    reports = [read_report(out / "report.json") for out in (finished, tmp_path / "noise", tmp_path / "permuted")]
+    assert len({report.variants[0].accuracy[0].top1 for report in reports}) == 3
+    assert len({report.features.real.silhouette for report in reports if report.features and report.features.real}) == 3
+    assert len({report.calibration.silhouette for report in reports}) == 1
+
+
+def test_the_report_lays_synthetic_features_beside_real_ones(finished: Path) -> None:
+    report = read_report(finished / "report.json")
+    found = report.features
+    assert found is not None
+    assert found.real is not None
+    assert (found.width, found.synthetic.images, found.real.images) == (48, 80, 100)
+    assert found.real.dataset == "digits, held out"
+    assert report.calibration.silhouette == found.synthetic.silhouette
+    assert report.calibration.within_class_diversity is not None
+    assert 0.5 < (found.real.silhouette or 0) < 0.9  # a model that is right on all of them
+    assert 0 < (found.real.within_class_diversity or 0) < 0.2
+    assert found.coverage is not None
+    assert found.projection is not None
+    assert found.projection.parameters["random_state"] == 0
+    assert len(found.synthetic.points.x) == 80
+    assert sorted(set(found.real.points.labels)) == list(range(10))
+    page = (finished / "report.html").read_text()
+    assert "<figcaption>Real images: digits, held out</figcaption>" in page
+    assert "have a silhouette of" in (finished / "report.md").read_text()
+
+
+def test_features_that_are_missing_or_of_other_data_stay_out_of_the_report(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path / "run")
+    other = Pipeline(config(data=noise(tmp_path / "noise.npz")), out)
+    assert other.report().features is None
+    other.features()
+    shown = other.report().features
+    assert shown is not None
+    assert shown.real is not None
+    assert shown.real.dataset == "noise.npz"
+    assert Pipeline(config(), out).report().features is None
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["stages"]["features"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    report = Pipeline(config(), out).report()
+    assert (report.features, report.calibration.silhouette) == (None, None)
+    assert [skipped.stage for skipped in report.skipped if skipped.stage == "features"] == []
+
+
+def test_a_model_whose_features_cannot_be_taken_is_reported_without_them(tmp_path: Path) -> None:
+    module = tmp_path / "net.py"
+    module.write_text(
+        "import torch\nfrom clusterq_deploy.models.digits import DigitsNet, PRETRAINED_CFG\n\n\n"
+        "class Net(DigitsNet):\n    def forward(s, x):\n        return super().forward(x) @ torch.eye(10)\n\n\n"
+        "def net():\n    made = Net()\n    made.pretrained_cfg = PRETRAINED_CFG\n    return made\n"
+    )
+    small = {"synthesis": {**SMALL["synthesis"], "images": 20}}
+    pipeline = Pipeline(config(model=f"{module}:net", **small), tmp_path / "out")
+    pipeline.begin()
+    pipeline.synthesize()
+    pipeline.features()
+    report = pipeline.report()
+    assert report.features is None
+    (skipped,) = (skipped for skipped in report.skipped if skipped.stage == "features")
+    assert "last layer of Net is <built-in" in skipped.reason
 
 
 def test_without_data_agreement_on_held_out_synthetic_images_is_reported(tmp_path: Path) -> None:
@@ -248,6 +337,10 @@ def test_without_data_agreement_on_held_out_synthetic_images_is_reported(tmp_pat
     assert not report.evaluation.labelled
     assert "synthetic" in report.evaluation.dataset
     assert report.evaluation.images == 10
+    assert report.features is not None
+    assert report.features.real is None
+    assert len(report.features.synthetic.points.x) == 80
+    assert "No labelled images were given" in (tmp_path / "out/report.html").read_text()
     assert all(a.top1 is None and a.agreement is not None for v in report.variants for a in v.accuracy)
 
 
@@ -255,6 +348,8 @@ def test_stages_alone_say_what_they_need(tmp_path: Path) -> None:
     pipeline = Pipeline(config(), tmp_path / "out")
     with pytest.raises(RunDirectoryError, match="no finished synthesize stage; run clusterq synthesize"):
         pipeline.quantize(pipeline.config.widths[0])
+    with pytest.raises(RunDirectoryError, match="no finished synthesize stage"):
+        pipeline.features()
     with pytest.raises(RunDirectoryError, match="run clusterq quantize --bits w4a4 first"):
         pipeline.export("w4a4")
 

@@ -19,9 +19,13 @@ from clusterq_deploy.report import (
     CalibrationInfo,
     Environment,
     EvaluationInfo,
+    FeatureInfo,
+    FeatureSet,
     Latency,
     LayerNote,
     ModelInfo,
+    Points,
+    Projection,
     Report,
     Skipped,
     Variant,
@@ -29,7 +33,8 @@ from clusterq_deploy.report import (
     to_html,
     to_markdown,
 )
-from clusterq_deploy.report.findings import accuracy_rows, latency_rows, points, standard_error, verdicts
+from clusterq_deploy.report.findings import accuracy_rows, latency_rows, standard_error, verdicts
+from clusterq_deploy.report.findings import points as measured_points
 
 # The smallest PNG: one grey pixel.
 PNG = bytes.fromhex(
@@ -119,6 +124,37 @@ ENVIRONMENT = Environment(
 )
 
 
+def points(count: int, shift: float) -> Points:
+    """Images of twelve classes around a circle."""
+    labels = [index % 12 for index in range(count)]
+    x = [round(30 * math.cos(label / 2) + shift, 2) for label in labels]
+    return Points(x=x, y=[round(30 * math.sin(label / 2), 2) for label in labels], labels=labels)
+
+
+FEATURES = FeatureInfo(
+    width=512,
+    synthetic=FeatureSet(
+        dataset="synthetic images",
+        images=1024,
+        classes=100,
+        silhouette=0.4213,
+        within_class_diversity=0.2871,
+        points=points(60, 0.5),
+    ),
+    real=FeatureSet(
+        dataset="imagenet-val",
+        images=2000,
+        classes=100,
+        silhouette=0.3056,
+        within_class_diversity=0.4102,
+        points=points(48, -0.5),
+    ),
+    density=0.912,
+    coverage=0.8345,
+    projection=Projection(method="t-SNE", parameters={"perplexity": 30.0, "init": "pca", "random_state": 7}),
+)
+
+
 def build(labelled: bool = True, **changes: object) -> Report:
     report = Report(
         command=["clusterq", "run", "resnet18", "--data", "/data/imagenet val"],
@@ -133,6 +169,7 @@ def build(labelled: bool = True, **changes: object) -> Report:
             teacher_top1=99.41,
             recipe="default",
             within_class_diversity=0.382,
+            silhouette=0.4213,
             losses={
                 "total": [9 * math.exp(-step / 300) + 1.1 for step in range(2000)],
                 "ce": [6 * math.exp(-step / 90) + 0.04 for step in range(2000)],
@@ -147,6 +184,7 @@ def build(labelled: bool = True, **changes: object) -> Report:
             variant("w4a4", (66.18, 86.44), (4.655, 0.409), 11.83),
         ],
         skipped=[Skipped(stage="benchmark", reason="onnxruntime-cuda has no fast INT8 path of its own")],
+        features=FEATURES,
         config={"seed": 7, "recipe": "default"},
     )
     return report.model_copy(update=changes)
@@ -302,7 +340,7 @@ def test_without_labels_only_agreement_counts() -> None:
     ]
     changed = build(labelled=False, variants=unlabelled)
     assert [v.choice and v.choice.variant for v in verdicts(changed)] == ["w8a8", "w8a8"]
-    assert [point.cost for point in points(changed, CPU)] == [None, pytest.approx(1.74), pytest.approx(13.6)]
+    assert [point.cost for point in measured_points(changed, CPU)] == [None, pytest.approx(1.74), pytest.approx(13.6)]
     for text in (to_markdown(changed), to_html(changed)):
         assert "Accuracy was not measured" in text
         assert "5,000 held-out synthetic images" in text
@@ -329,6 +367,7 @@ def test_pages_carry_the_numbers(report: Report, render: object) -> None:
         "NVIDIA L4", "AMD EPYC 9354P", "580.65.06",
         "onnxruntime-cuda has no fast INT8 path of its own", "layer4.1.avgpool",
         "INT4 saves storage, the speed is INT8",
+        "512 features", "silhouette of 0.421", "diversity of 0.287", "0.306", "0.410", "83.5 %", "density 0.91",
     ):  # fmt: skip
         assert value in text, value
 
@@ -362,8 +401,11 @@ def test_ids_in_the_page_are_unique(page: str) -> None:
 def test_charts_take_their_colours_from_the_page(page: str) -> None:
     for chart in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {
-            "none", "var(--ink)", "var(--muted)", "var(--rule)", "var(--accent)"
+            "none", "var(--ink)", "var(--muted)", "var(--rule)", "var(--accent)",
+            *(f"var(--class-{index})" for index in range(10)),
         }  # fmt: skip
+    for mode in page.split("@media screen", 1)[0], page.split("@media screen", 1)[1].split("}", 1)[0]:
+        assert set(re.findall(r"--class-(\d):", mode)) == set("0123456789")
 
 
 def test_names_cannot_inject_markup(report: Report) -> None:
@@ -397,6 +439,7 @@ def test_pages_of_a_run_that_measured_nothing() -> None:
     bare = build(
         variants=[Variant(name="w8a8", seconds=1.0)],
         skipped=[],
+        features=None,
         config={},
         calibration=CalibrationInfo(images=64, seconds=2.0, teacher_top1=90.0, recipe="paper"),
     )
@@ -405,6 +448,92 @@ def test_pages_of_a_run_that_measured_nothing() -> None:
     assert "Nothing can be suggested" in text
     assert "<svg" not in text
     assert "<img" not in text
+
+
+def panels(text: str) -> list[str]:
+    section = text[text.index('id="features"') :].split("</section>", maxsplit=1)[0]
+    return re.findall(r"<figure>.*?</figure>", section, flags=re.DOTALL)
+
+
+def places(panel: str, colour: int) -> set[tuple[str, str]]:
+    """The dots of one colour."""
+    return set(re.findall(rf'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: var\(--class-{colour}\)', panel))
+
+
+def test_the_picture_of_the_features_has_every_image_in_the_colour_of_its_class(page: str) -> None:
+    synthetic, real = panels(page)
+    assert "<figcaption>Synthetic images</figcaption>" in synthetic
+    assert "<figcaption>Real images: imagenet-val</figcaption>" in real
+    for panel, count in ((synthetic, 60), (real, 48)):
+        assert len(re.findall(r'<use [^>]*style="fill: var\(--class-', panel)) == count
+        assert {f">{label}</text>" for label in range(12)} <= set(re.findall(r">\d+</text>", panel))
+    assert f"{60} images of the classes 0, 1, 2" in synthetic
+    assert len(places(synthetic, 4)) == 1  # all of class 4 lie in one place; 0 and 10 share a colour
+    assert len(places(synthetic, 0)) == 2
+
+
+def test_both_panels_have_the_same_axes(report: Report) -> None:
+    assert report.features is not None
+    moved = report.features.synthetic.points
+    same = report.features.model_copy(
+        update={"real": report.features.synthetic.model_copy(update={"dataset": "the same", "points": moved})}
+    )
+    left, right = panels(to_html(report.model_copy(update={"features": same})))
+    assert places(left, 3) == places(right, 3)
+    left, right = panels(to_html(report))
+    (x_left, y_left), (x_right, y_right) = *places(left, 3), *places(right, 3)
+    assert y_left == y_right
+    assert float(x_left) > float(x_right)  # shifted by one unit
+
+
+def test_without_real_images_one_panel_is_drawn_and_the_reason_given(report: Report) -> None:
+    reason = "No labelled images were given: there are no real ones to compare with."
+    alone = FEATURES.model_copy(update={"real": None, "density": None, "coverage": None, "notes": [reason]})
+    changed = report.model_copy(update={"features": alone})
+    text = to_html(changed)
+    assert len(panels(text)) == 1
+    assert "Both panels" not in text
+    for rendered in (text, to_markdown(changed)):
+        assert reason in rendered
+        assert "real ones (" not in rendered
+        assert "synthetic ones cover" not in rendered
+
+
+def test_features_without_numbers_and_picture_say_so(report: Report) -> None:
+    bare = FeatureInfo(
+        width=3, synthetic=FeatureSet(dataset="synthetic images", images=2, classes=2), notes=["Too few of *them*."]
+    )
+    changed = report.model_copy(update={"features": bare})
+    text = to_html(changed)
+    assert panels(text) == []
+    assert "2 synthetic images of 2 classes give no silhouette." in text
+    assert "Too few of *them*." in text
+    assert "Too few of \\*them\\*." in to_markdown(changed)
+
+
+def test_points_in_one_place_are_drawn(report: Report) -> None:
+    one = FEATURES.synthetic.model_copy(update={"points": Points(x=[1.5], y=[2.5], labels=[3])})
+    alone = FEATURES.model_copy(update={"synthetic": one, "real": None})
+    (panel,) = panels(to_html(report.model_copy(update={"features": alone})))
+    assert len(places(panel, 0)) == 1
+
+
+def test_a_report_from_before_the_features_still_reads(report: Report, tmp_path: Path) -> None:
+    content = json.loads(report.to_json())
+    del content["features"], content["calibration"]["silhouette"]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    old = read_report(path)
+    assert (old.features, old.calibration.silhouette) == (None, None)
+    assert 'id="features"' not in to_html(old)
+    assert "silhouette" not in to_markdown(old)
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet20_cifar10"])
+def test_published_reports_still_read(name: str) -> None:
+    published = read_report(Path(__file__).parents[1] / f"benchmarks/results/{name}.json")
+    assert to_html(published).startswith("<!doctype html>")
+    assert to_markdown(published).startswith("# ")
 
 
 @pytest.mark.timeout(60)
@@ -424,7 +553,7 @@ def test_a_browser_shows_the_numbers(page: str, tmp_path: Path) -> None:
     shown = subprocess.run([browser, *arguments, path.as_uri()], capture_output=True, text=True, timeout=50, check=True)
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown.stdout)
     assert {"69.50 ± 0.65", "0.24 ± 0.19", "4.604", "~133.5", "11.8 MB"} <= set(cells)
-    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 8
+    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 10
 
 
 # The environment

@@ -15,6 +15,7 @@ from clusterq_deploy.report.schema import (
     CalibrationInfo,
     Environment,
     EvaluationInfo,
+    FeatureInfo,
     Latency,
     LayerNote,
     ModelInfo,
@@ -41,18 +42,22 @@ def assemble(
     """The report of what has been done so far.
 
     Args:
-        records: finished stages by name: synthesize, benchmark, and quantize/V, export/V, build/V, evaluate/V.
+        records: finished stages by name: synthesize, features, benchmark, and quantize/V, export/V, build/V,
+            evaluate/V.
         config, model, data, device: of the run.
         command: the command line.
         skipped: stages that did not run, and why.
     """
     made, timed = records.get("synthesize"), records.get("benchmark")
+    compared = records["features"].result.get("features") if "features" in records else None
+    features = FeatureInfo.model_validate(compared) if compared else None
     calibration = CalibrationInfo(
         images=made.result["images"] if made else 0,
         seconds=made.seconds if made else 0.0,
         teacher_top1=made.result["teacher_top1"] if made else 0.0,
         recipe=made.result["recipe"] if made else config.synthesis.recipe,
         within_class_diversity=made.result["within_class_diversity"] if made else None,
+        silhouette=features.synthetic.silhouette if made and features else None,
         losses={name: thin(values) for name, values in made.result["losses"].items()} if made else {},
     )
     return Report(
@@ -69,6 +74,7 @@ def assemble(
         evaluation=EvaluationInfo(dataset=data.name, images=len(data), labelled=data.labelled),
         variants=[_variant(name, records) for name in ("fp32", *config.bits) if f"export/{name}" in records],
         skipped=skipped,
+        features=features,
         config=config.model_dump(mode="json"),
     )
 

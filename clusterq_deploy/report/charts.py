@@ -7,6 +7,7 @@ follows light and dark without a script. Text stays text. The same numbers alway
 import io
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from html import escape
@@ -17,9 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clusterq_deploy.report.findings import BASELINE, Point
+from clusterq_deploy.report.schema import Points
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
+_CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
+_VARIABLES |= {colour: f"var(--class-{index})" for index, colour in enumerate(_CLASSES)}
 _POINT = 1 / 72  # of an inch: figures are laid out in points, which become the units of the SVG
 _CURVE_POINTS = 240
 _NAME_WIDTH = 45.0  # points that a variant's name takes, about
@@ -84,6 +88,45 @@ def curve_chart(losses: Sequence[float], title: str, name: str) -> str:
             )
             axes.set_title(f"from {first:.3g}", color=_MUTED, fontsize=11, loc="right")
         return _svg(figure, name, f"{title} over {len(losses)} recorded steps")
+
+
+def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str) -> list[str]:
+    """A chart for each titled set of projected images, all over the same axes, with the same colour for a class.
+
+    A class's number stands at the image that is nearest to the middle of the class. `name` makes the ids unique.
+    """
+    every = sorted({label for _, points in sets for label in points.labels})
+    colours = {label: _CLASSES[index % len(_CLASSES)] for index, label in enumerate(every)}
+    xs, ys = ([value for _, points in sets for value in getattr(points, axis)] for axis in ("x", "y"))
+    middle = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    reach = 0.54 * max(max(xs) - min(xs), max(ys) - min(ys), 1e-9)
+    charts = []
+    for index, (title, points) in enumerate(sets):
+        chart = f"{name}{index}"
+        with _style(chart):
+            figure, axes = _canvas(300, 300, left=0.02, right=0.98, bottom=0.02, top=0.98)
+            axes.set_xlim(middle[0] - reach, middle[0] + reach)
+            axes.set_ylim(middle[1] - reach, middle[1] + reach)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            places = list(zip(points.labels, points.x, points.y, strict=True))
+            for label in every:
+                own = [(x, y) for other, x, y in places if other == label]
+                if not own:
+                    continue
+                axes.plot(*zip(*own, strict=True), "o", color=colours[label], markersize=3, markeredgewidth=0)
+                axes.annotate(
+                    str(label), _central(own), ha="center", va="center", color=_INK, fontsize=12, fontweight="bold"
+                )
+            shown = ", ".join(str(label) for label in every)
+            charts.append(_svg(figure, chart, f"{title}: {len(places)} images of the classes {shown} by {method}"))
+    return charts
+
+
+def _central(places: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The place that is nearest to the median of all."""
+    x, y = (statistics.median(column) for column in zip(*places, strict=True))
+    return min(places, key=lambda place: math.dist(place, (x, y)))
 
 
 def _score(point: Point, labelled: bool) -> float:

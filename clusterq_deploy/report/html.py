@@ -28,6 +28,14 @@ class _Curves:
     charts: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """One set of images in the common projection: its title, and an `<svg>` element."""
+
+    title: str
+    chart: str
+
+
 def to_html(report: Report, preview_png: bytes | None = None) -> str:
     """The text of `report.html`; `preview_png` is a contact sheet of the synthetic images, as a PNG file."""
     environment = jinja2.Environment(
@@ -66,6 +74,9 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             curves=_curves(report),
             notes=wording.notes(report),
             calibration=wording.calibration_facts(report),
+            features=wording.feature_sentence(report),
+            feature_notes=wording.feature_notes(report),
+            panels=_panels(report),
             environment=wording.environment_facts(report.environment),
             command=shlex.join(report.command),
             config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
@@ -92,6 +103,19 @@ def _tradeoffs(report: Report, found: list[Verdict]) -> list[tuple[str, str]]:
             chart = tradeoff_chart(measured, report.evaluation.labelled, f"tradeoff{index}")
             charts.append((verdict.runtime, chart))
     return charts
+
+
+def _panels(report: Report) -> list[_Panel]:
+    from clusterq_deploy.report.charts import projection_charts
+
+    found = report.features
+    if found is None or found.projection is None:
+        return []
+    sets = [("Synthetic images", found.synthetic.points)]
+    if found.real is not None:
+        sets.append((f"Real images: {found.real.dataset}", found.real.points))
+    charts = projection_charts(sets, found.projection.method, "features")
+    return [_Panel(title, chart) for (title, _), chart in zip(sets, charts, strict=True)]
 
 
 def _curves(report: Report) -> list[_Curves]:

@@ -29,6 +29,7 @@ def to_markdown(report: Report) -> str:
         _bullets(_skipped(report)) or "Nothing.",
         "## Calibration set",
         _table(("", ""), [tuple(map(_text, fact)) for fact in wording.calibration_facts(report)]),
+        _features(report),
         "## Environment",
         _table(("", ""), [tuple(map(_text, fact)) for fact in wording.environment_facts(report.environment)]),
         "## Command",
@@ -96,6 +97,11 @@ def _file_table(report: Report) -> str:
         for row in file_rows(report)
     ]
     return _table(("file", "for", "size", "of fp32", "notes"), rows, left=2) if rows else "None was written."
+
+
+def _features(report: Report) -> str:
+    missing = report.features.notes if report.features else []
+    return _text(" ".join([wording.feature_sentence(report) or "", *missing]))
 
 
 def _skipped(report: Report) -> list[str]:

@@ -49,7 +49,9 @@ class ModelInfo(_Record):
 class CalibrationInfo(_Record):
     """The calibration set: the teacher gives `teacher_top1` percent of the images their label.
 
-    `losses` are the training curves by name, one value a recorded step.
+    `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
+    coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
+    value a recorded step.
     """
 
     images: int
@@ -57,6 +59,7 @@ class CalibrationInfo(_Record):
     teacher_top1: float
     recipe: str
     within_class_diversity: float | None = None
+    silhouette: float | None = None
     losses: dict[str, list[float]] = Field(default_factory=dict)
 
 
@@ -141,6 +144,53 @@ class Skipped(_Record):
     reason: str
 
 
+class Points(_Record):
+    """Projected images: image i of class `labels[i]` lies at (`x[i]`, `y[i]`), rounded to two decimals."""
+
+    x: list[float] = Field(default_factory=list)
+    y: list[float] = Field(default_factory=list)
+    labels: list[int] = Field(default_factory=list)
+
+
+class FeatureSet(_Record):
+    """The teacher's penultimate features of `images` images of `classes` classes of a set.
+
+    `silhouette` is the mean silhouette coefficient by class, in [-1, 1]; `within_class_diversity` the share of the
+    variance that lies within classes, in [0, 1]; None where they are not defined.
+    """
+
+    dataset: str
+    images: int
+    classes: int
+    silhouette: float | None = None
+    within_class_diversity: float | None = None
+    points: Points = Points()
+
+
+class Projection(_Record):
+    """How features of width F became two coordinates."""
+
+    method: str
+    parameters: dict[str, float | int | str] = Field(default_factory=dict)
+
+
+class FeatureInfo(_Record):
+    """Synthetic images beside real ones, as the teacher's penultimate features, `width` of them, have them.
+
+    `real` is None where no labelled images were there; both sets lie in one `projection`. `density` and `coverage`
+    (arXiv 2002.09797, k = 5) say how the synthetic features cover the real ones. `notes` are whole sentences that
+    say what could not be computed, and why.
+    """
+
+    width: int
+    synthetic: FeatureSet
+    real: FeatureSet | None = None
+    density: float | None = None
+    coverage: float | None = None
+    projection: Projection | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
 class Report(_Record):
     """The whole of `report.json`. Extra keys of a newer writer are ignored on reading."""
 
@@ -155,6 +205,7 @@ class Report(_Record):
     evaluation: EvaluationInfo
     variants: list[Variant]
     skipped: list[Skipped] = Field(default_factory=list)
+    features: FeatureInfo | None = None
     config: dict[str, Any] = Field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -10,7 +10,7 @@ from clusterq_deploy.report.findings import (
     grid_bits,
     latency_rows,
 )
-from clusterq_deploy.report.schema import Environment, Report
+from clusterq_deploy.report.schema import Environment, FeatureSet, Report
 
 ABSENT = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -152,15 +152,66 @@ def environment_facts(environment: Environment) -> list[tuple[str, str]]:
 def calibration_facts(report: Report) -> list[tuple[str, str]]:
     """Label and value of everything that is known of the calibration set."""
     calibration = report.calibration
-    diversity = calibration.within_class_diversity
+    diversity, silhouette = calibration.within_class_diversity, calibration.silhouette
     facts = [
         ("Synthetic images", f"{calibration.images:,}"),
         ("Recipe", calibration.recipe),
         ("Time", duration(calibration.seconds)),
         ("Teacher gives the intended label", f"{calibration.teacher_top1:.2f} %"),
         ("Diversity within a class", None if diversity is None else f"{diversity:.3f}"),
+        ("Separability of the classes (silhouette)", None if silhouette is None else number(silhouette, 3)),
     ]
     return [(label, value) for label, value in facts if value]
+
+
+def feature_sentence(report: Report) -> str | None:
+    """What the teacher's penultimate features of synthetic and real images are like, in numbers."""
+    found = report.features
+    if found is None:
+        return None
+    text = f"In front of the classifier ({found.width:,} features), {_separation(found.synthetic, 'synthetic images')}"
+    if found.real is not None:
+        text += f", {_separation(found.real, f'real ones ({found.real.dataset})')}"
+    if found.coverage is not None:
+        text += f"; the synthetic ones cover {percent(found.coverage)} of the real ones"
+        text += f" (density {number(found.density)})"
+    return text + "."
+
+
+def feature_notes(report: Report) -> list[str]:
+    """How to read the numbers and the picture of the features, and what is missing in them."""
+    found = report.features
+    if found is None:
+        return []
+    notes = []
+    if found.projection is not None:
+        both = " Both panels are one projection, with the same axes." if found.real is not None else ""
+        notes.append(
+            "A dot is an image; its colour, and the number, is the class: the one that a synthetic image was made "
+            f"for, the true one of a real image.{both} Images that lie close together look alike to the model; how "
+            f"far apart two groups are, and in which direction, means nothing ({found.projection.method})."
+        )
+    if found.synthetic.silhouette is not None:
+        notes.append(
+            "Silhouette: 1 where the classes lie far apart, 0 where they touch. Diversity is the share of the "
+            "variance within classes: 0 where all images of a class are the same. Synthetic images should come near "
+            "the real ones in both."
+        )
+    if found.coverage is not None:
+        notes.append(
+            "Coverage is the share of real images that have a synthetic one among their neighbours; density is how "
+            "many neighbourhoods of real images a synthetic one lies in, about 1 where both sets are alike "
+            "(arXiv 2002.09797, k = 5)."
+        )
+    return notes + found.notes
+
+
+def _separation(found: FeatureSet, name: str) -> str:
+    images = f"{found.images:,} {name} of {found.classes:,} classes"
+    if found.silhouette is None:
+        return f"{images} give no silhouette"
+    diversity = number(found.within_class_diversity, 3)
+    return f"{images} have a silhouette of {number(found.silhouette, 3)} and a within-class diversity of {diversity}"
 
 
 def _accuracy_notes(report: Report) -> list[str]:

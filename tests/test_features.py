@@ -1,0 +1,304 @@
+"""The teacher's penultimate features: taken where the classifier reads them, measured, projected."""
+
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import images, make_net
+from sklearn.metrics import silhouette_samples
+from torch import Tensor, nn
+
+from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.errors import FeatureError
+from clusterq_deploy.features import (
+    capture,
+    compare_features,
+    density_and_coverage,
+    evenly,
+    most_frequent,
+    penultimate,
+    project,
+    separation,
+)
+from clusterq_deploy.models.digits import digits
+from clusterq_deploy.report.schema import FeatureInfo
+from clusterq_deploy.runners import Array
+
+T = TypeVar("T")
+PARTS = (np.arange(60) % 4).astype(np.int64)
+
+
+def clusters(spread: float, distance: float, labels: np.ndarray = PARTS, width: int = 12, seed: int = 0) -> Array:
+    """Gaussian clouds of deviation `spread`, a class each, around centres of deviation `distance`."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(10, width)) * distance
+    return (centres[labels] + rng.normal(size=(len(labels), width)) * spread).astype(np.float32)
+
+
+def given(value: T | None) -> T:
+    assert value is not None
+    return value
+
+
+# Where features are taken
+
+
+@torch.no_grad()
+def test_features_are_those_of_a_forward_pass_by_hand() -> None:
+    net, x = digits(), torch.randn(7, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    y = net.layer3(net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x))))))
+    found = penultimate(net, 10)(x)
+    assert torch.equal(found, y.mean((2, 3)))
+    torch.testing.assert_close(net.fc(found), net(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+def test_the_classifier_turns_the_features_into_logits(name: str) -> None:
+    net, x = make_net(name), images(5)
+    (classifier,) = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
+    torch.testing.assert_close(classifier(penultimate(net, 10)(x)), net(x))
+
+
+class Convolutional(nn.Module):
+    """Its classifier is a 1x1 convolution, registered first, and averaged afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 10, 1)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        return F.relu(self.first(x)).mean((2, 3))
+
+
+class Cosine(Convolutional):
+    """Its classifier is no layer: the last layer is a convolution that is as wide as the logits by chance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ torch.eye(10)
+
+
+@torch.no_grad()
+def test_a_convolution_may_be_the_classifier() -> None:
+    net, x = Convolutional().eval(), images(5)
+    by_hand = F.relu(net.norm(net.stem(x))).mean((2, 3))
+    torch.testing.assert_close(penultimate(net, 10)(x), by_hand)
+
+
+@torch.no_grad()
+def test_a_linear_may_classify_every_position() -> None:
+    class Positions(Convolutional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(F.relu(self.norm(self.stem(x))).permute(0, 2, 3, 1)).mean((1, 2))
+
+    net, x = Positions().eval(), images(5)
+    torch.testing.assert_close(net.linear(penultimate(net, 10)(x)), net(x))
+
+
+def test_a_classifier_that_is_no_layer_is_refused() -> None:
+    with pytest.raises(FeatureError, match=r"last layer of Cosine is .*matmul.*Linear or Conv2d of 10 outputs"):
+        penultimate(Cosine().eval(), 10)
+    with pytest.raises(FeatureError, match="of 11 outputs"):
+        penultimate(make_net("residual"), 11)
+
+
+def test_capture_keeps_the_order_and_leaves_the_teacher_alone() -> None:
+    net = make_net("residual")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = images(120)
+    found = capture(penultimate(net, 10), EvaluationSet.from_images("x", x.numpy()))
+    assert (found.shape, found.dtype) == ((120, 32), np.float32)
+    np.testing.assert_allclose(found, penultimate(net, 10)(x).numpy(), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    x = images(4)
+    x[2] = torch.inf
+    with pytest.raises(FeatureError, match="features of broken hold values that are not finite"):
+        capture(penultimate(make_net("residual"), 10), EvaluationSet.from_images("broken", x.numpy()))
+
+
+# Which images count
+
+
+def test_the_classes_with_the_most_images_are_taken_ties_evenly() -> None:
+    labels = np.array([5, 5, 5, 0, 1, 2, 3, 3, 4, 6], np.int64)
+    assert most_frequent(labels, 2).tolist() == [3, 5]
+    assert most_frequent(labels, 4).tolist() == [0, 2, 3, 5]  # 0 and 2 of the tied 0, 1, 2, 4, 6
+    assert most_frequent(labels, 7).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_images_are_chosen_evenly_over_the_classes() -> None:
+    labels = np.arange(4000, dtype=np.int64) % 10  # every second of these would be the even classes
+    chosen = evenly(labels, np.arange(10), 2000)
+    assert np.bincount(labels[chosen]).tolist() == [200] * 10
+    assert (np.diff(chosen) > 0).all()
+    assert labels[evenly(labels, np.array([3, 7]), 5)].tolist().count(3) in (2, 3)
+    assert evenly(labels, np.array([12]), 5).tolist() == []
+
+
+# What is measured
+
+
+def test_silhouette_is_near_one_for_separate_classes_and_near_zero_for_mixed_ones() -> None:
+    apart, mixed = separation(clusters(0.05, 3), PARTS), separation(clusters(1, 0), PARTS)
+    assert apart.silhouette is not None
+    assert mixed.silhouette is not None
+    assert apart.silhouette > 0.95
+    assert abs(mixed.silhouette) < 0.1
+    halfway = clusters(1, 1)
+    assert separation(halfway, PARTS).silhouette == pytest.approx(silhouette_samples(halfway, PARTS).mean())
+
+
+def test_diversity_is_near_zero_for_collapsed_classes_and_near_one_for_mixed_ones() -> None:
+    collapsed, mixed = separation(clusters(1e-3, 3), PARTS), separation(clusters(1, 0), PARTS)
+    assert collapsed.within_class_diversity == pytest.approx(0, abs=1e-5)
+    assert mixed.within_class_diversity == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "features", "reason"),
+    [
+        ([2, 2, 2, 2], clusters(1, 1, np.zeros(4, np.int64)), "fewer than two classes"),
+        ([0, 1, 2, 3], clusters(1, 1, np.arange(4)), "fewer than two classes"),
+        ([0, 0, 1, 2], clusters(1, 1, np.arange(4)), "fewer than two classes"),
+        ([1], clusters(1, 1, np.zeros(1, np.int64)), "fewer than two classes"),
+        ([0, 0, 1, 1], np.ones((4, 3), np.float32), "all images are the same"),
+        ([0, 0, 1, 1], np.zeros((4, 3), np.float32), "all images are the same"),
+    ],
+)
+def test_what_is_not_defined_is_none_with_a_reason(labels: list[int], features: Array, reason: str) -> None:
+    found = separation(features, np.array(labels, np.int64))
+    assert (found.silhouette, found.within_class_diversity) == (None, None)
+    assert reason in str(found.reason)
+
+
+def test_a_class_of_one_image_does_not_count() -> None:
+    features, odd = clusters(0.3, 1), np.append(PARTS, 7)
+    whole = np.concatenate([features, np.full((1, 12), 50, np.float32)])
+    assert separation(whole, odd) == separation(features, PARTS)
+
+
+def test_coverage_tells_likeness_from_collapse_and_from_strangeness() -> None:
+    labels = (np.arange(300) % 6).astype(np.int64)
+    real, like, strange = (clusters(1, 4, labels, seed=seed) for seed in range(3))
+    density, coverage = given(density_and_coverage(real, like))
+    assert density == pytest.approx(1, abs=0.2)
+    assert coverage > 0.9
+    half = clusters(1, 4, labels % 3, seed=4)  # three of the six classes are missing
+    assert given(density_and_coverage(real, half))[1] == pytest.approx(0.5, abs=0.06)
+    assert density_and_coverage(real, strange + 100) == (0, 0)
+    assert density_and_coverage(real[:5], like) is None
+
+
+# The projection
+
+
+def test_the_projection_keeps_classes_apart_and_is_the_same_again() -> None:
+    features = clusters(0.3, 3)
+    places, parameters = given(project(features, 2**32 + 5))
+    assert parameters == {"perplexity": 59 / 3, "init": "pca", "random_state": 5}
+    assert places.shape == (60, 2)
+    assert (separation(places, PARTS).silhouette or 0) > 0.7
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        again, _ = given(project(features, 5))
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(places, again)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_tiny_set_is_not_projected(count: int) -> None:
+    assert project(clusters(1, 1)[:count], 0) is None
+
+
+@pytest.mark.parametrize("count", [4, 5, 9])
+def test_a_small_set_is_projected(count: int) -> None:
+    places, parameters = given(project(clusters(1, 1)[:count], 0))
+    assert np.isfinite(places).all()
+    assert float(parameters["perplexity"]) < count
+
+
+def test_features_without_spread_are_not_projected() -> None:
+    assert project(np.ones((20, 6), np.float32), 0) is None
+    assert project(clusters(1, 1)[:, :1], 0) is None
+    collapsed = clusters(0, 3)  # every class is one point
+    assert np.isfinite(given(project(collapsed, 0))[0]).all()
+
+
+# All of it
+
+
+def labelled(name: str, x: Tensor, labels: object) -> EvaluationSet:
+    return EvaluationSet.from_images(name, x.numpy(), labels)  # type: ignore[arg-type]
+
+
+def compared(synthetic: EvaluationSet, real: EvaluationSet | None) -> FeatureInfo:
+    return compare_features(make_net("residual"), synthetic, real, classes=10, seed=0)
+
+
+def test_two_sets_share_one_projection() -> None:
+    made = labelled("made", images(40), np.arange(40) % 10)
+    true = labelled("true", images(30, seed=2), np.arange(30) % 5)
+    found = compared(made, true)
+    assert found.real is not None
+    assert found.projection is not None
+    assert (found.width, found.notes) == (32, [])
+    assert (found.synthetic.images, found.synthetic.classes) == (40, 10)
+    assert (found.real.dataset, found.real.images, found.real.classes) == ("true", 30, 5)
+    assert found.synthetic.points.labels == [n % 10 for n in range(40)]
+    assert len(found.real.points.x) == len(found.real.points.y) == 30
+    assert found.projection.parameters["perplexity"] == pytest.approx(69 / 3)
+    net = make_net("residual")
+    features = penultimate(net, 10)(images(40)).numpy()
+    assert found.synthetic.silhouette == pytest.approx(
+        silhouette_samples(features, np.arange(40) % 10).mean(), rel=1e-3
+    )
+    assert found == compared(made, true)
+
+
+def test_real_images_change_nothing_in_the_numbers_of_synthetic_ones() -> None:
+    made = labelled("made", images(40), np.arange(40) % 10)
+    alone, beside = compared(made, None), compared(made, labelled("true", images(30, seed=2), np.arange(30) % 5))
+    assert alone.real is None
+    assert "No labelled images were given" in alone.notes[0]
+    assert alone.synthetic.silhouette == beside.synthetic.silhouette
+    assert alone.synthetic.within_class_diversity == beside.synthetic.within_class_diversity
+    assert (alone.density, alone.coverage) == (None, None)
+
+
+def test_one_synthetic_class_gives_no_silhouette_and_real_ones_of_other_classes_nothing() -> None:
+    made = labelled("made", images(6), [4] * 6)
+    found = compared(made, labelled("true", images(6, seed=2), [1] * 6))
+    assert (found.synthetic.silhouette, found.synthetic.within_class_diversity, found.real) == (None, None, None)
+    assert any("No image of true is of a class that is compared" in note for note in found.notes)
+    assert any("No silhouette and no diversity of synthetic images" in note for note in found.notes)
+    assert len(found.synthetic.points.labels) == 6
+
+
+def test_two_images_give_numbers_of_none_and_no_picture() -> None:
+    found = compared(labelled("made", images(2), [0, 1]), labelled("true", images(1, seed=2), [0]))
+    assert found.projection is None
+    assert found.real is not None
+    assert (found.real.silhouette, found.coverage) == (None, None)
+    assert found.synthetic.points.x == []
+    assert len(found.notes) == 4
+
+
+def test_of_many_classes_ten_are_shown() -> None:
+    made = labelled("made", images(48), np.arange(48) % 24)
+    found = compared(made, None)
+    assert (found.synthetic.images, found.synthetic.classes) == (48, 24)
+    assert len(set(found.synthetic.points.labels)) == 10
+    assert max(found.synthetic.points.labels) > 20

@@ -268,7 +268,7 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
             return float((student(fresh) - net(fresh)).square().mean())
 
     before = distance()
-    config = FinetuneConfig(steps=60, batch_size=32, shift=0, checkpoints=3)
+    config = FinetuneConfig(steps=60, batch_size=32, checkpoints=3)
     tuning = finetune(student, net, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert distance() < 0.8 * before
     assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large

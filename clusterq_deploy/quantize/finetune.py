@@ -14,7 +14,7 @@ from calib.calibration_set import CalibrationSet
 from calib.config import StageConfig
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
-from calib.refine import shifted
+from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
@@ -33,7 +33,7 @@ class FinetuneConfig(StageConfig):
         scale_learning_rate: of the logarithms of the scales.
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
-        shift: images are shifted by up to this many pixels, and mirrored where that keeps their class.
+        augment: the views of the images that are tuned on.
         held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints.
         checkpoints: how often the held-out images are asked.
     """
@@ -45,7 +45,7 @@ class FinetuneConfig(StageConfig):
     ce_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(4.0, gt=0)
-    shift: int = Field(2, ge=0)
+    augment: AugmentConfig = AugmentConfig()
     held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)
 
@@ -121,6 +121,7 @@ def finetune(
         return Tuning(losses, 0)
     device = next(student.parameters()).device
     tune, held_out = calibration.split(config.held_out)
+    view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     scales = [q.log_scale for q in student.modules() if isinstance(q, Quantizer)]
     ids = {id(s) for s in scales}
     groups = [
@@ -140,9 +141,7 @@ def finetune(
         for step in range(1, config.steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
             images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
-            moves = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng, device=rng.device).tolist()
-            mirror = flip and bool(torch.randint(2, (), generator=rng, device=rng.device))
-            images = shifted(images, int(moves[0]), int(moves[1]), mirror)
+            images = view(images)
             with precision:
                 with torch.no_grad():
                     target = teacher(images).float()

@@ -14,6 +14,9 @@ MARKER_DOMAIN = "clusterq"
 """Operator and domain that stand for a quantizer in an exported graph until it is spelled for a target."""
 
 
+_TINY = 1e-30  # the bounds of the grid belong to it
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Round to the grid; the gradient passes where the value is on it, and the step's is that of LSQ.
 
@@ -22,21 +25,29 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        steps = x / scale  # divide and round half to even, as QuantizeLinear does
-        ctx.save_for_backward(steps, scale)
+        # divide and round half to even, as QuantizeLinear does
+        rounded = (x / scale).round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, rounded, scale)
         ctx.range = (low, high)
-        return steps.round().clamp_(low, high).mul_(scale)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
-        steps, scale = ctx.saved_tensors
+        x, rounded, scale = ctx.saved_tensors
         low, high = ctx.range
-        inside = (steps >= low) & (steps <= high)
-        grad_x = grad * inside
-        slope = steps.round().clamp_(low, high).sub_(steps * inside).mul_(grad)
-        grad_scale = slope.sum() if scale.dim() == 0 else slope.flatten(1).sum(1).view_as(scale)
-        return grad_x, grad_scale, None, None
+        # large maps are bound by memory: as few passes as can be, and no tensor kept that is not kept anyway
+        if scale.dim() == 0 and x.device.type == "cpu":
+            step = float(scale)
+            grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step - _TINY, high * step + _TINY)
+        else:
+            grad_x = grad * ((x >= low * scale) & (x <= high * scale))
+        # inside the grid the step's slope is round(v) - v, outside it is the bound: grad * rounded - grad_x * x
+        if scale.dim() == 0:
+            slope = torch.dot(grad.flatten(), rounded.flatten()) - torch.dot(grad_x.flatten(), x.flatten())
+        else:
+            slope = (grad * rounded - grad_x * x).flatten(1).sum(1).view_as(scale)
+        return grad_x, slope / scale, None, None
 
 
 class Quantizer(nn.Module):

@@ -80,6 +80,25 @@ def test_quantizer_gradients_are_those_of_lsq() -> None:
     assert float(quantizer.log_scale.grad) == pytest.approx((0 - 0.3) + (3 - 2.6) + 0 + 15, rel=1e-5)
 
 
+@pytest.mark.parametrize("channels", [None, 6])
+def test_quantizer_gradients_are_those_of_the_straight_through_formula(channels: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    quantizer = Quantizer("x", Grid(4, signed=True), channels)
+    quantizer.set_scale(torch.full(() if channels is None else (channels,), 0.2))
+    x = torch.randn(6, 5, 3, 3, generator=generator).requires_grad_()
+    weights = torch.randn(6, 5, 3, 3, generator=generator)
+    scale = quantizer.scale.detach().requires_grad_()
+    steps = x / (scale if channels is None else scale.view(-1, 1, 1, 1))
+    inside = steps.clamp(-8, 7)
+    rounded = (inside + (inside.round() - inside).detach()) * (scale if channels is None else scale.view(-1, 1, 1, 1))
+    expected = torch.autograd.grad((weights * rounded).sum(), (x, scale))
+    result = quantizer(x)
+    torch.testing.assert_close(result, rounded.detach())
+    found = torch.autograd.grad((weights * result).sum(), (x, quantizer.log_scale))
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1] / 0.2, expected[1], rtol=1e-4, atol=1e-4)
+
+
 def test_per_channel_scales_are_per_channel() -> None:
     quantizer = Quantizer("w", Grid(8, signed=True), channels=2)
     quantizer.set_scale(torch.tensor([1.0, 0.25]))

@@ -38,6 +38,21 @@ def test_moments_of_a_batch_and_of_vectors() -> None:
     torch.testing.assert_close(std, x[:, :, 0, 0].std(0, correction=0))
 
 
+def test_moments_have_the_gradient_of_their_formulas() -> None:
+    x = torch.randn(6, 3, 4, 5).add(2).requires_grad_()
+    weights = torch.randn(2, 6, 3)
+    mean, var = x.mean((2, 3)), x.var((2, 3), correction=0)
+    (expected,) = torch.autograd.grad((weights[0] * mean + weights[1] * var).sum(), x)
+    own = Moments.of(x)
+    (found,) = torch.autograd.grad((weights[0] * own.mean + weights[1] * own.var).sum(), x)
+    torch.testing.assert_close(own.var, var, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected)
+    half = x.detach().bfloat16().requires_grad_()
+    Moments.of(half).var.sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
 def test_tap_sees_every_batchnorm_input_and_leaves_no_hook() -> None:
     net = make_net("residual")
     layers = batchnorm_layers(net)

@@ -1,17 +1,22 @@
 """Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
 
+from clusterq_deploy.quantize.bias import correct_bias
 from clusterq_deploy.quantize.calibrate import calibrate
+from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.grid import BitWidths, Grid
 from clusterq_deploy.quantize.student import Student, load_student, make_student
 
 __all__ = [
     "BitWidths",
+    "Equalized",
     "FinetuneConfig",
     "Grid",
     "Student",
     "Tuning",
     "calibrate",
+    "correct_bias",
+    "equalize",
     "finetune",
     "load_student",
     "make_student",

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -60,6 +61,27 @@ _BOUNDS: dict[Any, Range] = {
     nn.Softmax: (0, 1), F.softmax: (0, 1),
 }  # fmt: skip
 _RECTIFIERS = {nn.ReLU, F.relu, torch.relu, "relu", nn.ReLU6, F.relu6}
+_ELEMENTWISE = {
+    nn.ReLU, F.relu, torch.relu, "relu", nn.LeakyReLU, F.leaky_relu, nn.PReLU,
+    nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous",
+}  # fmt: skip
+_SPATIAL = {
+    nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d,
+    nn.AvgPool2d, F.avg_pool2d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d,
+}  # fmt: skip
+
+
+class Homogeneity(Enum):
+    """How a function f passes a positive scale on: f(s x) = s f(x), with a scale s for each channel.
+
+    ELEMENTWISE functions do for any tensor, SPATIAL ones for (N, C, H, W), each channel by itself; FLATTENING ones
+    turn each channel of that into a run of features; CLIPPED ones do as far as no value reaches the clip.
+    """
+
+    ELEMENTWISE = auto()
+    SPATIAL = auto()
+    FLATTENING = auto()
+    CLIPPED = auto()
 
 
 def _identity(traced: fx.GraphModule, node: fx.Node) -> Any:
@@ -102,6 +124,36 @@ def is_addition(node: fx.Node) -> bool:
 def is_rectifier(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a ReLU or ReLU6, which a runtime fuses into the convolution in front of it."""
     return _identity(traced, node) in _RECTIFIERS
+
+
+def homogeneity(traced: fx.GraphModule, node: fx.Node) -> Homogeneity | None:
+    """How a node with one tensor input passes scales of channels on; None where it does not, or is not known to."""
+    kind = _identity(traced, node)
+    if kind in _ELEMENTWISE:
+        return Homogeneity.ELEMENTWISE
+    if kind in _SPATIAL or (kind in {F.pad, nn.ZeroPad2d, nn.ConstantPad2d} and _pads_space(traced, node)):
+        return Homogeneity.SPATIAL
+    if kind in {nn.ReLU6, F.relu6}:
+        return Homogeneity.CLIPPED
+    return Homogeneity.FLATTENING if _flattens(traced, node) else None
+
+
+def _pads_space(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a padding puts zeros around height and width, and none around the channels."""
+    widths = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", ())
+    two = node.op == "call_module" or (isinstance(widths, list | tuple) and len(widths) <= 4)
+    return two and moves_values(traced, node)
+
+
+def _flattens(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node makes (N, C * H * W) of (N, C, H, W)."""
+    module = module_of(traced, node)
+    if isinstance(module, nn.Flatten):
+        return bool(module.start_dim == 1 and module.end_dim == -1)
+    if node.target not in {torch.flatten, "flatten"}:
+        return False
+    dims = {**dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)), **node.kwargs}
+    return bool(dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1)
 
 
 def value_ranges(traced: fx.GraphModule) -> dict[fx.Node, Range]:

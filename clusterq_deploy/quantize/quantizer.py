@@ -14,6 +14,9 @@ MARKER_DOMAIN = "clusterq"
 """Operator and domain that stand for a quantizer in an exported graph until it is spelled for a target."""
 
 
+_TINY = 1e-30  # the bounds of the grid belong to it
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Round to the grid; the gradient passes where the value is on it, and the step's is that of LSQ.
 
@@ -22,29 +25,33 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        steps = x / scale  # divide and round half to even, as QuantizeLinear does
-        ctx.save_for_backward(steps, scale)
+        # divide and round half to even, as QuantizeLinear does
+        rounded = (x / scale).round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, rounded, scale)
         ctx.range = (low, high)
-        return steps.clamp(low, high).round_().mul_(scale)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
-        steps, scale = ctx.saved_tensors
-        held = steps.clamp(*ctx.range)
-        grad_x = grad * (held == steps)
-        rounded = held.round_()
-        # d/dscale is round(x/s) - x/s on the grid and the bound beyond it, each times the incoming gradient
-        if scale.dim() == 0:
-            grad_scale = _dot(rounded, grad) - _dot(steps, grad_x)
+        x, rounded, scale = ctx.saved_tensors
+        low, high = ctx.range
+        # large maps are bound by memory: as few passes as can be, and no tensor kept that is not kept anyway
+        if scale.dim() == 0 and x.device.type == "cpu":
+            step = float(scale)
+            grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step - _TINY, high * step + _TINY)
         else:
-            slope = rounded.mul_(grad).sub_(steps.mul(grad_x))
-            grad_scale = slope.flatten(1).sum(1).view_as(scale)
-        return grad_x, grad_scale, None, None
+            grad_x = grad * ((x >= low * scale) & (x <= high * scale))
+        # inside the grid the step's slope is round(v) - v, outside it is the bound: grad * rounded - grad_x * x
+        if scale.dim() == 0:
+            slope = _dot(grad, rounded) - _dot(grad_x, x)
+        else:
+            slope = (grad * rounded - grad_x * x).flatten(1).float().sum(1).view_as(scale)
+        return grad_x, slope / scale, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product, () float32: one pass over two tensors of any shape and float type."""
+    """The inner product, () float32, of two tensors of any shape and float type."""
     return torch.dot(a.flatten().float(), b.flatten().float())
 
 

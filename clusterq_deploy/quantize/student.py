@@ -78,12 +78,18 @@ class Student(nn.Module):
 
         Integer kernels add the bias there; done here, the torch model and every graph add the same numbers.
         """
+        layers = self.layers()
+        for name, step in self.accumulator_steps().items():
+            if (bias := layers[name].bias) is not None:
+                bias.copy_((bias / step).round() * step)
+
+    def accumulator_steps(self) -> dict[str, Tensor]:
+        """The step of each layer's accumulator, (O,) float32, by the teacher's name for the layer."""
         quantizers, layers = self.quantizers(), self.layers()
-        for site in self.placement.weights:
-            layer = layers[site.layer]
-            if layer.bias is not None:
-                step = quantizers[site.input_site].scale * layer.weight_quantizer.scale
-                layer.bias.copy_((layer.bias / step).round() * step)
+        return {
+            site.layer: quantizers[site.input_site].scale * layers[site.layer].weight_quantizer.scale
+            for site in self.placement.weights
+        }
 
     def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
         """The student as a safetensors file: folded float weights and scales; settings in the metadata."""

@@ -1,0 +1,169 @@
+"""Cross-layer equalisation and bias correction: what they must not change, and what they must mend."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import images, make_net
+from torch import Tensor, nn
+
+from clusterq_deploy.quantize import BitWidths, Student, calibrate, correct_bias, equalize, make_student
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def uneven(net: nn.Module, seed: int = 0) -> nn.Module:
+    """The net with channels of very different ranges, as those of depthwise nets are."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                factor = torch.rand(len(module.weight), generator=generator).mul(6).sub(4).exp2()
+                module.weight.mul_(factor.view(-1, *[1] * (module.weight.dim() - 1)))
+                if module.bias is not None:
+                    module.bias.copy_(0.5 * factor * torch.randn(len(factor), generator=generator))
+    return net.eval().requires_grad_(False)
+
+
+def equalized(net: nn.Module, bits: str = "w4a4") -> tuple[Student, set[tuple[str, str]]]:
+    student = make_student(net, BitWidths.parse(bits))
+    found = equalize(student, images(), batch_size=16, rng=rng())
+    return student, {(pair.producer, pair.consumer) for pair in found}
+
+
+def chain(*between: nn.Module, last: nn.Module | None = None) -> nn.Module:
+    return uneven(nn.Sequential(nn.Conv2d(3, 8, 3), *between, last or nn.Conv2d(8, 6, 3), nn.Flatten()))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        chain,
+        lambda: chain(nn.ReLU(), nn.Dropout()),
+        lambda: chain(nn.LeakyReLU(0.2), nn.ZeroPad2d(1)),
+        lambda: chain(nn.PReLU(8), nn.MaxPool2d(2)),
+        lambda: chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8)),
+        lambda: chain(nn.ReLU(), last=nn.Conv2d(8, 12, 3, groups=4, stride=2, padding=1)),
+        lambda: chain(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), last=nn.Linear(32, 5)),
+        lambda: uneven(nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 4))),
+    ],
+)
+def test_a_chain_is_equalized_and_computes_what_it_did(net: Callable[[], nn.Module]) -> None:
+    teacher = net()
+    student, pairs = equalized(teacher)
+    assert len(pairs) == 1
+    fresh = images(64, seed=7)
+    with torch.no_grad(), student.in_float():
+        torch.testing.assert_close(student(fresh), teacher(fresh), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_come_nearer_to_one_range_and_a_depthwise_reader_gains() -> None:
+    student = make_student(chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8)), BitWidths(4, 4))
+    (pair,) = equalize(student, images(), batch_size=16, rng=rng())
+    assert pair.exponent == 1.0  # nothing speaks against it: every row of the reader has one column
+    assert pair.spread_after == pytest.approx(1.0)
+    assert pair.spread_before > 2
+    assert pair.error_after < 0.5 * pair.error_before
+
+
+def test_what_a_relu6_clips_stays_as_it_is() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+    with torch.no_grad():
+        net[0].weight.mul_(torch.tensor([20.0, 0.1, 1, 0.2, 20, 0.3, 0.5, 1]).view(-1, 1, 1, 1))
+    teacher = net.eval().requires_grad_(False)
+    student, pairs = equalized(teacher)
+    assert len(pairs) == 1
+    before, after = teacher[0].weight, student.net.get_submodule("0").weight
+    assert torch.equal(before[[0, 4]], after[[0, 4]])  # the clip binds there
+    assert float(after[1].detach().norm() / before[1].norm()) > 4
+    with torch.no_grad(), student.in_float():
+        torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-4)
+
+
+class Unfit(nn.Module):
+    """Tensors that are no pair's: read twice, moved between channels, padded around channels, not homogeneous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Conv2d(i, 4, 1) for i in (3, 4, 4, 4, 6))
+        self.f, self.g = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = F.hardswish(self.b(x)) + x
+        x = torch.sigmoid(self.c(x))
+        x = F.pad(F.relu(self.d(x)), (0, 0, 0, 0, 1, 1))
+        x = self.e(x)
+        x = self.f(F.adaptive_avg_pool2d(x, 8)).flatten(1)  # a linear layer on the last dimension
+        return self.g(F.adaptive_avg_pool2d(x[:, None], (1, 4)).flatten(1))
+
+
+def test_other_tensors_are_left_alone() -> None:
+    teacher = uneven(Unfit())
+    student, pairs = equalized(teacher)
+    assert pairs == set()
+    with torch.no_grad(), student.in_float():
+        torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_residual_and_mobile_nets_keep_their_function() -> None:
+    expected = {
+        "residual": {("a1.0", "a2.0"), ("b1.0", "b2.0"), ("c1.0", "c2.0")},
+        "mobile": {("expand.0.0", "depth.0.0"), ("squeeze", "excite")},
+        "branches": set(),
+    }
+    for name, known in expected.items():
+        net = make_net(name)
+        student, pairs = equalized(net)
+        assert pairs == known
+        with torch.no_grad(), student.in_float():
+            torch.testing.assert_close(student(images()), net(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dead_channel_and_a_silent_net_stay_finite() -> None:
+    net = chain(nn.ReLU())
+    with torch.no_grad():
+        net[0].weight[2] = 0
+        net[0].bias[2] = -1
+    student, _ = equalized(net)
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1)
+    student, _ = equalized(net)
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+def test_bias_correction_takes_the_mean_shift_away(name: str) -> None:
+    net, data = make_net(name), images(64)
+    student = make_student(net, BitWidths(3, 8))
+    calibrate(student, data, batch_size=32, rng=rng())
+    with torch.no_grad():
+        exact, before = net(data), student(data)
+        shifts = correct_bias(student, data)
+        after = student(data)
+    assert set(shifts) == set(student.layers())
+    assert max(shifts.values()) > 0.01
+    worst = float((before - exact).mean(0).abs().max())
+    assert float((after - exact).mean(0).abs().max()) < 0.05 * worst + 1e-3
+    with torch.no_grad(), student.in_float():
+        assert not torch.equal(student(data), exact)  # the correction stands in the biases
+
+
+def test_bias_correction_of_one_layer_is_what_its_formula_says() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5, bias=False)).eval()
+    student, data = make_student(net.requires_grad_(False), BitWidths(2, 8)), images(16)
+    calibrate(student, data, batch_size=16, rng=rng())
+    layer = student.layers()["0"]
+    with torch.no_grad():
+        rounded = student.quantizers()["input_1" if "input_1" in student.quantizers() else "input"](data)
+        shift = (layer(rounded) - F.conv2d(data, layer.weight, layer.bias)).mean((0, 2, 3))
+        step = student.accumulator_steps()["0"]
+        expected = layer.bias - (shift / step).round() * step
+        found = correct_bias(student, data)
+    assert set(found) == {"0"}  # a layer without a bias stays as it is
+    torch.testing.assert_close(layer.bias, expected, rtol=1e-3, atol=1e-4)

@@ -7,6 +7,7 @@ Every squared norm is a mean over channels: a weight then means the same for a l
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calib.statistics import Centroids, Moments, Tap, running_statistics
@@ -75,6 +76,29 @@ def icv_loss(
         total = total + (own_mean - mean - lambda_mean * spreads[layer] * noise_mean).square().mean()
         target_std = (std + lambda_std * spreads[layer] * noise_std).clamp_min(0)
         total = total + (own_std - target_std).square().mean()
+    return total
+
+
+def spread_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
+    """How far images are too much alike: a hinge on the variance between them, at every BatchNorm layer.
+
+    BatchNorm statistics bind a batch, not its images: (9) is met as well by images that all have the batch's mean
+    and deviation, while each photograph has its own. This is the purpose of (6) in arXiv 2205.00179 at every depth.
+
+    Args:
+        tap: the teacher's last forward pass.
+        least_mean, least_std: the variance between images of a channel's mean and of its deviation over space that
+            costs nothing, relative to the variance in the BatchNorm buffers.
+
+    Returns:
+        The mean shortfall in shares of what is asked for, summed over both statistics and all layers, ().
+    """
+    total = torch.zeros((), device=tap.moments[0].mean.device)
+    for layer, own in zip(tap.layers, tap.moments, strict=True):
+        variance = running_statistics(layer)[1].square()
+        total = total + F.relu(1 - own.mean.var(0, correction=0) / (least_mean * variance)).mean()
+        # constant, without a gradient, where a layer has no spatial extent
+        total = total + F.relu(1 - own.sample_std().var(0, correction=0) / (least_std * variance)).mean()
     return total
 
 

@@ -1,16 +1,20 @@
 """Refinement of the generator's images, pixel by pixel, against the teacher's BatchNorm statistics."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from calib.config import StageConfig
-from calib.losses import bns_loss, total_variation
+from calib.losses import bns_loss, spread_loss, total_variation
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from calib.statistics import count_executed, tap_batchnorm
 from calib.training import ClassSampler, History
+
+_SHARED_NOISE = 0.8  # of the noise's variance
 
 
 class RefineConfig(StageConfig):
@@ -19,11 +23,15 @@ class RefineConfig(StageConfig):
     Attributes:
         steps: optimizer steps a batch, Adam with cosine decay from `learning_rate`.
         batch_size: images that share one set of batch statistics.
-        noise: share of white noise blended into the generator's images at the start.
+        noise: share of noise blended into the generator's images at the start. Its power falls with frequency as
+            that of photographs does, so that images start with layouts of their own.
         bns_weight: weight of L_BNS (9); its layers weigh `shallow_weight` to `deep_weight`, linearly by depth:
             early statistics only loosely bind an image, late ones do.
         ce_weight: weight of L_CE (8), for images whose class the teacher gives less than `confident`.
         variation_weight: weight of the total variation.
+        spread_weight: weight of the spread between images, `calib.losses.spread_loss`.
+        spread_mean, spread_std: the least variance between images of a channel's mean and of its deviation, relative
+            to the variance in the BatchNorm buffers.
         shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted alone.
     """
 
@@ -37,6 +45,9 @@ class RefineConfig(StageConfig):
     ce_weight: float = Field(0.3, ge=0)
     confident: float = Field(0.9, gt=0, le=1)
     variation_weight: float = Field(0.05, ge=0)
+    spread_weight: float = Field(0.1, ge=0)
+    spread_mean: float = Field(0.08, gt=0)
+    spread_std: float = Field(0.027, gt=0)
     shift: int = Field(2, ge=0)
 
 
@@ -48,6 +59,22 @@ def shifted(images: Tensor, down: int, right: int, flip: bool) -> Tensor:
         height, width = images.shape[-2:]
         images = padded[..., reach - down : reach - down + height, reach - right : reach - right + width]
     return images.flip(-1) if flip else images
+
+
+def natural_noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """Gaussian noise (N, C, H, W) float32 of unit variance whose amplitude falls as 1/f, as that of photographs.
+
+    Field, Relations between the statistics of natural images and the response properties of cortical cells, JOSA A
+    1987. Channels share most of it, as those of a photograph do.
+    """
+    count, channels, height, width = shape
+    rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
+    frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(0.5 / max(height, width)).to(rng.device)
+    white = torch.randn(count, channels + 1, height, width, generator=rng, device=rng.device)
+    noise: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    noise = noise / noise.std((0, 2, 3), keepdim=True)
+    shared = _SHARED_NOISE if channels > 1 else 0.0
+    return math.sqrt(shared) * noise[:, :1] + math.sqrt(1 - shared) * noise[:, 1:]
 
 
 @torch.no_grad()
@@ -92,12 +119,12 @@ def refine(
     count = count_executed(teacher, images)
     span = config.deep_weight - config.shallow_weight
     weights = [config.shallow_weight + span * i / max(1, count - 1) for i in range(count)]
-    history: History = {"bns": [0.0] * config.steps, "ce": [0.0] * config.steps}
+    history: History = {name: [0.0] * config.steps for name in ("bns", "ce", "spread")}
     parts = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
     refined = []
     with progress.task("Refinement", len(parts) * config.steps) as advance:
         for part, own in parts:
-            noise = torch.randn(part.shape, generator=rng, device=rng.device).to(part.device)
+            noise = natural_noise(part.shape, rng).to(part.device)
             pixels = torch.lerp(part, noise, config.noise).clamp(*limits).requires_grad_()
             optimizer = torch.optim.Adam([pixels], lr=config.learning_rate)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
@@ -110,13 +137,15 @@ def refine(
                 ce = (F.cross_entropy(logits, own, reduction="none") * unsure).mean()
                 loss = config.bns_weight * bns + config.ce_weight * ce
                 loss = loss + config.variation_weight * total_variation(pixels)
+                spread = spread_loss(tap, config.spread_mean, config.spread_std)
+                loss = loss + config.spread_weight * spread
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():
                     pixels.clamp_(*limits)
-                figures = {"bns": bns.item(), "ce": ce.item()}
+                figures = {"bns": bns.item(), "ce": ce.item(), "spread": spread.item()}
                 for name, value in figures.items():
                     history[name][step] += value / len(parts)
                 advance(1, **figures)

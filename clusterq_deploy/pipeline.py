@@ -23,7 +23,7 @@ from clusterq_deploy.features import compare_features
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, benchmark, predictions, score, summarize
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, finetune, load_student, make_student
+from clusterq_deploy.quantize import BitWidths, Student, calibrate, correct_bias, finetune, load_student, make_student
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
@@ -155,6 +155,7 @@ class Pipeline:
             calibration, rng = self.calibration, self._rng(f"quantize/{bits}")
             student = make_student(self.model.module, bits, first_last=self.config.first_last)
             calibrate(student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=self.progress)
+            shifts = correct_bias(student, calibration.images)
             tuning = finetune(
                 student,
                 self.model.module,
@@ -170,6 +171,7 @@ class Pipeline:
             result = {
                 "losses": tuning.losses,
                 "kept_step": tuning.kept_step,
+                "bias_shifts": shifts,
                 "quantized_layers": len(student.placement.weights),
                 "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
             }

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.placement import TARGETS
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 
@@ -33,6 +35,7 @@ class FinetuneConfig(StageConfig):
         scale_learning_rate: of the logarithms of the scales.
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
+        feature_weight: of `feature_loss`.
         augment: the views of the images that are tuned on.
         held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints.
         checkpoints: how often the held-out images are asked.
@@ -45,6 +48,7 @@ class FinetuneConfig(StageConfig):
     ce_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(4.0, gt=0)
+    feature_weight: float = Field(4.0, ge=0)
     augment: AugmentConfig = AugmentConfig()
     held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)
@@ -82,6 +86,34 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: 
     return loss + config.ce_weight * F.cross_entropy(student, labels) if config.ce_weight else loss
 
 
+@contextmanager
+def tap_features(student: Student) -> Iterator[list[Tensor]]:
+    """What reaches the quantizers that every target has, in order of execution; each forward pass starts anew."""
+    found: list[Tensor] = []
+    quantizers = student.quantizers()
+    sites = [site.name for site in student.placement.activations if site.targets == TARGETS]
+    handles = [student.register_forward_pre_hook(lambda *_: found.clear())]
+    handles += [quantizers[name].register_forward_pre_hook(lambda _, args: found.append(args[0])) for name in sites]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared error of the student's features relative to the variance of the teacher's, a mean over tensors, ().
+
+    Args:
+        student, teacher: float tensors of equal shapes, from `tap_features`.
+    """
+    parts = [
+        (own.float() - other).square().mean() / other.var().clamp_min(1e-8)
+        for own, other in zip(student, (t.float() for t in teacher), strict=True)
+    ]
+    return torch.stack(parts).mean()
+
+
 @torch.no_grad()
 def divergence(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int) -> float:
     """Mean KL(teacher || student) over images (N, C, H, W), in nats, at temperature 1."""
@@ -116,7 +148,7 @@ def finetune(
         flip: mirror images at random.
         rng: source of all randomness.
     """
-    losses: dict[str, list[float]] = {"distillation": [], "held_out_kl": []}
+    losses: dict[str, list[float]] = {"distillation": [], "features": [], "held_out_kl": []}
     if not config.steps:
         return Tuning(losses, 0)
     device = next(student.parameters()).device
@@ -137,23 +169,33 @@ def finetune(
     # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
     coarse = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if coarse else nullcontext()
-    with progress.task(f"Fine-tuning {student.bits}", config.steps) as advance:
+    example = copy.deepcopy(student).requires_grad_(False)
+    with (
+        progress.task(f"Fine-tuning {student.bits}", config.steps) as advance,
+        tap_features(student) as own_features,
+        tap_features(example) as features,
+        example.in_float(),
+    ):
         for step in range(1, config.steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
             images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
             images = view(images)
             with precision:
                 with torch.no_grad():
-                    target = teacher(images).float()
+                    target = example(images).float()
                 logits = student(images).float()
             loss = distillation_loss(logits, target, labels, config)
+            losses["distillation"].append(loss.item())
+            if config.feature_weight:
+                matching = feature_loss(own_features, features)
+                losses["features"].append(matching.item())
+                loss = loss + config.feature_weight * matching
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
             student.project()
-            losses["distillation"].append(loss.item())
-            advance(1, loss=losses["distillation"][-1])
+            advance(1, loss=loss.item())
             if step % every == 0 or step == config.steps:
                 now = divergence(student, teacher, held_out.images, config.batch_size)
                 losses["held_out_kl"].append(now)

@@ -21,8 +21,10 @@ from clusterq_deploy.quantize import (
     make_student,
 )
 from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
+from clusterq_deploy.quantize.finetune import feature_loss, tap_features
 from clusterq_deploy.quantize.graph import fold_batchnorm, trace
 from clusterq_deploy.quantize.ops import value_ranges
+from clusterq_deploy.quantize.placement import TARGETS
 from clusterq_deploy.quantize.quantizer import Quantizer
 
 
@@ -332,3 +334,18 @@ def test_another_models_student_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"nothing")
     with pytest.raises(WeightsError, match="no quantized model"):
         load_student(path, make_net("residual"))
+
+
+def test_features_of_an_untouched_student_match_and_those_of_a_coarse_one_do_not() -> None:
+    student = student_of("residual", "w3a3")
+    with tap_features(student) as found:
+        with torch.no_grad():
+            student(images(8))
+            rounded = list(found)
+            with student.in_float():
+                student(images(8))
+        exact = list(found)
+    assert len(exact) == sum(site.targets == TARGETS for site in student.placement.activations)
+    assert float(feature_loss(exact, exact)) == 0
+    assert 0.001 < float(feature_loss(rounded, exact)) < 10
+    assert all(not q._forward_pre_hooks for q in student.quantizers().values())

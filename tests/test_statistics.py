@@ -6,7 +6,7 @@ from nets import images, make_net
 from torch import nn
 
 from calib.errors import NoBatchNormError
-from calib.losses import bns_loss, icv_loss, sfda_loss, total_variation
+from calib.losses import bns_loss, icv_loss, sfda_loss, spread_loss, total_variation
 from calib.statistics import (
     Centroids,
     Moments,
@@ -136,3 +136,20 @@ def test_diversity_is_the_share_of_variance_within_classes() -> None:
 def test_total_variation_of_a_ramp() -> None:
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
     assert float(total_variation(ramp)) == 1.0
+
+
+def test_spread_is_missed_by_images_that_are_alike_and_costs_nothing_once_there() -> None:
+    net = make_net("residual")
+    one = images(1)
+    alike, apart = one.expand(16, -1, -1, -1), images(16) * torch.linspace(0.2, 4, 16).view(-1, 1, 1, 1)
+    with tap_batchnorm(net) as tap:
+        net(alike)
+        shortfall = float(spread_loss(tap, 0.08, 0.03))
+        assert shortfall == pytest.approx(2 * len(tap.layers), rel=1e-3)
+        net(apart)
+        assert float(spread_loss(tap, 1e-4, 1e-4)) < 0.05 * shortfall
+        wanted = images(16).requires_grad_()
+        net(wanted)
+        spread_loss(tap, 10.0, 10.0).backward()
+        assert wanted.grad is not None
+        assert float(wanted.grad.abs().sum()) > 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig, SynthesisError, synthesize
 from calib.generator import Generator
-from calib.refine import shifted, survives_flip
+from calib.refine import natural_noise, refine, shifted, survives_flip
 from calib.statistics import tap_batchnorm, within_class_diversity
 from calib.training import ClassSampler, GeneratorTrainer
 from clusterq_deploy.models import LoadedModel, load_model
@@ -228,6 +228,33 @@ def test_the_generator_makes_any_size(size: tuple[int, int, int]) -> None:
     batch = net(torch.randn(4, 16), torch.tensor([0, 1, 2, 3]))
     assert batch.shape == (4, *size)
     assert float(batch.detach().abs().max()) <= 2.0
+
+
+def test_natural_noise_is_of_low_frequency_and_shared_between_channels() -> None:
+    noise = natural_noise(torch.Size((256, 3, 16, 16)), torch.Generator().manual_seed(0))
+    assert noise.shape == (256, 3, 16, 16)
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    power = torch.fft.rfft2(noise).abs().square().mean((0, 1))
+    assert float(power[0, 2] / power[0, 8]) == pytest.approx(16, rel=0.3)  # a quarter of the frequency
+    channels = torch.corrcoef(noise.transpose(0, 1).flatten(1))
+    assert float(channels[0, 1]) == pytest.approx(0.8, abs=0.1)
+    grey = natural_noise(torch.Size((64, 1, 9, 7)), torch.Generator().manual_seed(0))
+    assert float(grey.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_refined_images_are_held_apart() -> None:
+    model = teacher()
+    labels = torch.arange(10).repeat(6)
+    start = torch.zeros(60, *model.input.size)
+
+    def spread(weight: float) -> float:
+        rng = torch.Generator().manual_seed(0)
+        config = RefineConfig(steps=20, batch_size=60, spread_weight=weight)
+        limits = (torch.full((1, 1, 1, 1), -2.0), torch.full((1, 1, 1, 1), 2.0))
+        _, losses = refine(model.module, start, labels, config=config, limits=limits, flip=False, rng=rng)
+        return losses["spread"][-1]
+
+    assert spread(1.0) < 0.8 * spread(0.0)
 
 
 def test_shifts_move_whole_pixels() -> None:

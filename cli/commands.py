@@ -141,7 +141,7 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
                 "file": next(iter(record.files)),
             }
         )
-    pipeline.directory.begin(pipeline.config.to_toml())
+    pipeline.directory.begin(pipeline.asked.to_toml())
     _show(rows, as_json, render)
 
 
@@ -222,7 +222,7 @@ def evaluate(
         for variant in [FP32, *_variants(ctx, pipeline, "export")]
         for entry in pipeline.evaluate(variant).result["accuracy"]
     ]
-    pipeline.directory.begin(pipeline.config.to_toml())
+    pipeline.directory.begin(pipeline.asked.to_toml())
     _show(rows, as_json, render)
 
 
@@ -237,7 +237,7 @@ def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
 
     pipeline = _resume(ctx, run)
     found = pipeline.features().result
-    pipeline.directory.begin(pipeline.config.to_toml())
+    pipeline.directory.begin(pipeline.asked.to_toml())
     if "skipped" in found:
         rows = [{"skipped": found["skipped"]}]
     else:
@@ -267,7 +267,7 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
     else:
         pipeline = _resume(ctx, target)
         record = pipeline.benchmark()
-        pipeline.directory.begin(pipeline.config.to_toml())
+        pipeline.directory.begin(pipeline.asked.to_toml())
         rows = [{"variant": v, **entry} for v, entries in record.result["latency"].items() for entry in entries]
     _show(rows, as_json, render)
 

@@ -1,10 +1,11 @@
 """The resolved configuration of a run, and its file."""
 
+import math
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,6 +18,11 @@ from clusterq_deploy.measure import BenchmarkConfig
 from clusterq_deploy.presets import Effort, Settings, merged, preset, without
 from clusterq_deploy.quantize.finetune import FinetuneConfig
 from clusterq_deploy.quantize.grid import BitWidths
+
+_Part = TypeVar("_Part", bound=StageConfig)
+
+_STANDARD_COST = 1e8
+_LEAST_SHARE = 0.25
 
 
 class RunConfig(StageConfig):
@@ -75,6 +81,30 @@ class RunConfig(StageConfig):
     def widths(self) -> list[BitWidths]:
         """The variants."""
         return [BitWidths.parse(text) for text in self.bits]
+
+    def scaled_to(self, cost: float) -> "RunConfig":
+        """These settings for a model whose forward pass costs so much (`calib.cost.pass_cost`) on a CPU.
+
+        The standard work is meant for models of up to 100 million multiply-adds. Larger ones get proportionally
+        fewer images and steps, but no less than a quarter; what was given otherwise than the defaults stays, and so
+        does the recipe `paper`, whose schedule is the published one.
+        """
+        if self.synthesis.recipe == "paper":
+            return self
+        share = max(_LEAST_SHARE, min(1.0, _STANDARD_COST / cost))
+        usual = RunConfig.model_validate(
+            {"model": self.model, "effort": self.effort, "synthesis": {"recipe": self.synthesis.recipe}}
+        )
+
+        def scaled(part: _Part, standard: _Part, *names: str) -> _Part:
+            own = {n: getattr(part, n) for n in names if getattr(part, n) == getattr(standard, n)}
+            return part.model_copy(update={name: math.ceil(share * value) for name, value in own.items()})
+
+        synthesis, known = self.synthesis, usual.synthesis
+        generator = scaled(synthesis.generator, known.generator, "steps", "warmup_steps")
+        synthesis = scaled(synthesis, known, "images").model_copy(update={"generator": generator})
+        finetune = scaled(self.finetune, usual.finetune, "steps")
+        return self.model_copy(update={"synthesis": synthesis, "finetune": finetune})
 
     def to_toml(self) -> str:
         """The text of `run.toml`; what is None is left out."""

@@ -12,6 +12,7 @@ import onnx
 import torch
 
 from calib.calibration_set import CalibrationSet
+from calib.cost import pass_cost
 from calib.progress import SILENT, Progress
 from calib.synthesis import synthesize
 from clusterq_deploy import engine, export
@@ -64,6 +65,9 @@ class Pipeline:
 
     Every stage is done at most once for the same inputs; a stage that needs another one's files asks for them.
 
+    Attributes:
+        asked: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
+
     Args:
         config: what to do.
         out: the run directory.
@@ -87,6 +91,9 @@ class Pipeline:
             std=config.std,
             device=self.device,
         )
+        self.asked = config
+        if self.device.type == "cpu":
+            self.config = config.scaled_to(pass_cost(self.model.module, self.model.input.size))
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
         self.directory = RunDirectory(out, identity)
         self._identity = {
@@ -106,7 +113,7 @@ class Pipeline:
         folded_teacher(self.model.module)
         if self._has_own_data:
             _ = self.evaluation
-        self.directory.begin(self.config.to_toml())
+        self.directory.begin(self.asked.to_toml())
 
     # ---- stages ----
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from calib.cost import pass_cost
 from clusterq_deploy import Pipeline, RunConfig, read_report
 from clusterq_deploy.config import make_config, read_settings, without_presets
 from clusterq_deploy.engine import unavailable_reason
@@ -399,3 +400,20 @@ def test_another_effort_replaces_what_the_first_one_filled_in_and_keeps_what_was
     settings = without_presets(tomllib.loads(first.to_toml()))
     again = make_config({**settings, "effort": "standard"})
     assert again == make_config({"model": "digits", "finetune": {"batch_size": 16}})
+
+
+def test_large_models_get_less_work_on_a_cpu_but_for_what_was_given() -> None:
+    asked = make_config({"model": "resnet18", "finetune": {"steps": 777}})
+    small, large = asked.scaled_to(5e7), asked.scaled_to(2e8)
+    assert small == asked
+    assert (large.synthesis.images, large.synthesis.generator.steps, large.finetune.steps) == (512, 150, 777)
+    assert asked.scaled_to(1e12).synthesis.images == asked.synthesis.images / 4
+    assert large.scaled_to(2e8) == large
+    paper = make_config({"model": "resnet18", "synthesis": {"recipe": "paper"}})
+    assert paper.scaled_to(1e12) == paper
+
+
+def test_the_cost_of_a_pass_counts_products_and_written_values() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 10))
+    products = 8 * 16 * 27 + 8 * 16 * 10
+    assert pass_cost(net, (3, 4, 4)) == products + 100 * (8 * 16 + 10)

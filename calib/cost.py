@@ -1,0 +1,36 @@
+"""What a pass through a model costs, from the model alone: the same on every machine."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+_OPERATIONS_A_VALUE = 100
+"""A value that is written, normalized and read again costs as much time on a CPU as so many multiply-adds."""
+
+
+def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
+    """Cost of a forward pass of one image, in multiply-adds.
+
+    Counted are those of convolutions and matrix products, and 100 for each value that such a layer writes: layers of
+    few channels are bound by memory, not by arithmetic.
+
+    Args:
+        model: images (1, C, H, W) float32 to logits.
+        size: (channels, height, width) of an image.
+    """
+    written = 0
+
+    def count(_: nn.Module, __: object, output: object) -> None:
+        nonlocal written
+        written += output.numel() if isinstance(output, Tensor) else 0
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *size, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(counter.get_total_flops()) / 2 + _OPERATIONS_A_VALUE * written

@@ -5,6 +5,7 @@ from clusterq_deploy.quantize.calibrate import calibrate
 from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.grid import BitWidths, Grid
+from clusterq_deploy.quantize.reconstruct import reconstruct
 from clusterq_deploy.quantize.student import Student, load_student, make_student
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "finetune",
     "load_student",
     "make_student",
+    "reconstruct",
 ]

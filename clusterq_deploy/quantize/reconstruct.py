@@ -42,7 +42,8 @@ def reconstruct(
     (arXiv 1906.04721, section 4.2). One pass of the graph does all layers.
 
     Args:
-        student: calibrated; its weights, biases and weight scales are changed.
+        student: calibrated, not tuned yet: its float weights must still be the teacher's. Its weights, biases and
+            weight scales are changed, so that afterwards `in_float` is no longer the teacher.
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         rng: chooses the patches that are looked at.
         count: how many images.

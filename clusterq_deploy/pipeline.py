@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from clusterq_deploy.features import compare_features
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, benchmark, predictions, score, summarize
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, correct_bias, finetune, load_student, make_student
+from clusterq_deploy.quantize import BitWidths, Student, finetune, initialize, load_student, make_student
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
@@ -161,11 +162,12 @@ class Pipeline:
         def work() -> tuple[Result, list[str]]:
             calibration, rng = self.calibration, self._rng(f"quantize/{bits}")
             student = make_student(self.model.module, bits, first_last=self.config.first_last)
-            calibrate(student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=self.progress)
-            shifts = correct_bias(student, calibration.images)
+            started = initialize(
+                student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=self.progress
+            )
             tuning = finetune(
                 student,
-                self.model.module,
+                started.reference,
                 calibration,
                 config=settings,
                 flip=bool(source.result["flip"]),
@@ -178,7 +180,9 @@ class Pipeline:
             result = {
                 "losses": tuning.losses,
                 "kept_step": tuning.kept_step,
-                "bias_shifts": shifts,
+                "equalized": [asdict(pair) for pair in started.equalized],
+                "reconstruction_errors": started.errors,
+                "bias_shifts": started.shifts,
                 "quantized_layers": len(student.placement.weights),
                 "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
             }

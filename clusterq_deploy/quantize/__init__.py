@@ -5,6 +5,8 @@ from clusterq_deploy.quantize.calibrate import calibrate
 from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.grid import BitWidths, Grid
+from clusterq_deploy.quantize.initialize import Initialization, initialize
+from clusterq_deploy.quantize.reconstruct import reconstruct
 from clusterq_deploy.quantize.student import Student, load_student, make_student
 
 __all__ = [
@@ -12,12 +14,15 @@ __all__ = [
     "Equalized",
     "FinetuneConfig",
     "Grid",
+    "Initialization",
     "Student",
     "Tuning",
     "calibrate",
     "correct_bias",
     "equalize",
     "finetune",
+    "initialize",
     "load_student",
     "make_student",
+    "reconstruct",
 ]

@@ -20,7 +20,8 @@ def correct_bias(student: Student, images: Tensor, *, count: int = _IMAGES) -> d
     does all layers, with the float and the quantized values side by side in one batch.
 
     Args:
-        student: calibrated, its biases settled; they are changed, and stay on the grid of their accumulator.
+        student: calibrated, not tuned yet: its float weights must still be the teacher's, for they say what the
+            layers ought to compute. Its biases are changed, and stay on the grid of their accumulator.
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         count: how many images.
 

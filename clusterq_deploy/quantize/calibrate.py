@@ -26,14 +26,18 @@ def _best_scale(grid: Grid, largest: Tensor, error_of: Callable[[Tensor], Tensor
     return best
 
 
-def weight_scales(weight: Tensor, grid: Grid) -> Tensor:
-    """Step of each output channel of a weight (O, ...), (O,) float32, positive also for a channel of zeros."""
+def weight_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """Step of each output channel of a weight (O, ...), (O,) float32, positive also for a channel of zeros.
+
+    `importance` (O, K) weighs the squared errors of a channel's K values; all weigh the same without it.
+    """
     rows = weight.detach().flatten(1)
     largest = rows.abs().amax(1)
 
     def error_of(scale: Tensor) -> Tensor:
         step = scale[:, None]
-        return ((rows / step).round_().clamp_(grid.low, grid.high).mul_(step) - rows).square_().sum(1)
+        error = ((rows / step).round_().clamp_(grid.low, grid.high).mul_(step) - rows).square_()
+        return (error if importance is None else error.mul_(importance)).sum(1)
 
     scale = _best_scale(grid, largest, error_of)
     return scale.clamp_min(float((scale.max() * _DEAD).clamp_min(1e-8)))

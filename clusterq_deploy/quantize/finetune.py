@@ -128,7 +128,7 @@ def divergence(student: nn.Module, teacher: nn.Module, images: Tensor, batch_siz
 
 def finetune(
     student: Student,
-    teacher: nn.Module,
+    reference: Student,
     calibration: CalibrationSet,
     *,
     config: FinetuneConfig,
@@ -143,7 +143,7 @@ def finetune(
 
     Args:
         student: calibrated, on the device to tune on.
-        teacher: frozen, in eval mode, on the same device.
+        reference: frozen, on the same device; `in_float` it is the teacher, with features scaled as the student's.
         calibration: the synthetic images.
         flip: mirror images at random.
         rng: source of all randomness.
@@ -162,19 +162,19 @@ def finetune(
     ]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    best = divergence(student, teacher, held_out.images, config.batch_size)
+    with reference.in_float():
+        best = divergence(student, reference, held_out.images, config.batch_size)
     losses["held_out_kl"].append(best)
     kept, kept_step = copy.deepcopy(student.state_dict()), 0
     every = max(1, config.steps // config.checkpoints)
     # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
     coarse = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if coarse else nullcontext()
-    example = copy.deepcopy(student).requires_grad_(False)
     with (
         progress.task(f"Fine-tuning {student.bits}", config.steps) as advance,
         tap_features(student) as own_features,
-        tap_features(example) as features,
-        example.in_float(),
+        tap_features(reference) as features,
+        reference.in_float(),
     ):
         for step in range(1, config.steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
@@ -182,7 +182,7 @@ def finetune(
             images = view(images)
             with precision:
                 with torch.no_grad():
-                    target = example(images).float()
+                    target = reference(images).float()
                 logits = student(images).float()
             loss = distillation_loss(logits, target, labels, config)
             losses["distillation"].append(loss.item())
@@ -197,7 +197,7 @@ def finetune(
             student.project()
             advance(1, loss=loss.item())
             if step % every == 0 or step == config.steps:
-                now = divergence(student, teacher, held_out.images, config.batch_size)
+                now = divergence(student, reference, held_out.images, config.batch_size)
                 losses["held_out_kl"].append(now)
                 if now < best and step >= _SETTLED * config.steps:
                     best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step

@@ -1,0 +1,59 @@
+"""The best student that needs no gradient: where fine-tuning starts, and all that `--effort fast` does."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.progress import SILENT, Progress
+from clusterq_deploy.quantize.bias import correct_bias
+from clusterq_deploy.quantize.calibrate import calibrate
+from clusterq_deploy.quantize.equalize import Equalized, equalize
+from clusterq_deploy.quantize.reconstruct import reconstruct
+from clusterq_deploy.quantize.student import Student
+
+_EQUALIZED_BY = 128
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """What was done to a student.
+
+    Attributes:
+        reference: the float model with the student's graph: what it computes `in_float` is the teacher, its features
+            scaled as the student's are.
+        equalized: pairs of layers whose common tensor was equalized.
+        errors: for each layer the squared error of its outputs relative to their variance, by plain rounding and
+            after reconstruction; empty where weights have 8 bits.
+        shifts: for each layer the mean shift that was corrected, relative to its outputs' deviation; empty where
+            weights were reconstructed, which corrects biases too.
+    """
+
+    reference: Student
+    equalized: list[Equalized]
+    errors: dict[str, tuple[float, float]]
+    shifts: dict[str, float]
+
+
+def initialize(
+    student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
+) -> Initialization:
+    """Equalize, set all scales, and mend what rounding does to weights and biases, in place.
+
+    Args:
+        student: fresh from `make_student`.
+        images: (N, C, H, W) float32, normalized.
+        batch_size: images a forward pass.
+        rng: source of all randomness.
+    """
+    equalized = equalize(student, images[:_EQUALIZED_BY], batch_size=batch_size, rng=rng, progress=progress)
+    reference = copy.deepcopy(student).requires_grad_(False)
+    calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
+    errors: dict[str, tuple[float, float]] = {}
+    shifts: dict[str, float] = {}
+    if student.bits.weights < 8:
+        errors = reconstruct(student, images, rng=rng, progress=progress)
+    else:
+        shifts = correct_bias(student, images)
+    return Initialization(reference, equalized, errors, shifts)

@@ -1,0 +1,110 @@
+"""Layer-wise reconstruction: rounding that makes up for itself, weights fitted to quantized inputs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import images, make_net
+from torch import nn
+
+from clusterq_deploy.quantize import BitWidths, Grid, Student, calibrate, correct_bias, make_student, reconstruct
+from clusterq_deploy.quantize.calibrate import weight_scales
+from clusterq_deploy.quantize.reconstruct import _rounded, _samples
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def calibrated(net: nn.Module, bits: str) -> Student:
+    student = make_student(net, BitWidths.parse(bits))
+    calibrate(student, images(), batch_size=32, rng=rng())
+    return student
+
+
+def test_rounding_with_uncorrelated_inputs_is_plain_rounding() -> None:
+    weight = torch.randn(2, 5, 7, generator=rng())
+    hessian = torch.diag_embed(torch.rand(2, 7, generator=rng()) + 0.5)
+    scale = torch.full((2, 5), 0.3)
+    expected = (weight / 0.3).round().clamp(-8, 7) * 0.3
+    torch.testing.assert_close(_rounded(weight, hessian, scale, -8, 7), expected)
+
+
+@pytest.mark.parametrize("columns", [9, 200])
+def test_rounding_makes_up_for_correlated_inputs(columns: int) -> None:
+    common = torch.randn(1, 1, 4096, generator=rng())
+    x = common + 0.5 * torch.randn(3, columns, 4096, generator=rng())
+    weight = torch.randn(3, 4, columns, generator=rng())
+    hessian = x @ x.mT / 4096
+    scale = torch.full((3, 4), 0.5)
+    found = _rounded(weight, hessian, scale, -8, 7)
+    steps = found / 0.5
+    torch.testing.assert_close(steps, steps.round())
+    assert float(steps.abs().max()) <= 8
+    plain = (weight / 0.5).round().clamp(-8, 7) * 0.5
+    error, plain_error = (float(((w - weight) @ x).square().mean()) for w in (found, plain))
+    assert error < 0.6 * plain_error
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, padding="same", groups=8),
+        nn.Conv2d(8, 12, (1, 3), padding=(0, 1), dilation=(1, 2), groups=4, bias=False),
+    ],
+)
+def test_patches_are_those_of_the_layer(layer: nn.Conv2d) -> None:
+    student = make_student(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval(), BitWidths(4, 8))
+    quantized = student.layers()["1"]
+    x = torch.randn(4, 8, 9, 9, generator=rng())
+    with torch.no_grad():
+        outputs = layer(x)
+        weight = quantized.weight.view(layer.groups, 12 // layer.groups if layer.groups < 8 else 1, -1)
+        for patches, wanted in _samples(quantized, x, outputs, layer.groups, rng()):
+            torch.testing.assert_close(weight @ patches, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_follow_importance() -> None:
+    weight = torch.tensor([[1.0, 0.11, 0.12, 0.09]])
+    importance = torch.tensor([[1e-6, 1.0, 1.0, 1.0]])
+    plain, weighed = (weight_scales(weight, Grid(3, signed=True), i) for i in (None, importance))
+    assert float(weighed) < 0.5 * float(plain)
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) -> None:
+    net, data, fresh = make_net(name), images(256), images(256, seed=9)
+    student, other = calibrated(net, "w3a8"), calibrated(net, "w3a8")
+
+    def distance(student: Student) -> float:
+        with torch.no_grad():
+            return float((student(fresh) - net(fresh)).square().mean())
+
+    before = distance(student)
+    errors = reconstruct(student, data, rng=rng(), count=256)
+    correct_bias(other, data, count=256)
+    assert set(errors) == set(student.layers())
+    assert all(after <= before * 1.05 + 1e-4 for before, after in errors.values())
+    assert distance(student) < 0.5 * before
+    assert distance(student) < 1.1 * distance(other)
+    for layer in student.layers().values():  # the weight lies on its grid, the bias on its accumulator's
+        torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=1e-4, atol=1e-6)
+        assert bool((layer.weight_quantizer.scale > 0).all())
+    settled = {k: v.clone() for k, v in student.state_dict().items()}
+    student.settle()
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(value, settled[key])
+
+
+def test_constant_inputs_and_dead_channels_stay_finite() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()).eval()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1)
+        net[2].weight[3] = 0
+    student = calibrated(net.requires_grad_(False), "w4a4")
+    reconstruct(student, images(), rng=rng())
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(student(images()), net(images()), rtol=1e-3, atol=1e-3)
+        assert bool(F.relu(student(images())).isfinite().all())

@@ -13,35 +13,52 @@ from torch import Tensor
 from calib.statistics import Centroids, Moments, Tap, running_statistics
 
 
-def bns_loss(tap: Tap, weights: Sequence[float] | None = None) -> Tensor:
+def _distance(own: Tensor, target: Tensor, spread: Tensor | None) -> Tensor:
+    """Mean squared distance of statistics (..., C), in channel deviations `spread` (C,) where they are given."""
+    difference = own - target
+    return (difference if spread is None else difference / spread).square().mean()
+
+
+def bns_loss(tap: Tap, weights: Sequence[float] | None = None, *, relative: bool = False) -> Tensor:
     """Distance of the batch's statistics from the BatchNorm buffers.  # (9)
 
     Args:
         tap: the teacher's last forward pass.
         weights: one a BatchNorm layer in order of execution; all 1 when None.
+        relative: measure each channel in its own deviation. The deviations of a model's channels differ by factors
+            of ten and more, depthwise layers' above all, and absolute distances see the widest ones alone.
     """
     total = torch.zeros((), device=tap.moments[0].mean.device)
     for index, (layer, own) in enumerate(zip(tap.layers, tap.moments, strict=True)):
         mean, std = own.batch()
         target_mean, target_std = running_statistics(layer)
-        distance = (mean - target_mean).square().mean() + (std - target_std).square().mean()
+        spread = target_std if relative else None
+        distance = _distance(mean, target_mean, spread) + _distance(std, target_std, spread)
         total = total + distance * (1.0 if weights is None else weights[index])
     return total
 
 
-def sfda_loss(moments: Sequence[Moments], centroids: Centroids, present: Tensor, shares: Tensor) -> Tensor:
+def sfda_loss(
+    moments: Sequence[Moments],
+    centroids: Centroids,
+    present: Tensor,
+    shares: Tensor,
+    spreads: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Semantic feature distribution alignment: distance of class statistics from class centroids.  # (4)
 
     Args:
         moments: of the semantic layers.
         centroids: of the same layers.
         present, shares: from `calib.statistics.class_weights`, of correctly classified samples.
+        spreads: the channels' deviations (C,), one a semantic layer, to measure distances in; absolute without.
     """
     total = torch.zeros((), device=present.device)
     for layer, own in enumerate(moments):
         mean, std = own.pooled(shares)
-        total = total + (mean - centroids.mean[layer][present]).square().mean()
-        total = total + (std - centroids.std[layer][present]).square().mean()
+        spread = None if spreads is None else spreads[layer]
+        total = total + _distance(mean, centroids.mean[layer][present], spread)
+        total = total + _distance(std, centroids.std[layer][present], spread)
     return total
 
 
@@ -53,6 +70,8 @@ def icv_loss(
     noise: Sequence[tuple[Tensor, Tensor]],
     lambda_mean: float,
     lambda_std: float,
+    *,
+    relative: bool = False,
 ) -> Tensor:
     """Intra-class variance: distance of statistics from a noisy centroid of their class.  # (6)
 
@@ -68,14 +87,16 @@ def icv_loss(
         noise: a pair a semantic layer of standard normal draws (R, C), for means and deviations.
         lambda_mean: noise of the means, in channel deviations.
         lambda_std: noise of the deviations, in channel deviations.
+        relative: measure distances in channel deviations too.
     """
     total = torch.zeros((), device=owners.device)
     for layer, (own_mean, own_std) in enumerate(statistics):
         mean, std = centroids.mean[layer][owners], centroids.std[layer][owners]
         noise_mean, noise_std = noise[layer]
-        total = total + (own_mean - mean - lambda_mean * spreads[layer] * noise_mean).square().mean()
+        spread = spreads[layer] if relative else None
+        total = total + _distance(own_mean, mean + lambda_mean * spreads[layer] * noise_mean, spread)
         target_std = (std + lambda_std * spreads[layer] * noise_std).clamp_min(0)
-        total = total + (own_std - target_std).square().mean()
+        total = total + _distance(own_std, target_std, spread)
     return total
 
 

@@ -25,8 +25,8 @@ class RefineConfig(StageConfig):
         batch_size: images that share one set of batch statistics.
         noise: share of noise blended into the generator's images at the start. Its power falls with frequency as
             that of photographs does, so that images start with layouts of their own.
-        bns_weight: weight of L_BNS (9); its layers weigh `shallow_weight` to `deep_weight`, linearly by depth:
-            early statistics only loosely bind an image, late ones do.
+        bns_weight: weight of L_BNS (9), in channel deviations; its layers weigh `shallow_weight` to `deep_weight`,
+            linearly by depth: early statistics only loosely bind an image, late ones do.
         ce_weight: weight of L_CE (8), for images whose class the teacher gives less than `confident`.
         variation_weight: weight of the total variation.
         spread_weight: weight of the spread between images, `calib.losses.spread_loss`.
@@ -132,7 +132,7 @@ def refine(
                 down, right, mirror = _draw_move(config.shift, rng)
                 with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
                     logits = teacher(shifted(pixels, down, right, flip and mirror)).float()
-                bns = bns_loss(tap, weights)
+                bns = bns_loss(tap, weights, relative=True)
                 unsure = logits.softmax(1).gather(1, own[:, None]).squeeze(1) < config.confident
                 ce = (F.cross_entropy(logits, own, reduction="none") * unsure).mean()
                 loss = config.bns_weight * bns + config.ce_weight * ce

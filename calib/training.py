@@ -42,6 +42,8 @@ class GeneratorConfig(StageConfig):
             is written; its gradient is, on average, that of (4). `latent`: each sample aims at a draw of its own,
             made from its latent, so that a sample can tell where it should go; the draw mixes the deviations of the
             warmed-up generator's images, so that it lies where images can go.
+        distance: of the statistics in (4), (6) and (9): `absolute`, as the equations are written, or `relative` to
+            each channel's deviation in the BatchNorm buffers, so that a model's wide channels do not drown the others.
         semantic_start: the first semantic layer, as a share of the BatchNorm layers.
     """
 
@@ -58,6 +60,7 @@ class GeneratorConfig(StageConfig):
     lambda_mean: float = Field(1.0, ge=0)
     lambda_std: float = Field(0.5, ge=0)
     icv_noise: Literal["class", "latent"] = "latent"
+    distance: Literal["absolute", "relative"] = "relative"
     semantic_start: float = Field(0.5, ge=0, lt=1)
     latent: int = Field(128, ge=1)
     width: int = Field(32, ge=1)
@@ -151,16 +154,18 @@ class GeneratorTrainer:
         logits = logits.float()
         losses = {
             "ce": (config.ce_weight, F.cross_entropy(logits, labels)),  # (8)
-            "bns": (config.bns_weight, bns_loss(tap)),
+            "bns": (config.bns_weight, bns_loss(tap, relative=config.distance == "relative")),
         }
         keep = logits.argmax(1) == labels
         if not warmup and bool(keep.any()):
             moments = tap.moments[self.first_semantic :]
             present, shares = class_weights(labels, keep)
             self.centroids.update(moments, present, shares, config.ema_beta)  # (5)
-            losses["sfda"] = (config.sfda_weight, sfda_loss(moments, self.centroids, present, shares))
+            spreads = [running_statistics(layer)[1] for layer in tap.layers[self.first_semantic :]]
+            units = spreads if config.distance == "relative" else None
+            losses["sfda"] = (config.sfda_weight, sfda_loss(moments, self.centroids, present, shares, units))
             if config.icv_weight and (config.icv_noise == "class" or self._deviations):
-                losses["icv"] = (config.icv_weight, self._icv(tap, z, labels, keep, present, shares))
+                losses["icv"] = (config.icv_weight, self._icv(tap, spreads, z, labels, keep, present, shares))
         total = torch.stack([weight * value for weight, value in losses.values()]).sum()  # (10)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -168,9 +173,17 @@ class GeneratorTrainer:
         values = torch.stack([value.detach() for _, value in losses.values()]).tolist()
         return dict(zip(losses, values, strict=True))
 
-    def _icv(self, tap: Tap, z: Tensor, labels: Tensor, keep: Tensor, present: Tensor, shares: Tensor) -> Tensor:
+    def _icv(
+        self,
+        tap: Tap,
+        spreads: list[Tensor],
+        z: Tensor,
+        labels: Tensor,
+        keep: Tensor,
+        present: Tensor,
+        shares: Tensor,
+    ) -> Tensor:
         config, moments = self.config, tap.moments[self.first_semantic :]
-        spreads = [running_statistics(layer)[1] for layer in tap.layers[self.first_semantic :]]
         if config.icv_noise == "class":
             statistics = [own.pooled(shares) for own in moments]
             noise = [(self._normal(mean), self._normal(mean)) for mean, _ in statistics]
@@ -180,7 +193,9 @@ class GeneratorTrainer:
             mixture = z[keep] @ self._mixing
             noise = [(mixture @ mean, mixture @ std) for mean, std in self._deviations]
             owners = labels[keep]
-        return icv_loss(statistics, self.centroids, owners, spreads, noise, config.lambda_mean, config.lambda_std)
+        relative = config.distance == "relative"
+        weights = (config.lambda_mean, config.lambda_std)
+        return icv_loss(statistics, self.centroids, owners, spreads, noise, *weights, relative=relative)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self._rng, device=self._rng.device).to(like.device)

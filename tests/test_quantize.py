@@ -317,7 +317,7 @@ def test_less_is_tuned_where_there_are_bits_to_spare() -> None:
     assert config.scaled_to(BitWidths(4, 8)) == config
     eight = config.scaled_to(BitWidths(8, 8))
     assert eight.steps < config.steps
-    assert eight.learning_rate < config.learning_rate
+    assert eight.scale_learning_rate < config.scale_learning_rate
 
 
 def test_a_student_survives_its_file(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ class FinetuneConfig(StageConfig):
 
     Attributes:
         steps: optimizer steps (Adam, cosine decay).
-        learning_rate: of weights and biases.
+        learning_rate: of weights, in steps of their row's grid: layers whose weights differ in size by factors of
+            ten learn alike.
+        bias_learning_rate: of biases, in deviations of their channel's outputs.
         scale_learning_rate: of the logarithms of the scales.
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
@@ -43,8 +45,9 @@ class FinetuneConfig(StageConfig):
 
     steps: int = Field(600, ge=0)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
-    scale_learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
+    bias_learning_rate: float = Field(3e-4, gt=0)
+    scale_learning_rate: float = Field(1e-3, gt=0)
     ce_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(4.0, gt=0)
@@ -54,12 +57,15 @@ class FinetuneConfig(StageConfig):
     checkpoints: int = Field(8, ge=1)
 
     def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
-        """These settings for a variant: above four bits there is less to mend, so steps are fewer and smaller."""
+        """These settings for a variant: above four bits there is less to mend, so steps are fewer and smaller.
+
+        The weights' are smaller by themselves, being in steps of a finer grid.
+        """
         spare = max(0, min(bits.weights, bits.activations) - 4)
         return self.model_copy(
             update={
                 "steps": math.ceil(self.steps / (1 + spare)),
-                "learning_rate": self.learning_rate / 2**spare,
+                "bias_learning_rate": self.bias_learning_rate / 2**spare,
                 "scale_learning_rate": self.scale_learning_rate / 2**spare,
             }
         )
@@ -126,6 +132,46 @@ def divergence(student: nn.Module, teacher: nn.Module, images: Tensor, batch_siz
     return total / len(images)
 
 
+_Unit = tuple[Tensor, Tensor]
+"""A parameter, and the size of a step of 1 in it, of a shape that broadcasts to the parameter's."""
+
+
+@torch.no_grad()
+def _units(student: Student, reference: Student, images: Tensor) -> tuple[list[_Unit], list[_Unit]]:
+    """Weights with the steps of their rows' grids, and biases with the deviations of their channels' outputs."""
+    device = next(student.parameters()).device
+    spreads: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda layer, _, y, name=name: spreads.update({name: channel_deviation(layer, y)}))
+        for name, layer in reference.layers().items()
+    ]
+    try:
+        with reference.in_float():
+            reference(images.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = student.layers()
+    weights = [(m.weight, m.weight_quantizer.scale.view(-1, *[1] * (m.weight.dim() - 1))) for m in layers.values()]
+    biases = [(m.bias, spreads[name]) for name, m in layers.items() if m.bias is not None]
+    return weights, biases
+
+
+def channel_deviation(layer: nn.Module, y: Tensor) -> Tensor:
+    """Standard deviation (C,) of each channel of a layer's outputs, (N, C, H, W) of a convolution, else (..., C)."""
+    channel = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
+    return y.std([d for d in range(y.dim()) if d != channel])
+
+
+@torch.no_grad()
+def _step_in_units(optimizer: torch.optim.Optimizer, units: Sequence[_Unit]) -> None:
+    """One optimizer step, whose length in each parameter is multiplied by the parameter's unit."""
+    before = [parameter.detach().clone() for parameter, _ in units]
+    optimizer.step()
+    for (parameter, unit), old in zip(units, before, strict=True):
+        parameter.sub_(old).mul_(unit).add_(old)
+
+
 def finetune(
     student: Student,
     reference: Student,
@@ -155,9 +201,10 @@ def finetune(
     tune, held_out = calibration.split(config.held_out)
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     scales = [q.log_scale for q in student.modules() if isinstance(q, Quantizer)]
-    ids = {id(s) for s in scales}
+    weights, biases = _units(student, reference, tune.images[: config.batch_size])
     groups = [
-        {"params": [p for p in student.parameters() if id(p) not in ids], "lr": config.learning_rate},
+        {"params": [w for w, _ in weights], "lr": config.learning_rate},
+        {"params": [b for b, _ in biases], "lr": config.bias_learning_rate},
         {"params": scales, "lr": config.scale_learning_rate},
     ]
     optimizer = torch.optim.Adam(groups)
@@ -192,7 +239,7 @@ def finetune(
                 loss = loss + config.feature_weight * matching
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            _step_in_units(optimizer, [*weights, *biases])
             schedule.step()
             student.project()
             advance(1, loss=loss.item())

@@ -135,6 +135,8 @@ def synthesize(
             progress=progress,
         )
         losses |= {f"refine.{name}": values for name, values in history.items()}
+        # a generator's images may be too poor to tell; refined without flips, photographs survive one all the same
+        flip = flip or survives_flip(teacher, images, labels, config.generator.batch_size)
     images = images.half().float()  # as it will be read back
     if not bool(images.isfinite().all()):
         raise SynthesisError("synthesis diverged: the images hold values that are not finite; lower the learning rates")

@@ -9,7 +9,7 @@ Effort = Literal["fast", "standard", "thorough"]
 Settings = dict[str, Any]
 
 EFFORTS: Mapping[str, Settings] = {
-    # scales, equalization and bias correction on few images: no weight is tuned
+    # equalization, scales, reconstruction and bias correction on few images: nothing is learned by gradients
     "fast": {
         "synthesis": {"images": 256, "generator": {"steps": 100, "warmup_steps": 25}, "refine": {"steps": 60}},
         "finetune": {"steps": 0},
@@ -22,7 +22,7 @@ EFFORTS: Mapping[str, Settings] = {
             "generator": {"steps": 3000, "warmup_steps": 500},
             "refine": {"steps": 500},
         },
-        "finetune": {"steps": 6000},
+        "finetune": {"steps": 12_000},
     },
 }
 

@@ -290,7 +290,7 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
             return float((student(fresh) - net(fresh)).square().mean())
 
     before = distance()
-    config = FinetuneConfig(steps=60, batch_size=32, checkpoints=3)
+    config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
     reference = copy.deepcopy(student)
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert distance() < 0.8 * before

@@ -29,12 +29,17 @@ _JUDGED_VIEWS = 2
 """Of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a CIFAR-10
 ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
 
+_FAR = 0.02
+_LEAST_STEPS = 0.25
+"""A student that starts nearer to the teacher than this divergence has little to mend: it takes proportionally fewer
+steps, at least this share of them."""
+
 
 class FinetuneConfig(StageConfig):
     """How a student is tuned. `steps = 0` leaves the calibrated scales and the teacher's weights.
 
     Attributes:
-        steps: optimizer steps (Adam, cosine decay).
+        steps: optimizer steps (Adam, cosine decay), at most; fewer where the start is near the teacher.
         learning_rate: of weights, in steps of their row's grid: layers whose weights differ in size by factors of
             ten learn alike.
         bias_learning_rate: of biases, in deviations of their channel's outputs.
@@ -216,22 +221,23 @@ def finetune(
         {"params": scales, "lr": config.scale_learning_rate},
     ]
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     with reference.in_float():
         best = divergence(student, reference, judged, config.batch_size, config.temperature)
     losses["held_out_kl"].append(best)
+    steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, best / _FAR)))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     kept, kept_step = copy.deepcopy(student.state_dict()), 0
-    every = max(1, config.steps // config.checkpoints)
+    every = max(1, steps // config.checkpoints)
     # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
     coarse = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if coarse else nullcontext()
     with (
-        progress.task(f"Fine-tuning {student.bits}", config.steps) as advance,
+        progress.task(f"Fine-tuning {student.bits}", steps) as advance,
         tap_features(student) as own_features,
         tap_features(reference) as features,
         reference.in_float(),
     ):
-        for step in range(1, config.steps + 1):
+        for step in range(1, steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
             images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
             images = view(images)
@@ -251,10 +257,10 @@ def finetune(
             schedule.step()
             student.project()
             advance(1, loss=loss.item())
-            if step % every == 0 or step == config.steps:
+            if step % every == 0 or step == steps:
                 now = divergence(student, reference, judged, config.batch_size, config.temperature)
                 losses["held_out_kl"].append(now)
-                if now < best and step >= _SETTLED * config.steps:
+                if now < best and step >= _SETTLED * steps:
                     best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
     student.load_state_dict(kept)
     student.settle()

@@ -69,7 +69,7 @@ _ABLATION = """\
 ## Ablation of the paper's method
 
 By `python benchmarks/ablation.py`: the recipe `paper`, images straight from the generator, one part of the method left
-out at a time. The paper trains for 80,000 steps, 10,000 of them warm-up; the column says how many were made here.
+out at a time. The recipe's schedule is 6,400 steps, 800 of them warm-up; the column says how many were made here.
 Quantization and fine-tuning are this project's own, not the paper's, and the same in every row.
 
 """

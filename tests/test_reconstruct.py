@@ -1,5 +1,7 @@
 """Layer-wise reconstruction: rounding that makes up for itself, weights fitted to quantized inputs."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +110,12 @@ def test_constant_inputs_and_dead_channels_stay_finite() -> None:
     with torch.no_grad():
         torch.testing.assert_close(student(images()), net(images()), rtol=1e-3, atol=1e-3)
         assert bool(F.relu(student(images())).isfinite().all())
+
+
+def test_very_wide_rows_keep_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["clusterq_deploy.quantize.reconstruct"]
+    monkeypatch.setattr(module, "_WIDEST", 1)
+    student = calibrated(make_net("residual"), "w4a4")
+    before = {name: layer.weight.clone() for name, layer in student.layers().items()}
+    reconstruct(student, images(), rng=rng())
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in student.layers().items())

@@ -21,6 +21,7 @@ _IMAGES = 128
 _DAMPING = 0.1  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
 _PATCHES = 1 << 15  # looked at in a layer
 _UNFOLDED = 1 << 24  # values at a time
+_WIDEST = 8192  # columns of a row; the second moments of more (VGG's first Linear has 25,088) take gigabytes
 _BLOCK = 128  # columns that are rounded before the others hear of it
 
 
@@ -39,7 +40,8 @@ def reconstruct(
     Each layer is given the inputs that the student in front of it makes, quantized, and the outputs that the float
     model has on the same images. Its weight is the least-squares fit, which stays near the teacher's where the
     inputs hardly vary; its rounding is (3) of arXiv 2208.11580 in GPTQ's order; its bias takes the mean shift away
-    (arXiv 1906.04721, section 4.2). One pass of the graph does all layers.
+    (arXiv 1906.04721, section 4.2). One pass of the graph does all layers. A layer whose rows have more than 8,192
+    columns keeps its rounding to nearest, and has its bias corrected alone.
 
     Args:
         student: calibrated, not tuned yet: its float weights must still be the teacher's. Its weights, biases and
@@ -81,7 +83,8 @@ class _Reconstructor(fx.Interpreter):
         outputs = module(exact)
         module.weight_quantizer.enabled = True
         before = _distance(module(rounded), outputs, module)
-        _fit(module, rounded, outputs, self._damping, self._rng)
+        if module.weight[0].numel() <= _WIDEST:
+            _fit(module, rounded, outputs, self._damping, self._rng)
         answer = module(rounded)
         if module.bias is not None:
             channel = 1 if isinstance(module, nn.Conv2d) else answer.dim() - 1

@@ -208,7 +208,7 @@ def test_the_page_shows_seeds_their_spread_and_what_is_published(bench: Bench) -
 
 def test_the_ablation_leaves_out_one_part_at_a_time(bench: Bench) -> None:
     results = Results(bench.path / "ablation.json")
-    options = ["--model", "digits", "--seeds", "0,1", "--scale", "0.001", "--out", str(bench.path / "work")]
+    options = ["--model", "digits", "--seeds", "0,1", "--scale", "0.0125", "--out", str(bench.path / "work")]
     result = CliRunner().invoke(ablation.main, [*options, "--results", str(results.path)])
     assert result.exit_code == 0, result.output
     assert bench.calls() == ["synthesize", "run w4a4"] * 10

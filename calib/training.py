@@ -24,6 +24,8 @@ from calib.statistics import (
 )
 
 _DEVIATION_BATCHES = 4
+_WIDE_UP_TO = 64
+_LEAST_WIDTH = 8
 
 History = dict[str, list[float]]
 """A value a step for each loss term."""
@@ -44,6 +46,8 @@ class GeneratorConfig(StageConfig):
             warmed-up generator's images, so that it lies where images can go.
         distance: of the statistics in (4), (6) and (9): `absolute`, as the equations are written, or `relative` to
             each channel's deviation in the BatchNorm buffers, so that a model's wide channels do not drown the others.
+        width: channels of the generator at full resolution, for images of up to 64 pixels a side; fewer in proportion
+            for larger ones, at least 8, where full resolution would cost more than the teacher does.
         semantic_start: the first semantic layer, as a share of the BatchNorm layers.
     """
 
@@ -126,7 +130,8 @@ class GeneratorTrainer:
         self.first_semantic = int(config.semantic_start * count_executed(teacher, blank))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seeded(rng))  # that of the CPU alone
-            self.generator = Generator(classes, size, mean, std, config.latent, config.width).to(device)
+            width = min(config.width, max(_LEAST_WIDTH, round(config.width * _WIDE_UP_TO / max(size[1:]))))
+            self.generator = Generator(classes, size, mean, std, config.latent, width).to(device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
         self.centroids = Centroids(classes, device)
         self._sampler = ClassSampler(classes, rng)

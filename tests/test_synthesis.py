@@ -353,3 +353,17 @@ def test_a_net_with_other_batchnorm_shapes_is_synthesized_too() -> None:
     )
     assert len(found.calibration) == 30
     assert set(found.losses) >= {"generator.ce", "generator.bns", "generator.sfda", "generator.icv", "refine.bns"}
+
+
+def test_the_generator_is_narrower_for_large_images() -> None:
+    model = teacher()
+    options = {"classes": 10, "mean": (0.5,), "std": (0.5,), "device": torch.device("cpu")}
+
+    def widest(side: int) -> int:
+        rng = torch.Generator().manual_seed(0)
+        size = (1, side, side)
+        return GeneratorTrainer(model.module, size=size, config=GeneratorConfig(), rng=rng, **options).generator.widths[
+            -1
+        ]  # type: ignore[arg-type]
+
+    assert (widest(32), widest(128), widest(512)) == (32, 16, 8)

@@ -92,9 +92,7 @@ class RunConfig(StageConfig):
         if self.synthesis.recipe == "paper":
             return self
         share = max(_LEAST_SHARE, min(1.0, _STANDARD_COST / cost))
-        usual = RunConfig.model_validate(
-            {"model": self.model, "effort": self.effort, "synthesis": {"recipe": self.synthesis.recipe}}
-        )
+        usual = _usual(self.synthesis.recipe, self.effort)
 
         def scaled(part: _Part, standard: _Part, *names: str) -> _Part:
             own = {n: getattr(part, n) for n in names if getattr(part, n) == getattr(standard, n)}
@@ -111,6 +109,11 @@ class RunConfig(StageConfig):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+def _usual(recipe: str, effort: str) -> RunConfig:
+    """What a recipe and an effort stand for, with nothing else given."""
+    return RunConfig.model_validate({"model": "", "effort": effort, "synthesis": {"recipe": recipe}})
+
+
 def without_presets(settings: Settings) -> Settings:
     """A file's settings without those that its recipe and effort made, so that others can be chosen instead.
 
@@ -118,9 +121,7 @@ def without_presets(settings: Settings) -> Settings:
         settings: nested, as in a `run.toml`.
     """
     recipe = settings.get("synthesis", {}).get("recipe", "default")
-    known = RunConfig.model_validate(
-        {"model": "", "effort": settings.get("effort", "standard"), "synthesis": {"recipe": recipe}}
-    ).model_dump(mode="json")
+    known = _usual(recipe, settings.get("effort", "standard")).model_dump(mode="json")
     parts: Settings = {
         name: without(settings[name], known[name]) for name in ("synthesis", "finetune") if name in settings
     }

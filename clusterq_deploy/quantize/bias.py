@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLinear, Quantizer
+from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLinear, Quantizer, by_channel, pooled_dims
 from clusterq_deploy.quantize.student import Student
 
 _IMAGES = 128
@@ -59,12 +59,11 @@ class _Corrector(fx.Interpreter):
         module.weight_quantizer.enabled = True
         rounded = module(rounded)
         if module.bias is not None:
-            channel = 1 if isinstance(module, QuantizedConv2d) else exact.dim() - 1
-            dims = [d for d in range(exact.dim()) if d != channel]
+            dims = pooled_dims(module, exact)
             step = self._steps[str(target)]  # the bias stays on its accumulator's grid, as `settle` wants it
             shift = ((rounded - exact).mean(dims) / step).round() * step
             module.bias.sub_(shift)
-            rounded = rounded - shift.view([-1 if d == channel else 1 for d in range(exact.dim())])
+            rounded = rounded - by_channel(shift, module, exact)
             spread = exact.std(dims).mean().clamp_min(1e-12)
             self.shifts[str(target)] = float(shift.abs().mean() / spread)
         return torch.cat([exact, rounded])

@@ -18,7 +18,7 @@ from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.placement import TARGETS
-from clusterq_deploy.quantize.quantizer import Quantizer
+from clusterq_deploy.quantize.quantizer import Quantizer, pooled_dims
 from clusterq_deploy.quantize.student import Student
 
 _SETTLED = 0.75
@@ -154,7 +154,7 @@ def _units(student: Student, reference: Student, images: Tensor) -> tuple[list[_
     device = next(student.parameters()).device
     spreads: dict[str, Tensor] = {}
     handles = [
-        layer.register_forward_hook(lambda layer, _, y, name=name: spreads.update({name: channel_deviation(layer, y)}))
+        layer.register_forward_hook(lambda own, _, y, name=name: spreads.update({name: y.std(pooled_dims(own, y))}))
         for name, layer in reference.layers().items()
     ]
     try:
@@ -167,12 +167,6 @@ def _units(student: Student, reference: Student, images: Tensor) -> tuple[list[_
     weights = [(m.weight, m.weight_quantizer.scale.view(-1, *[1] * (m.weight.dim() - 1))) for m in layers.values()]
     biases = [(m.bias, spreads[name]) for name, m in layers.items() if m.bias is not None]
     return weights, biases
-
-
-def channel_deviation(layer: nn.Module, y: Tensor) -> Tensor:
-    """Standard deviation (C,) of each channel of a layer's outputs, (N, C, H, W) of a convolution, else (..., C)."""
-    channel = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
-    return y.std([d for d in range(y.dim()) if d != channel])
 
 
 @torch.no_grad()

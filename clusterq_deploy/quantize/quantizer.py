@@ -155,3 +155,15 @@ def with_weight_quantizer(layer: nn.Conv2d | nn.Linear, quantizer: Quantizer) ->
     quantized._modules = dict(layer._modules)
     quantized.weight_quantizer = quantizer
     return quantized
+
+
+def pooled_dims(layer: nn.Module, y: Tensor) -> list[int]:
+    """All dimensions but the channels' of a layer's outputs y, (N, C, H, W) of a convolution, else (..., C)."""
+    channel = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
+    return [d for d in range(y.dim()) if d != channel]
+
+
+def by_channel(values: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
+    """Values (C,) in a shape that broadcasts to a layer's outputs y."""
+    pooled = pooled_dims(layer, y)
+    return values.view([1 if d in pooled else -1 for d in range(y.dim())])

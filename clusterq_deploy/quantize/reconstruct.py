@@ -14,7 +14,14 @@ from torch import Tensor, fx, nn
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import weight_scales
-from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
+from clusterq_deploy.quantize.quantizer import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    Quantizer,
+    by_channel,
+    pooled_dims,
+)
 from clusterq_deploy.quantize.student import Student
 
 _IMAGES = 128
@@ -87,18 +94,16 @@ class _Reconstructor(fx.Interpreter):
             _fit(module, rounded, outputs, self._damping, self._rng)
         answer = module(rounded)
         if module.bias is not None:
-            channel = 1 if isinstance(module, nn.Conv2d) else answer.dim() - 1
-            shift = (answer - outputs).mean([d for d in range(answer.dim()) if d != channel])
+            shift = (answer - outputs).mean(pooled_dims(module, answer))
             module.bias.sub_(shift)
-            answer = answer - shift.view([-1 if d == channel else 1 for d in range(answer.dim())])
+            answer = answer - by_channel(shift, module, answer)
         self.errors[str(target)] = (before, _distance(answer, outputs, module))
         self._advance(1)
         return torch.cat([outputs, answer])
 
 
 def _distance(found: Tensor, wanted: Tensor, layer: QuantizedLayer) -> float:
-    channel = 1 if isinstance(layer, nn.Conv2d) else wanted.dim() - 1
-    dims = [d for d in range(wanted.dim()) if d != channel]
+    dims = pooled_dims(layer, wanted)
     return float(((found - wanted).square().mean(dims) / wanted.var(dims).clamp_min(1e-12)).mean())
 
 
@@ -134,8 +139,7 @@ def _samples(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches (G, K, n) that a layer reads, with the outputs (G, O, n) wanted for them, without its bias."""
     if layer.bias is not None:
-        channel = 1 if isinstance(layer, nn.Conv2d) else wanted.dim() - 1
-        wanted = wanted - layer.bias.view([-1 if d == channel else 1 for d in range(wanted.dim())])
+        wanted = wanted - by_channel(layer.bias, layer, wanted)
     if isinstance(layer, nn.Linear):
         yield x.flatten(0, -2).mT[None], wanted.flatten(0, -2).mT[None]
         return

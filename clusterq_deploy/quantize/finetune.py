@@ -107,7 +107,7 @@ def tap_features(student: Student) -> Iterator[list[Tensor]]:
     """What reaches the quantizers that every target has, in order of execution; each forward pass starts anew."""
     found: list[Tensor] = []
     quantizers = student.quantizers()
-    sites = [site.name for site in student.placement.activations if site.targets == TARGETS]
+    sites = [site.name for site in student.placement.activations if site.targets == TARGETS and not site.readers]
     handles = [student.register_forward_pre_hook(lambda *_: found.clear())]
     handles += [quantizers[name].register_forward_pre_hook(lambda _, args: found.append(args[0])) for name in sites]
     try:

@@ -23,7 +23,8 @@ class ActivationSite:
     """A quantizer behind the outputs of `producers` (several where a concatenation shares one scale).
 
     `targets` are the runtimes whose graph has it: ONNX Runtime wants one directly behind every convolution,
-    TensorRT wants none between a convolution and the residual add that it fuses.
+    TensorRT wants none between a convolution and the residual add that it fuses. `readers` are the layers that alone
+    read it, behind the 8-bit quantizer that all others read; without any, everything reads it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ActivationSite:
     grid: Grid
     limit: float
     targets: tuple[Target, ...]
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
       max-pool, behind each branch of a concatenation, so that what only moves values keeps their grid.
     - At an addition the identity branch is quantized, the branch that ends in a convolution is not (it is fused).
     - For ONNX Runtime alone, the output of a convolution that nothing else quantizes has an 8-bit quantizer.
-    - The image, and the identity branches that feed no layer, have 8 bits: they cost nothing.
+    - What layers read has the width asked for. The image and what additions read have 8 bits: a sum computes in
+      INT8 at any width, and the errors of narrow grids would add up along a residual trunk. A tensor that both read
+      has an 8-bit quantizer, and behind it, for the layers, a narrow one.
 
     Args:
         traced: from `folded_teacher`.
@@ -77,15 +81,23 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
     for node in layers:
         image = _reads_image(traced, node)
         groups.demand(_producers(traced, tensor_inputs(node)[0]), _EIGHT if wide(node) or image else bits.activations)
+    added: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if is_addition(node):
-            for branch in _identity_branches(traced, node, layers):
-                groups.demand(_producers(traced, branch), None)
-    activations = [
-        ActivationSite(members[0].name, tuple(m.name for m in members), grid, limit, TARGETS)
-        for members, width in groups.resolved()
-        for grid, limit in [_grid(width or _EIGHT, [ranges[m] for m in members])]
-    ]
+            fused, others = _operands(node, layers)
+            for producers in (_producers(traced, branch) for branch in others):
+                added.update(producers)
+                if fused is not None:
+                    groups.demand(producers, None)
+    activations: list[ActivationSite] = []
+    narrow: dict[fx.Node, int] = {}  # producers that additions read too, and the width that layers want of them
+    for members, wanted in groups.resolved():
+        width = wanted or _EIGHT
+        if width < _EIGHT and not added.isdisjoint(members):
+            narrow |= dict.fromkeys(members, width)
+            width = _EIGHT
+        grid, limit = _grid(width, [ranges[m] for m in members])
+        activations.append(ActivationSite(members[0].name, tuple(m.name for m in members), grid, limit, TARGETS))
     owner = {name: site.name for site in activations for name in site.producers}
     for node in layers:
         output = _fused_output(traced, node)
@@ -93,12 +105,24 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
             grid, limit = _grid(_EIGHT, [ranges[output]])
             activations.append(ActivationSite(output.name, (output.name,), grid, limit, ("onnxruntime",)))
             owner[output.name] = output.name
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in layers:
+        readers.setdefault(tensor_inputs(node)[0], []).append(node)
+    input_sites: dict[fx.Node, str] = {}
+    for source, own in readers.items():
+        producer = _producers(traced, source)[0]
+        name = owner[producer.name]
+        if producer in narrow:
+            name, names = f"{source.name}.narrow", tuple(n.name for n in own)
+            grid, limit = _grid(narrow[producer], [ranges[source]])
+            activations.append(ActivationSite(name, (source.name,), grid, limit, TARGETS, names))
+        input_sites |= dict.fromkeys(own, name)
     weights = [
         WeightSite(
             f"{node.target}.weight",
             str(node.target),
             Grid(_EIGHT if wide(node) else bits.weights, signed=True),
-            owner[_producers(traced, tensor_inputs(node)[0])[0].name],
+            input_sites[node],
         )
         for node in layers
     ]
@@ -166,14 +190,12 @@ def _fused_output(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and is_rectifier(traced, users[0]) else node
 
 
-def _identity_branches(traced: fx.GraphModule, node: fx.Node, layers: list[fx.Node]) -> list[fx.Node]:
-    """The operands of an addition other than the one that a convolution is fused with."""
+def _operands(node: fx.Node, layers: list[fx.Node]) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The convolution that an addition is fused with, if there is one, and the addition's other operands."""
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
     fusable = [a for a in operands if a in layers and len(a.users) == 1]
-    if not fusable:
-        return []
-    deepest = max(fusable, key=lambda a: _depth(a, {}))
-    return [a for a in operands if a is not deepest]
+    fused = max(fusable, key=lambda a: _depth(a, {}), default=None)
+    return fused, [a for a in operands if a is not fused]
 
 
 def _depth(node: fx.Node, known: dict[fx.Node, int]) -> int:

@@ -137,11 +137,12 @@ def make_student(teacher: nn.Module, bits: BitWidths, *, first_last: bool = Fals
     for activation in placement.activations:
         key = activation.name.replace(".", "_")
         sites[key] = Quantizer(activation.name, activation.grid, limit=activation.limit)
+        read_by = [nodes[name] for name in activation.readers]
         for producer in activation.producers:
-            node = nodes[producer]
+            node = read_by[0].all_input_nodes[0] if read_by else nodes[producer]  # behind the quantizer that is there
             with graph.graph.inserting_after(node):
                 quantized = graph.graph.call_module(f"quantizers.{key}")
-            node.replace_all_uses_with(quantized)
+            node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=read_by: not own or user in own)
             quantized.args = (node,)
     graph.graph.lint()
     graph.recompile()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from calib.calibration_set import CalibrationSet
 from calib.config import StageConfig
@@ -17,8 +18,8 @@ from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.normalize import normalized
 from clusterq_deploy.quantize.placement import TARGETS
-from clusterq_deploy.quantize.quantizer import Quantizer, pooled_dims
 from clusterq_deploy.quantize.student import Student
 
 _SETTLED = 0.75
@@ -28,6 +29,8 @@ divergence is luck (on a CIFAR-10 ResNet-20 one of step 75 of 600 cost 0.7 point
 _JUDGED_VIEWS = 2
 """Of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a CIFAR-10
 ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
+
+_MEASURED_ON = 128  # images that say what a layer's inputs and outputs are like
 
 _FAR = 0.02
 _LEAST_STEPS = 0.25
@@ -40,8 +43,7 @@ class FinetuneConfig(StageConfig):
 
     Attributes:
         steps: optimizer steps (Adam, cosine decay), at most; fewer where the start is near the teacher.
-        learning_rate: of weights, in steps of their row's grid: layers whose weights differ in size by factors of
-            ten learn alike.
+        learning_rate: of weights, in steps of their row's grid.
         bias_learning_rate: of biases, in deviations of their channel's outputs.
         scale_learning_rate: of the logarithms of the scales.
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
@@ -55,13 +57,13 @@ class FinetuneConfig(StageConfig):
 
     steps: int = Field(1200, ge=0)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(0.02, gt=0)
+    learning_rate: float = Field(0.01, gt=0)
     bias_learning_rate: float = Field(1e-3, gt=0)
     scale_learning_rate: float = Field(3e-3, gt=0)
     ce_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1.0, ge=0)
-    temperature: float = Field(4.0, gt=0)
-    feature_weight: float = Field(4.0, ge=0)
+    temperature: float = Field(2.0, gt=0)
+    feature_weight: float = Field(1.0, ge=0)
     augment: AugmentConfig = AugmentConfig()
     held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)
@@ -144,40 +146,6 @@ def divergence(
     return total / len(images)
 
 
-_Unit = tuple[Tensor, Tensor]
-"""A parameter, and the size of a step of 1 in it, of a shape that broadcasts to the parameter's."""
-
-
-@torch.no_grad()
-def _units(student: Student, reference: Student, images: Tensor) -> tuple[list[_Unit], list[_Unit]]:
-    """Weights with the steps of their rows' grids, and biases with the deviations of their channels' outputs."""
-    device = next(student.parameters()).device
-    spreads: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_hook(lambda own, _, y, name=name: spreads.update({name: y.std(pooled_dims(own, y))}))
-        for name, layer in reference.layers().items()
-    ]
-    try:
-        with reference.in_float():
-            reference(images.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = student.layers()
-    weights = [(m.weight, m.weight_quantizer.scale.view(-1, *[1] * (m.weight.dim() - 1))) for m in layers.values()]
-    biases = [(m.bias, spreads[name]) for name, m in layers.items() if m.bias is not None]
-    return weights, biases
-
-
-@torch.no_grad()
-def _step_in_units(optimizer: torch.optim.Optimizer, units: Sequence[_Unit]) -> None:
-    """One optimizer step, whose length in each parameter is multiplied by the parameter's unit."""
-    before = [parameter.detach().clone() for parameter, _ in units]
-    optimizer.step()
-    for (parameter, unit), old in zip(units, before, strict=True):
-        parameter.sub_(old).mul_(unit).add_(old)
-
-
 def finetune(
     student: Student,
     reference: Student,
@@ -188,7 +156,7 @@ def finetune(
     rng: torch.Generator,
     progress: Progress = SILENT,
 ) -> Tuning:
-    """Tune weights, biases and scales of a calibrated student, in place.
+    """Tune weights, biases and scales of a calibrated student, in place, in `normalized` parameters.
 
     Of the untuned student and the checkpoints of the last quarter, the one with the smallest divergence from the
     teacher on views of held-out synthetic images is kept.
@@ -207,30 +175,30 @@ def finetune(
     tune, held_out = calibration.split(config.held_out)
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     judged = torch.cat([view(held_out.images) for _ in range(_JUDGED_VIEWS)])
-    scales = [q.log_scale for q in student.modules() if isinstance(q, Quantizer)]
-    weights, biases = _units(student, reference, tune.images[: config.batch_size])
-    groups = [
-        {"params": [w for w, _ in weights], "lr": config.learning_rate},
-        {"params": [b for b, _ in biases], "lr": config.bias_learning_rate},
-        {"params": scales, "lr": config.scale_learning_rate},
-    ]
-    optimizer = torch.optim.Adam(groups)
     with reference.in_float():
         best = divergence(student, reference, judged, config.batch_size, config.temperature)
     losses["held_out_kl"].append(best)
     steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, best / _FAR)))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    kept, kept_step = copy.deepcopy(student.state_dict()), 0
     every = max(1, steps // config.checkpoints)
     # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
     coarse = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if coarse else nullcontext()
     with (
+        normalized(student, reference, tune.images[:_MEASURED_ON].to(device)) as parameters,
         progress.task(f"Fine-tuning {student.bits}", steps) as advance,
         tap_features(student) as own_features,
         tap_features(reference) as features,
         reference.in_float(),
     ):
+        optimizer = torch.optim.Adam(
+            [
+                {"params": parameters.rows, "lr": config.learning_rate},
+                {"params": parameters.biases, "lr": config.bias_learning_rate},
+                {"params": parameters.log_scales, "lr": config.scale_learning_rate},
+            ]
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        kept, kept_step = copy.deepcopy(student.state_dict()), 0
         for step in range(1, steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
             images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
@@ -238,7 +206,8 @@ def finetune(
             with precision:
                 with torch.no_grad():
                     target = reference(images).float()
-                logits = student(images).float()
+                with parametrize.cached():
+                    logits = student(images).float()
             loss = distillation_loss(logits, target, labels, config)
             losses["distillation"].append(loss.item())
             if config.feature_weight:
@@ -247,7 +216,7 @@ def finetune(
                 loss = loss + config.feature_weight * matching
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            _step_in_units(optimizer, [*weights, *biases])
+            optimizer.step()
             schedule.step()
             student.project()
             advance(1, loss=loss.item())
@@ -256,6 +225,6 @@ def finetune(
                 losses["held_out_kl"].append(now)
                 if now < best and step >= _SETTLED * steps:
                     best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
-    student.load_state_dict(kept)
+        student.load_state_dict(kept)
     student.settle()
     return Tuning(losses, kept_step)

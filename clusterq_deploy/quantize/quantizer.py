@@ -167,3 +167,9 @@ def by_channel(values: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
     """Values (C,) in a shape that broadcasts to a layer's outputs y."""
     pooled = pooled_dims(layer, y)
     return values.view([1 if d in pooled else -1 for d in range(y.dim())])
+
+
+def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution's input (N, C, H, W) with the layer's padding of zeros around it."""
+    widths = list(layer._reversed_padding_repeated_twice)
+    return F.pad(x, widths) if any(widths) else x

@@ -20,12 +20,14 @@ from clusterq_deploy.quantize.quantizer import (
     QuantizedLinear,
     Quantizer,
     by_channel,
+    padded,
     pooled_dims,
 )
 from clusterq_deploy.quantize.student import Student
 
 _IMAGES = 128
-_DAMPING = 0.1  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
+_DAMPING = 0.03  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
+_SHARE = 0.5  # of the way from the teacher's weight to the fitted one
 _PATCHES = 1 << 15  # looked at in a layer
 _UNFOLDED = 1 << 24  # values at a time
 _WIDEST = 8192  # columns of a row; the second moments of more (VGG's first Linear has 25,088) take gigabytes
@@ -45,10 +47,12 @@ def reconstruct(
     """Fit weights, their scales and biases of a calibrated student, layer by layer in order of execution, in place.
 
     Each layer is given the inputs that the student in front of it makes, quantized, and the outputs that the float
-    model has on the same images. Its weight is the least-squares fit, which stays near the teacher's where the
-    inputs hardly vary; its rounding is (3) of arXiv 2208.11580 in GPTQ's order; its bias takes the mean shift away
-    (arXiv 1906.04721, section 4.2). One pass of the graph does all layers. A layer whose rows have more than 8,192
-    columns keeps its rounding to nearest, and has its bias corrected alone.
+    model has on the same images. Its weight goes half of the way from the teacher's to the least-squares fit, which
+    stays near the teacher's where the inputs hardly vary: the whole fit takes rounding errors of the inputs for a
+    reason to answer less, and a net of such layers is too unsure of everything. Its rounding is (3) of arXiv 2208.11580
+    in GPTQ's order; its bias takes the mean shift away (arXiv 1906.04721, section 4.2). One pass of the graph does all
+    layers. A layer whose rows have more than 8,192 columns keeps its rounding to nearest, and has its bias corrected
+    alone.
 
     Args:
         student: calibrated, not tuned yet: its float weights must still be the teacher's. Its weights, biases and
@@ -126,7 +130,7 @@ def _fit(layer: QuantizedLayer, x: Tensor, wanted: Tensor, damping: float, rng: 
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     floor = (damping * diagonal.mean(1)).clamp_min(1e-10)
     hessian = hessian + torch.diag_embed(floor[:, None].expand(-1, columns))
-    fitted = weight + torch.linalg.solve(hessian, slope.mT).mT
+    fitted = weight + _SHARE * torch.linalg.solve(hessian, slope.mT).mT
     quantizer = layer.weight_quantizer
     importance = hessian.diagonal(dim1=1, dim2=2)[:, None].expand_as(fitted).reshape(len(layer.weight), -1)
     quantizer.set_scale(weight_scales(fitted.reshape(layer.weight.shape), quantizer.grid, importance))
@@ -147,7 +151,7 @@ def _samples(
     share = max(1, _PATCHES // len(x))
     size = max(1, _UNFOLDED // (x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1] * places))
     for part, answers in zip(x.split(size), wanted.split(size), strict=True):
-        patches = F.unfold(_padded(layer, part), layer.kernel_size, layer.dilation, 0, layer.stride)
+        patches = F.unfold(padded(layer, part), layer.kernel_size, layer.dilation, 0, layer.stride)
         values = answers.flatten(2)
         if share < places:
             picked = torch.randperm(places, generator=rng, device=rng.device)[:share].to(x.device)
@@ -158,11 +162,6 @@ def _samples(
 def _grouped(values: Tensor, groups: int) -> Tensor:
     """(N, G * K, L) as (G, K, N * L)."""
     return values.transpose(0, 1).reshape(groups, values.shape[1] // groups, -1)
-
-
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    widths = list(layer._reversed_padding_repeated_twice)
-    return F.pad(x, widths) if any(widths) else x
 
 
 def _rounded(weight: Tensor, hessian: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""Parameters in which one learning rate fits every layer: what BatchNorm gave the teacher before it was folded.
+
+A folded layer is badly conditioned. Its inputs have means that can be far larger than their deviations, so that a
+step in a weight moves the mean of its outputs before all else; its rows differ in size by factors of ten; and the
+scale of a row can only trade rounding errors, not the size of what the row computes. While a student is tuned its
+layers therefore compute, with integers q = round(u) of a row's grid, step s, and the mean patch m of the inputs,
+
+    y = s q * (x - m) + d b,
+
+where u, the row in units of its grid, log s and b, in deviations d of the outputs, are what is learned. It is the
+same layer: weight s u, bias d b - s q m.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+from torch.nn.utils import parametrize
+
+from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer, padded, pooled_dims
+from clusterq_deploy.quantize.student import Student
+
+
+@dataclass(frozen=True)
+class NormalizedParameters:
+    """Leaf tensors to optimize: rows in grid units, biases in deviations of outputs, logarithms of all scales."""
+
+    rows: list[Tensor]
+    biases: list[Tensor]
+    log_scales: list[Tensor]
+
+
+@contextmanager
+def normalized(student: Student, reference: Student, images: Tensor) -> Iterator[NormalizedParameters]:
+    """Let a student's layers be learned in normalized parameters; afterwards they are plain layers again.
+
+    Args:
+        student: calibrated; inside the context its `state_dict` has other names for weights and biases.
+        reference: float model of the same layers, whose inputs and outputs give means and deviations.
+        images: (N, C, H, W) float32, normalized, on the student's device, to take them on.
+    """
+    statistics = _statistics(reference, images)
+    layers = student.layers()
+    for name, layer in layers.items():
+        mean, deviation = statistics[name]
+        parametrize.register_parametrization(layer, "weight", _InGridUnits(layer.weight_quantizer), unsafe=True)
+        if layer.bias is not None:
+            parametrize.register_parametrization(layer, "bias", _Centred(layer, mean, deviation), unsafe=True)
+    try:
+        yield NormalizedParameters(
+            [_original(layer, "weight") for layer in layers.values()],
+            [_original(layer, "bias") for layer in layers.values() if layer.bias is not None],
+            [m.log_scale for m in student.modules() if isinstance(m, Quantizer)],
+        )
+    finally:
+        for layer in layers.values():
+            for name in ("bias", "weight"):  # the bias is made with the weight
+                if parametrize.is_parametrized(layer, name):
+                    parametrize.remove_parametrizations(layer, name)
+
+
+def _original(layer: nn.Module, name: str) -> Tensor:
+    original: Tensor = layer.get_parameter(f"parametrizations.{name}.original")
+    return original
+
+
+class _InGridUnits(nn.Module):
+    """Weight (O, ...) from its rows in steps of their grids."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self._quantizer = (quantizer,)  # in a tuple: it is no part of this module
+
+    def _scale(self, rows: Tensor) -> Tensor:
+        return self._quantizer[0].scale.view(-1, *[1] * (rows.dim() - 1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * self._scale(rows)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self._scale(weight).detach()
+
+
+class _Centred(nn.Module):
+    """Bias (O,) from the outputs' mean, in their deviations (O,), and the quantized weight's share in it."""
+
+    def __init__(self, layer: QuantizedLayer, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self._layer, self._mean, self._deviation = (layer,), mean, deviation
+
+    def _weights_share(self) -> Tensor:
+        (layer,) = self._layer
+        share: Tensor = (layer.weight_quantizer(layer.weight) * self._mean).flatten(1).sum(1)
+        return share
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs * self._deviation - self._weights_share()
+
+    def right_inverse(self, bias: Tensor) -> Tensor:
+        return (bias + self._weights_share().detach()) / self._deviation
+
+
+@torch.no_grad()
+def _statistics(reference: Student, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each layer the mean patch that it reads, of its weight's shape, and its outputs' deviations (O,)."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str, layer: QuantizedLayer, x: Tensor, y: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):  # the weight's gradient, were that of every output one
+            geometry = (layer.stride, 0, layer.dilation, layer.groups)
+            patches = conv2d_weight(padded(layer, x), layer.weight.shape, torch.ones_like(y), *geometry)
+            mean = patches / (y.numel() / y.shape[1])
+        else:
+            mean = x.flatten(0, -2).mean(0).expand_as(layer.weight)
+        found[name] = (mean, y.std(pooled_dims(layer, y)).clamp_min(1e-6))
+
+    handles = [
+        layer.register_forward_hook(lambda own, args, y, name=name: watch(name, own, args[0], y))
+        for name, layer in reference.layers().items()
+    ]
+    try:
+        with reference.in_float():
+            reference(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,95 @@
+"""Normalized parameters: another way to write the same layers."""
+
+import copy
+
+import pytest
+import torch
+from nets import images, make_net
+from torch import nn
+
+from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantize.normalize import normalized
+
+
+class Paddings(nn.Module):
+    """A convolution padded by name, a strided and dilated one in groups, one without a bias, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Conv2d(3, 8, 3, padding="same")
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2, groups=4)
+        self.plain = nn.Conv2d(8, 6, 1, bias=False)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.plain(self.grouped(self.same(x).relu()).relu() + 3).relu()
+        y: torch.Tensor = self.last(x.mean((2, 3)))
+        return y
+
+
+def student_and_reference(net: nn.Module, bits: str = "w4a4") -> tuple[Student, Student]:
+    student = make_student(net, BitWidths.parse(bits))
+    reference = copy.deepcopy(student).requires_grad_(False)
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    return student, reference
+
+
+def nets() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [Paddings().eval(), make_net("residual"), make_net("mobile"), make_net("branches")]
+
+
+@pytest.mark.parametrize("net", nets(), ids=["paddings", "residual", "mobile", "branches"])
+def test_a_student_computes_the_same_inside_and_is_plain_again_outside(net: nn.Module) -> None:
+    student, reference = student_and_reference(net)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    kinds = {name: type(layer) for name, layer in student.layers().items()}
+    with torch.no_grad():
+        expected = student(images(8))
+        with normalized(student, reference, images()) as parameters:
+            torch.testing.assert_close(student(images(8)), expected, rtol=1e-4, atol=1e-4)
+            assert len(parameters.rows) == len(kinds)
+            learned = [*parameters.rows, *parameters.biases, *parameters.log_scales]
+            assert {id(p) for p in learned} <= {id(p) for p in student.parameters()}
+    assert {name: type(layer) for name, layer in student.layers().items()} == kinds
+    assert set(student.state_dict()) == set(before)
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
+
+
+def test_steps_in_weights_and_scales_leave_the_mean_of_outputs_alone() -> None:
+    torch.manual_seed(0)
+    student, reference = student_and_reference(Paddings().eval(), "w4a8")
+    layer, x = student.layers()["grouped"], images()
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda _, args, y: seen.append(y.mean((0, 2, 3))))
+    try:
+        with torch.no_grad(), normalized(student, reference, x) as parameters:
+            student(x)
+            spread = seen[0].std()
+            parameters.rows[1].add_(3 * torch.rand(parameters.rows[1].shape))
+            layer.weight_quantizer.log_scale.add_(0.5)
+            student(x)
+    finally:
+        handle.remove()
+    moved = (seen[1] - seen[0]).abs().max()
+    assert float(moved) < 0.05 * float(spread)  # the inputs' quantization is what is left
+
+
+def test_layers_are_plain_again_after_an_error() -> None:
+    student, reference = student_and_reference(make_net("residual"))
+    names = set(student.state_dict())
+    with pytest.raises(ZeroDivisionError), normalized(student, reference, images(8)):
+        raise ZeroDivisionError
+    assert set(student.state_dict()) == names
+
+
+def test_gradients_reach_rows_biases_and_scales() -> None:
+    student, reference = student_and_reference(make_net("residual"))
+    with normalized(student, reference, images(8)) as parameters:
+        student(images(8)).square().sum().backward()
+        for group in (parameters.rows, parameters.biases, parameters.log_scales):
+            assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in group)
+        row = parameters.rows[2]
+        assert row.grad is not None
+        assert float(row.grad.abs().max()) > 0

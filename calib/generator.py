@@ -30,16 +30,17 @@ class ConditionalBatchNorm2d(nn.Module):
 class Generator(nn.Module):
     """G(z | y): latents and classes to images.
 
-    A seed map of at most 8x8 is doubled until it has the image's size; every convolution is followed by a
-    class-conditional BatchNorm. Pixels leave in [0, 1] and are then normalized as the teacher wants them, so every
-    image is one that a camera could have written.
+    A seed map of at most 8x8 is doubled until it has the size to draw at; every convolution is followed by a
+    class-conditional BatchNorm. Larger images are enlarged from that, bilinearly. Pixels leave in [0, 1] and are then
+    normalized as the teacher wants them, so every image is one that a camera could have written.
 
     Args:
         classes: number of classes.
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization, a value a channel.
         latent: length of z.
-        width: channels at full resolution, doubled with every halving down to the seed, up to 256.
+        width: channels of the largest map, doubled with every halving down to the seed, up to 256.
+        largest: the largest side to draw at; 0 draws at any image's own size.
     """
 
     mean: Tensor
@@ -53,9 +54,12 @@ class Generator(nn.Module):
         std: tuple[float, ...],
         latent: int = 128,
         width: int = 32,
+        largest: int = 0,
     ) -> None:
         super().__init__()
-        channels, rows, columns = size
+        channels, *self.size = size
+        halvings = max(0, math.ceil(math.log2(max(self.size) / largest))) if largest else 0
+        rows, columns = (math.ceil(side / 2**halvings) for side in self.size)
         doublings = max(0, math.ceil(math.log2(max(rows, columns) / _SEED_SIZE)))
         sides = [(math.ceil(rows / 2**k), math.ceil(columns / 2**k)) for k in range(doublings, -1, -1)]
         widths = [min(_MAX_WIDTH, width * 2**k) for k in range(doublings, -1, -1)]
@@ -79,4 +83,7 @@ class Generator(nn.Module):
             if x.shape[-2:] != side:
                 x = F.interpolate(x, size=side, mode="nearest")
             x = F.leaky_relu(norm(conv(x), labels), 0.2)
-        return (torch.sigmoid(2 * self.last(x)) - self.mean) / self.std
+        x = self.last(x)
+        if list(x.shape[-2:]) != self.size:
+            x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
+        return (torch.sigmoid(2 * x) - self.mean) / self.std

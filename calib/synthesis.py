@@ -18,7 +18,13 @@ from calib.training import GeneratorConfig, GeneratorTrainer, History
 
 # the weights of the equations are the defaults; what differs is (6), here as it is written, and the refinement
 _PAPER: dict[str, dict[str, Any]] = {
-    "generator": {"icv_noise": "class", "distance": "absolute", "lambda_mean": 0.5, "lambda_std": 1.0},
+    "generator": {
+        "icv_noise": "class",
+        "distance": "absolute",
+        "lambda_mean": 0.5,
+        "lambda_std": 1.0,
+        "largest": 0,
+    },
     "refine": {"steps": 0},
 }
 _PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # without data an epoch is a pass as long as the set that is made

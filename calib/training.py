@@ -24,8 +24,6 @@ from calib.statistics import (
 )
 
 _DEVIATION_BATCHES = 4
-_WIDE_UP_TO = 64
-_LEAST_WIDTH = 8
 
 History = dict[str, list[float]]
 """A value a step for each loss term."""
@@ -46,8 +44,9 @@ class GeneratorConfig(StageConfig):
             warmed-up generator's images, so that it lies where images can go.
         distance: of the statistics in (4), (6) and (9): `absolute`, as the equations are written, or `relative` to
             each channel's deviation in the BatchNorm buffers, so that a model's wide channels do not drown the others.
-        width: channels of the generator at full resolution, for images of up to 64 pixels a side; fewer in proportion
-            for larger ones, at least 8, where full resolution would cost more than the teacher does.
+        width: channels of the generator's largest map.
+        largest: the largest side that the generator draws at, 0 for any: larger images are enlarged from it bilinearly,
+            as drawing at 224 pixels costs more than the teacher does, and refinement works at the full size.
         semantic_start: the first semantic layer, as a share of the BatchNorm layers.
     """
 
@@ -68,6 +67,7 @@ class GeneratorConfig(StageConfig):
     semantic_start: float = Field(0.5, ge=0, lt=1)
     latent: int = Field(128, ge=1)
     width: int = Field(32, ge=1)
+    largest: int = Field(64, ge=0)
 
     @model_validator(mode="after")
     def _leaves_steps_for_the_method(self) -> Self:
@@ -130,8 +130,8 @@ class GeneratorTrainer:
         self.first_semantic = int(config.semantic_start * count_executed(teacher, blank))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seeded(rng))  # that of the CPU alone
-            width = min(config.width, max(_LEAST_WIDTH, round(config.width * _WIDE_UP_TO / max(size[1:]))))
-            self.generator = Generator(classes, size, mean, std, config.latent, width).to(device)
+            shape = (config.latent, config.width, config.largest)
+            self.generator = Generator(classes, size, mean, std, *shape).to(device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
         self.centroids = Centroids(classes, device)
         self._sampler = ClassSampler(classes, rng)

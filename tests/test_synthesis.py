@@ -230,6 +230,15 @@ def test_the_generator_makes_any_size(size: tuple[int, int, int]) -> None:
     assert float(batch.detach().abs().max()) <= 2.0
 
 
+@pytest.mark.parametrize(("largest", "drawn"), [(0, (96, 60)), (64, (48, 30)), (96, (96, 60)), (20, (12, 8))])
+def test_large_images_are_drawn_small_and_enlarged(largest: int, drawn: tuple[int, int]) -> None:
+    net = Generator(5, (3, 96, 60), (0.5,) * 3, (0.25,) * 3, latent=16, width=8, largest=largest)
+    assert net.sides[-1] == drawn
+    batch = net(torch.randn(2, 16), torch.tensor([0, 1]))
+    assert batch.shape == (2, 3, 96, 60)
+    assert float(batch.detach().std()) > 0
+
+
 def test_natural_noise_is_of_low_frequency_and_shared_between_channels() -> None:
     noise = natural_noise(torch.Size((256, 3, 16, 16)), torch.Generator().manual_seed(0))
     assert noise.shape == (256, 3, 16, 16)
@@ -353,17 +362,3 @@ def test_a_net_with_other_batchnorm_shapes_is_synthesized_too() -> None:
     )
     assert len(found.calibration) == 30
     assert set(found.losses) >= {"generator.ce", "generator.bns", "generator.sfda", "generator.icv", "refine.bns"}
-
-
-def test_the_generator_is_narrower_for_large_images() -> None:
-    model = teacher()
-    options = {"classes": 10, "mean": (0.5,), "std": (0.5,), "device": torch.device("cpu")}
-
-    def widest(side: int) -> int:
-        rng = torch.Generator().manual_seed(0)
-        size = (1, side, side)
-        return GeneratorTrainer(model.module, size=size, config=GeneratorConfig(), rng=rng, **options).generator.widths[
-            -1
-        ]  # type: ignore[arg-type]
-
-    assert (widest(32), widest(128), widest(512)) == (32, 16, 8)

@@ -58,11 +58,12 @@ How to read the tables:
 - **First and last 8 bits** is the default; **all layers** is `--first-last`, the setting of most papers.
 
 What is comparable with the published numbers: never the top-1 itself, for the FP32 checkpoints are others. A drop is,
-where the table says that the setting is the same, with three differences in mind. The images: 5,000 and 2,500 of the
+where the table says that the setting is the same, with four differences in mind. The images: 5,000 and 2,500 of the
 10,000 test images of CIFAR-10 and CIFAR-100; 650 of the 50,000 of ImageNet, an easy subset on which models score 8 to
 15 points above their published top-1. The grid: the papers' is asymmetric, with a zero-point in weights and
 activations, in fake quantization; here zero-points are 0 and weights symmetric per channel, which is what integer
-kernels run. The schedule: the papers train for far longer, on GPUs.
+kernels run. Additions: what they read has 8 bits here, and in most of the papers the width of the layers. The schedule:
+the papers train for far longer, on GPUs.
 
 """
 _ABLATION = """\

@@ -7,6 +7,7 @@ import click
 
 from cli import commands
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
@@ -44,6 +45,17 @@ def _is_ours(error: Exception) -> bool:
     return isinstance(error, ClusterQError)
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: by default large maps go back to the kernel, and every training step on a CPU
+    takes them anew, page by page, which is a third of its time. No effect elsewhere."""
+    import ctypes
+    import sys
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -60,6 +72,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     before wrote.
     """
     ctx.obj = {"quiet": quiet}
+    _keep_freed_memory()
     if verbose:
         import logging
 

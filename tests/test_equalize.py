@@ -1,5 +1,6 @@
 """Cross-layer equalisation and bias correction: what they must not change, and what they must mend."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,16 @@ import torch.nn.functional as F
 from nets import images, make_net
 from torch import Tensor, nn
 
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, correct_bias, equalize, make_student
+from clusterq_deploy.quantize import (
+    BitWidths,
+    Reference,
+    Student,
+    calibrate,
+    correct_bias,
+    equalize,
+    make_student,
+    reconstruct,
+)
 
 
 def rng() -> torch.Generator:
@@ -30,7 +40,7 @@ def uneven(net: nn.Module, seed: int = 0) -> nn.Module:
 
 def equalized(net: nn.Module, bits: str = "w4a4") -> tuple[Student, set[tuple[str, str]]]:
     student = make_student(net, BitWidths.parse(bits))
-    found = equalize(student, images(), batch_size=16, rng=rng())
+    found, _ = equalize(student, images(), rng=rng(), shifts=False)
     return student, {(pair.producer, pair.consumer) for pair in found}
 
 
@@ -62,7 +72,7 @@ def test_a_chain_is_equalized_and_computes_what_it_did(net: Callable[[], nn.Modu
 
 def test_channels_come_nearer_to_one_range_and_a_depthwise_reader_gains() -> None:
     student = make_student(chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8)), BitWidths(4, 4))
-    (pair,) = equalize(student, images(), batch_size=16, rng=rng())
+    (pair,), _ = equalize(student, images(), rng=rng(), shifts=False)
     assert pair.exponent == 1.0  # nothing speaks against it: every row of the reader has one column
     assert pair.spread_after == pytest.approx(1.0)
     assert pair.spread_before > 2
@@ -81,6 +91,59 @@ def test_what_a_relu6_clips_stays_as_it_is() -> None:
     assert float(after[1].detach().norm() / before[1].norm()) > 4
     with torch.no_grad(), student.in_float():
         torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-4)
+
+
+def narrow(last: nn.Conv2d, between: nn.Module) -> nn.Module:
+    """A layer whose channels move around 3, by 0.2 and more, and one that reads them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), between, last, nn.Flatten())
+    with torch.no_grad():
+        net[0].weight.mul_(torch.linspace(0.1, 0.6, 8).view(-1, 1, 1, 1))
+        net[0].bias.fill_(3.0)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU6()])
+@pytest.mark.parametrize("last", [nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3)])
+def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Conv2d, between: nn.Module) -> None:
+    teacher = narrow(last, between)
+    student = make_student(teacher, BitWidths(4, 4), first_last=True)
+    (pair,), maps = equalize(student, images(), rng=rng())
+    assert pair.shifted == 8
+    assert pair.error_after < 0.5 * pair.error_before
+    fresh = images(64, seed=7)
+    with torch.no_grad(), student.in_float():
+        wanted, found = teacher(fresh), student(fresh)
+        assert float((found - wanted).square().mean()) < 0.01 * float(wanted.var())  # what lies under the shift is cut
+        torch.testing.assert_close(student.layers()["0"](fresh), maps["0"](teacher[0](fresh)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shift_that_padding_makes_harmful_is_not_made() -> None:
+    torch.manual_seed(0)
+    last = nn.Conv2d(8, 8, 15, padding=7, groups=8)  # most of what it reads is padding
+    student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), first_last=True)
+    (pair,), maps = equalize(student, images(), rng=rng())
+    assert pair.shifted == 0
+    assert bool((maps["0"].shift == 0).all())
+
+
+def test_signed_tensors_are_not_shifted() -> None:
+    student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), first_last=True)
+    (pair,), _ = equalize(student, images(), rng=rng())
+    assert pair.shifted == 0
+
+
+def test_reconstruction_and_bias_correction_follow_the_maps() -> None:
+    teacher, data = narrow(nn.Conv2d(8, 6, 1), nn.ReLU()), images(64)
+    for mend in (reconstruct, correct_bias):
+        student = make_student(teacher, BitWidths(6, 6), first_last=True)
+        reference = Reference(copy.deepcopy(student), equalize(student, data, rng=rng())[1])
+        calibrate(student, data, batch_size=32, rng=rng())
+        extra = {"rng": rng()} if mend is reconstruct else {}
+        with torch.no_grad():
+            mend(student, data, reference=reference, **extra)
+            wanted, found = teacher(data), student(data)
+        assert float((found - wanted).square().mean()) < 0.02 * float(wanted.var())
 
 
 class Unfit(nn.Module):

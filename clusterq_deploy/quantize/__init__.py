@@ -7,6 +7,7 @@ from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.grid import BitWidths, Grid
 from clusterq_deploy.quantize.initialize import Initialization, initialize
 from clusterq_deploy.quantize.reconstruct import reconstruct
+from clusterq_deploy.quantize.reference import Reference
 from clusterq_deploy.quantize.student import Student, load_student, make_student
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FinetuneConfig",
     "Grid",
     "Initialization",
+    "Reference",
     "Student",
     "Tuning",
     "calibrate",

@@ -1,15 +1,20 @@
-"""Cross-layer equalisation: the channels of a tensor are brought nearer to one range, which leaves the model as it is.
+"""Cross-layer equalisation: the channels of a tensor are given one range, which leaves the model (nearly) as it is.
 
 Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721: across a
-positively homogeneous function f, W2 f(W1 x + b) = (W2 / s) f(s W1 x + s b) for any positive scale s a channel.  # (5)
+positively homogeneous function f, W2 f(W1 x + b) = (W2 / s) f(s W1 x + s b) for any positive scale s a channel,  # (5)
+and what a channel never falls below can be moved from the first layer's bias into the second's.  # section 4.1.3
 
-What the scales are for differs from the paper, whose weights share one step a tensor. Here each output channel of a
-weight has a step of its own, so that scaling a layer's rows costs and gains nothing. Activations share one step a
-tensor: a channel that is narrow beside the widest has few of the grid's values. Scaled up it has more, and the
-columns of the weight that reads it shrink beside the others of their row. A depthwise layer has one column a row and
-pays nothing; for others the balance is searched, as SmoothQuant's alpha (arXiv 2211.10438, equation (4)) is.
+What this is for differs from the paper, whose weights share one step a tensor. Here each output channel of a weight
+has a step of its own, so that scaling a layer's rows costs and gains nothing. Activations share one step a tensor and
+have no zero-point: a channel that is narrow beside the widest has few of the grid's values, and one that moves between
+5 and 6 (a MobileNet's stem has such) has one or two. Scaled and shifted, each channel has the whole grid, as if it had
+a step and a zero-point of its own. What it costs: scaled up, the columns of the weight that reads a channel shrink
+beside the others of their row. A depthwise layer has one column a row and pays nothing; for others the balance is
+searched, as SmoothQuant's alpha (arXiv 2211.10438, equation (4)) is. A shift moves what zero padding means to the
+reader: it is made only where the reader's outputs, borders included, come nearer to the exact ones for it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,16 +25,22 @@ from torch import Tensor, fx, nn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
 from clusterq_deploy.quantize.grid import Grid
-from clusterq_deploy.quantize.ops import Homogeneity, homogeneity
-from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
+from clusterq_deploy.quantize.ops import Homogeneity, homogeneity, is_rectifier
+from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer, pooled_dims
+from clusterq_deploy.quantize.reference import ChannelMap
 from clusterq_deploy.quantize.student import Student
 
 _CLIP = 6.0
 _MARGIN = 1.1  # a channel in front of a ReLU6 stays this factor below the clip: other images reach further
+_CLIPPED = 0.02  # of a channel's values at most lie at the clip, if it is to be shifted: the clip moves along
+_LOW = 0.5  # the quantile, over images, of their smallest values that becomes zero
 _MOST = 64.0  # no channel is scaled by more: what the images hardly move, other images may
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_SEARCHED_IMAGES = 16
+_SEARCHED_IMAGES = 32
+_MEASURED_IMAGES = 128
+_VALUES_A_CHANNEL = 1 << 10
 _SEARCHED_VALUES = 1 << 16
+_LEAST_VARIANCE = 1e-3  # of the mean one: what hardly varies says nothing
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class Equalized:
 
     Attributes:
         producer, consumer: the teacher's names of the layers.
-        exponent: 0 leaves the channels as they were, 1 gives all of them one range.
+        exponent: 0 leaves the channels' ranges as they were, 1 gives each channel the whole grid.
+        shifted: how many channels were shifted.
         spread_before, spread_after: the widest channel's range over the median's.
         error_before, error_after: relative squared error of the consumer's outputs, with the grids of the student.
     """
@@ -46,6 +58,7 @@ class Equalized:
     producer: str
     consumer: str
     exponent: float
+    shifted: int
     spread_before: float
     spread_after: float
     error_before: float
@@ -59,57 +72,59 @@ class _Pair:
     names: tuple[str, str]
     node: fx.Node  # the consumer's call
     clip: fx.Node | None  # a ReLU6 between them
+    rectified: bool  # whether nothing but rectifiers stands between them
     grid: Grid  # of the tensor that the consumer reads
 
 
 def equalize(
-    student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
-) -> list[Equalized]:
-    """Scale the channels between each pair of layers that only homogeneous operations connect, in place.
+    student: Student, images: Tensor, *, rng: torch.Generator, shifts: bool = True, progress: Progress = SILENT
+) -> tuple[list[Equalized], dict[str, ChannelMap]]:
+    """Scale and shift the channels between each pair of layers that only homogeneous operations connect, in place.
 
-    To be called before `calibrate`. In float the student computes what it did before, but for rounding; behind a
-    ReLU6 that holds as long as a channel that was scaled stays below the clip, as all of `images` do by a margin.
+    To be called before `calibrate`. In float the student computes what it did before, but for rounding, for what a
+    shift cuts off below (1 % of a channel's values) and moves at the borders of padded maps, and for channels behind a
+    ReLU6 that were scaled beyond it, as far as their best grid cuts them off as well.
 
     Args:
         student: its weights and biases are changed; its scales are not looked at.
-        images: (N, C, H, W) float32, normalized.
-        batch_size: images a forward pass.
+        images: (N, C, H, W) float32, normalized; 32 are looked at.
         rng: chooses the values that are looked at.
+        shifts: whether channels may be shifted.
 
     Returns:
-        What was done at each pair, in order of execution. A tensor with other readers is in no pair.
+        What was done at each pair, in order of execution (a tensor with other readers is in no pair), and for each
+        layer whose outputs are others now, the map from the teacher's to the student's.
     """
     pairs = _pairs(student)
     if not pairs:
-        return []
+        return [], {}
     device = next(student.parameters()).device
-    reach: dict[fx.Node, Tensor] = {}
-    watched = {n for p in pairs for n in (p.node.all_input_nodes[0], p.clip) if n is not None}
+    done: list[Equalized] = []
+    maps: list[tuple[_Pair, ChannelMap]] = []
+    by_input = {p.node.all_input_nodes[0]: p for p in pairs}
+    seen: dict[fx.Node, list[Tensor]] = {node: [] for p in pairs for node in (*by_input, p.clip) if node is not None}
 
     def measure(node: fx.Node, value: Tensor) -> None:
-        if node in watched:
-            own = value.abs().amax([d for d in range(value.dim()) if d != 1])
-            reach[node] = torch.maximum(reach[node], own) if node in reach else own
-
-    done: list[Equalized] = []
-    scales: list[tuple[_Pair, Tensor]] = []
-    by_input = {p.node.all_input_nodes[0]: p for p in pairs}
+        if node in seen:
+            seen[node].append(_extremes(value))
 
     def search(node: fx.Node, value: Tensor) -> None:
         if (pair := by_input.get(node)) is not None:
-            result, scale = _choose(pair, value, reach, rng)
+            read, clipped = (torch.cat(seen[n]) for n in (node, pair.clip or node))
+            result, found = _choose(pair, value, read, clipped, rng, shifts=shifts)
             done.append(result)
-            scales.append((pair, scale))
+            maps.append((pair, found))
 
-    batches = images.split(batch_size)
-    with torch.no_grad(), student.in_float(), progress.task("Equalisation", len(batches)) as advance:
+    batches = images[:_MEASURED_IMAGES].to(device).split(_SEARCHED_IMAGES)
+    with torch.no_grad(), student.in_float(), progress.task("Equalisation", len(batches) + 1) as advance:
         for batch in batches:
-            _Watcher(student.net, measure).run(batch.to(device))
+            _Watcher(student.net, measure).run(batch)
             advance(1)
-        _Watcher(student.net, search).run(images[:_SEARCHED_IMAGES].to(device))
-        for pair, scale in scales:
-            _apply(pair, scale)
-    return done
+        _Watcher(student.net, search).run(batches[0])
+        advance(1)
+        for pair, found in maps:
+            _apply(pair, found)
+    return done, {pair.names[0]: found for pair, found in maps}
 
 
 class _Watcher(fx.Interpreter):
@@ -135,29 +150,34 @@ def _pairs(student: Student) -> list[_Pair]:
         node = next(n for n in net.graph.nodes if n.op == "call_module" and n.target == site.layer)
         if (found := _source(net, node)) is None:
             continue
-        source, clip = found
+        source, clip, rectified = found
         producer, consumer = layers.get(str(source.target)), layers[site.layer]
         if producer is not None:
             grid = quantizers[site.input_site].grid
-            pairs.append(_Pair(producer, consumer, (str(source.target), site.layer), node, clip, grid))
+            names = (str(source.target), site.layer)
+            pairs.append(_Pair(producer, consumer, names, node, clip, rectified, grid))
     return pairs
 
 
-def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
-    """The layer that makes a layer's input, and the ReLU6 between them; None where the two are no pair."""
+def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | None, bool] | None:
+    """The layer that makes a layer's input, the ReLU6 between them, and whether only rectifiers stand there.
+
+    None where the two are no pair.
+    """
     linear = isinstance(net.get_submodule(str(consumer.target)), nn.Linear)
-    clip, flat, spatial = None, False, False
+    clip, flat, spatial, rectified = None, False, False, True
     at = consumer.all_input_nodes[0]
     while len(at.users) == 1:
         if at.op == "call_module" and isinstance(net.get_submodule(str(at.target)), QuantizedConv2d | QuantizedLinear):
             from_linear = isinstance(net.get_submodule(str(at.target)), nn.Linear)
             fits = linear and not flat and not spatial if from_linear else linear == flat
-            return (at, clip) if fits else None
+            return (at, clip, rectified) if fits else None
         kind = Homogeneity.ELEMENTWISE if _is_quantizer(net, at) else homogeneity(net, at)
         if kind is None or (kind is Homogeneity.CLIPPED and clip is not None):
             return None
         flat, spatial = flat or kind is Homogeneity.FLATTENING, spatial or kind is Homogeneity.SPATIAL
         clip = at if kind is Homogeneity.CLIPPED else clip
+        rectified = rectified and (_is_quantizer(net, at) or is_rectifier(net, at))
         at = at.all_input_nodes[0]
     return None
 
@@ -166,26 +186,63 @@ def _is_quantizer(net: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(net.get_submodule(str(node.target)), Quantizer)
 
 
-def _choose(pair: _Pair, x: Tensor, reach: dict[fx.Node, Tensor], rng: torch.Generator) -> tuple[Equalized, Tensor]:
-    """The scales (channels,) of the exponent that costs the consumer least, and what they bring.
+def _extremes(value: Tensor) -> Tensor:
+    """Of each image and channel the low end, the largest magnitude and the share at a ReLU6's clip, (N, 3, C)."""
+    flat = value.flatten(2) if value.dim() > 2 else value[..., None]
+    return torch.stack([_lowest(flat), flat.abs().amax(2), (flat >= _CLIP).float().mean(2)], 1)
+
+
+def _lowest(flat: Tensor) -> Tensor:
+    """What a channel of an image hardly falls below, (N, C), of values (N, C, n): their first percentile."""
+    some = flat[..., :: max(1, flat.shape[2] // _VALUES_A_CHANNEL)]
+    return some.kthvalue(1 + some.shape[2] // 100, dim=2).values
+
+
+def _choose(
+    pair: _Pair, x: Tensor, extremes: Tensor, before_clip: Tensor, rng: torch.Generator, *, shifts: bool
+) -> tuple[Equalized, ChannelMap]:
+    """The map of the channels that costs the consumer least, and what it brings.
 
     Args:
         pair: the layers.
         x: what the consumer reads, (N, C, ...) float32.
-        reach: the largest magnitude that each channel of a node's output has on any image.
+        extremes: of what the consumer reads on many images, from `_extremes`.
+        before_clip: the same in front of the ReLU6, if there is one.
+        rng: chooses the values that are looked at.
+        shifts: whether a shift may be part of it.
     """
     channels = len(pair.producer.weight)
-    own = _by_channel(reach[pair.node.all_input_nodes[0]], channels)
-    clipped = None if pair.clip is None else reach[pair.clip]
-    found = []
-    for exponent in _EXPONENTS:
-        scale = _scales(own, clipped, exponent)
-        found.append((_error(pair, x, scale, rng), exponent, scale))
-    error, exponent, scale = min(found, key=lambda f: f[0])
+    exact = _outputs(pair.consumer, x, pair.consumer.weight)
+    reach = _by_channel(extremes[:, 1].amax(0), channels)
+    low = _low(pair, extremes, channels)
+    at_clip = None if pair.clip is None else _by_channel(before_clip[:, 1].amax(0), channels)
+    found: list[tuple[float, float, Tensor, Tensor]] = []
+
+    def errors(exponent: float, shift: Tensor) -> Tensor:
+        scale = _scales(reach - shift, None if at_clip is None else at_clip - shift, exponent)
+        result = _errors(pair, x, exact, scale, shift, rng)
+        found.append((float(result.mean()), exponent, scale, shift))
+        return result
+
+    still = torch.zeros_like(low)
+    plain = [errors(exponent, still) for exponent in _EXPONENTS]
+    if shifts and bool((low > 0).any()):
+        if pair.consumer.weight.shape[1] == 1 and len(plain[0]) == channels:
+            # a depthwise reader's channels are each other's business no more: each is shifted if it gains by it
+            low = torch.where(errors(1.0, low) < plain[-1], low, still)
+        for exponent in _EXPONENTS:
+            errors(exponent, low)
+    error, exponent, scale, shift = min(found, key=lambda f: f[0])
     result = Equalized(
-        *pair.names, exponent, _spread(own), _spread(own * scale), error_before=found[0][0], error_after=error
+        *pair.names,
+        exponent,
+        int((shift > 0).sum()),
+        _spread(reach),
+        _spread((reach - shift) * scale),
+        error_before=found[0][0],
+        error_after=error,
     )
-    return result, scale
+    return result, ChannelMap(scale, scale * shift)
 
 
 def _by_channel(values: Tensor, channels: int) -> Tensor:
@@ -193,39 +250,55 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
     return values.view(channels, -1).amax(1)
 
 
+def _low(pair: _Pair, extremes: Tensor, channels: int) -> Tensor:
+    """What each channel (C,) hardly falls below and may be shifted by; 0 where a shift is not possible."""
+    low = torch.quantile(extremes[:, 0], _LOW, dim=0).clamp_min(0)
+    low = -_by_channel(-low, channels)
+    if pair.clip is not None:
+        low = torch.where(_by_channel(extremes[:, 2].mean(0), channels) <= _CLIPPED, low, 0.0)
+    possible = pair.rectified and not pair.grid.signed and None not in (pair.producer.bias, pair.consumer.bias)
+    return low if possible else torch.zeros_like(low)
+
+
+def _scales(reach: Tensor, before_clip: Tensor | None, exponent: float) -> Tensor:
+    """Scales (C,) of at least 1 for channels that reach (C,) far, and `before_clip` (C,) far in front of a ReLU6."""
+    widest = reach.max()
+    scale = (widest / reach.clamp_min(1e-12)).clamp(1.0, _MOST).pow(exponent)
+    scale = torch.where(reach > 0, scale, 1.0)
+    if before_clip is not None:
+        scale = torch.minimum(scale, (_CLIP / (_MARGIN * before_clip.clamp_min(1e-12))).clamp_min(1.0))
+    return scale
+
+
 def _spread(reach: Tensor) -> float:
     return float(reach.max() / reach.median().clamp_min(1e-12))
 
 
-def _scales(reach: Tensor, clipped: Tensor | None, exponent: float) -> Tensor:
-    """Scales (C,) of at least 1 for channels that reach (C,) far, and `clipped` (C,) far at a ReLU6 in front."""
-    widest = reach.max()
-    scale = (widest / reach.clamp_min(1e-12)).clamp(1.0, _MOST).pow(exponent)
-    scale = torch.where(reach > 0, scale, 1.0)
-    if clipped is not None:
-        room = (_CLIP / (_MARGIN * clipped.clamp_min(1e-12))).clamp_min(1.0)
-        scale = torch.minimum(scale, room)
-    return scale
+def _errors(pair: _Pair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, rng: torch.Generator) -> Tensor:
+    """Squared error of the consumer's outputs with quantized input and weight, relative to their variance, (O,).
 
-
-def _error(pair: _Pair, x: Tensor, scale: Tensor, rng: torch.Generator) -> float:
-    """Squared error of the consumer's outputs with quantized input and weight, relative to their variance."""
-    layer, factor = pair.consumer, scale.repeat_interleave(x.shape[1] // len(scale))
-    exact = _outputs(layer, x, layer.weight)
-    scaled = x * factor.view(1, -1, *[1] * (x.dim() - 2))
-    sample = scaled.flatten()
+    A constant error does not count: it is the bias's to mend.
+    """
+    layer, k = pair.consumer, x.shape[1] // len(scale)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    factor, offset = scale.repeat_interleave(k), shift.repeat_interleave(k)
+    mapped = (x - offset.view(shape)) * factor.view(shape)
+    if not pair.grid.signed:
+        mapped = mapped.clamp_min(0)
+    sample = mapped.flatten()
     if len(sample) > _SEARCHED_VALUES:
         picked = torch.randint(len(sample), (_SEARCHED_VALUES,), generator=rng, device=rng.device)
         sample = sample[picked.to(sample.device)]
-    step = activation_scale(sample, pair.grid)
+    rounded = Quantizer("input", pair.grid, limit=_CLIP if pair.clip is not None else math.inf).to(x.device)
+    rounded.set_scale(activation_scale(sample, pair.grid))
     weight = _columns_scaled(layer, 1 / factor)
-    rounded = Quantizer("input", pair.grid).to(x.device)
-    rounded.set_scale(step)
     weights = Quantizer("weight", layer.weight_quantizer.grid, len(weight)).to(x.device)
     weights.set_scale(weight_scales(weight, layer.weight_quantizer.grid))
-    difference = _outputs(layer, rounded(scaled), weights(weight)) - exact
-    dims = [d for d in range(exact.dim()) if d != 1]
-    return float((difference.square().mean(dims) / exact.var(dims).clamp_min(1e-12)).mean())
+    difference = _outputs(layer, rounded(mapped), weights(weight)) - exact
+    dims = pooled_dims(layer, exact)
+    variance = exact.var(dims)
+    floor = (_LEAST_VARIANCE * variance.mean()).clamp_min(1e-12)
+    return difference.var(dims) / torch.maximum(variance, floor)
 
 
 def _outputs(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
@@ -244,10 +317,14 @@ def _columns_scaled(layer: QuantizedLayer, factor: Tensor) -> Tensor:
     return (grouped * factor.view(groups, 1, -1, 1)).view_as(weight)
 
 
-def _apply(pair: _Pair, scale: Tensor) -> None:
+def _apply(pair: _Pair, found: ChannelMap) -> None:
     producer, consumer = pair.producer, pair.consumer
     columns = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
-    consumer.weight.copy_(_columns_scaled(consumer, 1 / scale.repeat_interleave(columns // len(scale))))
-    producer.weight.mul_(scale.view(-1, *[1] * (producer.weight.dim() - 1)))
+    k = columns // len(found.scale)
+    shift = found.shift / found.scale
+    if consumer.bias is not None:
+        consumer.bias.add_(_columns_scaled(consumer, shift.repeat_interleave(k)).flatten(1).sum(1))
+    consumer.weight.copy_(_columns_scaled(consumer, 1 / found.scale.repeat_interleave(k)))
+    producer.weight.mul_(found.scale.view(-1, *[1] * (producer.weight.dim() - 1)))
     if producer.bias is not None:
-        producer.bias.mul_(scale)
+        producer.bias.mul_(found.scale).sub_(found.shift)

@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +17,9 @@ from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.matching import matched_features
 from clusterq_deploy.quantize.normalize import normalized
-from clusterq_deploy.quantize.placement import TARGETS
+from clusterq_deploy.quantize.reference import Reference
 from clusterq_deploy.quantize.student import Student
 
 _SETTLED = 0.75
@@ -48,7 +48,7 @@ class FinetuneConfig(StageConfig):
         scale_learning_rate: of the logarithms of the scales.
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
-        feature_weight: of `feature_loss`.
+        feature_weight: of `matching.feature_loss`.
         augment: the views of the images that are tuned on.
         held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints, in views
             that are drawn once.
@@ -104,34 +104,6 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: 
     return loss + config.ce_weight * F.cross_entropy(student, labels) if config.ce_weight else loss
 
 
-@contextmanager
-def tap_features(student: Student) -> Iterator[list[Tensor]]:
-    """What reaches the quantizers that every target has, in order of execution; each forward pass starts anew."""
-    found: list[Tensor] = []
-    quantizers = student.quantizers()
-    sites = [site.name for site in student.placement.activations if site.targets == TARGETS and not site.readers]
-    handles = [student.register_forward_pre_hook(lambda *_: found.clear())]
-    handles += [quantizers[name].register_forward_pre_hook(lambda _, args: found.append(args[0])) for name in sites]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Squared error of the student's features relative to the variance of the teacher's, a mean over tensors, ().
-
-    Args:
-        student, teacher: float tensors of equal shapes, from `tap_features`.
-    """
-    parts = [
-        (own.float() - other).square().mean() / other.var().clamp_min(1e-8)
-        for own, other in zip(student, (t.float() for t in teacher), strict=True)
-    ]
-    return torch.stack(parts).mean()
-
-
 @torch.no_grad()
 def divergence(
     student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int, temperature: float = 1.0
@@ -148,7 +120,7 @@ def divergence(
 
 def finetune(
     student: Student,
-    reference: Student,
+    reference: Reference,
     calibration: CalibrationSet,
     *,
     config: FinetuneConfig,
@@ -163,7 +135,7 @@ def finetune(
 
     Args:
         student: calibrated, on the device to tune on.
-        reference: frozen, on the same device; `in_float` it is the teacher, with features scaled as the student's.
+        reference: the teacher, frozen, on the same device.
         calibration: the synthetic images.
         flip: mirror images at random.
         rng: source of all randomness.
@@ -175,8 +147,11 @@ def finetune(
     tune, held_out = calibration.split(config.held_out)
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     judged = torch.cat([view(held_out.images) for _ in range(_JUDGED_VIEWS)])
-    with reference.in_float():
-        best = divergence(student, reference, judged, config.batch_size, config.temperature)
+    teacher = reference.net
+    for net in (student, teacher):
+        net.to(memory_format=torch.channels_last)
+    with teacher.in_float():
+        best = divergence(student, teacher, judged, config.batch_size, config.temperature)
     losses["held_out_kl"].append(best)
     steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, best / _FAR)))
     every = max(1, steps // config.checkpoints)
@@ -184,11 +159,10 @@ def finetune(
     coarse = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if coarse else nullcontext()
     with (
-        normalized(student, reference, tune.images[:_MEASURED_ON].to(device)) as parameters,
+        normalized(student, tune.images[:_MEASURED_ON].to(device)) as parameters,
         progress.task(f"Fine-tuning {student.bits}", steps) as advance,
-        tap_features(student) as own_features,
-        tap_features(reference) as features,
-        reference.in_float(),
+        teacher.in_float(),
+        matched_features(student, reference, judged[:_MEASURED_ON].to(device)) as feature_loss,
     ):
         optimizer = torch.optim.Adam(
             [
@@ -202,16 +176,16 @@ def finetune(
         for step in range(1, steps + 1):
             picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
             images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
-            images = view(images)
+            images = view(images).contiguous(memory_format=torch.channels_last)
             with precision:
                 with torch.no_grad():
-                    target = reference(images).float()
+                    target = teacher(images).float()
                 with parametrize.cached():
                     logits = student(images).float()
             loss = distillation_loss(logits, target, labels, config)
             losses["distillation"].append(loss.item())
             if config.feature_weight:
-                matching = feature_loss(own_features, features)
+                matching = feature_loss()
                 losses["features"].append(matching.item())
                 loss = loss + config.feature_weight * matching
             optimizer.zero_grad(set_to_none=True)
@@ -221,10 +195,10 @@ def finetune(
             student.project()
             advance(1, loss=loss.item())
             if step % every == 0 or step == steps:
-                now = divergence(student, reference, judged, config.batch_size, config.temperature)
+                now = divergence(student, teacher, judged, config.batch_size, config.temperature)
                 losses["held_out_kl"].append(now)
                 if now < best and step >= _SETTLED * steps:
                     best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
         student.load_state_dict(kept)
-    student.settle()
+    student.to(memory_format=torch.contiguous_format).settle()
     return Tuning(losses, kept_step)

@@ -11,9 +11,8 @@ from clusterq_deploy.quantize.bias import correct_bias
 from clusterq_deploy.quantize.calibrate import calibrate
 from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.reconstruct import reconstruct
+from clusterq_deploy.quantize.reference import Reference
 from clusterq_deploy.quantize.student import Student
-
-_EQUALIZED_BY = 128
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class Initialization:
     """What was done to a student.
 
     Attributes:
-        reference: the float model with the student's graph: what it computes `in_float` is the teacher, its features
-            scaled as the student's are.
+        reference: the teacher with the student's graph, and how the student's channels differ from its.
         equalized: pairs of layers whose common tensor was equalized.
         errors: for each layer the squared error of its outputs relative to their variance, by plain rounding and
             after reconstruction; empty where weights have 8 bits.
@@ -30,7 +28,7 @@ class Initialization:
             weights were reconstructed, which corrects biases too.
     """
 
-    reference: Student
+    reference: Reference
     equalized: list[Equalized]
     errors: dict[str, tuple[float, float]]
     shifts: dict[str, float]
@@ -47,13 +45,14 @@ def initialize(
         batch_size: images a forward pass.
         rng: source of all randomness.
     """
-    equalized = equalize(student, images[:_EQUALIZED_BY], batch_size=batch_size, rng=rng, progress=progress)
-    reference = copy.deepcopy(student).requires_grad_(False)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    equalized, maps = equalize(student, images, rng=rng, progress=progress)
+    reference = Reference(teacher, maps)
     calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
     errors: dict[str, tuple[float, float]] = {}
     shifts: dict[str, float] = {}
     if student.bits.weights < 8:
-        errors = reconstruct(student, images, rng=rng, progress=progress)
+        errors = reconstruct(student, images, rng=rng, reference=reference, progress=progress)
     else:
-        shifts = correct_bias(student, images)
+        shifts = correct_bias(student, images, reference=reference)
     return Initialization(reference, equalized, errors, shifts)

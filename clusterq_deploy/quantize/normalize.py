@@ -34,15 +34,15 @@ class NormalizedParameters:
 
 
 @contextmanager
-def normalized(student: Student, reference: Student, images: Tensor) -> Iterator[NormalizedParameters]:
+def normalized(student: Student, images: Tensor) -> Iterator[NormalizedParameters]:
     """Let a student's layers be learned in normalized parameters; afterwards they are plain layers again.
 
     Args:
         student: calibrated; inside the context its `state_dict` has other names for weights and biases.
-        reference: float model of the same layers, whose inputs and outputs give means and deviations.
-        images: (N, C, H, W) float32, normalized, on the student's device, to take them on.
+        images: (N, C, H, W) float32, normalized, on the student's device, on which means of inputs and deviations of
+            outputs are taken.
     """
-    statistics = _statistics(reference, images)
+    statistics = _statistics(student, images)
     layers = student.layers()
     for name, layer in layers.items():
         mean, deviation = statistics[name]
@@ -104,7 +104,7 @@ class _Centred(nn.Module):
 
 
 @torch.no_grad()
-def _statistics(reference: Student, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """For each layer the mean patch that it reads, of its weight's shape, and its outputs' deviations (O,)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -119,11 +119,10 @@ def _statistics(reference: Student, images: Tensor) -> dict[str, tuple[Tensor, T
 
     handles = [
         layer.register_forward_hook(lambda own, args, y, name=name: watch(name, own, args[0], y))
-        for name, layer in reference.layers().items()
+        for name, layer in student.layers().items()
     ]
     try:
-        with reference.in_float():
-            reference(images)
+        student(images)
     finally:
         for handle in handles:
             handle.remove()

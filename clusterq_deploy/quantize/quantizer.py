@@ -33,8 +33,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad,) = grads
         x, rounded, scale = ctx.saved_tensors
+        grad = like_layout(grads[0], x)
         low, high = ctx.range
         # large maps are bound by memory: as few passes as can be, and no tensor kept that is not kept anyway
         if scale.dim() == 0 and x.device.type == "cpu":
@@ -44,15 +44,26 @@ class _FakeQuantize(torch.autograd.Function):
             grad_x = grad * ((x >= low * scale) & (x <= high * scale))
         # inside the grid the step's slope is round(v) - v, outside it is the bound: grad * rounded - grad_x * x
         if scale.dim() == 0:
-            slope = _dot(grad, rounded) - _dot(grad_x, x)
+            slope = inner_product(grad, rounded) - inner_product(grad_x, x)
         else:
             slope = (grad * rounded - grad_x * x).flatten(1).float().sum(1).view_as(scale)
         return grad_x, slope / scale, None, None
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product, () float32, of two tensors of any shape and float type."""
-    return torch.dot(a.flatten().float(), b.flatten().float())
+def like_layout(x: Tensor, other: Tensor) -> Tensor:
+    """x in the memory layout of a tensor of the same shape: elementwise work on mixed layouts is ten times as slow."""
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """All values (n,) of a dense tensor as they lie in memory, without a copy where that can be."""
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1)
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product, () float32, of two tensors of one shape and layout, of any float type."""
+    return torch.dot(in_memory_order(a).float(), in_memory_order(b).float())
 
 
 class Quantizer(nn.Module):

@@ -5,27 +5,20 @@ solution, and its rounding can be made to compensate for itself column by column
 Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: seconds, where tuning takes minutes.
 """
 
+import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import weight_scales
-from clusterq_deploy.quantize.quantizer import (
-    QuantizedConv2d,
-    QuantizedLayer,
-    QuantizedLinear,
-    Quantizer,
-    by_channel,
-    padded,
-    pooled_dims,
-)
+from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, padded, pooled_dims
+from clusterq_deploy.quantize.reference import Reference, SideBySide
 from clusterq_deploy.quantize.student import Student
 
-_IMAGES = 128
+_IMAGES = 512
 _DAMPING = 0.03  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
 _SHARE = 0.5  # of the way from the teacher's weight to the fitted one
 _PATCHES = 1 << 15  # looked at in a layer
@@ -40,6 +33,7 @@ def reconstruct(
     images: Tensor,
     *,
     rng: torch.Generator,
+    reference: Reference | None = None,
     count: int = _IMAGES,
     damping: float = _DAMPING,
     progress: Progress = SILENT,
@@ -55,10 +49,11 @@ def reconstruct(
     alone.
 
     Args:
-        student: calibrated, not tuned yet: its float weights must still be the teacher's. Its weights, biases and
-            weight scales are changed, so that afterwards `in_float` is no longer the teacher.
+        student: calibrated, not tuned yet: its weights must still be the teacher's. They, biases and weight scales
+            are changed, so that afterwards `in_float` is no longer the teacher.
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         rng: chooses the patches that are looked at.
+        reference: what the layers ought to compute; None for what the student's own do in float.
         count: how many images.
         damping: how strongly a weight is held near the teacher's, as a share of the inputs' mean variance. Fitted
             freely (0.01) it follows synthetic images too closely where activations have four bits.
@@ -69,41 +64,38 @@ def reconstruct(
     device = next(student.parameters()).device
     batch = images[:count].to(device)
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
-        pass_ = _Reconstructor(student, rng, damping, advance)
+        pass_ = _Reconstructor(student, reference or Reference(copy.deepcopy(student)), rng, damping, advance)
         pass_.run(torch.cat([batch, batch]))
     student.settle()
     return pass_.errors
 
 
-class _Reconstructor(fx.Interpreter):
-    """Runs a graph on a batch whose first half stays in float and whose second half is quantized."""
-
-    def __init__(self, student: Student, rng: torch.Generator, damping: float, advance: Callable[..., None]) -> None:
-        super().__init__(student.net)
-        self._steps, self._rng, self._damping, self._advance = student.accumulator_steps(), rng, damping, advance
+class _Reconstructor(SideBySide):
+    def __init__(
+        self,
+        student: Student,
+        reference: Reference,
+        rng: torch.Generator,
+        damping: float,
+        advance: Callable[..., None],
+    ) -> None:
+        super().__init__(student, reference)
+        self._rng, self._damping, self._advance = rng, damping, advance
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def call_module(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(str(target))
-        if not isinstance(module, Quantizer | QuantizedConv2d | QuantizedLinear):
-            return super().call_module(target, args, kwargs)
-        exact, rounded = args[0].chunk(2)
-        if isinstance(module, Quantizer):
-            return torch.cat([exact, module(rounded)])
-        module.weight_quantizer.enabled = False
-        outputs = module(exact)
-        module.weight_quantizer.enabled = True
-        before = _distance(module(rounded), outputs, module)
-        if module.weight[0].numel() <= _WIDEST:
-            _fit(module, rounded, outputs, self._damping, self._rng)
-        answer = module(rounded)
-        if module.bias is not None:
-            shift = (answer - outputs).mean(pooled_dims(module, answer))
-            module.bias.sub_(shift)
-            answer = answer - by_channel(shift, module, answer)
-        self.errors[str(target)] = (before, _distance(answer, outputs, module))
+    def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
+        """The layer's answer after it was fitted."""
+        before = _distance(layer(x), wanted, layer)
+        if layer.weight[0].numel() <= _WIDEST:
+            _fit(layer, x, wanted, self._damping, self._rng)
+        answer: Tensor = layer(x)
+        if layer.bias is not None:
+            shift = (answer - wanted).mean(pooled_dims(layer, answer))
+            layer.bias.sub_(shift)
+            answer = answer - by_channel(shift, layer, answer)
+        self.errors[name] = (before, _distance(answer, wanted, layer))
         self._advance(1)
-        return torch.cat([outputs, answer])
+        return answer
 
 
 def _distance(found: Tensor, wanted: Tensor, layer: QuantizedLayer) -> float:

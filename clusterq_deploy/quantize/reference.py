@@ -1,0 +1,84 @@
+"""The teacher beside the student: the same graph in float, and how the student's tensors differ from its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
+from clusterq_deploy.quantize.student import Student
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """A student's channels from the teacher's: scale * x - shift, both (C,) float32, scale positive."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, x: Tensor, channel: int = 1) -> Tensor:
+        """The student's values for the teacher's x, whose dimension `channel` has C * k values, k a channel."""
+        shape = [1] * x.dim()
+        shape[channel] = -1
+        k = x.shape[channel] // len(self.scale)
+        scale, shift = (v.repeat_interleave(k).view(shape).to(x.dtype) for v in (self.scale, self.shift))
+        return torch.addcmul(-shift, x, scale)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a student is held against.
+
+    Attributes:
+        net: the teacher with the student's graph and sites; it is used `in_float` alone.
+        maps: for each layer whose outputs differ by more than rounding, how; see `equalize`.
+    """
+
+    net: Student
+    maps: Mapping[str, ChannelMap] = field(default_factory=dict)
+
+    def by_site(self) -> dict[str, ChannelMap]:
+        """The maps by the site of the quantizer behind the layer."""
+        inputs = {site.layer: site.input_site for site in self.net.placement.weights}
+        readers = {str(n.target): n for n in self.net.net.graph.nodes if n.op == "call_module"}
+        found = {}
+        for layer, site in inputs.items():
+            node = readers[layer].all_input_nodes[0]
+            while node.op == "call_module" and str(node.target) not in inputs:
+                node = node.all_input_nodes[0]
+            if node.op == "call_module" and str(node.target) in self.maps:
+                found[site] = self.maps[str(node.target)]
+        return found
+
+
+class SideBySide(fx.Interpreter):
+    """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized.
+
+    Subclasses say in `layer` what is done at each quantized layer.
+    """
+
+    def __init__(self, student: Student, reference: Reference) -> None:
+        super().__init__(student.net)
+        self._exact, self._maps = reference.net.layers(), reference.maps
+
+    def call_module(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(str(target))
+        if not isinstance(module, Quantizer | QuantizedConv2d | QuantizedLinear):
+            return super().call_module(target, args, kwargs)
+        (x,) = args
+        exact, rounded = x.chunk(2)
+        if isinstance(module, Quantizer):
+            return torch.cat([exact, module(rounded)])
+        teacher = self._exact[str(target)]
+        teacher.weight_quantizer.enabled = False
+        outputs = teacher(exact)
+        teacher.weight_quantizer.enabled = True
+        own = self._maps.get(str(target))
+        wanted = outputs if own is None else own(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
+        return torch.cat([outputs, self.layer(str(target), module, rounded, wanted)])
+
+    def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
+        """The layer's answer to its quantized input x, where the teacher's, in the student's channels, is `wanted`."""
+        raise NotImplementedError

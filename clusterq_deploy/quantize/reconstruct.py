@@ -6,6 +6,7 @@ Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,10 +19,12 @@ from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, padde
 from clusterq_deploy.quantize.reference import Reference, SideBySide
 from clusterq_deploy.quantize.student import Student
 
-_IMAGES = 512
+_IMAGES = 1024
+_PIXELS = 1 << 24  # of all images together, for memory's sake, where that leaves at least the 128 below
+_FEWEST = 128
 _DAMPING = 0.03  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
 _SHARE = 0.5  # of the way from the teacher's weight to the fitted one
-_PATCHES = 1 << 15  # looked at in a layer
+_PATCHES = 1 << 17  # looked at in a layer
 _UNFOLDED = 1 << 24  # values at a time
 _WIDEST = 8192  # columns of a row; the second moments of more (VGG's first Linear has 25,088) take gigabytes
 _BLOCK = 128  # columns that are rounded before the others hear of it
@@ -34,7 +37,7 @@ def reconstruct(
     *,
     rng: torch.Generator,
     reference: Reference | None = None,
-    count: int = _IMAGES,
+    count: int | None = None,
     damping: float = _DAMPING,
     progress: Progress = SILENT,
 ) -> dict[str, tuple[float, float]]:
@@ -54,7 +57,7 @@ def reconstruct(
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         rng: chooses the patches that are looked at.
         reference: what the layers ought to compute; None for what the student's own do in float.
-        count: how many images.
+        count: how many images; None for 1,024, fewer if they are large.
         damping: how strongly a weight is held near the teacher's, as a share of the inputs' mean variance. Fitted
             freely (0.01) it follows synthetic images too closely where activations have four bits.
 
@@ -62,6 +65,8 @@ def reconstruct(
         For each layer the squared error of its outputs relative to their variance, with plain rounding and after.
     """
     device = next(student.parameters()).device
+    if count is None:
+        count = min(_IMAGES, max(_FEWEST, _PIXELS // math.prod(images.shape[-2:])))
     batch = images[:count].to(device)
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
         pass_ = _Reconstructor(student, reference or Reference(copy.deepcopy(student)), rng, damping, advance)

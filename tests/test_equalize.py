@@ -93,7 +93,7 @@ def test_what_a_relu6_clips_stays_as_it_is() -> None:
         torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-4)
 
 
-def narrow(last: nn.Conv2d, between: nn.Module) -> nn.Module:
+def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
     """A layer whose channels move around 3, by 0.2 and more, and one that reads them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), between, last, nn.Flatten())
@@ -105,7 +105,7 @@ def narrow(last: nn.Conv2d, between: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU6()])
 @pytest.mark.parametrize("last", [nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3)])
-def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Conv2d, between: nn.Module) -> None:
+def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Module, between: nn.Module) -> None:
     teacher = narrow(last, between)
     student = make_student(teacher, BitWidths(4, 4), first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
@@ -116,6 +116,14 @@ def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Conv2d, b
         wanted, found = teacher(fresh), student(fresh)
         assert float((found - wanted).square().mean()) < 0.01 * float(wanted.var())  # what lies under the shift is cut
         torch.testing.assert_close(student.layers()["0"](fresh), maps["0"](teacher[0](fresh)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shift_in_front_of_a_pad_is_made_where_the_map_is_large() -> None:
+    last = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, stride=2, groups=8))
+    student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), first_last=True)
+    (pair,), _ = equalize(student, torch.randn(32, 3, 96, 96, generator=rng()), rng=rng())
+    assert pair.shifted == 8
+    assert pair.error_after < 0.7 * pair.error_before
 
 
 def test_a_shift_that_padding_makes_harmful_is_not_made() -> None:

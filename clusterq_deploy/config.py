@@ -21,7 +21,7 @@ from clusterq_deploy.quantize.grid import BitWidths
 
 _Part = TypeVar("_Part", bound=StageConfig)
 
-_STANDARD_COST = 1e8
+_STANDARD_COST = 2e8
 _LEAST_SHARE = 0.25
 
 
@@ -85,7 +85,7 @@ class RunConfig(StageConfig):
     def scaled_to(self, cost: float) -> "RunConfig":
         """These settings for a model whose forward pass costs so much (`calib.cost.pass_cost`) on a CPU.
 
-        The standard work is meant for models of up to 100 million multiply-adds. Larger ones get proportionally
+        The standard work is meant for models of up to 200 million multiply-adds. Larger ones get proportionally
         fewer images and steps, but no less than a quarter; what was given otherwise than the defaults stays, and so
         does the recipe `paper`, whose schedule is the published one.
         """

@@ -404,11 +404,11 @@ def test_another_effort_replaces_what_the_first_one_filled_in_and_keeps_what_was
 
 def test_large_models_get_less_work_on_a_cpu_but_for_what_was_given() -> None:
     asked = make_config({"model": "resnet18", "finetune": {"steps": 777}})
-    small, large = asked.scaled_to(5e7), asked.scaled_to(2e8)
+    small, large = asked.scaled_to(1e8), asked.scaled_to(4e8)
     assert small == asked
     assert (large.synthesis.images, large.synthesis.generator.steps, large.finetune.steps) == (512, 150, 777)
     assert asked.scaled_to(1e12).synthesis.images == asked.synthesis.images / 4
-    assert large.scaled_to(2e8) == large
+    assert large.scaled_to(4e8) == large
     paper = make_config({"model": "resnet18", "synthesis": {"recipe": "paper"}})
     assert paper.scaled_to(1e12) == paper
 

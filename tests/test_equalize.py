@@ -19,6 +19,7 @@ from clusterq_deploy.quantize import (
     make_student,
     reconstruct,
 )
+from clusterq_deploy.quantize.matching import matched_features
 
 
 def rng() -> torch.Generator:
@@ -152,6 +153,22 @@ def test_reconstruction_and_bias_correction_follow_the_maps() -> None:
             mend(student, data, reference=reference, **extra)
             wanted, found = teacher(data), student(data)
         assert float((found - wanted).square().mean()) < 0.02 * float(wanted.var())
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_a_students_features_are_the_teachers_by_their_maps(name: str) -> None:
+    net = uneven(make_net(name))
+    student = make_student(net, BitWidths(4, 4))
+    teacher = copy.deepcopy(student)
+    found, maps = equalize(student, images(), rng=rng(), shifts=False)
+    assert any(pair.exponent > 0 for pair in found)
+    reference = Reference(teacher, maps)
+    assert len(reference.by_site()) == len(maps)
+    with student.in_float(), matched_features(student, reference, images()) as loss, torch.no_grad():
+        with teacher.in_float():
+            teacher(images())
+        student(images())
+        assert float(loss()) < 1e-8
 
 
 class Unfit(nn.Module):

@@ -42,14 +42,14 @@ class Reference:
     def by_site(self) -> dict[str, ChannelMap]:
         """The maps by the site of the quantizer behind the layer."""
         inputs = {site.layer: site.input_site for site in self.net.placement.weights}
-        readers = {str(n.target): n for n in self.net.net.graph.nodes if n.op == "call_module"}
+        calls = {str(n.target): n for n in self.net.net.graph.nodes if n.op == "call_module"}
         found = {}
         for layer, site in inputs.items():
-            node = readers[layer].all_input_nodes[0]
-            while node.op == "call_module" and str(node.target) not in inputs:
-                node = node.all_input_nodes[0]
-            if node.op == "call_module" and str(node.target) in self.maps:
-                found[site] = self.maps[str(node.target)]
+            sources = calls[layer].all_input_nodes
+            while len(sources) == 1 and not (sources[0].op == "call_module" and str(sources[0].target) in inputs):
+                sources = sources[0].all_input_nodes
+            if len(sources) == 1 and str(sources[0].target) in self.maps:
+                found[site] = self.maps[str(sources[0].target)]
         return found
 
 

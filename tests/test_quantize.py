@@ -103,11 +103,13 @@ def test_quantizer_gradients_are_those_of_the_straight_through_formula(channels:
     torch.testing.assert_close(found[1] / 0.2, expected[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_are_the_same_in_half_precision_and_any_layout(layout: torch.memory_format) -> None:
+def test_gradients_are_the_same_in_half_precision_and_any_layout(layout: torch.memory_format, sliced: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 16, 8, 8, generator=generator).bfloat16().to(memory_format=layout).requires_grad_()
-    weights = torch.randn(8, 16, 8, 8, generator=generator).bfloat16()
+    x = torch.randn(8, 32, 8, 8, generator=generator).bfloat16().to(memory_format=layout)
+    x = (x[:, ::2] if sliced else x).requires_grad_()
+    weights = torch.randn(x.shape, generator=generator).bfloat16()
     quantizer = Quantizer("x", Grid(4, signed=False))
     quantizer.set_scale(torch.tensor(0.25))  # exact in half precision, so that nothing is rounded but by the grid
     found = torch.autograd.grad((weights * quantizer(x)).sum(), (x, quantizer.log_scale))

@@ -55,15 +55,12 @@ def like_layout(x: Tensor, other: Tensor) -> Tensor:
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
-def in_memory_order(x: Tensor) -> Tensor:
-    """All values (n,) of a dense tensor as they lie in memory, without a copy where that can be."""
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return (x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1)
-
-
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product, () float32, of two tensors of one shape and layout, of any float type."""
-    return torch.dot(in_memory_order(a).float(), in_memory_order(b).float())
+    """The inner product, () float32, of two tensors of one shape, of any float type."""
+    channels_last = a.dim() == 4 and not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and a.stride() == b.stride():  # as they lie in memory: no copy in another order
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
 
 
 class Quantizer(nn.Module):

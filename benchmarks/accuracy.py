@@ -55,7 +55,8 @@ How to read the tables:
 - **time** is synthesis and that variant alone: scales, fine-tuning, export. **Commands** is the wall time of the two
   processes that did it, with loading, evaluation and a short latency measurement. **Peak memory** is the larger of
   the two processes' resident memory. One synthesis serves all variants of a seed; each row counts it in full.
-- **First and last 8 bits** is the default; **all layers** is `--first-last`, the setting of most papers.
+- **First and last 8 bits** is the default: the weights of both layers, what they read, and what the first one writes,
+  as in BRECQ and Genie; **all layers** is `--first-last`, the setting of most papers.
 
 What is comparable with the published numbers: never the top-1 itself, for the FP32 checkpoints are others. A drop is,
 where the table says that the setting is the same, with four differences in mind. The images: 5,000 and 2,500 of the

@@ -82,7 +82,7 @@ def survives_flip(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size
     """Whether mirrored images keep their class: true for photographs, false for digits and letters.
 
     Asked of the teacher, on those of the images (N, C, H, W) that it gives their labels (N,). Synthetic images are
-    less robust than photographs: half of them must keep their class, and twice as many as upside down.
+    less robust than photographs: half of them must keep their class and twice as many as upside down, or four fifths.
     """
     right = mirrored = upset = 0
     for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):

@@ -110,8 +110,7 @@ def synthesize(
         NoBatchNormError: the teacher has no BatchNorm statistics.
         SynthesisError: the images hold values that are not finite.
     """
-    # convolutions of CPUs and GPUs want channels last: a pass takes down to half the time
-    teacher = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
+    teacher = _channels_last(teacher, torch.zeros(2, *size, device=device))
     trainer = GeneratorTrainer(
         teacher,
         classes=classes,
@@ -152,6 +151,20 @@ def synthesize(
     top1, diversity = _judge(teacher, images, labels, config.generator.batch_size)
     calibration = CalibrationSet(images.cpu(), labels.cpu())
     return Synthesis(calibration, top1, diversity, flip, losses)
+
+
+@torch.no_grad()
+def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of the teacher whose convolutions run channels last: on CPUs and GPUs a pass takes down to half the time.
+
+    The teacher itself where it takes a `view` of a map that has none in that layout.
+    """
+    changed = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
+    try:
+        changed(images)
+    except RuntimeError:
+        return teacher
+    return changed
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from nets import images, make_net
 from torch import nn
 
 from calib.calibration_set import CalibrationSet
+from calib.synthesis import SynthesisConfig, synthesize
 from clusterq_deploy.errors import ConfigError, GraphError, WeightsError
 from clusterq_deploy.quantize import (
     BitWidths,
@@ -19,6 +20,7 @@ from clusterq_deploy.quantize import (
     Student,
     calibrate,
     finetune,
+    initialize,
     load_student,
     make_student,
 )
@@ -184,6 +186,49 @@ def test_placement_at_a_residual_block() -> None:
     widths = {site.layer: site.grid.bits for site in placement.weights}
     assert widths["stem.0"] == widths["fc"] == 8
     assert widths["a1.0"] == 4
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.Identity()])
+def test_what_the_first_layer_writes_has_its_bits(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 4)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), activation, *body).eval()
+    for first_last, expected in ((False, {8}), (True, {4})):
+        placement = make_student(net, BitWidths(4, 4), first_last=first_last).placement
+        bits = {site.name: site.grid.bits for site in placement.activations}
+        inputs = {site.layer: site.input_site for site in placement.weights}
+        assert {bits[inputs["2"]]} == expected
+        assert bits[inputs["4"]] == 4
+
+
+class Viewing(nn.Module):
+    """Flattens a map by `view`, which one in channels last does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.Linear(8 * 16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.conv(x)).relu()
+        y: torch.Tensor = self.fc(x.view(x.size(0), -1))
+        return y
+
+
+def test_a_net_that_takes_views_of_maps_is_synthesized_for_and_tuned() -> None:
+    torch.manual_seed(0)
+    net = Viewing().eval().requires_grad_(False)
+    config = SynthesisConfig.model_validate(
+        {"images": 32, "generator": {"steps": 2, "warmup_steps": 1}, "refine": {"steps": 1}}
+    )
+    device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
+    made = synthesize(
+        net, classes=10, size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, config=config, device=device, rng=rng
+    )
+    student = make_student(net, BitWidths(4, 4))
+    started = initialize(student, made.calibration.images, batch_size=16, rng=rng)
+    settings = FinetuneConfig(steps=4, batch_size=8, checkpoints=1)
+    finetune(student, started.reference, made.calibration, config=settings, flip=False, rng=rng)
+    assert bool(student(made.calibration.images).isfinite().all())
 
 
 def test_first_last_gives_every_layer_the_same_bits_but_the_image() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import images, make_net
 from torch import nn
 
@@ -286,6 +287,23 @@ def test_whether_a_flip_keeps_the_class_is_asked_of_the_teacher() -> None:
     data = images(40)
     for net, expected in ((LeftRight(), False), (Brightness(), True)):
         assert survives_flip(net, data, net(data).argmax(1), 16) is expected
+
+
+def test_a_flip_survives_by_half_where_upside_down_hardly_any_does() -> None:
+    class Recorded(nn.Module):
+        """Gives class 0 to the images, and to so many of their mirror images."""
+
+        def __init__(self, mirrored: int, upset: int) -> None:
+            super().__init__()
+            self.kept = {-1: mirrored, -2: upset}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = next((n for dim, n in self.kept.items() if torch.equal(x, data.flip(dim))), len(x))
+            return F.one_hot((torch.arange(len(x)) >= kept).long(), 2).float()
+
+    data, labels = images(20), torch.zeros(20, dtype=torch.int64)
+    for mirrored, upset, expected in ((13, 5, True), (13, 8, False), (9, 0, False), (17, 17, True)):
+        assert survives_flip(Recorded(mirrored, upset), data, labels, 20) is expected
 
 
 def test_calibration_sets_survive_their_file(tmp_path: Path) -> None:

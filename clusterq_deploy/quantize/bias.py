@@ -34,8 +34,10 @@ def correct_bias(
     """
     device = next(student.parameters()).device
     batch = images[:count].to(device)
-    corrector = _Corrector(student, reference or Reference(copy.deepcopy(student)))
-    corrector.run(torch.cat([batch, batch]))
+    reference = reference or Reference(copy.deepcopy(student))
+    corrector = _Corrector(student, reference)
+    with reference.net.in_float():
+        corrector.run(torch.cat([batch, batch]))
     return corrector.shifts
 
 

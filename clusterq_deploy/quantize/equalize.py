@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
 from clusterq_deploy.quantize.grid import Grid
-from clusterq_deploy.quantize.ops import Homogeneity, homogeneity, is_rectifier
+from clusterq_deploy.quantize.ops import Homogeneity, homogeneity, is_rectifier, moves_values
 from clusterq_deploy.quantize.quantizer import (
     QuantizedConv2d,
     QuantizedLayer,
@@ -40,7 +40,7 @@ from clusterq_deploy.quantize.student import Student
 _CLIP = 6.0
 _MARGIN = 1.1  # a channel in front of a ReLU6 stays this factor below the clip: other images reach further
 _CLIPPED = 0.02  # of a channel's values at most lie at the clip, if it is to be shifted: the clip moves along
-_LOW = 0.5  # the quantile, over images, of their smallest values that becomes zero
+_LOW = 0.5  # the quantile, over images, of their first percentiles that becomes zero
 _MOST = 64.0  # no channel is scaled by more: what the images hardly move, other images may
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SEARCHED_IMAGES = 32
@@ -92,8 +92,9 @@ def equalize(
     """Scale and shift the channels between each pair of layers that only homogeneous operations connect, in place.
 
     To be called before `calibrate`. In float the student computes what it did before, but for rounding, and for what
-    a shift does: it cuts off what lies below it (a percent of a channel's values), moves the borders of padded maps
-    and the clip of a ReLU6. Behind one, a channel is scaled only as far as all of `images` stay below the clip.
+    a shift does: it cuts off what lies below it (the first percentile of the median image), moves the borders of
+    padded maps and the clip of a ReLU6. Behind one, a channel is scaled only as far as all of `images` stay below the
+    clip.
 
     Args:
         student: its weights and biases are changed; its scales are not looked at.
@@ -120,7 +121,8 @@ def equalize(
             seen[node].append(_extremes(value))
 
     def search(node: fx.Node, value: Tensor) -> None:
-        if (pair := by_input.get(node)) is not None:
+        pair = by_input.get(node)
+        if pair is not None and (value.dim() == 2 or isinstance(pair.consumer, nn.Conv2d)):  # no tokens
             read, clipped, made = (torch.cat(seen[n]) for n in (node, pair.clip or node, pair.made or node))
             result, found = _choose(pair, value, read, clipped, made if shifts and pair.made else None, rng)
             done.append(result)
@@ -135,7 +137,7 @@ def equalize(
         advance(1)
         for pair, found in maps:
             _apply(pair, found)
-    return done, {pair.names[0]: found for pair, found in maps}
+    return done, {pair.names[0]: found for pair, found in maps if not found.is_identity}
 
 
 class _Watcher(fx.Interpreter):
@@ -190,7 +192,7 @@ def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | 
         clip = at if kind is Homogeneity.CLIPPED else clip
         if is_rectifier(net, at):
             made = made or at
-        elif kind is Homogeneity.ELEMENTWISE and not _is_quantizer(net, at):
+        elif kind is Homogeneity.ELEMENTWISE and not _is_quantizer(net, at) and not moves_values(net, at):
             shiftable = False  # a slope or a sign would be another one after a shift
         at = at.all_input_nodes[0]
     return None
@@ -208,7 +210,10 @@ def _extremes(value: Tensor) -> Tensor:
 
 def _lowest(flat: Tensor) -> Tensor:
     """What a channel of an image hardly falls below, (N, C), of values (N, C, n): their first percentile."""
-    some = flat[..., :: max(1, flat.shape[2] // _VALUES_A_CHANNEL)]
+    step = max(1, flat.shape[2] // _VALUES_A_CHANNEL)
+    while math.gcd(step, math.isqrt(flat.shape[2])) > 1:  # so that all columns of a square map are seen alike
+        step += 1
+    some = flat[..., ::step]
     return some.kthvalue(1 + some.shape[2] // 100, dim=2).values
 
 
@@ -266,9 +271,10 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
 
 def _low(pair: _Pair, rectified: Tensor) -> Tensor:
     """What each channel (C,) hardly falls below and may be shifted by; 0 where a shift is not possible."""
-    low = torch.quantile(rectified[:, 0], _LOW, dim=0).clamp_min(0)
+    channels = len(pair.producer.weight)
+    low = torch.quantile(rectified[:, 0], _LOW, dim=0).clamp_min(0).view(channels, -1).amin(1)
     if pair.clip is not None:
-        low = torch.where(rectified[:, 2].mean(0) <= _CLIPPED, low, 0.0)
+        low = torch.where(rectified[:, 2].mean(0).view(channels, -1).mean(1) <= _CLIPPED, low, 0.0)
     possible = not pair.grid.signed and None not in (pair.producer.bias, pair.consumer.bias)
     return low if possible else torch.zeros_like(low)
 

@@ -37,6 +37,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "call_function" and node.target is operator.iadd:
             node.target = operator.add
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # a view of a channels-last map need not exist
         if node.op == "call_function" and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
     graph.eliminate_dead_code()

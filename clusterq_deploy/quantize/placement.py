@@ -69,8 +69,8 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
         traced: from `folded_teacher`.
         bits: widths of weights and activations.
         first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what the first
-            one writes, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem has few channels, and what four
-            bits lose of them no later layer can mend.
+            one writes through its activation, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem has few
+            channels, and what four bits lose of them no later layer can mend.
     """
     layers, skipped = _layers(traced)
     ranges = value_ranges(traced)
@@ -80,10 +80,11 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
     def wide(node: fx.Node) -> bool:
         return node in boundary and not first_last
 
-    first_outputs = {_fused_output(traced, n) for n in layers if wide(n) and _reads_image(traced, n)}
+    first = {n for n in layers if wide(n) and _reads_image(traced, n)}
     for node in layers:
         producers = _producers(traced, tensor_inputs(node)[0])
-        eight = wide(node) or _reads_image(traced, node) or not first_outputs.isdisjoint(producers)
+        written_first = any(p in first or (len(i := tensor_inputs(p)) == 1 and i[0] in first) for p in producers)
+        eight = wide(node) or _reads_image(traced, node) or written_first
         groups.demand(producers, _EIGHT if eight else bits.activations)
     added: set[fx.Node] = set()
     for node in traced.graph.nodes:

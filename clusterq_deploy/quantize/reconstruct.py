@@ -6,7 +6,6 @@ Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: 
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,8 +19,8 @@ from clusterq_deploy.quantize.reference import Reference, SideBySide
 from clusterq_deploy.quantize.student import Student
 
 _IMAGES = 1024
-_PIXELS = 1 << 24  # of all images together, for memory's sake, where that leaves at least the 128 below
-_FEWEST = 128
+_VALUES = 1 << 28  # of a layer's outputs for all images together, for memory's sake; about six such tensors are alive
+_FEWEST = 64
 _DAMPING = 0.03  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
 _SHARE = 0.5  # of the way from the teacher's weight to the fitted one
 _PATCHES = 1 << 17  # looked at in a layer
@@ -52,8 +51,8 @@ def reconstruct(
     alone.
 
     Args:
-        student: calibrated, not tuned yet: its weights must still be the teacher's. They, biases and weight scales
-            are changed, so that afterwards `in_float` is no longer the teacher.
+        student: calibrated, not tuned yet: its weights must still be the reference's, but for `Reference.maps`.
+            They, biases and weight scales are changed, so that afterwards `in_float` is no longer the teacher.
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         rng: chooses the patches that are looked at.
         reference: what the layers ought to compute; None for what the student's own do in float.
@@ -66,13 +65,28 @@ def reconstruct(
     """
     device = next(student.parameters()).device
     if count is None:
-        count = min(_IMAGES, max(_FEWEST, _PIXELS // math.prod(images.shape[-2:])))
+        count = min(_IMAGES, max(_FEWEST, _VALUES // _widest(student, images[:1].to(device))))
     batch = images[:count].to(device)
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
-        pass_ = _Reconstructor(student, reference or Reference(copy.deepcopy(student)), rng, damping, advance)
-        pass_.run(torch.cat([batch, batch]))
+        reference = reference or Reference(copy.deepcopy(student))
+        pass_ = _Reconstructor(student, reference, rng, damping, advance)
+        with reference.net.in_float():
+            pass_.run(torch.cat([batch, batch]))
     student.settle()
     return pass_.errors
+
+
+def _widest(student: Student, image: Tensor) -> int:
+    """The most values that a layer makes of one image (1, C, H, W)."""
+    sizes = [1]
+    layers = student.layers().values()
+    handles = [layer.register_forward_hook(lambda _, __, y: sizes.append(y.numel())) for layer in layers]
+    try:
+        student(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(sizes)
 
 
 class _Reconstructor(SideBySide):

@@ -23,8 +23,14 @@ class ChannelMap:
         shape = [1] * x.dim()
         shape[channel] = -1
         k = x.shape[channel] // len(self.scale)
-        scale, shift = (v.repeat_interleave(k).view(shape).to(x.dtype) for v in (self.scale, self.shift))
-        return torch.addcmul(-shift, x, scale)
+        scale, shift = (v.repeat_interleave(k).view(shape) for v in (self.scale, self.shift))
+        # in float32: half precision would lose what is left of two numbers that are nearly the same
+        return torch.addcmul(-shift, x.float(), scale).to(x.dtype)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the student's channels are the teacher's."""
+        return bool((self.scale == 1).all() and (self.shift == 0).all())
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Reference:
 
     Attributes:
         net: the teacher with the student's graph and sites; it is used `in_float` alone.
-        maps: for each layer whose outputs differ by more than rounding, how; see `equalize`.
+        maps: for each layer whose outputs have other channels in the student, how; see `equalize`.
     """
 
     net: Student
@@ -56,7 +62,7 @@ class Reference:
 class SideBySide(fx.Interpreter):
     """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized.
 
-    Subclasses say in `layer` what is done at each quantized layer.
+    Subclasses say in `layer` what is done at each quantized layer. To be run while the reference is `in_float`.
     """
 
     def __init__(self, student: Student, reference: Reference) -> None:
@@ -71,10 +77,7 @@ class SideBySide(fx.Interpreter):
         exact, rounded = x.chunk(2)
         if isinstance(module, Quantizer):
             return torch.cat([exact, module(rounded)])
-        teacher = self._exact[str(target)]
-        teacher.weight_quantizer.enabled = False
-        outputs = teacher(exact)
-        teacher.weight_quantizer.enabled = True
+        outputs = self._exact[str(target)](exact)
         own = self._maps.get(str(target))
         wanted = outputs if own is None else own(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
         return torch.cat([outputs, self.layer(str(target), module, rounded, wanted)])

@@ -19,7 +19,7 @@ from clusterq_deploy.quantize import (
     make_student,
     reconstruct,
 )
-from clusterq_deploy.quantize.matching import matched_features
+from clusterq_deploy.quantize.matching import feature_sites, matched_features
 from clusterq_deploy.quantize.reference import ChannelMap
 
 
@@ -160,7 +160,7 @@ def test_a_flattened_map_is_shifted_a_channel_at_a_time(
 
 def test_maps_are_exact_in_half_precision_where_values_are_far_from_zero() -> None:
     x = torch.linspace(2.9, 3.1, 64).bfloat16().view(1, 1, 8, 8)
-    own = ChannelMap(torch.tensor([13.2]), torch.tensor([38.28]))
+    own = ChannelMap(torch.tensor([13.2]), torch.tensor([38.28]), "x")
     expected = x.double() * 13.2 - 38.28
     assert float((own(x).double() - expected).abs().mean()) < 0.01
 
@@ -192,7 +192,8 @@ def test_a_students_features_are_the_teachers_by_their_maps(name: str) -> None:
     found, maps = equalize(student, images(), rng=rng(), shifts=False)
     assert any(pair.exponent > 0 for pair in found)
     reference = Reference(teacher, maps)
-    assert len(reference.by_site()) == len(maps) > 0
+    assert {own.site for own in maps.values()} <= set(feature_sites(student))
+    assert len({own.site for own in maps.values()}) == len(maps) > 0
     with student.in_float(), matched_features(student, reference, images()) as loss, torch.no_grad():
         with teacher.in_float():
             teacher(images())

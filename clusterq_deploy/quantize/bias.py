@@ -1,7 +1,5 @@
 """Bias correction: what quantization adds to the mean of a layer's outputs is taken from its bias."""
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -34,15 +32,13 @@ def correct_bias(
     """
     device = next(student.parameters()).device
     batch = images[:count].to(device)
-    reference = reference or Reference(copy.deepcopy(student))
     corrector = _Corrector(student, reference)
-    with reference.net.in_float():
-        corrector.run(torch.cat([batch, batch]))
+    corrector.compare(batch)
     return corrector.shifts
 
 
 class _Corrector(SideBySide):
-    def __init__(self, student: Student, reference: Reference) -> None:
+    def __init__(self, student: Student, reference: Reference | None) -> None:
         super().__init__(student, reference)
         self._steps = student.accumulator_steps()
         self.shifts: dict[str, float] = {}

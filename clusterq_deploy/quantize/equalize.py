@@ -83,7 +83,8 @@ class _Pair:
     node: fx.Node  # the consumer's call
     clip: fx.Node | None  # a ReLU6 between them
     made: fx.Node | None  # where a shift shows: the rectified tensor in front of pads and pools; None without one
-    grid: Grid  # of the tensor that the consumer reads
+    site: str  # of the quantizer that the consumer reads
+    grid: Grid
 
 
 def equalize(
@@ -166,9 +167,8 @@ def _pairs(student: Student) -> list[_Pair]:
         source, clip, made = found
         producer, consumer = layers.get(str(source.target)), layers[site.layer]
         if producer is not None:
-            grid = quantizers[site.input_site].grid
-            names = (str(source.target), site.layer)
-            pairs.append(_Pair(producer, consumer, names, node, clip, made, grid))
+            names, grid = (str(source.target), site.layer), quantizers[site.input_site].grid
+            pairs.append(_Pair(producer, consumer, names, node, clip, made, site.input_site, grid))
     return pairs
 
 
@@ -261,7 +261,7 @@ def _choose(
         error_before=found[0][0],
         error_after=error,
     )
-    return result, ChannelMap(scale, scale * shift)
+    return result, ChannelMap(scale, scale * shift, pair.site)
 
 
 def _by_channel(values: Tensor, channels: int) -> Tensor:

@@ -80,7 +80,7 @@ def matched_features(student: Student, reference: Reference, images: Tensor) -> 
         reference: the teacher; it runs `in_float` before each call of what is given.
         images: (N, C, H, W) float32, normalized, on the models' device, for the variances.
     """
-    by_site = reference.by_site()
+    by_site = {own.site: own for own in reference.maps.values()}
     maps = [by_site.get(name) for name in feature_sites(student)]
     with tap_features(student) as own, tap_features(reference.net) as exact:
         with torch.no_grad(), reference.net.in_float():

@@ -5,7 +5,6 @@ solution, and its rounding can be made to compensate for itself column by column
 Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: seconds, where tuning takes minutes.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -68,10 +67,8 @@ def reconstruct(
         count = min(_IMAGES, max(_FEWEST, _VALUES // _widest(student, images[:1].to(device))))
     batch = images[:count].to(device)
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
-        reference = reference or Reference(copy.deepcopy(student))
         pass_ = _Reconstructor(student, reference, rng, damping, advance)
-        with reference.net.in_float():
-            pass_.run(torch.cat([batch, batch]))
+        pass_.compare(batch)
     student.settle()
     return pass_.errors
 
@@ -93,7 +90,7 @@ class _Reconstructor(SideBySide):
     def __init__(
         self,
         student: Student,
-        reference: Reference,
+        reference: Reference | None,
         rng: torch.Generator,
         damping: float,
         advance: Callable[..., None],

@@ -1,5 +1,6 @@
 """The teacher beside the student: the same graph in float, and how the student's tensors differ from its own."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,14 @@ from clusterq_deploy.quantize.student import Student
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """A student's channels from the teacher's: scale * x - shift, both (C,) float32, scale positive."""
+    """A student's channels from the teacher's: scale * x - shift, both (C,) float32, scale positive.
+
+    `site` is that of the quantizer behind the layer that has them: nothing but the next layer reads it.
+    """
 
     scale: Tensor
     shift: Tensor
+    site: str
 
     def __call__(self, x: Tensor, channel: int = 1) -> Tensor:
         """The student's values for the teacher's x, whose dimension `channel` has C * k values, k a channel."""
@@ -45,29 +50,23 @@ class Reference:
     net: Student
     maps: Mapping[str, ChannelMap] = field(default_factory=dict)
 
-    def by_site(self) -> dict[str, ChannelMap]:
-        """The maps by the site of the quantizer behind the layer."""
-        inputs = {site.layer: site.input_site for site in self.net.placement.weights}
-        calls = {str(n.target): n for n in self.net.net.graph.nodes if n.op == "call_module"}
-        found = {}
-        for layer, site in inputs.items():
-            sources = calls[layer].all_input_nodes
-            while len(sources) == 1 and not (sources[0].op == "call_module" and str(sources[0].target) in inputs):
-                sources = sources[0].all_input_nodes
-            if len(sources) == 1 and str(sources[0].target) in self.maps:
-                found[site] = self.maps[str(sources[0].target)]
-        return found
-
 
 class SideBySide(fx.Interpreter):
     """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized.
 
-    Subclasses say in `layer` what is done at each quantized layer. To be run while the reference is `in_float`.
+    Subclasses say in `layer` what is done at each quantized layer. Without a reference the teacher is what the student
+    computes in float as it is now.
     """
 
-    def __init__(self, student: Student, reference: Reference) -> None:
+    def __init__(self, student: Student, reference: Reference | None) -> None:
         super().__init__(student.net)
-        self._exact, self._maps = reference.net.layers(), reference.maps
+        self._reference = reference or Reference(copy.deepcopy(student))
+        self._exact, self._maps = self._reference.net.layers(), self._reference.maps
+
+    def compare(self, images: Tensor) -> None:
+        """Pass images (N, C, H, W) through both."""
+        with self._reference.net.in_float():
+            self.run(torch.cat([images, images]))
 
     def call_module(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(str(target))

@@ -290,6 +290,30 @@ def report(ctx: click.Context, /, run: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
+@options.json_option
+@click.pass_context
+def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
+    """Check FILE.onnx, of any exporter, against TensorRT's rules for quantized graphs.
+
+    No TensorRT is needed. Ends with 1 where TensorRT would refuse the graph; warnings are of speed alone.
+    """
+    from dataclasses import asdict
+
+    from cli import render
+    from clusterq_deploy.export import check_tensorrt, read_graph
+
+    found = check_tensorrt(read_graph(file))
+    if found or as_json:
+        _show([asdict(own) for own in found], as_json, render)
+    errors = sum(own.severity == "error" for own in found)
+    if not as_json:
+        render.print_line(f"{file}: errors {errors}, warnings {len(found) - errors}")
+    if errors:
+        ctx.exit(1)
+
+
+@click.command()
 @options.json_option
 def models(as_json: bool) -> None:
     """List the models that have a name."""
@@ -312,4 +336,16 @@ def _show(rows: list[dict[str, Any]], as_json: bool, render: Any) -> None:
         render.print_table(render.rows_table(rows))
 
 
-ALL: list[click.Command] = [run, synthesize, quantize, export, build, evaluate, features, benchmark, report, models]
+ALL: list[click.Command] = [
+    run,
+    synthesize,
+    quantize,
+    export,
+    build,
+    evaluate,
+    features,
+    benchmark,
+    report,
+    check,
+    models,
+]

@@ -218,6 +218,7 @@ class Pipeline:
             graph = export.export_graph(self.model.module, size)
             reference = TorchRunner(self.model.module).infer(images)
             export.verify(graph, images, reference, name="fp32/model.onnx", optimized=True)
+            export.require_tensorrt(graph, name="fp32/model.onnx")
             artifact = write(graph, "model.onnx", "onnxruntime")
             return {"artifacts": [artifact]}, [artifact["path"]]
 
@@ -233,7 +234,10 @@ class Pipeline:
                 found = export.verify(
                     graph, images, reference, name=f"{variant}/{name}", optimized=spelling != "tensorrt"
                 )
-                checks[name] = vars(found)
+                checks[name] = asdict(found)
+                if spelling == "tensorrt":
+                    broken = export.require_tensorrt(graph, name=f"{variant}/{name}")
+                    checks[name]["rules"] = [asdict(b) for b in broken]
                 artifacts.append(write(graph, name, spelling))
             return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
 

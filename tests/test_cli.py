@@ -19,7 +19,19 @@ import clusterq_deploy
 from cli.main import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "synthesize", "quantize", "export", "build", "evaluate", "features", "benchmark", "report", "models")
+COMMANDS = (
+    "run",
+    "synthesize",
+    "quantize",
+    "export",
+    "build",
+    "evaluate",
+    "features",
+    "benchmark",
+    "report",
+    "check",
+    "models",
+)
 
 
 def call(*args: object) -> Result:

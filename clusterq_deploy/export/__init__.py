@@ -1,7 +1,20 @@
-"""From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify."""
+"""From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
 
+from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
 from clusterq_deploy.export.spell import Spelling, spell
 from clusterq_deploy.export.trace import annotate, export_graph
 from clusterq_deploy.export.verify import Verification, verify
 
-__all__ = ["Spelling", "Verification", "annotate", "export_graph", "spell", "verify"]
+__all__ = [
+    "RULES",
+    "Break",
+    "Spelling",
+    "Verification",
+    "annotate",
+    "check_tensorrt",
+    "export_graph",
+    "read_graph",
+    "require_tensorrt",
+    "spell",
+    "verify",
+]

@@ -1,0 +1,332 @@
+"""TensorRT's rules: the project's graphs keep them all, and each break is found where it was made."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from nets import NETS, images, make_net
+from onnx import TensorProto, helper, numpy_helper
+
+from cli.main import main
+from clusterq_deploy.errors import ExportError, VerificationError
+from clusterq_deploy.export import RULES, check_tensorrt, export_graph, read_graph, require_tensorrt, spell
+from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+
+Mutation = Callable[[onnx.ModelProto], str]
+"""Breaks one rule in a graph, and gives the name of the node that is to be blamed ("" for the whole file)."""
+
+
+@cache
+def _exported(name: str, bits: str) -> bytes:
+    student = make_student(make_net(name), BitWidths.parse(bits))
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    marked = export_graph(student, (3, 16, 16))
+    return spell(marked, student, "tensorrt").SerializeToString()
+
+
+def graph_of(name: str, bits: str = "w8a8") -> onnx.ModelProto:
+    return onnx.load_from_string(_exported(name, bits))
+
+
+def first(graph: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+    return next(n for n in graph.graph.node if n.op_type == operator)
+
+
+def producer(graph: onnx.ModelProto, tensor: str) -> onnx.NodeProto:
+    return next(n for n in graph.graph.node if tensor in n.output)
+
+
+def name_of(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
+def store(graph: onnx.ModelProto, values: np.ndarray, name: str) -> str:
+    graph.graph.initializer.append(numpy_helper.from_array(values, name))
+    return name
+
+
+def stored(graph: onnx.ModelProto, name: str) -> np.ndarray:
+    return numpy_helper.to_array(next(i for i in graph.graph.initializer if i.name == name))
+
+
+def quantizer(graph: onnx.ModelProto) -> onnx.NodeProto:
+    """The one on the image."""
+    return first(graph, "QuantizeLinear")
+
+
+def weight(graph: onnx.ModelProto, operator: str = "Conv") -> onnx.NodeProto:
+    """The DequantizeLinear of the first layer's weight."""
+    return producer(graph, first(graph, operator).input[1])
+
+
+def _old_opset(graph: onnx.ModelProto) -> str:
+    graph.opset_import[0].version = 11
+    return ""
+
+
+def _new_ir(graph: onnx.ModelProto) -> str:
+    graph.ir_version = 13
+    return ""
+
+
+def _foreign_operator(graph: onnx.ModelProto) -> str:
+    graph.opset_import.append(helper.make_opsetid("com.example", 1))
+    first(graph, "Relu").domain = "com.example"
+    return ""
+
+
+def _dead_scale(graph: onnx.ModelProto) -> str:
+    node = weight(graph)
+    scales = stored(graph, node.input[1]).copy()
+    scales[3] = 0
+    node.input[1] = store(graph, scales, "dead")
+    return name_of(node)
+
+
+def _computed_scale(graph: onnx.ModelProto) -> str:
+    node = quantizer(graph)
+    image = graph.graph.input[0].name
+    graph.graph.node.insert(0, helper.make_node("ReduceMax", [image], ["computed"], keepdims=0))
+    node.input[1] = "computed"
+    return name_of(node)
+
+
+def _zero_point(graph: onnx.ModelProto) -> str:
+    node = quantizer(graph)
+    node.input[2] = store(graph, np.array(3, np.int8), "three")
+    return name_of(node)
+
+
+def _unsigned(graph: onnx.ModelProto) -> str:
+    node = quantizer(graph)
+    zero = store(graph, np.array(0, np.uint8), "zero_u8")
+    node.input[2] = producer(graph, first(graph, "Conv").input[0]).input[2] = zero
+    return name_of(node)
+
+
+def _no_zero_point(graph: onnx.ModelProto) -> str:
+    node = quantizer(graph)
+    del node.input[2]
+    del producer(graph, first(graph, "Conv").input[0]).input[2]
+    return name_of(node)
+
+
+def _four_bit_convolution(graph: onnx.ModelProto) -> str:
+    node = weight(graph)
+    integers = stored(graph, node.input[0]) // 16
+    for own in (
+        helper.make_tensor("int4", TensorProto.INT4, integers.shape, integers.flatten()),
+        helper.make_tensor("zeros4", TensorProto.INT4, [len(integers)], np.zeros(len(integers), np.int8)),
+    ):
+        graph.graph.initializer.append(own)
+    node.input[0], node.input[2] = "int4", "zeros4"
+    return name_of(first(graph, "Conv"))
+
+
+def _unsigned_weight(graph: onnx.ModelProto) -> str:
+    node = weight(graph)
+    node.input[0] = store(graph, stored(graph, node.input[0]).astype(np.uint8), "unsigned")
+    node.input[2] = store(graph, stored(graph, node.input[2]).astype(np.uint8), "zeros_u8")
+    return name_of(node)
+
+
+def _unsigned_float_weight(graph: onnx.ModelProto) -> str:
+    """A weight in float, with a QuantizeLinear to UINT8 in front of its DequantizeLinear."""
+    node = weight(graph)
+    zeros = store(graph, stored(graph, node.input[2]).astype(np.uint8), "zeros_u8")
+    floats = store(graph, stored(graph, node.input[0]).astype(np.float32), "floats")
+    quantize = helper.make_node("QuantizeLinear", [floats, node.input[1], zeros], ["integers"], "quantize", axis=0)
+    graph.graph.node.insert(0, quantize)
+    node.input[0], node.input[2] = "integers", zeros
+    return "quantize"
+
+
+def _scales_of_channels(graph: onnx.ModelProto) -> str:
+    node = quantizer(graph)
+    node.input[1] = store(graph, np.full(3, 0.02, np.float32), "three_scales")
+    node.input[2] = store(graph, np.zeros(3, np.int8), "three_zeros")
+    return name_of(node)
+
+
+def _input_channels(graph: onnx.ModelProto) -> str:
+    node = weight(graph)
+    count = stored(graph, node.input[0]).shape[1]
+    node.input[1] = store(graph, np.full(count, 0.02, np.float32), "by_input")
+    node.input[2] = store(graph, np.zeros(count, np.int8), "zeros_by_input")
+    next(a for a in node.attribute if a.name == "axis").i = 1
+    return name_of(first(graph, "Conv"))
+
+
+def _too_few_scales(graph: onnx.ModelProto) -> str:
+    node = weight(graph)
+    node.input[1] = store(graph, stored(graph, node.input[1])[:-1], "too_few")
+    return name_of(first(graph, "Conv"))
+
+
+def _integer_bias(graph: onnx.ModelProto) -> str:
+    layer = first(graph, "Conv")
+    channels = len(stored(graph, layer.input[2]))
+    bias = store(graph, np.zeros(channels, np.int32), "bias32")
+    scale = store(graph, np.full(channels, 1e-3, np.float32), "bias_scale")
+    graph.graph.node.insert(0, helper.make_node("DequantizeLinear", [bias, scale], ["bias_float"], axis=0))
+    layer.input[2] = "bias_float"
+    return name_of(layer)
+
+
+def _float_input(graph: onnx.ModelProto) -> str:
+    layer = first(graph, "Conv")
+    layer.input[0] = graph.graph.input[0].name
+    return name_of(layer)
+
+
+def _float_weight(graph: onnx.ModelProto) -> str:
+    layer = first(graph, "Conv")
+    shape = stored(graph, weight(graph).input[0]).shape
+    layer.input[1] = store(graph, np.ones(shape, np.float32), "float_weight")
+    return name_of(layer)
+
+
+def _both_branches(graph: onnx.ModelProto) -> str:
+    addition = first(graph, "Add")
+    index = next(i for i, own in enumerate(addition.input) if producer(graph, own).op_type == "Conv")
+    other = producer(graph, producer(graph, addition.input[1 - index]).input[0])
+    pair = [
+        helper.make_node("QuantizeLinear", [addition.input[index], *other.input[1:]], ["q8"]),
+        helper.make_node("DequantizeLinear", ["q8", *other.input[1:]], ["dq8"]),
+    ]
+    place = list(graph.graph.node).index(addition)
+    for node in reversed(pair):
+        graph.graph.node.insert(place, node)
+    first(graph, "Add").input[index] = "dq8"
+    return name_of(first(graph, "Add"))
+
+
+def _no_branch(graph: onnx.ModelProto) -> str:
+    addition = first(graph, "Add")
+    index = next(i for i, own in enumerate(addition.input) if producer(graph, own).op_type == "DequantizeLinear")
+    addition.input[index] = producer(graph, producer(graph, addition.input[index]).input[0]).input[0]
+    return name_of(addition)
+
+
+def _branch_of_another_scale(graph: onnx.ModelProto) -> str:
+    concat = first(graph, "Concat")
+    node = producer(graph, concat.input[0])
+    double = store(graph, 2 * stored(graph, node.input[1]), "double")
+    node.input[1] = producer(graph, node.input[0]).input[1] = double
+    return name_of(concat)
+
+
+def _pool_of_another_scale(graph: onnx.ModelProto) -> str:
+    pool = first(graph, "MaxPool")
+    behind = next(n for n in graph.graph.node if n.op_type == "QuantizeLinear" and pool.output[0] in n.input)
+    dequantize = next(n for n in graph.graph.node if behind.output[0] in n.input)
+    behind.input[1] = dequantize.input[1] = store(graph, 2 * stored(graph, behind.input[1]), "double")
+    return name_of(pool)
+
+
+def _half_layer(graph: onnx.ModelProto) -> str:
+    gemm = first(graph, "Gemm")
+    place, output = list(graph.graph.node).index(gemm), gemm.output[0]
+    halves = []
+    for index, own in enumerate(gemm.input):
+        halves.append(helper.make_node("Cast", [own], [f"half{index}"], to=TensorProto.FLOAT16))
+        gemm.input[index] = f"half{index}"
+    gemm.output[0] = "half_logits"
+    graph.graph.node.insert(place + 1, helper.make_node("Cast", ["half_logits"], [output], to=TensorProto.FLOAT))
+    for node in reversed(halves):
+        graph.graph.node.insert(place, node)
+    graph.graph.ClearField("value_info")
+    return name_of(first(graph, "Gemm"))
+
+
+MUTATIONS: list[tuple[str, str, Mutation]] = [
+    ("opset", "residual", _old_opset),
+    ("version", "residual", _new_ir),
+    ("domain", "residual", _foreign_operator),
+    ("scale", "residual", _dead_scale),
+    ("scale", "residual", _computed_scale),
+    ("zero-point", "residual", _zero_point),
+    ("activation-type", "residual", _unsigned),
+    ("activation-type", "residual", _no_zero_point),
+    ("weight-type", "residual", _four_bit_convolution),
+    ("weight-type", "residual", _unsigned_weight),
+    ("weight-type", "residual", _unsigned_float_weight),
+    ("activation-axis", "residual", _scales_of_channels),
+    ("weight-axis", "residual", _input_channels),
+    ("weight-axis", "residual", _too_few_scales),
+    ("bias", "residual", _integer_bias),
+    ("inputs", "residual", _float_input),
+    ("inputs", "residual", _float_weight),
+    ("residual", "residual", _both_branches),
+    ("residual", "residual", _no_branch),
+    ("concat", "branches", _branch_of_another_scale),
+    ("pool", "residual", _pool_of_another_scale),
+    ("fp16", "residual", _half_layer),
+]
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_projects_graphs_break_no_rule(name: str, bits: str) -> None:
+    assert check_tensorrt(graph_of(name, bits)) == []
+
+
+@pytest.mark.parametrize(("rule", "net", "mutate"), MUTATIONS, ids=[m.__name__[1:] for _, _, m in MUTATIONS])
+def test_a_broken_rule_is_found_where_it_is_broken(rule: str, net: str, mutate: Mutation) -> None:
+    graph = graph_of(net)
+    blamed = mutate(graph)
+    found = check_tensorrt(graph)
+    assert {own.rule for own in found} == {rule}
+    assert [own.node for own in found] == [blamed]
+    assert found[0].severity == RULES[rule].severity
+
+
+def test_every_rule_has_a_mutation() -> None:
+    assert {rule for rule, _, _ in MUTATIONS} == set(RULES)
+
+
+def test_the_documentation_has_every_rule() -> None:
+    text = (Path(__file__).parents[1] / "docs/graphs.md").read_text()
+    for rule in RULES.values():
+        assert f"| `{rule.name}` | {rule.severity} | {rule.reason} |" in text
+
+
+def test_an_export_that_tensorrt_would_refuse_is_not_written() -> None:
+    graph = graph_of("residual")
+    blamed = _dead_scale(graph)
+    with pytest.raises(VerificationError, match=f"rule scale at {blamed}"):
+        require_tensorrt(graph, name="w8a8/model.trt.onnx")
+    graph = graph_of("residual")
+    _pool_of_another_scale(graph)
+    assert [own.rule for own in require_tensorrt(graph, name="w8a8/model.trt.onnx")] == ["pool"]
+
+
+def test_the_command_checks_any_file(tmp_path: Path) -> None:
+    graph = graph_of("residual")
+    onnx.save(graph, tmp_path / "good.onnx")
+    blamed = _dead_scale(graph)
+    onnx.save(graph, tmp_path / "bad.onnx")
+    good, bad = (CliRunner().invoke(main, ["check", str(tmp_path / f"{n}.onnx")]) for n in ("good", "bad"))
+    assert (good.exit_code, bad.exit_code) == (0, 1)
+    assert "errors 0, warnings 0" in good.stdout
+    assert "errors 1, warnings 0" in bad.stdout
+    machine = CliRunner().invoke(main, ["check", str(tmp_path / "bad.onnx"), "--json"])
+    assert machine.exit_code == 1
+    assert [(b["rule"], b["node"]) for b in json.loads(machine.stdout)] == [("scale", blamed)]
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x08\x0a"])
+def test_what_is_no_onnx_file_is_said_in_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match="is no ONNX file"):
+        read_graph(path)
+    result = CliRunner().invoke(main, ["check", str(path)])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "cannot read" in CliRunner().invoke(main, ["check", str(tmp_path / "none.onnx")]).stderr

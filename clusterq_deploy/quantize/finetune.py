@@ -57,7 +57,7 @@ class FinetuneConfig(StageConfig):
 
     steps: int = Field(1200, ge=0)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(0.01, gt=0)
+    learning_rate: float = Field(0.002, gt=0)
     bias_learning_rate: float = Field(1e-3, gt=0)
     scale_learning_rate: float = Field(3e-3, gt=0)
     ce_weight: float = Field(0.0, ge=0)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from clusterq_deploy.pipeline import Pipeline
 
 
+_VERIFIED = 1000  # images of `export --verify`
+
+
 def _pipeline(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
     from cli.render import LiveProgress
     from clusterq_deploy.pipeline import Pipeline
@@ -117,6 +120,30 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
 
 @click.command()
 @options.run_argument
+@options.widths_options
+@options.json_option
+@click.pass_context
+def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
+    """Measure what the quantization of each layer of RUN's model costs, on synthetic images.
+
+    Each layer is quantized alone, all others stay in float. The expected drop is what top-1 would lose, in points, if
+    the model's own probabilities were the truth.
+    """
+    from cli import render
+    from clusterq_deploy.quantize import BitWidths
+
+    pipeline = _resume(ctx, run)
+    rows = [
+        {"variant": str(bits), "layer": own["layer"], "bits": own["bits"], **own["cost"]}
+        for bits in map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
+        for own in pipeline.sensitivity(bits).result["layers"]
+    ]
+    pipeline.directory.begin(pipeline.asked.to_toml())
+    _show(rows, as_json, render)
+
+
+@click.command()
+@options.run_argument
 @options.quantize_options
 @options.json_option
 @click.pass_context
@@ -138,6 +165,8 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
                 "skipped_layers": len(record.result["skipped_layers"]),
                 "kept_step": record.result["kept_step"],
                 "held_out_kl": min((v for v in held_out if v is not None), default=None),
+                "layers_of_other_bits": len(record.result["keep"]),
+                "expected_drop": record.result["expected_drop"],
                 "file": next(iter(record.files)),
             }
         )
@@ -148,22 +177,45 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
 @click.command()
 @options.run_argument
 @options.bits_option
+@click.option("--verify", is_flag=True, help="Hold the graphs against torch once more, on 1,000 synthetic images.")
 @options.json_option
 @click.pass_context
-def export(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
-    """Write and verify the ONNX graphs of RUN's variants, and of the float baseline."""
+def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: Any) -> None:
+    """Write and verify the ONNX graphs of RUN's variants, and of the float baseline.
+
+    With --verify the integers at every quantizer are compared on as many synthetic images as there are, up to 1,000,
+    and the first quantizer is named at which a graph and torch part; it ends with 1 where they do.
+    """
     from cli import render
     from clusterq_deploy.pipeline import FP32
 
     pipeline = _resume(ctx, run)
+    variants = _variants(ctx, pipeline, "quantize")
     rows = []
-    for variant in [FP32, *_variants(ctx, pipeline, "quantize")]:
+    for variant in [FP32, *variants]:
         record = pipeline.export(variant)
         rows += [
             {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
             for a in record.result["artifacts"]
         ]
-    _show(rows, as_json, render)
+    if not verify:
+        _show(rows, as_json, render)
+        return
+    compared = [
+        {
+            "graph": path,
+            "agreement": agreement,
+            "quantizers": len(sites),
+            "integers": sum(site.values for site in sites),
+            "ties": sum(site.ties for site in sites),
+            "parts_at": next((site.site for site in sites if site.differing), None),
+        }
+        for variant in variants
+        for path, agreement, sites in pipeline.compare_graphs(variant, _VERIFIED)
+    ]
+    _show(compared, as_json, render)
+    if any(row["parts_at"] for row in compared):
+        ctx.exit(1)
 
 
 @click.command()
@@ -339,6 +391,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool, render: Any) -> None:
 ALL: list[click.Command] = [
     run,
     synthesize,
+    sensitivity,
     quantize,
     export,
     build,

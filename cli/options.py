@@ -30,6 +30,20 @@ class Numbers(click.ParamType[Any]):
             return self.fail(f"{value!r} is no list of numbers such as 3,224,224", param, ctx)
 
 
+class Width(click.ParamType[Any]):
+    """A layer and its bits."""
+
+    name = "layer=bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        layer, _, bits = str(value).rpartition("=")
+        if not layer or not bits.isdecimal():
+            return self.fail(f"{value!r} is no layer and its bits such as layer1.0.conv1=8", param, ctx)
+        return layer, int(bits)
+
+
 # name of the option's parameter -> place in the configuration
 _PLACES: dict[str, tuple[str, ...]] = {
     "model": ("model",),
@@ -39,6 +53,8 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "std": ("std",),
     "bits": ("bits",),
     "first_last": ("first_last",),
+    "keep": ("keep",),
+    "max_drop": ("max_drop",),
     "data": ("data",),
     "limit": ("limit",),
     "seed": ("seed",),
@@ -115,9 +131,25 @@ bits_option = click.option(
     metavar="wXaY",
     help="Bits of weights and activations, 2 to 8; may be repeated.  [default: w8a8, w4a4]",
 )
-quantize_options = _all(
+widths_options = _all(
     bits_option,
     click.option("--first-last", is_flag=True, help="Give the first and last layers those bits too, not 8."),
+    click.option(
+        "--keep",
+        type=Width(),
+        multiple=True,
+        callback=lambda _ctx, _param, pairs: dict(pairs),
+        metavar="LAYER=BITS",
+        help="Give a layer bits of its own, such as 8; may be repeated.",
+    ),
+)
+quantize_options = _all(
+    widths_options,
+    click.option(
+        "--max-drop",
+        type=click.FloatRange(0, 100, min_open=True),
+        help="Raise the most sensitive layers to 8 bits until the drop expected before fine-tuning is at most this.",
+    ),
 )
 data_options = _all(
     click.option("--data", type=_PATH, help="Evaluation data: class folders, a folder with labels.csv, or an .npz."),

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,7 +17,7 @@ from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.measure import BenchmarkConfig
 from clusterq_deploy.presets import Effort, Settings, merged, preset, without
 from clusterq_deploy.quantize.finetune import FinetuneConfig
-from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.grid import MAX_BITS, MIN_BITS, BitWidths
 
 _Part = TypeVar("_Part", bound=StageConfig)
 
@@ -34,6 +34,9 @@ class RunConfig(StageConfig):
         input_size, mean, std: how an input is made, where the model does not say.
         bits: the variants, such as w8a8.
         first_last: whether the first and last layers take the variant's widths too, not 8 bits.
+        keep: widths of single layers, by name: of their weights, and of what they read.
+        max_drop: raise the most sensitive layers to 8 bits until the drop in top-1 that is expected before
+            fine-tuning, in points, is at most this; None raises none.
         data: evaluation data; None evaluates on the model's own or on held-out synthetic images.
         limit: at most so many evaluation images.
         seed: source of all randomness.
@@ -48,6 +51,8 @@ class RunConfig(StageConfig):
     std: tuple[float, ...] | None = None
     bits: tuple[str, ...] = ("w8a8", "w4a4")
     first_last: bool = False
+    keep: dict[str, Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]] = Field(default_factory=dict)
+    max_drop: float | None = Field(None, gt=0, le=100)
     data: Path | None = None
     limit: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)

@@ -2,7 +2,8 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from pydantic import TypeAdapter
 
 from calib.calibration_set import CalibrationSet
 from calib.cost import pass_cost
@@ -21,11 +23,24 @@ from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ConfigError, FeatureError, RunDirectoryError
+from clusterq_deploy.export.integers import SiteComparison
 from clusterq_deploy.features import compare_features
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, benchmark, predictions, score, summarize
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.quantize import BitWidths, Student, finetune, initialize, load_student, make_student
+from clusterq_deploy.quantize import (
+    BitWidths,
+    PrecisionPlan,
+    Sensitivity,
+    Student,
+    finetune,
+    initialize,
+    judged_views,
+    load_student,
+    make_student,
+    plan_precision,
+    sensitivities,
+)
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
@@ -44,7 +59,7 @@ _GRAPHS: dict[export.Spelling, str] = {
     "tensorrt": "model.trt.onnx",
     "int4": "model.int4.onnx",
 }
-_VERIFIED_IMAGES = 64
+_VERIFIED_IMAGES, _COMPARED_IMAGES = 64, 16
 _EVALUATION_BATCH = 50
 
 
@@ -155,13 +170,56 @@ class Pipeline:
 
         return self._perform("synthesize", {"settings": settings.model_dump(mode="json")}, work)
 
+    def sensitivity(self, bits: BitWidths) -> StageRecord:
+        """Measure what the quantization of each layer alone costs, on synthetic images."""
+        source, batch_size = self._done("synthesize"), self.config.finetune.batch_size
+
+        def work() -> tuple[Result, list[str]]:
+            rng = self._rng(f"sensitivity/{bits}")
+            found = sensitivities(
+                make_student(self.model.module, bits, **self._widths),
+                self.calibration.images,
+                judged=judged_views(self.calibration.images, flip=bool(source.result["flip"]), rng=rng),
+                batch_size=batch_size,
+                rng=rng,
+                progress=self.progress,
+            )
+            return {"layers": [asdict(own) for own in found]}, []
+
+        inputs = {"bits": str(bits), "batch_size": batch_size, **self._widths}
+        return self._perform(f"sensitivity/{bits}", inputs, work, upstream=["synthesize"])
+
+    @property
+    def _widths(self) -> Result:
+        """What `make_student` is to know beside a variant's bits."""
+        return {"first_last": self.config.first_last, "keep": self.config.keep}
+
+    def _plan(self, bits: BitWidths, max_drop: float) -> PrecisionPlan:
+        """The layers that have to be raised for a variant to lose no more."""
+        costs, rng = self.sensitivity(bits).result["layers"], self._rng(f"precision/{bits}")
+        return plan_precision(
+            self.model.module,
+            bits,
+            **self._widths,
+            costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
+            max_drop=max_drop,
+            images=self.calibration.images,
+            judged=judged_views(self.calibration.images, flip=bool(self._done("synthesize").result["flip"]), rng=rng),
+            batch_size=self.config.finetune.batch_size,
+            rng=rng,
+            progress=self.progress,
+        )
+
     def quantize(self, bits: BitWidths) -> StageRecord:
         """Make one variant: quantizers, scales, fine-tuning."""
         source, settings = self._done("synthesize"), self.config.finetune.scaled_to(bits)
+        max_drop = self.config.max_drop
 
         def work() -> tuple[Result, list[str]]:
             calibration, rng = self.calibration, self._rng(f"quantize/{bits}")
-            student = make_student(self.model.module, bits, first_last=self.config.first_last)
+            plan = None if max_drop is None else self._plan(bits, max_drop)
+            widths = self._widths if plan is None else {**self._widths, "keep": plan.keep}
+            student = make_student(self.model.module, bits, **widths)
             started = initialize(
                 student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=self.progress
             )
@@ -183,6 +241,8 @@ class Pipeline:
                 "equalized": [asdict(pair) for pair in started.equalized],
                 "reconstruction_errors": started.errors,
                 "bias_shifts": started.shifts,
+                "keep": student.keep,
+                "expected_drop": None if plan is None else plan.estimate.expected_drop,
                 "quantized_layers": len(student.placement.weights),
                 "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
             }
@@ -191,7 +251,8 @@ class Pipeline:
         inputs = {
             "settings": settings.model_dump(mode="json"),
             "bits": str(bits),
-            "first_last": self.config.first_last,
+            "max_drop": max_drop,
+            **self._widths,
         }
         return self._perform(f"quantize/{bits}", inputs, work, upstream=["synthesize"])
 
@@ -234,7 +295,9 @@ class Pipeline:
                 found = export.verify(
                     graph, images, reference, name=f"{variant}/{name}", optimized=spelling != "tensorrt"
                 )
-                checks[name] = asdict(found)
+                integers = export.compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
+                export.require_same_integers(integers, name=f"{variant}/{name}")
+                checks[name] = {**asdict(found), "integers": [asdict(site) for site in integers]}
                 if spelling == "tensorrt":
                     broken = export.require_tensorrt(graph, name=f"{variant}/{name}")
                     checks[name]["rules"] = [asdict(b) for b in broken]
@@ -245,6 +308,25 @@ class Pipeline:
             return self._perform("export/fp32", {}, work_float)
         self._done(f"quantize/{variant}")
         return self._perform(f"export/{variant}", {}, work, upstream=["synthesize", f"quantize/{variant}"])
+
+    def compare_graphs(self, variant: str, images: int) -> Iterator[tuple[str, float, list[SiteComparison]]]:
+        """Hold a variant's graphs against torch on up to so many synthetic images.
+
+        Gives each graph's path, the percentage of images with torch's top-1 as ONNX Runtime executes the graph (that
+        of TensorRT with optimizations off), and the integers at every quantizer.
+        """
+        student, batch = self.student(BitWidths.parse(variant)), self.calibration.images[:images].numpy()
+        for artifact in self._done(f"export/{variant}").result["artifacts"]:
+            path, spelling = self.directory.path / artifact["path"], artifact["target"]
+            with (
+                student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"),
+                self._runner(artifact) as own,
+            ):
+                parts = np.array_split(batch, math.ceil(len(batch) / _EVALUATION_BATCH))
+                torch_runner = TorchRunner(student)
+                same = [own.infer(p).argmax(1) == torch_runner.infer(p).argmax(1) for p in parts]
+            found = export.compare_integers(onnx.load(path), student, batch, spelling=spelling)
+            yield artifact["path"], 100 * float(np.concatenate(same).mean()), found
 
     def build(self, variant: str) -> StageRecord | None:
         """Build a variant's TensorRT engine; None where that cannot be done."""
@@ -490,7 +572,7 @@ class Pipeline:
     def _stage_names(self) -> list[str]:
         variants = [FP32, *self.config.bits]
         return ["synthesize", "features", "benchmark"] + [
-            f"{stage}/{v}" for v in variants for stage in ("quantize", "export", "build", "evaluate")
+            f"{stage}/{v}" for v in variants for stage in ("sensitivity", "quantize", "export", "build", "evaluate")
         ]
 
     def _skipped(self, records: dict[str, StageRecord]) -> list[Skipped]:

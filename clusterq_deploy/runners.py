@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +112,11 @@ class OnnxRunner:
         """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
         logits: Array = self._session.run(None, {self._input: images})[0]
         return logits
+
+    def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
+        """Everything that the graph gives for images (N, C, H, W) float32, by name."""
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, {self._input: images}), strict=True))
 
     def metadata(self) -> dict[str, str]:
         """What the exporter wrote into the graph."""

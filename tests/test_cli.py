@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "run",
     "synthesize",
+    "sensitivity",
     "quantize",
     "export",
     "build",
@@ -87,6 +88,9 @@ def test_stages_alone_add_up_to_a_run(settings: Path, tmp_path: Path) -> None:
     assert [r.exit_code for r in steps] == [0] * 6, [r.output for r in steps]
     exported = json.loads(steps[1].stdout)
     assert {row["path"] for row in exported} >= {"fp32/model.onnx", "w4a8/model.int4.onnx"}
+    compared = json.loads(call("export", out, "--verify", "--json").stdout)
+    assert [row["graph"] for row in compared] == [f"w4a8/model.{kind}.onnx" for kind in ("ort", "trt", "int4")]
+    assert all(row["parts_at"] is None and row["integers"] > 10_000 for row in compared)
     report = json.loads(steps[5].stdout)
     assert [v["name"] for v in report["variants"]] == ["fp32", "w4a8"]
     synthetic, real = json.loads(steps[3].stdout)

@@ -1,6 +1,7 @@
 """Exported graphs compute what torch computes, in the operators that their targets want."""
 
 import json
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,15 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.export import Spelling, annotate, export_graph, spell, verify
+from clusterq_deploy.export import (
+    Spelling,
+    annotate,
+    compare_integers,
+    export_graph,
+    require_same_integers,
+    spell,
+    verify,
+)
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
 from clusterq_deploy.runners import OnnxRunner, TorchRunner
@@ -54,6 +63,50 @@ def test_graphs_compute_what_torch_computes(name: str, spelling: Spelling, bits:
     found = verify(graph, batch.numpy(), expected, name=name, optimized=spelling != "tensorrt")
     assert found.agreement == 1
     assert found.close > 0.8  # the others have a value on a rounding boundary
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a5"])
+def test_the_integers_at_every_quantizer_are_torchs(name: str, spelling: Spelling, bits: str) -> None:
+    student, graph = graph_of(name, spelling, bits)
+    found = compare_integers(graph, student, images(32, seed=7).numpy(), spelling=spelling)
+    require_same_integers(found, name=name)
+    target = "tensorrt" if spelling == "tensorrt" else "onnxruntime"
+    assert {own.site for own in found} == {s.name for s in student.placement.activations if target in s.targets}
+    assert sum(own.ties for own in found) <= 1e-3 * sum(own.values for own in found)
+    assert all(quantizer.enabled for quantizer in student.quantizers().values())
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: Spelling) -> None:
+    student, graph = graph_of("residual", spelling, "w8a8")
+    changed = onnx.ModelProto()
+    changed.CopyFrom(graph)
+    weight = initializers(changed)["b1.0.weight.integers"]
+    integers = numpy_helper.to_array(weight).copy()
+    integers.flat[5] += 9
+    weight.CopyFrom(numpy_helper.from_array(integers, weight.name))
+    found = compare_integers(changed, student, images(8).numpy(), spelling=spelling)
+    parted = [own for own in found if own.differing]
+    assert len(parted) == 1  # what comes behind is computed from the graph's own integers
+    assert parted[0].largest >= 1
+    blamed = re.escape(repr(parted[0].site))
+    with pytest.raises(VerificationError, match=rf"changed parts from torch at the quantizer {blamed}"):
+        require_same_integers(found, name="changed")
+    owner = next(s for s in student.placement.activations if s.name == parted[0].site)
+    readers = [s.layer for s in student.placement.weights if s.input_site == owner.name]
+    assert readers == ["b2.0"]
+
+
+def test_a_tie_is_told_from_an_error() -> None:
+    student, graph = graph_of("residual", "onnxruntime", "w8a8")
+    first = student.placement.weights[0].input_site
+    scale = student.quantizers()[first].scale.item()
+    boundary = np.full((1, 3, 16, 16), 4.5 * scale, np.float32)
+    boundary[0, 0] = np.nextafter(np.float32(4.5 * scale), np.float32(1e9))
+    found = compare_integers(graph, student, boundary, spelling="onnxruntime")
+    require_same_integers(found, name="boundary")
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -42,6 +42,21 @@ class _Steps:
     zero_point: ir.Value
 
 
+def quantized_name(label: str) -> str:
+    """The tensor of integers that a quantizer makes."""
+    return f"{label}.quantized"
+
+
+def bounded_name(label: str) -> str:
+    """The same, bounded to a grid that is narrower than its type."""
+    return f"{label}.bounded"
+
+
+def offset_of(grid: Grid, spelling: Spelling) -> int:
+    """What an activation's integers are stored with on top of the grid's: their zero-point."""
+    return _OFFSET if grid.signed and spelling != "tensorrt" else 0
+
+
 def spell(marked: onnx.ModelProto, student: Student, spelling: Spelling) -> onnx.ModelProto:
     """The graph for a target, from the marked graph of `export_graph`.
 
@@ -157,9 +172,9 @@ class _Speller:
             zero = self._constant(f"{site}.zero_point", np.array(0, np.int8))
         else:
             source = self._without_upper_clip(marker, source, quantizer, label)
-            zero = self._constant(f"{site}.zero_point", np.array(_OFFSET if grid.signed else 0, np.uint8))
+            zero = self._constant(f"{site}.zero_point", np.array(offset_of(grid, self.spelling), np.uint8))
         step = self._constant(f"{site}.scale", scale)
-        integers = self._insert(marker, "QuantizeLinear", [source, step, zero], f"{label}.quantized")
+        integers = self._insert(marker, "QuantizeLinear", [source, step, zero], quantized_name(label))
         if self.target == "onnxruntime":
             integers = self._integer_clip(marker, integers, grid, label)
         output = self._insert(marker, "DequantizeLinear", [integers, step, zero], f"{label}.dequantized")
@@ -168,15 +183,15 @@ class _Speller:
 
     def _integer_clip(self, marker: ir.Node, integers: ir.Value, grid: Grid, label: str) -> ir.Value:
         """Bound UINT8 integers to the grid where it is narrower than the type."""
-        offset = _OFFSET if grid.signed else 0
+        offset = offset_of(grid, self.spelling)
         low, high = grid.low + offset, grid.high + offset
         if (low, high) == (0, 255):
             return integers
         upper = self._constant(f"{label}.high", np.array(high, np.uint8))
         if low == 0:
-            return self._insert(marker, "Min", [integers, upper], f"{label}.bounded")
+            return self._insert(marker, "Min", [integers, upper], bounded_name(label))
         lower = self._constant(f"{label}.low", np.array(low, np.uint8))
-        return self._insert(marker, "Clip", [integers, lower, upper], f"{label}.bounded")
+        return self._insert(marker, "Clip", [integers, lower, upper], bounded_name(label))
 
     def _float_clip(
         self, marker: ir.Node, source: ir.Value, grid: Grid, scale: npt.NDArray[np.float32], label: str

@@ -8,15 +8,26 @@ from clusterq_deploy.quantize.grid import BitWidths, Grid
 from clusterq_deploy.quantize.initialize import Initialization, initialize
 from clusterq_deploy.quantize.reconstruct import reconstruct
 from clusterq_deploy.quantize.reference import Reference
+from clusterq_deploy.quantize.sensitivity import (
+    Divergence,
+    PrecisionPlan,
+    Sensitivity,
+    judged_views,
+    plan_precision,
+    sensitivities,
+)
 from clusterq_deploy.quantize.student import Student, load_student, make_student
 
 __all__ = [
     "BitWidths",
+    "Divergence",
     "Equalized",
     "FinetuneConfig",
     "Grid",
     "Initialization",
+    "PrecisionPlan",
     "Reference",
+    "Sensitivity",
     "Student",
     "Tuning",
     "calibrate",
@@ -24,7 +35,10 @@ __all__ = [
     "equalize",
     "finetune",
     "initialize",
+    "judged_views",
     "load_student",
     "make_student",
+    "plan_precision",
     "reconstruct",
+    "sensitivities",
 ]

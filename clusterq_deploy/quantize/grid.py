@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from clusterq_deploy.errors import ConfigError
 
-_MIN_BITS, _MAX_BITS = 2, 8
+MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class BitWidths:
 
     def __post_init__(self) -> None:
         for bits in (self.weights, self.activations):
-            if not _MIN_BITS <= bits <= _MAX_BITS:
+            if not MIN_BITS <= bits <= MAX_BITS:
                 raise ConfigError(
-                    f"bit widths go from {_MIN_BITS} to {_MAX_BITS}, got {self}; name them like w8a8 or w4a4"
+                    f"bit widths go from {MIN_BITS} to {MAX_BITS}, got {self}; name them like w8a8 or w4a4"
                 )
 
     def __str__(self) -> str:

@@ -1,13 +1,16 @@
 """Where quantizers go: chosen by the graph, so that every quantized layer is one that the targets can run."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from clusterq_deploy.errors import GraphError
 from clusterq_deploy.quantize.graph import module_of, tensor_inputs
 from clusterq_deploy.quantize.grid import BitWidths, Grid
 from clusterq_deploy.quantize.ops import is_addition, is_rectifier, moved_inputs, moves_values, value_ranges
@@ -54,7 +57,9 @@ class Placement:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) -> Placement:
+def place(
+    traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False, keep: Mapping[str, int] | None = None
+) -> Placement:
     """Decide on every quantizer of a folded graph.
 
     - The input of each Conv2d and Linear is quantized, where its values are made: behind the ReLU in front of a
@@ -71,8 +76,15 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
         first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what the first
             one writes through its activation, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem has few
             channels, and what four bits lose of them no later layer can mend.
+        keep: widths of single layers, by name: of the weight, and of what the layer reads. Layers that read the same
+            tensor share the widest.
+
+    Raises:
+        GraphError: `keep` names no quantized layer.
     """
     layers, skipped = _layers(traced)
+    keep = keep or {}
+    _require_layers(keep, [str(node.target) for node in layers])
     ranges = value_ranges(traced)
     boundary = {n for n in layers if _reads_image(traced, n)} | {n for n in layers if _is_last(traced, n)}
     groups = _Groups()
@@ -85,7 +97,7 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
         producers = _producers(traced, tensor_inputs(node)[0])
         written_first = any(p in first or (len(i := tensor_inputs(p)) == 1 and i[0] in first) for p in producers)
         eight = wide(node) or _reads_image(traced, node) or written_first
-        groups.demand(producers, _EIGHT if eight else bits.activations)
+        groups.demand(producers, _EIGHT if eight else keep.get(str(node.target), bits.activations))
     added: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if is_addition(node):
@@ -126,12 +138,20 @@ def place(traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False) 
         WeightSite(
             f"{node.target}.weight",
             str(node.target),
-            Grid(_EIGHT if wide(node) else bits.weights, signed=True),
+            Grid(keep.get(str(node.target), _EIGHT if wide(node) else bits.weights), signed=True),
             input_sites[node],
         )
         for node in layers
     ]
     return Placement(tuple(activations), tuple(weights), skipped)
+
+
+def _require_layers(names: Iterable[str], layers: list[str]) -> None:
+    for name in names:
+        if name not in layers:
+            near = get_close_matches(name, layers, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(layers)}"
+            raise GraphError(f"the model has no quantized layer {name!r}; {hint}")
 
 
 def _grid(bits: int, ranges: list[tuple[float, float]]) -> tuple[Grid, float]:

@@ -30,12 +30,16 @@ class Student(nn.Module):
         net: the folded graph with a `Quantizer` at every site.
         bits: widths of weights and activations.
         first_last: whether the first and last layers have those widths too, not 8 bits.
+        keep: widths of single layers, by name.
         placement: where the quantizers are, and which layers stay in float.
     """
 
-    def __init__(self, net: fx.GraphModule, bits: BitWidths, first_last: bool, placement: Placement) -> None:
+    def __init__(
+        self, net: fx.GraphModule, bits: BitWidths, first_last: bool, keep: Mapping[str, int], placement: Placement
+    ) -> None:
         super().__init__()
         self.net, self.bits, self.first_last, self.placement = net, bits, first_last, placement
+        self.keep = dict(keep)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
@@ -93,7 +97,12 @@ class Student(nn.Module):
 
     def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
         """The student as a safetensors file: folded float weights and scales; settings in the metadata."""
-        settings = {"bits": str(self.bits), "first_last": self.first_last, "provenance": dict(provenance)}
+        settings = {
+            "bits": str(self.bits),
+            "first_last": self.first_last,
+            "keep": self.keep,
+            "provenance": dict(provenance),
+        }
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         # one entry: safetensors writes several in no fixed order, and the same student must give the same bytes
         return save(state, metadata={"student": json.dumps(settings, sort_keys=True)})
@@ -112,19 +121,22 @@ def _disabled(quantizers: Iterable[Quantizer]) -> Iterator[None]:
             quantizer.enabled = enabled
 
 
-def make_student(teacher: nn.Module, bits: BitWidths, *, first_last: bool = False) -> Student:
+def make_student(
+    teacher: nn.Module, bits: BitWidths, *, first_last: bool = False, keep: Mapping[str, int] | None = None
+) -> Student:
     """A student whose quantizers stand where the targets want them, all scales still to be set.
 
     Args:
         teacher: in eval mode; it is copied, not changed.
         bits: widths of weights and activations.
         first_last: False keeps the first and last layers at 8 bits.
+        keep: widths of single layers, by name; see `place`.
 
     Raises:
-        GraphError: the teacher cannot be traced.
+        GraphError: the teacher cannot be traced, or has no such layer to quantize.
     """
     graph = folded_teacher(teacher)
-    placement = place(graph, bits, first_last=first_last)
+    placement = place(graph, bits, first_last=first_last, keep=keep)
     device = next(graph.parameters()).device
     nodes = {node.name: node for node in graph.graph.nodes}
     for site in placement.weights:
@@ -146,7 +158,7 @@ def make_student(teacher: nn.Module, bits: BitWidths, *, first_last: bool = Fals
             quantized.args = (node,)
     graph.graph.lint()
     graph.recompile()
-    return Student(graph, bits, first_last, placement).to(device).eval()
+    return Student(graph, bits, first_last, keep or {}, placement).to(device).eval()
 
 
 def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
@@ -163,10 +175,11 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {})["student"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        bits, first_last, provenance = BitWidths.parse(settings["bits"]), settings["first_last"], settings["provenance"]
+        bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
+        first_last, keep = settings["first_last"], settings["keep"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no quantized model: {error}") from error
-    student = make_student(teacher, bits, first_last=first_last)
+    student = make_student(teacher, bits, first_last=first_last, keep=keep)
     try:
         student.load_state_dict(state)
     except RuntimeError as error:

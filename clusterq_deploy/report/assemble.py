@@ -18,6 +18,7 @@ from clusterq_deploy.report.schema import (
     FeatureInfo,
     Latency,
     LayerNote,
+    LayerSensitivity,
     ModelInfo,
     Report,
     Skipped,
@@ -42,8 +43,8 @@ def assemble(
     """The report of what has been done so far.
 
     Args:
-        records: finished stages by name: synthesize, features, benchmark, and quantize/V, export/V, build/V,
-            evaluate/V.
+        records: finished stages by name: synthesize, features, benchmark, and sensitivity/V, quantize/V, export/V,
+            build/V, evaluate/V.
         config, model, data, device: of the run.
         command: the command line.
         skipped: stages that did not run, and why.
@@ -80,7 +81,9 @@ def assemble(
 
 
 def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
-    own = {s: records[f"{s}/{name}"] for s in ("quantize", "export", "build", "evaluate") if f"{s}/{name}" in records}
+    stages = ("sensitivity", "quantize", "export", "build", "evaluate")
+    own = {s: records[f"{s}/{name}"] for s in stages if f"{s}/{name}" in records}
+    costs = own["sensitivity"].result["layers"] if "sensitivity" in own else []
     artifacts = []
     for stage in ("export", "build"):
         for artifact in own[stage].result["artifacts"] if stage in own else []:
@@ -90,12 +93,15 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
     tuned = own["quantize"].result if "quantize" in own else {}
     return Variant(
         name=name,
-        seconds=sum(record.seconds for stage, record in own.items() if stage != "evaluate"),
+        seconds=sum(record.seconds for stage, record in own.items() if stage not in {"evaluate", "sensitivity"}),
         accuracy=[Accuracy.model_validate(a) for a in own["evaluate"].result["accuracy"]] if "evaluate" in own else [],
         artifacts=artifacts,
         latency=[Latency.model_validate(entry) for entry in timed],
         quantized_layers=tuned.get("quantized_layers"),
         skipped_layers=[LayerNote.model_validate(note) for note in tuned.get("skipped_layers", [])],
+        keep=tuned.get("keep", {}),
+        expected_drop=tuned.get("expected_drop"),
+        sensitivities=[LayerSensitivity(layer=c["layer"], bits=c["bits"], **c["cost"]) for c in costs],
         losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},
     )
 

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from html import escape
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clusterq_deploy.report.findings import BASELINE, Point
-from clusterq_deploy.report.schema import Points
+from clusterq_deploy.report.schema import LayerSensitivity, Points
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for
@@ -88,6 +88,25 @@ def curve_chart(losses: Sequence[float], title: str, name: str) -> str:
             )
             axes.set_title(f"from {first:.3g}", color=_MUTED, fontsize=11, loc="right")
         return _svg(figure, name, f"{title} over {len(losses)} recorded steps")
+
+
+def sensitivity_chart(costs: Sequence[LayerSensitivity], kept: Collection[str], name: str) -> str:
+    """A bar for each layer, as long as its KL, in order of execution; layers of other bits are grey."""
+    with _style(name):
+        height = 30 + 13 * len(costs)
+        figure, axes = _canvas(420, height, left=0.36, right=0.90, bottom=8 / height, top=1 - 22 / height)
+        places = range(len(costs))
+        colours = [_MUTED if own.layer in kept else _ACCENT for own in costs]
+        bars = axes.barh(places, [own.kl for own in costs], color=colours, height=0.66)
+        axes.bar_label(bars, [f"{own.kl:.2g}" for own in costs], padding=4, color=_INK, fontsize=9)
+        axes.set_yticks(places, [_plain(own.layer) for own in costs])
+        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
+        axes.set_xticks([])
+        axes.set_ylim(len(costs) - 0.4, -0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_title("KL from the fp32 model, nats", color=_MUTED, fontsize=10, loc="left")
+        worst = max(costs, key=lambda own: own.kl)
+        return _svg(figure, name, f"Sensitivity of {len(costs)} layers; the highest is {worst.layer}, {worst.kl:.2g}")
 
 
 def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str) -> list[str]:

@@ -30,7 +30,7 @@ class _Curves:
 
 @dataclass(frozen=True, slots=True)
 class _Panel:
-    """One set of images in the common projection: its title, and an `<svg>` element."""
+    """A titled chart, an `<svg>` element."""
 
     title: str
     chart: str
@@ -77,6 +77,8 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             features=wording.feature_sentence(report),
             feature_notes=wording.feature_notes(report),
             panels=_panels(report),
+            sensitivities=_sensitivities(report),
+            sensitivity_notes=wording.sensitivity_notes(),
             environment=wording.environment_facts(report.environment),
             command=shlex.join(report.command),
             config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
@@ -116,6 +118,16 @@ def _panels(report: Report) -> list[_Panel]:
         sets.append((f"Real images: {found.real.dataset}", found.real.points))
     charts = projection_charts(sets, found.projection.method, "features")
     return [_Panel(title, chart) for (title, _), chart in zip(sets, charts, strict=True)]
+
+
+def _sensitivities(report: Report) -> list[_Panel]:
+    from clusterq_deploy.report.charts import sensitivity_chart
+
+    return [
+        _Panel(variant.name, sensitivity_chart(variant.sensitivities, variant.keep, f"sensitivity{index}"))
+        for index, variant in enumerate(report.variants)
+        if variant.sensitivities
+    ]
 
 
 def _curves(report: Report) -> list[_Curves]:

@@ -27,6 +27,7 @@ def to_markdown(report: Report) -> str:
         _bullets(_text(note) for note in wording.notes(report)),
         "## What was skipped",
         _bullets(_skipped(report)) or "Nothing.",
+        _sensitivities(report),
         "## Calibration set",
         _table(("", ""), [tuple(map(_text, fact)) for fact in wording.calibration_facts(report)]),
         _features(report),
@@ -97,6 +98,18 @@ def _file_table(report: Report) -> str:
         for row in file_rows(report)
     ]
     return _table(("file", "for", "size", "of fp32", "notes"), rows, left=2) if rows else "None was written."
+
+
+def _sensitivities(report: Report) -> str:
+    rows = [
+        (_text(variant.name), _text(own.layer), own.bits, f"{own.kl:.2g}", wording.number(own.expected_drop))
+        for variant in report.variants
+        for own in sorted(variant.sensitivities, key=lambda own: -own.kl)
+    ]
+    if not rows:
+        return ""
+    table = _table(("variant", "layer", "bits", "KL", "expected drop"), rows, left=3)
+    return "\n\n".join(["## Sensitivity of layers", table, _bullets(wording.sensitivity_notes())])
 
 
 def _features(report: Report) -> str:

@@ -124,8 +124,22 @@ class LayerNote(_Record):
     reason: str
 
 
+class LayerSensitivity(_Record):
+    """What it costs to quantize one layer alone, at `bits`, on synthetic images: KL in nats, percentages."""
+
+    layer: str
+    bits: str
+    kl: float
+    agreement: float
+    expected_drop: float
+
+
 class Variant(_Record):
-    """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`)."""
+    """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
+
+    `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
+    expected of these widths before fine-tuning, where a bound was asked for.
+    """
 
     name: str
     seconds: float
@@ -134,6 +148,9 @@ class Variant(_Record):
     latency: list[Latency] = Field(default_factory=list)
     quantized_layers: int | None = None
     skipped_layers: list[LayerNote] = Field(default_factory=list)
+    keep: dict[str, int] = Field(default_factory=dict)
+    expected_drop: float | None = None
+    sensitivities: list[LayerSensitivity] = Field(default_factory=list)
     losses: dict[str, list[float]] = Field(default_factory=dict)
 
 

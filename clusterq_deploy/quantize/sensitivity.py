@@ -1,0 +1,176 @@
+"""What each layer's quantization costs, and which layers to raise to eight bits: mixed precision without data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.progress import SILENT, Progress
+from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
+from clusterq_deploy.quantize.calibrate import calibrate
+from clusterq_deploy.quantize.equalize import equalize
+from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.initialize import initialize
+from clusterq_deploy.quantize.student import Student, make_student
+
+RAISED = 8
+
+_JUDGED = AugmentConfig(zoom=0.06, rotation=0.08, translation=0.03, jitter=0.08, cutmix=0.0)
+"""A quarter of what fine-tuning sees. On synthetic images themselves a teacher is so sure that nothing ever costs an
+answer; on the views of fine-tuning it is less sure than on photographs. On these it is about as sure: `docs/method.md`
+has the figures."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a quantized model is from the teacher on images.
+
+    Attributes:
+        kl: mean KL(teacher || student), in nats.
+        agreement: percentage of images with the same top-1.
+        expected_drop: what top-1 loses, in points, were the teacher's probabilities the truth: the mean of
+            p(the teacher's class) - p(the student's class). No label is needed; a teacher that is surer than it is
+            right makes it too high.
+    """
+
+    kl: float
+    agreement: float
+    expected_drop: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What it costs to quantize one layer alone, its weight and what it reads, at `bits`; all others in float."""
+
+    layer: str
+    bits: str
+    cost: Divergence
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Widths of single layers, and how far the student is expected to be from the teacher before fine-tuning."""
+
+    keep: dict[str, int]
+    estimate: Divergence
+
+
+def judged_views(images: Tensor, *, flip: bool, rng: torch.Generator) -> Tensor:
+    """Views of synthetic images (N, C, H, W) on which costs are estimated."""
+    return Augmenter(_JUDGED, images, flip=flip, rng=rng)(images)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Logits (N, classes) float32, on the CPU, of images (N, C, H, W)."""
+    device = next(model.parameters()).device
+    return torch.cat([model(part.to(device)).float().cpu() for part in images.split(batch_size)])
+
+
+def compare(student: Tensor, teacher: Tensor) -> Divergence:
+    """How far a student's logits (N, classes) are from the teacher's for the same images."""
+    target, chosen = teacher.softmax(1), student.argmax(1)
+    kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    lost = target.amax(1) - target.gather(1, chosen[:, None]).squeeze(1)
+    agreement = (chosen == teacher.argmax(1)).float().mean()
+    return Divergence(max(0.0, float(kl)), 100 * float(agreement), 100 * float(lost.mean()))
+
+
+def sensitivities(
+    student: Student,
+    images: Tensor,
+    *,
+    judged: Tensor,
+    batch_size: int,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+) -> list[Sensitivity]:
+    """Quantize one layer at a time, and see how far the answers move.
+
+    Args:
+        student: fresh from `make_student`; it is equalized and calibrated here.
+        images: (N, C, H, W) float32, normalized, that set the scales.
+        judged: (M, C, H, W), such as `judged_views`, on which the answers are compared.
+        batch_size: images a forward pass.
+        rng: source of all randomness.
+
+    Returns:
+        One a quantized layer, in order of execution.
+    """
+    equalize(student, images, rng=rng)
+    calibrate(student, images, batch_size=batch_size, rng=rng)
+    with student.in_float():
+        teacher = answers(student, judged, batch_size)
+    quantizers, found = student.quantizers(), []
+    with progress.task(f"Sensitivity {student.bits}", len(student.placement.weights)) as advance:
+        for site in student.placement.weights:
+            with _alone(student, site.name, site.input_site):
+                cost = compare(answers(student, judged, batch_size), teacher)
+            widths = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
+            found.append(Sensitivity(site.layer, str(widths), cost))
+            advance(1, kl=cost.kl)
+    return found
+
+
+@contextmanager
+def _alone(student: Student, *sites: str) -> Iterator[None]:
+    """Quantize at these sites alone."""
+    quantizers = student.quantizers()
+    with student.in_float():
+        for site in sites:
+            quantizers[site].enabled = True
+        yield
+
+
+def plan_precision(
+    teacher: nn.Module,
+    bits: BitWidths,
+    *,
+    costs: Sequence[Sensitivity],
+    max_drop: float,
+    first_last: bool,
+    keep: Mapping[str, int],
+    images: Tensor,
+    judged: Tensor,
+    batch_size: int,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+) -> PrecisionPlan:
+    """Raise the most sensitive layers to eight bits, as few as keep the expected drop within a bound.
+
+    How many is found by bisection, each count judged by a student that is initialized in full; fine-tuning, which
+    comes after, lowers the drop further. Where even all layers at eight bits are not enough, all are raised.
+
+    Args:
+        teacher: in eval mode; it is copied, not changed.
+        bits, first_last: as for `make_student`.
+        costs: from `sensitivities`.
+        max_drop: the bound of `Divergence.expected_drop`, in points.
+        keep: widths that stand already, and stay.
+        images, judged, batch_size, rng: as for `sensitivities`.
+    """
+    order = [c.layer for c in sorted(costs, key=lambda c: -c.cost.kl) if c.layer not in keep and c.bits != "w8a8"]
+    exact = answers(teacher, judged, batch_size)
+    state = rng.get_state()
+    plans: dict[int, PrecisionPlan] = {}
+
+    def within(count: int) -> bool:
+        raised = {**keep, **dict.fromkeys(order[:count], RAISED)}
+        student = make_student(teacher, bits, first_last=first_last, keep=raised)
+        rng.set_state(state)  # counts differ in their layers alone
+        initialize(student, images, batch_size=batch_size, rng=rng)
+        plans[count] = PrecisionPlan(raised, compare(answers(student, judged, batch_size), exact))
+        return plans[count].estimate.expected_drop <= max_drop
+
+    with progress.task(f"Precision {bits}", max(1, len(order)).bit_length() + 1) as advance:
+        low, high = (-1, 0) if within(0) else (0, len(order))  # `low` is too few; `high` is enough, or all there are
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if within(middle) else (middle, high)
+            advance(1, expected_drop=plans[middle].estimate.expected_drop)
+        if high not in plans:
+            within(high)
+    return plans[high]

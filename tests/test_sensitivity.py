@@ -1,0 +1,188 @@
+"""What layers cost, and mixed precision: by hand, and as few layers as a bound allows."""
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from click.testing import CliRunner
+from nets import images, make_net
+from onnx import TensorProto
+from test_pipeline import SMALL
+from torch import Tensor
+
+from cli.main import main
+from clusterq_deploy import read_report
+from clusterq_deploy.data import load_evaluation
+from clusterq_deploy.errors import GraphError
+from clusterq_deploy.export import check_tensorrt, export_graph, spell, verify
+from clusterq_deploy.models import LoadedModel, load_model
+from clusterq_deploy.quantize import (
+    BitWidths,
+    PrecisionPlan,
+    Sensitivity,
+    calibrate,
+    load_student,
+    make_student,
+    plan_precision,
+    sensitivities,
+)
+from clusterq_deploy.quantize.sensitivity import compare
+from clusterq_deploy.runners import TorchRunner
+
+NARROW = BitWidths(2, 3)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@cache
+def digits() -> tuple[LoadedModel, Tensor]:
+    """The bundled model, and 96 images that it answers for."""
+    model = load_model("digits", device=torch.device("cpu"))
+    data = load_evaluation(None, model, 96)
+    return model, torch.cat([torch.as_tensor(batch) for batch, _ in data.batches(96)])
+
+
+@cache
+def costs(bits: BitWidths = NARROW) -> list[Sensitivity]:
+    model, batch = digits()
+    student = make_student(model.module, bits)
+    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=seeded())
+    assert all(quantizer.enabled for quantizer in student.quantizers().values())
+    return found
+
+
+def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
+    model, batch = digits()
+    return plan_precision(
+        model.module,
+        NARROW,
+        costs=costs(),
+        max_drop=max_drop,
+        first_last=False,
+        keep=keep or {},
+        images=batch,
+        judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
+        batch_size=48,
+        rng=seeded(),
+    )
+
+
+def test_a_kept_layer_has_its_bits_and_so_has_what_it_reads() -> None:
+    student = make_student(make_net("residual"), BitWidths(4, 4), keep={"a2.0": 8, "b1.0": 6})
+    grids = {site.layer: (site.grid.bits, site.input_site) for site in student.placement.weights}
+    read = {site.name: site.grid.bits for site in student.placement.activations}
+    assert {name: bits for name, (bits, _) in grids.items() if bits != 4} == {
+        "stem.0": 8,
+        "a2.0": 8,
+        "b1.0": 6,
+        "fc": 8,
+    }
+    assert read[grids["a2.0"][1]] == 8
+    assert read[grids["b1.0"][1]] == 6
+    assert read[grids["c2.0"][1]] == 4
+
+
+def test_an_unknown_layer_is_refused_with_a_near_match() -> None:
+    with pytest.raises(GraphError, match=r"no quantized layer 'a1'; did you mean 'a1\.0'"):
+        make_student(make_net("residual"), BitWidths(4, 4), keep={"a1": 8})
+
+
+def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
+    teacher = make_net("residual")
+    student = make_student(teacher, BitWidths(4, 4), keep={"a1.0": 8})
+    calibrate(student, images(), batch_size=16, rng=seeded())
+    path = tmp_path / "quantized.safetensors"
+    path.write_bytes(student.to_bytes({}))
+    again = load_student(path, teacher)[0]
+    assert again.keep == {"a1.0": 8}
+    marked = export_graph(again, (3, 16, 16))
+    batch = images(64, seed=7)
+    for spelling in ("onnxruntime", "tensorrt", "int4"):
+        graph = spell(marked, again, spelling)
+        with again.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
+            expected = TorchRunner(again).infer(batch.numpy())
+        verify(graph, batch.numpy(), expected, name=spelling, optimized=spelling != "tensorrt")
+        if spelling == "tensorrt":
+            assert check_tensorrt(graph) == []
+        if spelling == "int4":
+            kinds = {i.name: i.data_type for i in graph.graph.initializer}
+            assert kinds["a1.0.weight.integers"] == TensorProto.INT8
+            assert kinds["a2.0.weight.integers"] == TensorProto.INT4
+
+
+def test_a_divergence_is_what_its_definition_says() -> None:
+    teacher = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.5, 0.5]]).log()
+    same = compare(teacher, teacher)
+    assert same.kl == pytest.approx(0, abs=1e-6)
+    assert (same.agreement, same.expected_drop) == (100, 0)
+    other = compare(teacher.flip(1), teacher)
+    assert other.kl == pytest.approx((0.6 * torch.tensor(4.0).log() + 0.2 * torch.tensor(1.5).log()).item() / 3)
+    assert other.agreement == pytest.approx(100 / 3)  # the tie
+    assert other.expected_drop == pytest.approx(100 * (0.6 + 0.2 + 0) / 3)
+
+
+def test_fewer_bits_cost_more_in_every_layer_that_has_them() -> None:
+    narrow, wide = costs(), costs(BitWidths(8, 8))
+    assert [c.layer for c in narrow] == [c.layer for c in wide]
+    assert {c.bits for c in wide} == {"w8a8"}
+    raised = [(n, w) for n, w in zip(narrow, wide, strict=True) if n.bits != "w8a8"]
+    assert len(raised) == len(narrow) - 2  # all but the first and the last
+    assert all(n.cost.kl > w.cost.kl for n, w in raised)
+
+
+def test_as_few_layers_are_raised_as_the_bound_allows() -> None:
+    none, every = plan(100), plan(1e-9)
+    ranked = [c.layer for c in sorted(costs(), key=lambda c: -c.cost.kl) if c.bits != "w8a8"]
+    assert none.keep == {}
+    assert set(every.keep) == set(ranked)
+    bound = (none.estimate.expected_drop + every.estimate.expected_drop) / 2
+    some = plan(bound)
+    assert some.estimate.expected_drop <= bound
+    assert 0 < len(some.keep) < len(ranked)
+    assert list(some.keep) == ranked[: len(some.keep)]
+    assert plan(bound) == some
+
+
+def test_what_is_kept_by_hand_stays() -> None:
+    layer = costs()[1].layer
+    assert plan(100, {layer: 3}).keep == {layer: 3}
+    assert plan(1e-9, {layer: 3}).keep[layer] == 3
+
+
+def call(*args: object) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_commands_raise_layers_and_the_report_shows_them(tmp_path: Path) -> None:
+    settings, out = tmp_path / "small.toml", tmp_path / "out"
+    settings.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
+    call("run", "digits", "--config", settings, "--out", out, "--bits", "w2a8", "--max-drop", "1e-6")
+    report = read_report(out / "report.json")
+    variant = report.variants[1]
+    assert len(variant.sensitivities) == variant.quantized_layers
+    assert set(variant.keep) == {own.layer for own in variant.sensitivities if own.bits != "w8a8"}
+    assert variant.expected_drop is not None
+    page = (out / "report.html").read_text()
+    assert "Sensitivity of layers" in page
+    assert f"{len(variant.keep)} layers have bits of their own" in page
+    assert "## Sensitivity of layers" in (out / "report.md").read_text()
+    rows = json.loads(call("sensitivity", out, "--bits", "w2a8", "--json"))
+    assert [row["layer"] for row in rows] == [own.layer for own in variant.sensitivities]
+    layer = next(iter(variant.keep))
+    rows = json.loads(call("quantize", out, "--bits", "w4a4", "--keep", f"{layer}=8", "--json"))
+    assert rows[0]["layers_of_other_bits"] >= 1
+    assert "no quantized layer" in CliRunner().invoke(main, ["quantize", str(out), "--keep", "nothing=8"]).stderr
+    assert "is no layer and its bits" in CliRunner().invoke(main, ["quantize", str(out), "--keep", "stem"]).stderr
+    assert "less than or equal to 8" in CliRunner().invoke(main, ["quantize", str(out), "--keep", f"{layer}=9"]).stderr
+
+
+def test_sensitivities_are_plain_records() -> None:
+    assert dataclasses.asdict(costs()[0])["cost"].keys() == {"kl", "agreement", "expected_drop"}

@@ -26,12 +26,14 @@ class Initialization:
             after reconstruction; empty where weights have 8 bits.
         shifts: for each layer the mean shift that was corrected, relative to its outputs' deviation; empty where
             weights were reconstructed, which corrects biases too.
+        unmended: each layer's weight and bias (None where it has none) after equalization, before both.
     """
 
     reference: Reference
     equalized: list[Equalized]
     errors: dict[str, tuple[float, float]]
     shifts: dict[str, float]
+    unmended: dict[str, tuple[Tensor, Tensor | None]]
 
 
 def initialize(
@@ -49,10 +51,14 @@ def initialize(
     equalized, maps = equalize(student, images, rng=rng, progress=progress)
     reference = Reference(teacher, maps)
     calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
+    unmended = {
+        name: (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
+        for name, layer in student.layers().items()
+    }
     errors: dict[str, tuple[float, float]] = {}
     shifts: dict[str, float] = {}
     if student.bits.weights < 8:
         errors = reconstruct(student, images, rng=rng, reference=reference, progress=progress)
     else:
         shifts = correct_bias(student, images, reference=reference)
-    return Initialization(reference, equalized, errors, shifts)
+    return Initialization(reference, equalized, errors, shifts, unmended)

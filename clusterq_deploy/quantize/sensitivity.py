@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
-from clusterq_deploy.quantize.calibrate import calibrate
-from clusterq_deploy.quantize.equalize import equalize
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.initialize import initialize
+from clusterq_deploy.quantize.quantizer import QuantizedLayer
 from clusterq_deploy.quantize.student import Student, make_student
 
 RAISED = 8
@@ -91,7 +90,8 @@ def sensitivities(
     """Quantize one layer at a time, and see how far the answers move.
 
     Args:
-        student: fresh from `make_student`; it is equalized and calibrated here.
+        student: fresh from `make_student`; it is initialized here, and a layer is judged with the weight and the bias
+            that this gave it.
         images: (N, C, H, W) float32, normalized, that set the scales.
         judged: (M, C, H, W), such as `judged_views`, on which the answers are compared.
         batch_size: images a forward pass.
@@ -100,19 +100,33 @@ def sensitivities(
     Returns:
         One a quantized layer, in order of execution.
     """
-    equalize(student, images, rng=rng)
-    calibrate(student, images, batch_size=batch_size, rng=rng)
+    unmended = initialize(student, images, batch_size=batch_size, rng=rng).unmended
+    layers, quantizers, found = student.layers(), student.quantizers(), []
+    mended = {
+        name: (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
+        for name, layer in layers.items()
+    }
+    for name, layer in layers.items():
+        _put(layer, *unmended[name])
     with student.in_float():
         teacher = answers(student, judged, batch_size)
-    quantizers, found = student.quantizers(), []
     with progress.task(f"Sensitivity {student.bits}", len(student.placement.weights)) as advance:
         for site in student.placement.weights:
+            _put(layers[site.layer], *mended[site.layer])
             with _alone(student, site.name, site.input_site):
                 cost = compare(answers(student, judged, batch_size), teacher)
+            _put(layers[site.layer], *unmended[site.layer])
             widths = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
             found.append(Sensitivity(site.layer, str(widths), cost))
             advance(1, kl=cost.kl)
     return found
+
+
+@torch.no_grad()
+def _put(layer: QuantizedLayer, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight.copy_(weight)
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
 
 
 @contextmanager

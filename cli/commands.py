@@ -61,6 +61,7 @@ def _default_out(model: str) -> Path:
 @click.argument("model", required=False)
 @options.model_options
 @options.quantize_options
+@options.fp16_option
 @options.data_options
 @options.synthesis_options
 @options.benchmark_options
@@ -177,6 +178,7 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
 @click.command()
 @options.run_argument
 @options.bits_option
+@options.fp16_option
 @click.option("--verify", is_flag=True, help="Hold the graphs against torch once more, on 1,000 synthetic images.")
 @options.json_option
 @click.pass_context
@@ -198,6 +200,7 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
             {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
             for a in record.result["artifacts"]
         ]
+    pipeline.directory.begin(pipeline.asked.to_toml())
     if not verify:
         _show(rows, as_json, render)
         return

@@ -55,6 +55,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "first_last": ("first_last",),
     "keep": ("keep",),
     "max_drop": ("max_drop",),
+    "fp16": ("fp16",),
     "data": ("data",),
     "limit": ("limit",),
     "seed": ("seed",),
@@ -150,6 +151,9 @@ quantize_options = _all(
         type=click.FloatRange(0, 100, min_open=True),
         help="Raise the most sensitive layers to 8 bits until the drop expected before fine-tuning is at most this.",
     ),
+)
+fp16_option = click.option(
+    "--fp16", is_flag=True, help="Let TensorRT compute in FP16 what is not quantized, by the types in its graph."
 )
 data_options = _all(
     click.option("--data", type=_PATH, help="Evaluation data: class folders, a folder with labels.csv, or an .npz."),

@@ -37,6 +37,7 @@ class RunConfig(StageConfig):
         keep: widths of single layers, by name: of their weights, and of what they read.
         max_drop: raise the most sensitive layers to 8 bits until the drop in top-1 that is expected before
             fine-tuning, in points, is at most this; None raises none.
+        fp16: whether what is not quantized is FP16 in the graph for TensorRT, which takes the types that stand there.
         data: evaluation data; None evaluates on the model's own or on held-out synthetic images.
         limit: at most so many evaluation images.
         seed: source of all randomness.
@@ -53,6 +54,7 @@ class RunConfig(StageConfig):
     first_last: bool = False
     keep: dict[str, Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]] = Field(default_factory=dict)
     max_drop: float | None = Field(None, gt=0, le=100)
+    fp16: bool = False
     data: Path | None = None
     limit: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)

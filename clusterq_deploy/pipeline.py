@@ -217,7 +217,7 @@ class Pipeline:
 
         def work() -> tuple[Result, list[str]]:
             calibration, rng = self.calibration, self._rng(f"quantize/{bits}")
-            plan = None if max_drop is None else self._plan(bits, max_drop)
+            plan = None if max_drop is None or bits == BitWidths(8, 8) else self._plan(bits, max_drop)
             widths = self._widths if plan is None else {**self._widths, "keep": plan.keep}
             student = make_student(self.model.module, bits, **widths)
             started = initialize(
@@ -299,6 +299,13 @@ class Pipeline:
                 export.require_same_integers(integers, name=f"{variant}/{name}")
                 checks[name] = {**asdict(found), "integers": [asdict(site) for site in integers]}
                 if spelling == "tensorrt":
+                    if self.config.fp16:
+                        graph = export.to_half(graph)
+                        own = f"{variant}/{name} in FP16"
+                        found = export.verify(graph, images, reference, name=own, optimized=False, half=True)
+                        integers = export.compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
+                        export.require_same_integers(integers, name=own)
+                        checks[name]["half"] = {**asdict(found), "integers": [asdict(site) for site in integers]}
                     broken = export.require_tensorrt(graph, name=f"{variant}/{name}")
                     checks[name]["rules"] = [asdict(b) for b in broken]
                 artifacts.append(write(graph, name, spelling))
@@ -307,7 +314,8 @@ class Pipeline:
         if variant == FP32:
             return self._perform("export/fp32", {}, work_float)
         self._done(f"quantize/{variant}")
-        return self._perform(f"export/{variant}", {}, work, upstream=["synthesize", f"quantize/{variant}"])
+        settings = {"fp16": self.config.fp16}
+        return self._perform(f"export/{variant}", settings, work, upstream=["synthesize", f"quantize/{variant}"])
 
     def compare_graphs(self, variant: str, images: int) -> Iterator[tuple[str, float, list[SiteComparison]]]:
         """Hold a variant's graphs against torch on up to so many synthetic images.

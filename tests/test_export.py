@@ -15,14 +15,16 @@ from nets import NETS, images, make_net
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from clusterq_deploy.errors import VerificationError
+from clusterq_deploy.errors import ExportError, VerificationError
 from clusterq_deploy.export import (
     Spelling,
     annotate,
+    check_tensorrt,
     compare_integers,
     export_graph,
     require_same_integers,
     spell,
+    to_half,
     verify,
 )
 from clusterq_deploy.models import InputSpec
@@ -97,6 +99,50 @@ def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: S
     owner = next(s for s in student.placement.activations if s.name == parted[0].site)
     readers = [s.layer for s in student.placement.weights if s.input_site == owner.name]
     assert readers == ["b2.0"]
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", NETS)
+def test_fp16_is_what_is_not_quantized(name: str, bits: str) -> None:
+    student, graph = graph_of(name, "tensorrt", bits)
+    half = to_half(graph)
+    assert check_tensorrt(half) == []
+    kinds = Counter(own.data_type for own in half.graph.initializer)
+    assert kinds[TensorProto.FLOAT] == 0
+    assert kinds[TensorProto.INT8] == Counter(own.data_type for own in graph.graph.initializer)[TensorProto.INT8]
+    ends = [own.type.tensor_type.elem_type for own in (*half.graph.input, *half.graph.output)]
+    assert ends == [TensorProto.FLOAT] * 2
+    batch = images(64, seed=7)
+    expected = reference(student, "tensorrt", batch)
+    verify(half, batch.numpy(), expected, name=name, optimized=False, half=True)
+    found = compare_integers(half, student, batch[:16].numpy(), spelling="tensorrt")
+    require_same_integers(found, name=name)
+    assert sum(own.ties for own in found) <= 0.05 * sum(own.values for own in found)
+    float_graph = export_graph(make_net(name), (3, 16, 16))
+    with OnnxRunner(to_half(float_graph).SerializeToString(), optimized=False) as runner:
+        np.testing.assert_allclose(runner.infer(batch.numpy()), make_net(name)(batch).numpy(), atol=0.03)
+
+
+def test_what_fp16_cannot_hold_is_refused() -> None:
+    _, graph = graph_of("residual", "tensorrt", "w8a8")
+    for name, value, said in (
+        ("fc.bias", 1e5, r"holds 1e\+05, more than FP16 can"),
+        ("fc.weight.scale", 1e-7, "is 1e-07, too small for FP16"),
+    ):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(graph)
+        tensor = next(i for own, i in initializers(changed).items() if own.endswith(name))
+        values = numpy_helper.to_array(tensor).copy()
+        values[2] = value
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        with pytest.raises(ExportError, match=said):
+            to_half(changed)
+    # the scale of a channel that has nothing but zeros may be any
+    weight = initializers(changed)["fc.weight.integers"]
+    integers = numpy_helper.to_array(weight).copy()
+    integers[2] = 0
+    weight.CopyFrom(numpy_helper.from_array(integers, weight.name))
+    assert numpy_helper.to_array(initializers(to_half(changed))["fc.weight.scale"])[2] > 0
 
 
 def test_a_tie_is_told_from_an_error() -> None:

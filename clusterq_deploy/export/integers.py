@@ -20,6 +20,9 @@ _TIE = 1e-2
 """How far from a rounding boundary, in steps, a value may lie for its two neighbours to be the same to float32: sums of
 some thousand products are exact to about a thousandth of a step, of large ones that cancel to less."""
 
+_HALF_TIE = 0.5
+"""The same to FP16, whose eleven bits are half a step of the largest integers, and of a bias that is larger."""
+
 
 @dataclass(frozen=True)
 class SiteComparison:
@@ -28,7 +31,7 @@ class SiteComparison:
     Attributes:
         site: the quantizer; the layer whose output it quantizes is named so, or `layer.narrow`.
         values: how many were compared.
-        ties: how many differ by one, since they lie on a rounding boundary.
+        ties: how many differ by one, since they lie on a rounding boundary, or near one where the graph is FP16.
         differing: how many differ otherwise.
         largest: the largest difference.
     """
@@ -57,7 +60,8 @@ def compare_integers(
         batch_size: images a pass.
     """
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
-    follower = _Follower(student, spelling)
+    half = any(i.data_type == onnx.TensorProto.FLOAT16 for i in graph.graph.initializer)
+    follower = _Follower(student, spelling, _HALF_TIE if half else _TIE)
     with runner, student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -94,8 +98,8 @@ def _tapped(graph: onnx.ModelProto, student: Student) -> onnx.ModelProto:
 class _Follower:
     """Runs a student with a graph's integers in the place of its own, and counts where they differ."""
 
-    def __init__(self, student: Student, spelling: Spelling) -> None:
-        self._student, self._spelling = student, spelling
+    def __init__(self, student: Student, spelling: Spelling, tie: float) -> None:
+        self._student, self._spelling, self._tie = student, spelling, tie
         self._device = next(student.parameters()).device
         self._counts: dict[str, list[int]] = {}
         self._calls: Counter[str] = Counter()
@@ -130,7 +134,7 @@ class _Follower:
         exact = args[0].double() / quantizer.scale.double()
         own = exact.round().clamp(quantizer.grid.low, quantizer.grid.high).to(torch.int32)
         apart = (own - given).abs()
-        tie = (apart == 1) & ((exact - (own + given).double() / 2).abs() <= _TIE)
+        tie = (apart == 1) & ((exact - (own + given).double() / 2).abs() <= self._tie)
         counts = self._counts.setdefault(site, [0, 0, 0, 0])
         counts[0] += apart.numel()
         counts[1] += int(tie.sum())

@@ -383,7 +383,9 @@ def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
 def test_less_is_tuned_where_there_are_bits_to_spare() -> None:
     config = FinetuneConfig()
     assert config.scaled_to(BitWidths(4, 4)) == config
-    assert config.scaled_to(BitWidths(4, 8)) == config
+    assert config.scaled_to(BitWidths(8, 4)) == config
+    finer = config.scaled_to(BitWidths(4, 8))  # weights move less under activations of more bits
+    assert finer == config.model_copy(update={"learning_rate": config.learning_rate / 4})
     eight = config.scaled_to(BitWidths(8, 8))
     assert eight.steps < config.steps
     assert eight.scale_learning_rate < config.scale_learning_rate

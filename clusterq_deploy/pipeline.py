@@ -54,12 +54,6 @@ logger = logging.getLogger(__name__)
 
 IMAGES, PREVIEW = "calibration/images.safetensors", "calibration/preview.png"
 FP32 = "fp32"
-_GRAPHS: dict[export.Spelling, str] = {
-    "onnxruntime": "model.ort.onnx",
-    "tensorrt": "model.trt.onnx",
-    "int4": "model.int4.onnx",
-}
-_VERIFIED_IMAGES, _COMPARED_IMAGES = 64, 16
 _EVALUATION_BATCH = 50
 
 
@@ -274,41 +268,18 @@ class Pipeline:
             return Artifact(kind="onnx", target=target, path=path, size_bytes=len(data)).model_dump(mode="json")
 
         def work_float() -> tuple[Result, list[str]]:
-            shape = (_VERIFIED_IMAGES, *size)
-            images = np.random.default_rng(self.config.seed).standard_normal(shape, dtype=np.float32)
-            graph = export.export_graph(self.model.module, size)
-            reference = TorchRunner(self.model.module).infer(images)
-            export.verify(graph, images, reference, name="fp32/model.onnx", optimized=True)
-            export.require_tensorrt(graph, name="fp32/model.onnx")
+            graph = export.float_graph(self.model.module, size, seed=self.config.seed, name=f"{FP32}/model.onnx")
             artifact = write(graph, "model.onnx", "onnxruntime")
             return {"artifacts": [artifact]}, [artifact["path"]]
 
         def work() -> tuple[Result, list[str]]:
-            student, images = self.student(BitWidths.parse(variant)), self.calibration.images[:_VERIFIED_IMAGES].numpy()
-            marked, artifacts, checks = export.export_graph(student, size), [], {}
-            for spelling, name in _GRAPHS.items():
-                if spelling == "int4" and student.bits.weights > 4:
-                    continue
-                graph = export.spell(marked, student, spelling)
-                with student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
-                    reference = TorchRunner(student).infer(images)
-                found = export.verify(
-                    graph, images, reference, name=f"{variant}/{name}", optimized=spelling != "tensorrt"
-                )
-                integers = export.compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
-                export.require_same_integers(integers, name=f"{variant}/{name}")
-                checks[name] = {**asdict(found), "integers": [asdict(site) for site in integers]}
-                if spelling == "tensorrt":
-                    if self.config.fp16:
-                        graph = export.to_half(graph)
-                        own = f"{variant}/{name} in FP16"
-                        found = export.verify(graph, images, reference, name=own, optimized=False, half=True)
-                        integers = export.compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
-                        export.require_same_integers(integers, name=own)
-                        checks[name]["half"] = {**asdict(found), "integers": [asdict(site) for site in integers]}
-                    broken = export.require_tensorrt(graph, name=f"{variant}/{name}")
-                    checks[name]["rules"] = [asdict(b) for b in broken]
-                artifacts.append(write(graph, name, spelling))
+            student = self.student(BitWidths.parse(variant))
+            images = self.calibration.images[: export.VERIFIED_IMAGES].numpy()
+            made = export.student_graphs(student, images, size=size, name=variant, fp16=self.config.fp16)
+            artifacts, checks = [], {}
+            for own in made:
+                checks[own.file] = own.checks
+                artifacts.append(write(own.graph, own.file, own.spelling))
             return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
 
         if variant == FP32:
@@ -327,7 +298,7 @@ class Pipeline:
         for artifact in self._done(f"export/{variant}").result["artifacts"]:
             path, spelling = self.directory.path / artifact["path"], artifact["target"]
             with (
-                student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"),
+                student.spelled(export.target_of(spelling)),
                 self._runner(artifact) as own,
             ):
                 parts = np.array_split(batch, math.ceil(len(batch) / _EVALUATION_BATCH))

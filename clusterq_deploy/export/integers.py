@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name
+from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name, target_of
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 from clusterq_deploy.runners import Array, OnnxRunner
@@ -62,7 +62,7 @@ def compare_integers(
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
     half = any(i.data_type == onnx.TensorProto.FLOAT16 for i in graph.graph.initializer)
     follower = _Follower(student, spelling, _HALF_TIE if half else _TIE)
-    with runner, student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
+    with runner, student.spelled(target_of(spelling)):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             follower.follow(batch, runner.outputs(batch))

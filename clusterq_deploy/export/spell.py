@@ -42,6 +42,11 @@ class _Steps:
     zero_point: ir.Value
 
 
+def target_of(spelling: Spelling) -> Target:
+    """The runtime whose quantizers a spelling has."""
+    return "tensorrt" if spelling == "tensorrt" else "onnxruntime"
+
+
 def quantized_name(label: str) -> str:
     """The tensor of integers that a quantizer makes."""
     return f"{label}.quantized"
@@ -90,7 +95,7 @@ class _Speller:
 
     def __init__(self, graph: ir.Graph, student: Student, spelling: Spelling) -> None:
         self.graph, self.spelling = graph, spelling
-        self.target: Target = "tensorrt" if spelling == "tensorrt" else "onnxruntime"
+        self.target = target_of(spelling)
         self.quantizers = student.quantizers()
         self.layers = {f"{name}.weight": layer for name, layer in student.layers().items()}
         self.absent = {s.name for s in student.placement.activations if self.target not in s.targets}

@@ -1,0 +1,105 @@
+"""Every graph of a model, held against torch before it may be written."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import nn
+
+from clusterq_deploy.export.half import to_half
+from clusterq_deploy.export.integers import compare_integers, require_same_integers
+from clusterq_deploy.export.rules import require_tensorrt
+from clusterq_deploy.export.spell import Spelling, spell, target_of
+from clusterq_deploy.export.trace import export_graph
+from clusterq_deploy.export.verify import verify
+from clusterq_deploy.quantize.student import Student
+from clusterq_deploy.runners import Array, TorchRunner
+
+FILES: dict[Spelling, str] = {
+    "onnxruntime": "model.ort.onnx",
+    "tensorrt": "model.trt.onnx",
+    "int4": "model.int4.onnx",
+}
+VERIFIED_IMAGES = 64
+_COMPARED_IMAGES = 16
+_INT4 = 4
+
+
+@dataclass(frozen=True)
+class VerifiedGraph:
+    """A spelling of a student that computes what torch computes.
+
+    Attributes:
+        spelling: which one.
+        file: the name of its file.
+        graph: to be written.
+        checks: what was found, as JSON: `Verification`, the integers, and of TensorRT's graph its rules.
+    """
+
+    spelling: Spelling
+    file: str
+    graph: onnx.ModelProto
+    checks: dict[str, Any]
+
+
+def float_graph(model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str) -> onnx.ModelProto:
+    """The teacher's graph, verified on noise.
+
+    Args:
+        model: in eval mode.
+        size: (channels, height, width).
+        seed: of the noise.
+        name: what messages call it.
+
+    Raises:
+        ExportError: torch cannot export the model.
+        VerificationError: the graph does not compute what torch computes, or TensorRT would refuse it.
+    """
+    images = np.random.default_rng(seed).standard_normal((VERIFIED_IMAGES, *size), dtype=np.float32)
+    graph = export_graph(model, size)
+    verify(graph, images, TorchRunner(model).infer(images), name=name, optimized=True)
+    require_tensorrt(graph, name=name)
+    return graph
+
+
+def student_graphs(
+    student: Student, images: Array, *, size: tuple[int, int, int], name: str, fp16: bool = False
+) -> Iterator[VerifiedGraph]:
+    """A student's graphs, one after the other: INT4's where weights have at most four bits.
+
+    Args:
+        student: tuned.
+        images: (N, C, H, W) float32, normalized, on which they are held against torch.
+        size: (channels, height, width).
+        name: what messages call the student, such as w4a4.
+        fp16: whether TensorRT's computes in FP16 what is not quantized.
+
+    Raises:
+        ExportError: a graph cannot be written.
+        VerificationError: a graph does not compute what torch computes, or TensorRT would refuse it.
+    """
+    marked = export_graph(student, size)
+    for spelling, file in FILES.items():
+        if spelling == "int4" and student.bits.weights > _INT4:
+            continue
+        graph = spell(marked, student, spelling)
+        checks = _checked(graph, student, images, spelling, f"{name}/{file}")
+        if spelling == "tensorrt":
+            if fp16:
+                graph = to_half(graph)
+                checks["half"] = _checked(graph, student, images, spelling, f"{name}/{file} in FP16", half=True)
+            checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
+        yield VerifiedGraph(spelling, file, graph, checks)
+
+
+def _checked(
+    graph: onnx.ModelProto, student: Student, images: Array, spelling: Spelling, name: str, *, half: bool = False
+) -> dict[str, Any]:
+    with student.spelled(target_of(spelling)):
+        reference = TorchRunner(student).infer(images)
+    found = verify(graph, images, reference, name=name, optimized=spelling != "tensorrt", half=half)
+    integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
+    require_same_integers(integers, name=name)
+    return {**asdict(found), "integers": [asdict(site) for site in integers]}

@@ -254,7 +254,7 @@ class Pipeline:
         """Write a variant's graphs, each verified against torch first."""
         size = self.model.input.size
 
-        def write(graph: onnx.ModelProto, name: str, target: export.Spelling) -> Result:
+        def write(graph: onnx.ModelProto, name: str, target: export.Spelling, notes: Iterable[str] = ()) -> Result:
             annotated = export.annotate(
                 graph,
                 model=self.model.slug,
@@ -265,7 +265,8 @@ class Pipeline:
             )
             data = annotated.SerializeToString()
             path = self.directory.write(f"{variant}/{name}", data)
-            return Artifact(kind="onnx", target=target, path=path, size_bytes=len(data)).model_dump(mode="json")
+            made = Artifact(kind="onnx", target=target, path=path, size_bytes=len(data), notes=list(notes))
+            return made.model_dump(mode="json")
 
         def work_float() -> tuple[Result, list[str]]:
             graph = export.float_graph(self.model.module, size, seed=self.config.seed, name=f"{FP32}/model.onnx")
@@ -279,7 +280,7 @@ class Pipeline:
             artifacts, checks = [], {}
             for own in made:
                 checks[own.file] = own.checks
-                artifacts.append(write(own.graph, own.file, own.spelling))
+                artifacts.append(write(own.graph, own.file, own.spelling, own.notes))
             return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
 
         if variant == FP32:

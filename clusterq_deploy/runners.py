@@ -73,6 +73,7 @@ class OnnxRunner:
         runtime: `onnxruntime-cpu` or `onnxruntime-cuda`.
         threads: threads of the CPU provider; None leaves the choice to ONNX Runtime.
         optimized: False executes the operators as they are written, for a reference.
+        write_optimized: where the graph is written that ONNX Runtime made of it, for this machine alone.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph, or has not the provider.
@@ -85,6 +86,7 @@ class OnnxRunner:
         runtime: str = "onnxruntime-cpu",
         threads: int | None = None,
         optimized: bool = True,
+        write_optimized: Path | None = None,
     ) -> None:
         import onnxruntime
 
@@ -97,6 +99,9 @@ class OnnxRunner:
             options.intra_op_num_threads = threads
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if write_optimized is not None:
+            options.optimized_model_filepath = str(write_optimized)
+            options.log_severity_level = 4  # it warns that the file is for this machine alone
         name = graph if isinstance(graph, bytes) else str(graph)
         provider = _PROVIDERS[runtime]
         try:

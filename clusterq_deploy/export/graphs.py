@@ -13,7 +13,7 @@ from clusterq_deploy.export.integers import compare_integers, require_same_integ
 from clusterq_deploy.export.rules import require_tensorrt
 from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import export_graph
-from clusterq_deploy.export.verify import verify
+from clusterq_deploy.export.verify import integer_layers, verify
 from clusterq_deploy.quantize.student import Student
 from clusterq_deploy.runners import Array, TorchRunner
 
@@ -36,12 +36,14 @@ class VerifiedGraph:
         file: the name of its file.
         graph: to be written.
         checks: what was found, as JSON: `Verification`, the integers, and of TensorRT's graph its rules.
+        notes: what a user should know of it, for the report.
     """
 
     spelling: Spelling
     file: str
     graph: onnx.ModelProto
     checks: dict[str, Any]
+    notes: list[str]
 
 
 def float_graph(model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str) -> onnx.ModelProto:
@@ -91,7 +93,23 @@ def student_graphs(
                 graph = to_half(graph)
                 checks["half"] = _checked(graph, student, images, spelling, f"{name}/{file} in FP16", half=True)
             checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
-        yield VerifiedGraph(spelling, file, graph, checks)
+        notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
+        if spelling == "onnxruntime":
+            notes += _float_layers(graph, student)
+        yield VerifiedGraph(spelling, file, graph, checks, notes)
+
+
+def _float_layers(graph: onnx.ModelProto, student: Student) -> list[str]:
+    """A note for each kind of quantized layer that ONNX Runtime does not run on integers, whole."""
+    layers = list(student.layers().values())
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
+    wanted = {"convolutions": convolutions, "linear layers": len(layers) - convolutions}
+    found = dict(zip(wanted, integer_layers(graph), strict=True))
+    return [
+        f"{count - found[kind]} of {count} quantized {kind} run in float in ONNX Runtime: they gain no speed there"
+        for kind, count in wanted.items()
+        if found[kind] < count
+    ]
 
 
 def _checked(

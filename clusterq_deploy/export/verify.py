@@ -1,6 +1,9 @@
 """A graph counts as written once a runtime has computed with it what torch computes."""
 
+import tempfile
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -82,6 +85,19 @@ def verify(
             f"at most {most}); the file is not written"
         )
     return result
+
+
+def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
+    """How many convolutions, and how many linear layers, ONNX Runtime's CPU provider runs on integers.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        with OnnxRunner(graph.SerializeToString(), write_optimized=optimized):
+            kinds = Counter(node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node)
+    return kinds["QLinearConv"], kinds["QGemm"] + kinds["QLinearMatMul"]
 
 
 def _agreement(own: Array, reference: Array) -> float:

@@ -1,55 +1,13 @@
-"""The commands: each parses, calls the library, and renders."""
+"""The commands that need no run: what starts one, and what looks at models and files."""
 
 import json
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from cli import options
-
-if TYPE_CHECKING:
-    from clusterq_deploy.pipeline import Pipeline
-
-
-_VERIFIED = 1000  # images of `export --verify`
-
-
-def _pipeline(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
-    from cli.render import LiveProgress
-    from clusterq_deploy.pipeline import Pipeline
-
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return Pipeline(config, out, progress=LiveProgress(ctx.obj["quiet"]), command=command)
-
-
-def _resume(ctx: click.Context, run: Path) -> "Pipeline":
-    """The pipeline of an existing run directory, with the options of the command line on top of its run.toml."""
-    from clusterq_deploy.config import read_settings
-    from clusterq_deploy.errors import RunDirectoryError
-    from clusterq_deploy.rundir import CONFIG
-
-    if not (run / CONFIG).is_file():
-        raise RunDirectoryError(f"{run} is no run directory: it has no {CONFIG}; start one with clusterq synthesize")
-    settings = read_settings(run / CONFIG)
-    chosen = ctx.params.get("bits") or ()
-    config = options.config_of(ctx, run / CONFIG)
-    if chosen:  # earlier variants stay part of the run
-        bits = [*settings.get("bits", []), *chosen]
-        config = config.model_validate({**config.model_dump(), "bits": bits})
-    return _pipeline(ctx, config, run)
-
-
-def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]:
-    """The variants that a command names, or all whose stage before is finished."""
-    from clusterq_deploy.quantize import BitWidths
-
-    if chosen := ctx.params.get("bits"):
-        return [str(BitWidths.parse(text)) for text in chosen]
-    finished = [v for v in pipeline.config.bits if pipeline.directory.finished(f"{stage}/{v}")]
-    return finished or list(pipeline.config.bits)
+from cli import options, stages
 
 
 def _default_out(model: str) -> Path:
@@ -80,7 +38,7 @@ def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_js
     from clusterq_deploy.report.wording import summary
 
     config = options.config_of(ctx, config_file)
-    pipeline = _pipeline(ctx, config, out or _default_out(config.model))
+    pipeline = stages.pipeline_of(ctx, config, out or _default_out(config.model))
     report = pipeline.run()
     if as_json:
         render.print_json(report.to_json())
@@ -107,7 +65,7 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
     from clusterq_deploy.pipeline import IMAGES, PREVIEW
 
     config = options.config_of(ctx, config_file)
-    pipeline = _pipeline(ctx, config, out or _default_out(config.model))
+    pipeline = stages.pipeline_of(ctx, config, out or _default_out(config.model))
     pipeline.begin()
     record = pipeline.synthesize()
     path = pipeline.directory.path
@@ -117,231 +75,6 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
         return
     render.print_table(render.rows_table([figures]))
     render.print_line(f"Images: {path / IMAGES}\nPreview: {path / PREVIEW}")
-
-
-@click.command()
-@options.run_argument
-@options.widths_options
-@options.json_option
-@click.pass_context
-def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
-    """Measure what the quantization of each layer of RUN's model costs, on synthetic images.
-
-    Each layer is quantized alone, all others stay in float. The expected drop is what top-1 would lose, in points, if
-    the model's own probabilities were the truth.
-    """
-    from cli import render
-    from clusterq_deploy.quantize import BitWidths
-
-    pipeline = _resume(ctx, run)
-    rows = [
-        {"variant": str(bits), "layer": own["layer"], "bits": own["bits"], **own["cost"]}
-        for bits in map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
-        for own in pipeline.sensitivity(bits).result["layers"]
-    ]
-    pipeline.directory.begin(pipeline.asked.to_toml())
-    _show(rows, as_json, render)
-
-
-@click.command()
-@options.run_argument
-@options.quantize_options
-@options.json_option
-@click.pass_context
-def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
-    """Quantize and fine-tune the model of RUN on its calibration images."""
-    from cli import render
-    from clusterq_deploy.quantize import BitWidths
-
-    pipeline = _resume(ctx, run)
-    rows = []
-    for name in ctx.params["bits"] or pipeline.config.bits:
-        bits = BitWidths.parse(name)
-        record = pipeline.quantize(bits)
-        held_out = record.result["losses"]["held_out_kl"] or [None]
-        rows.append(
-            {
-                "variant": str(bits),
-                "quantized_layers": record.result["quantized_layers"],
-                "skipped_layers": len(record.result["skipped_layers"]),
-                "kept_step": record.result["kept_step"],
-                "held_out_kl": min((v for v in held_out if v is not None), default=None),
-                "layers_of_other_bits": len(record.result["keep"]),
-                "expected_drop": record.result["expected_drop"],
-                "file": next(iter(record.files)),
-            }
-        )
-    pipeline.directory.begin(pipeline.asked.to_toml())
-    _show(rows, as_json, render)
-
-
-@click.command()
-@options.run_argument
-@options.bits_option
-@options.fp16_option
-@click.option("--verify", is_flag=True, help="Hold the graphs against torch once more, on 1,000 synthetic images.")
-@options.json_option
-@click.pass_context
-def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: Any) -> None:
-    """Write and verify the ONNX graphs of RUN's variants, and of the float baseline.
-
-    With --verify the integers at every quantizer are compared on as many synthetic images as there are, up to 1,000,
-    and the first quantizer is named at which a graph and torch part; it ends with 1 where they do.
-    """
-    from cli import render
-    from clusterq_deploy.pipeline import FP32
-
-    pipeline = _resume(ctx, run)
-    variants = _variants(ctx, pipeline, "quantize")
-    rows = []
-    for variant in [FP32, *variants]:
-        record = pipeline.export(variant)
-        rows += [
-            {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
-            for a in record.result["artifacts"]
-        ]
-    pipeline.directory.begin(pipeline.asked.to_toml())
-    if not verify:
-        _show(rows, as_json, render)
-        return
-    compared = [
-        {
-            "graph": path,
-            "agreement": agreement,
-            "quantizers": len(sites),
-            "integers": sum(site.values for site in sites),
-            "ties": sum(site.ties for site in sites),
-            "parts_at": next((site.site for site in sites if site.differing), None),
-        }
-        for variant in variants
-        for path, agreement, sites in pipeline.compare_graphs(variant, _VERIFIED)
-    ]
-    _show(compared, as_json, render)
-    if any(row["parts_at"] for row in compared):
-        ctx.exit(1)
-
-
-@click.command()
-@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
-@options.bits_option
-@options.json_option
-@click.pass_context
-def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
-    """Build TensorRT engines: of RUN's variants, or of one ONNX file (next to it)."""
-    from cli import render
-    from clusterq_deploy import engine
-    from clusterq_deploy.errors import TensorRTMissing
-    from clusterq_deploy.pipeline import FP32
-
-    if reason := engine.unavailable_reason():
-        raise TensorRTMissing(f"no engine can be built here: {reason}")
-    if target.suffix == ".onnx":
-        info = engine.build_engine(
-            target, target.with_suffix(".engine"), engine.BuildConfig(), render.LiveProgress(ctx.obj["quiet"])
-        )
-        rows: list[dict[str, Any]] = [
-            {
-                "engine": str(target.with_suffix(".engine")),
-                "size_bytes": info.size_bytes,
-                "seconds": info.seconds,
-            }
-        ]
-    else:
-        pipeline = _resume(ctx, target)
-        records = {v: pipeline.build(v) for v in [FP32, *_variants(ctx, pipeline, "export")]}
-        rows = [{"variant": v, "engine": next(iter(r.files)), "seconds": r.seconds} for v, r in records.items() if r]
-    _show(rows, as_json, render)
-
-
-@click.command()
-@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
-@options.data_options
-@options.bits_option
-@options.json_option
-@click.pass_context
-def evaluate(
-    ctx: click.Context, /, target: Path, data: Path | None, limit: int | None, as_json: bool, **_: Any
-) -> None:
-    """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file."""
-    from cli import render
-    from clusterq_deploy.pipeline import FP32
-    from clusterq_deploy.standalone import evaluate_file
-
-    if target.is_file():
-        found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
-        _show([found], as_json, render)
-        return
-    pipeline = _resume(ctx, target)
-    rows = [
-        {"variant": variant, **entry}
-        for variant in [FP32, *_variants(ctx, pipeline, "export")]
-        for entry in pipeline.evaluate(variant).result["accuracy"]
-    ]
-    pipeline.directory.begin(pipeline.asked.to_toml())
-    _show(rows, as_json, render)
-
-
-@click.command()
-@options.run_argument
-@options.data_options
-@options.json_option
-@click.pass_context
-def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
-    """Compare the model's features of RUN's synthetic images with those of real ones, for the report."""
-    from cli import render
-
-    pipeline = _resume(ctx, run)
-    found = pipeline.features().result
-    pipeline.directory.begin(pipeline.asked.to_toml())
-    if "skipped" in found:
-        rows = [{"skipped": found["skipped"]}]
-    else:
-        rows = [
-            {"set": name, **{k: v for k, v in found["features"][name].items() if k != "points"}}
-            for name in ("synthetic", "real")
-            if found["features"][name]
-        ]
-    _show(rows, as_json, render)
-
-
-@click.command()
-@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
-@options.benchmark_options
-@options.json_option
-@click.pass_context
-def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
-    """Measure latency: of RUN's variants in turn, or of one ONNX file."""
-    from cli import render
-    from clusterq_deploy.standalone import benchmark_file
-
-    if target.is_file():
-        from clusterq_deploy.config import make_config
-
-        settings = make_config(options.overlay({"model": "digits"}, ctx)).benchmark
-        rows = benchmark_file(target, settings, render.LiveProgress(ctx.obj["quiet"]))
-    else:
-        pipeline = _resume(ctx, target)
-        record = pipeline.benchmark()
-        pipeline.directory.begin(pipeline.asked.to_toml())
-        rows = [{"variant": v, **entry} for v, entries in record.result["latency"].items() for entry in entries]
-    _show(rows, as_json, render)
-
-
-@click.command()
-@options.run_argument
-@options.json_option
-@click.pass_context
-def report(ctx: click.Context, /, run: Path, as_json: bool) -> None:
-    """Write report.json, report.md and report.html of RUN from what has been measured so far."""
-    from cli import render
-
-    pipeline = _resume(ctx, run)
-    made = pipeline.report()
-    if as_json:
-        render.print_json(made.to_json())
-    else:
-        render.print_table(render.report_table(made))
-        render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
 
 
 @click.command()
@@ -360,7 +93,7 @@ def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
 
     found = check_tensorrt(read_graph(file))
     if found or as_json:
-        _show([asdict(own) for own in found], as_json, render)
+        render.show([asdict(own) for own in found], as_json)
     errors = sum(own.severity == "error" for own in found)
     if not as_json:
         render.print_line(f"{file}: errors {errors}, warnings {len(found) - errors}")
@@ -384,24 +117,4 @@ def models(as_json: bool) -> None:
         render.print_table(render.models_table(entries))
 
 
-def _show(rows: list[dict[str, Any]], as_json: bool, render: Any) -> None:
-    if as_json:
-        render.print_json(json.dumps(rows, indent=2))
-    else:
-        render.print_table(render.rows_table(rows))
-
-
-ALL: list[click.Command] = [
-    run,
-    synthesize,
-    sensitivity,
-    quantize,
-    export,
-    build,
-    evaluate,
-    features,
-    benchmark,
-    report,
-    check,
-    models,
-]
+ALL: list[click.Command] = [run, synthesize, *stages.ALL, check, models]

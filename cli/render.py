@@ -1,5 +1,6 @@
 """What people see: progress on stderr, tables on stdout."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,14 @@ def print_table(table: Table) -> None:
     """A table on stdout; as wide as it must be where stdout is no terminal."""
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Records on stdout, as JSON or as a table."""
+    if as_json:
+        print_json(json.dumps(rows, indent=2))
+    else:
+        print_table(rows_table(rows))
 
 
 def print_line(text: str) -> None:

@@ -16,6 +16,7 @@ from clusterq_deploy.quantize.quantizer import QuantizedLayer
 from clusterq_deploy.quantize.student import Student, make_student
 
 RAISED = 8
+_AT_ONCE = 64  # images that are moved, for memory's sake
 
 _JUDGED = AugmentConfig(zoom=0.06, rotation=0.08, translation=0.03, jitter=0.08, cutmix=0.0)
 """A quarter of what fine-tuning sees. On synthetic images themselves a teacher is so sure that nothing ever costs an
@@ -59,7 +60,8 @@ class PrecisionPlan:
 
 def judged_views(images: Tensor, *, flip: bool, rng: torch.Generator) -> Tensor:
     """Views of synthetic images (N, C, H, W) on which costs are estimated."""
-    return Augmenter(_JUDGED, images, flip=flip, rng=rng)(images)
+    view = Augmenter(_JUDGED, images, flip=flip, rng=rng)
+    return torch.cat([view(part) for part in images.split(_AT_ONCE)])
 
 
 @torch.no_grad()

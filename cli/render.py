@@ -133,5 +133,12 @@ def rows_table(rows: list[dict[str, Any]]) -> Table:
     for key in rows[0]:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
     for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    """A number with three decimals, a small one with two digits; nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+    return "" if value is None else str(value)

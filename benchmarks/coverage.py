@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import onnx
 import torch
 from harness import code_digest
@@ -26,10 +25,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from calib.refine import natural_noise
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError
-from clusterq_deploy.export import Spelling, check_tensorrt, compare_integers, export_graph, spell, target_of
+from clusterq_deploy.export import Spelling, agreement, check_tensorrt, compare_integers, export_graph, spell
 from clusterq_deploy.models import load_model
 from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
-from clusterq_deploy.runners import OnnxRunner, TorchRunner
+from clusterq_deploy.quantize.sensitivity import answers, compare
+from clusterq_deploy.runners import OnnxRunner
 
 MODELS = (
     "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_small",
@@ -63,12 +63,6 @@ def groups_of_noise(count: int, size: tuple[int, int, int], rng: torch.Generator
     return 0.97 * centres[labels] + 0.24 * natural_noise(torch.Size((count, *size)), rng), labels
 
 
-def in_parts(model: nn.Module, images: Tensor) -> Tensor:
-    """The outputs for images (N, C, H, W), in batches."""
-    with torch.no_grad():
-        return torch.cat([model(part) for part in images.split(_BATCH)])
-
-
 def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -> None:
     """Give a random model statistics and a last layer that a trained one might have, in place."""
     images, labels = groups_of_noise(_FITTED, size, rng)
@@ -79,12 +73,12 @@ def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    in_parts(model, images[:64])
+    answers(model, images[:64], _BATCH)
     model.eval()
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     inputs: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    in_parts(model, images)
+    answers(model, images, _BATCH)
     handle.remove()
     features = torch.cat(inputs)
     mean = features.mean(0)
@@ -102,17 +96,11 @@ def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, spell
     """What is measured of one graph."""
     onnx.checker.check_model(graph, full_check=True)
     batch = images.numpy()
-    parts = np.array_split(batch, -(-len(batch) // _BATCH))
-    optimized = spelling != "tensorrt"
-    with (
-        student.spelled(target_of(spelling)),
-        OnnxRunner(graph.SerializeToString(), optimized=optimized) as runner,
-    ):
-        reference = TorchRunner(student)
-        pairs = [(runner.infer(part), reference.infer(part)) for part in parts]
+    with OnnxRunner(graph.SerializeToString(), optimized=spelling != "tensorrt") as runner:
+        same = agreement(runner, student, batch, spelling=spelling, batch_size=_BATCH)
     sites = compare_integers(graph, student, batch[:_COMPARED], spelling=spelling)
     return {
-        "agreement": 100 * float(np.concatenate([a.argmax(1) == b.argmax(1) for a, b in pairs]).mean()),
+        "agreement": same,
         "integers": sum(site.values for site in sites),
         "ties": sum(site.ties for site in sites),
         "parts_at": [asdict(site) for site in sites if site.differing],
@@ -133,12 +121,12 @@ def measure(name: str, bits: BitWidths, images: int) -> dict[str, Any]:
     seen, _ = groups_of_noise(images, size, rng)
     calibrate(student, seen[:_CALIBRATED], batch_size=_BATCH, rng=rng)
     marked = export_graph(student, size)
-    own = in_parts(student, seen[:_CALIBRATED]).argmax(1)
+    own, teacher = (answers(net, seen[:_CALIBRATED], _BATCH) for net in (student, model.module))
     return {
         "input_size": list(size),
         "quantized_layers": len(student.placement.weights),
         "skipped_layers": student.placement.skipped,
-        "teacher_agreement": 100 * float((own == in_parts(model.module, seen[:_CALIBRATED]).argmax(1)).float().mean()),
+        "teacher_agreement": compare(own, teacher).agreement,
         "images": images,
         "fp32_size_bytes": export_graph(model.module, size).ByteSize(),
         "graphs": {s: graph_record(spell(marked, student, s), student, seen, s) for s in SPELLINGS},

@@ -1,6 +1,8 @@
 """The stages of a run, each on the files that the one before wrote; some take a single ONNX file too."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,14 @@ def _resume(ctx: click.Context, run: Path) -> "Pipeline":
     return pipeline_of(ctx, config, run)
 
 
+@contextmanager
+def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
+    """The same, for a stage: once that is done, its options are part of the run's configuration."""
+    pipeline = _resume(ctx, run)
+    yield pipeline
+    pipeline.directory.begin(pipeline.asked.to_toml())
+
+
 def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]:
     """The variants that a command names, or all whose stage before is finished."""
     from clusterq_deploy.quantize import BitWidths
@@ -65,13 +75,12 @@ def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> No
     from cli import render
     from clusterq_deploy.quantize import BitWidths
 
-    pipeline = _resume(ctx, run)
-    rows = [
-        {"variant": str(bits), "layer": own["layer"], "bits": own["bits"], **own["cost"]}
-        for bits in map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
-        for own in pipeline.sensitivity(bits).result["layers"]
-    ]
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    with _resumed(ctx, run) as pipeline:
+        rows = [
+            {"variant": str(bits), "layer": own["layer"], "bits": own["bits"], **own["cost"]}
+            for bits in map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
+            for own in pipeline.sensitivity(bits).result["layers"]
+        ]
     render.show(rows, as_json)
 
 
@@ -85,25 +94,24 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
     from cli import render
     from clusterq_deploy.quantize import BitWidths
 
-    pipeline = _resume(ctx, run)
-    rows = []
-    for name in ctx.params["bits"] or pipeline.config.bits:
-        bits = BitWidths.parse(name)
-        record = pipeline.quantize(bits)
-        held_out = record.result["losses"]["held_out_kl"] or [None]
-        rows.append(
-            {
-                "variant": str(bits),
-                "quantized_layers": record.result["quantized_layers"],
-                "skipped_layers": len(record.result["skipped_layers"]),
-                "kept_step": record.result["kept_step"],
-                "held_out_kl": min((v for v in held_out if v is not None), default=None),
-                "layers_of_other_bits": len(record.result["keep"]),
-                "expected_drop": record.result["expected_drop"],
-                "file": next(iter(record.files)),
-            }
-        )
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    with _resumed(ctx, run) as pipeline:
+        rows = []
+        for name in ctx.params["bits"] or pipeline.config.bits:
+            bits = BitWidths.parse(name)
+            record = pipeline.quantize(bits)
+            held_out = record.result["losses"]["held_out_kl"] or [None]
+            rows.append(
+                {
+                    "variant": str(bits),
+                    "quantized_layers": record.result["quantized_layers"],
+                    "skipped_layers": len(record.result["skipped_layers"]),
+                    "kept_step": record.result["kept_step"],
+                    "held_out_kl": min((v for v in held_out if v is not None), default=None),
+                    "layers_of_other_bits": len(record.result["keep"]),
+                    "expected_drop": record.result["expected_drop"],
+                    "file": next(iter(record.files)),
+                }
+            )
     render.show(rows, as_json)
 
 
@@ -123,16 +131,15 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
     from cli import render
     from clusterq_deploy.pipeline import FP32
 
-    pipeline = _resume(ctx, run)
-    variants = _variants(ctx, pipeline, "quantize")
-    rows = []
-    for variant in [FP32, *variants]:
-        record = pipeline.export(variant)
-        rows += [
-            {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
-            for a in record.result["artifacts"]
-        ]
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    with _resumed(ctx, run) as pipeline:
+        variants = _variants(ctx, pipeline, "quantize")
+        rows = []
+        for variant in [FP32, *variants]:
+            record = pipeline.export(variant)
+            rows += [
+                {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
+                for a in record.result["artifacts"]
+            ]
     if not verify:
         render.show(rows, as_json)
         return
@@ -203,13 +210,12 @@ def evaluate(
         found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
         render.show([found], as_json)
         return
-    pipeline = _resume(ctx, target)
-    rows = [
-        {"variant": variant, **entry}
-        for variant in [FP32, *_variants(ctx, pipeline, "export")]
-        for entry in pipeline.evaluate(variant).result["accuracy"]
-    ]
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    with _resumed(ctx, target) as pipeline:
+        rows = [
+            {"variant": variant, **entry}
+            for variant in [FP32, *_variants(ctx, pipeline, "export")]
+            for entry in pipeline.evaluate(variant).result["accuracy"]
+        ]
     render.show(rows, as_json)
 
 
@@ -222,9 +228,8 @@ def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
     """Compare the model's features of RUN's synthetic images with those of real ones, for the report."""
     from cli import render
 
-    pipeline = _resume(ctx, run)
-    found = pipeline.features().result
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    with _resumed(ctx, run) as pipeline:
+        found = pipeline.features().result
     if "skipped" in found:
         rows = [{"skipped": found["skipped"]}]
     else:
@@ -252,9 +257,8 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
         settings = make_config(options.overlay({"model": "digits"}, ctx)).benchmark
         rows = benchmark_file(target, settings, render.LiveProgress(ctx.obj["quiet"]))
     else:
-        pipeline = _resume(ctx, target)
-        record = pipeline.benchmark()
-        pipeline.directory.begin(pipeline.asked.to_toml())
+        with _resumed(ctx, target) as pipeline:
+            record = pipeline.benchmark()
         rows = [{"variant": v, **entry} for v, entries in record.result["latency"].items() for entry in entries]
     render.show(rows, as_json)
 

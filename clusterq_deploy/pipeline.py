@@ -2,14 +2,12 @@
 
 import io
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from pydantic import TypeAdapter
@@ -166,14 +164,15 @@ class Pipeline:
 
     def sensitivity(self, bits: BitWidths) -> StageRecord:
         """Measure what the quantization of each layer alone costs, on synthetic images."""
-        source, batch_size = self._done("synthesize"), self.config.finetune.batch_size
+        self._done("synthesize")
+        batch_size = self.config.finetune.batch_size
 
         def work() -> tuple[Result, list[str]]:
             rng = self._rng(f"sensitivity/{bits}")
             found = sensitivities(
                 make_student(self.model.module, bits, **self._widths),
                 self.calibration.images,
-                judged=judged_views(self.calibration.images, flip=bool(source.result["flip"]), rng=rng),
+                judged=self._judged_views(rng),
                 batch_size=batch_size,
                 rng=rng,
                 progress=self.progress,
@@ -182,6 +181,11 @@ class Pipeline:
 
         inputs = {"bits": str(bits), "batch_size": batch_size, **self._widths}
         return self._perform(f"sensitivity/{bits}", inputs, work, upstream=["synthesize"])
+
+    def _judged_views(self, rng: torch.Generator) -> torch.Tensor:
+        """The views of the calibration images on which costs are estimated."""
+        flip = bool(self._done("synthesize").result["flip"])
+        return judged_views(self.calibration.images, flip=flip, rng=rng)
 
     @property
     def _widths(self) -> Result:
@@ -198,7 +202,7 @@ class Pipeline:
             costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
             max_drop=max_drop,
             images=self.calibration.images,
-            judged=judged_views(self.calibration.images, flip=bool(self._done("synthesize").result["flip"]), rng=rng),
+            judged=self._judged_views(rng),
             batch_size=self.config.finetune.batch_size,
             rng=rng,
             progress=self.progress,
@@ -298,15 +302,10 @@ class Pipeline:
         student, batch = self.student(BitWidths.parse(variant)), self.calibration.images[:images].numpy()
         for artifact in self._done(f"export/{variant}").result["artifacts"]:
             path, spelling = self.directory.path / artifact["path"], artifact["target"]
-            with (
-                student.spelled(export.target_of(spelling)),
-                self._runner(artifact) as own,
-            ):
-                parts = np.array_split(batch, math.ceil(len(batch) / _EVALUATION_BATCH))
-                torch_runner = TorchRunner(student)
-                same = [own.infer(p).argmax(1) == torch_runner.infer(p).argmax(1) for p in parts]
+            with self._runner(artifact) as own:
+                same = export.agreement(own, student, batch, spelling=spelling, batch_size=_EVALUATION_BATCH)
             found = export.compare_integers(onnx.load(path), student, batch, spelling=spelling)
-            yield artifact["path"], 100 * float(np.concatenate(same).mean()), found
+            yield artifact["path"], same, found
 
     def build(self, variant: str) -> StageRecord | None:
         """Build a variant's TensorRT engine; None where that cannot be done."""

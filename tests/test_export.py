@@ -24,6 +24,7 @@ from clusterq_deploy.export import (
     require_same_integers,
     spell,
     student_graphs,
+    target_of,
     to_half,
     verify,
 )
@@ -49,7 +50,7 @@ def graph_of(name: str, spelling: Spelling, bits: str = "w4a4") -> tuple[Student
 
 
 def reference(student: Student, spelling: Spelling, batch: torch.Tensor) -> np.ndarray:
-    with student.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
+    with student.spelled(target_of(spelling)):
         return TorchRunner(student).infer(batch.numpy())
 
 
@@ -76,7 +77,7 @@ def test_the_integers_at_every_quantizer_are_torchs(name: str, spelling: Spellin
     student, graph = graph_of(name, spelling, bits)
     found = compare_integers(graph, student, images(32, seed=7).numpy(), spelling=spelling)
     require_same_integers(found, name=name)
-    target = "tensorrt" if spelling == "tensorrt" else "onnxruntime"
+    target = target_of(spelling)
     assert {own.site for own in found} == {s.name for s in student.placement.activations if target in s.targets}
     assert sum(own.ties for own in found) <= 1e-3 * sum(own.values for own in found)
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
@@ -116,7 +117,7 @@ def test_fp16_is_what_is_not_quantized(name: str, bits: str) -> None:
     assert ends == [TensorProto.FLOAT] * 2
     batch = images(64, seed=7)
     expected = reference(student, "tensorrt", batch)
-    verify(half, batch.numpy(), expected, name=name, optimized=False, half=True)
+    verify(half, batch.numpy(), expected, name=name, optimized=False)
     found = compare_integers(half, student, batch[:16].numpy(), spelling="tensorrt")
     require_same_integers(found, name=name)
     assert sum(own.ties for own in found) <= 0.05 * sum(own.values for own in found)

@@ -18,7 +18,7 @@ from cli.main import main
 from clusterq_deploy import read_report
 from clusterq_deploy.data import load_evaluation
 from clusterq_deploy.errors import GraphError
-from clusterq_deploy.export import check_tensorrt, export_graph, spell, verify
+from clusterq_deploy.export import check_tensorrt, export_graph, spell, target_of, verify
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import (
     BitWidths,
@@ -105,7 +105,7 @@ def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
     batch = images(64, seed=7)
     for spelling in ("onnxruntime", "tensorrt", "int4"):
         graph = spell(marked, again, spelling)
-        with again.spelled("tensorrt" if spelling == "tensorrt" else "onnxruntime"):
+        with again.spelled(target_of(spelling)):
             expected = TorchRunner(again).infer(batch.numpy())
         verify(graph, batch.numpy(), expected, name=spelling, optimized=spelling != "tensorrt")
         if spelling == "tensorrt":

@@ -1,6 +1,6 @@
 """From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
 
-from clusterq_deploy.export.graphs import VERIFIED_IMAGES, VerifiedGraph, float_graph, student_graphs
+from clusterq_deploy.export.graphs import VERIFIED_IMAGES, VerifiedGraph, agreement, float_graph, student_graphs
 from clusterq_deploy.export.half import to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
 from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
@@ -16,6 +16,7 @@ __all__ = [
     "Spelling",
     "Verification",
     "VerifiedGraph",
+    "agreement",
     "annotate",
     "check_tensorrt",
     "compare_integers",

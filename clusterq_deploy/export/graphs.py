@@ -15,7 +15,7 @@ from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import export_graph
 from clusterq_deploy.export.verify import integer_layers, verify
 from clusterq_deploy.quantize.student import Student
-from clusterq_deploy.runners import Array, TorchRunner
+from clusterq_deploy.runners import Array, Runner, TorchRunner
 
 FILES: dict[Spelling, str] = {
     "onnxruntime": "model.ort.onnx",
@@ -91,7 +91,7 @@ def student_graphs(
         if spelling == "tensorrt":
             if fp16:
                 graph = to_half(graph)
-                checks["half"] = _checked(graph, student, images, spelling, f"{name}/{file} in FP16", half=True)
+                checks["half"] = _checked(graph, student, images, spelling, f"{name}/{file} in FP16")
             checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
         notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
         if spelling == "onnxruntime":
@@ -112,12 +112,20 @@ def _float_layers(graph: onnx.ModelProto, student: Student) -> list[str]:
     ]
 
 
-def _checked(
-    graph: onnx.ModelProto, student: Student, images: Array, spelling: Spelling, name: str, *, half: bool = False
-) -> dict[str, Any]:
+def agreement(runner: Runner, student: Student, images: Array, *, spelling: Spelling, batch_size: int) -> float:
+    """Percentage of images (N, C, H, W) with the student's top-1, as a runner executes that spelling of it."""
+    reference, same = TorchRunner(student), []
+    with student.spelled(target_of(spelling)):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            same.append(runner.infer(batch).argmax(1) == reference.infer(batch).argmax(1))
+    return 100 * float(np.concatenate(same).mean())
+
+
+def _checked(graph: onnx.ModelProto, student: Student, images: Array, spelling: Spelling, name: str) -> dict[str, Any]:
     with student.spelled(target_of(spelling)):
         reference = TorchRunner(student).infer(images)
-    found = verify(graph, images, reference, name=name, optimized=spelling != "tensorrt", half=half)
+    found = verify(graph, images, reference, name=name, optimized=spelling != "tensorrt")
     integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
     require_same_integers(integers, name=name)
     return {**asdict(found), "integers": [asdict(site) for site in integers]}

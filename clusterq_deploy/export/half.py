@@ -58,6 +58,11 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(proto)
 
 
+def computes_in_half(model: onnx.ModelProto) -> bool:
+    """Whether a graph is one that `to_half` made."""
+    return any(own.data_type == onnx.TensorProto.FLOAT16 for own in model.graph.initializer)
+
+
 def _scales(graph: ir.Graph) -> dict[str, npt.NDArray[np.bool_] | None]:
     """The scales by name, and of a stored weight's which channels have no integer but 0."""
     found: dict[str, npt.NDArray[np.bool_] | None] = {}

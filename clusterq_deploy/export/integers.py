@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clusterq_deploy.errors import VerificationError
+from clusterq_deploy.export.half import computes_in_half
 from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name, target_of
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
@@ -60,8 +61,7 @@ def compare_integers(
         batch_size: images a pass.
     """
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
-    half = any(i.data_type == onnx.TensorProto.FLOAT16 for i in graph.graph.initializer)
-    follower = _Follower(student, spelling, _HALF_TIE if half else _TIE)
+    follower = _Follower(student, spelling, _HALF_TIE if computes_in_half(graph) else _TIE)
     with runner, student.spelled(target_of(spelling)):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from clusterq_deploy.errors import VerificationError
+from clusterq_deploy.export.half import computes_in_half
 from clusterq_deploy.runners import Array, OnnxRunner
 
 MIN_AGREEMENT = 0.98  # of 64 images one may lie on a boundary between two classes
@@ -40,9 +41,7 @@ class Verification:
     largest: float
 
 
-def verify(
-    graph: onnx.ModelProto, images: Array, reference: Array, *, name: str, optimized: bool, half: bool = False
-) -> Verification:
+def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str, optimized: bool) -> Verification:
     """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
 
     Args:
@@ -51,7 +50,6 @@ def verify(
         reference: torch's logits for them, (N, classes) float32.
         name: what messages call the graph.
         optimized: whether it is meant for ONNX Runtime, and so is run as it will be executed too.
-        half: whether it computes in FP16.
 
     Raises:
         VerificationError: the graph is invalid, does not run, or disagrees with torch.
@@ -77,7 +75,7 @@ def verify(
         typical=float(np.median(np.sqrt(np.square(difference).mean(axis=1)))) / deviation,
         largest=float(difference.max()),
     )
-    least, most = (_HALF_AGREEMENT, _HALF_TYPICAL) if half else (MIN_AGREEMENT, MAX_TYPICAL)
+    least, most = (_HALF_AGREEMENT, _HALF_TYPICAL) if computes_in_half(graph) else (MIN_AGREEMENT, MAX_TYPICAL)
     if result.agreement < least or result.typical > most:
         raise VerificationError(
             f"{name} gives torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images (expected "

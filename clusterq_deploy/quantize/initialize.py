@@ -26,14 +26,12 @@ class Initialization:
             after reconstruction; empty where weights have 8 bits.
         shifts: for each layer the mean shift that was corrected, relative to its outputs' deviation; empty where
             weights were reconstructed, which corrects biases too.
-        unmended: each layer's weight and bias (None where it has none) after equalization, before both.
     """
 
     reference: Reference
     equalized: list[Equalized]
     errors: dict[str, tuple[float, float]]
     shifts: dict[str, float]
-    unmended: dict[str, tuple[Tensor, Tensor | None]]
 
 
 def initialize(
@@ -47,18 +45,25 @@ def initialize(
         batch_size: images a forward pass.
         rng: source of all randomness.
     """
+    equalized, reference = equalize_and_calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
+    errors, shifts = mend(student, images, reference, rng=rng, progress=progress)
+    return Initialization(reference, equalized, errors, shifts)
+
+
+def equalize_and_calibrate(
+    student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
+) -> tuple[list[Equalized], Reference]:
+    """The first half of `initialize`: all scales; weights and biases are the teacher's, in the student's channels."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     equalized, maps = equalize(student, images, rng=rng, progress=progress)
-    reference = Reference(teacher, maps)
     calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
-    unmended = {
-        name: (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
-        for name, layer in student.layers().items()
-    }
-    errors: dict[str, tuple[float, float]] = {}
-    shifts: dict[str, float] = {}
+    return equalized, Reference(teacher, maps)
+
+
+def mend(
+    student: Student, images: Tensor, reference: Reference, *, rng: torch.Generator, progress: Progress = SILENT
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """The second half: what rounding does to weights and biases; gives `errors` and `shifts` of `Initialization`."""
     if student.bits.weights < 8:
-        errors = reconstruct(student, images, rng=rng, reference=reference, progress=progress)
-    else:
-        shifts = correct_bias(student, images, reference=reference)
-    return Initialization(reference, equalized, errors, shifts, unmended)
+        return reconstruct(student, images, rng=rng, reference=reference, progress=progress), {}
+    return {}, correct_bias(student, images, reference=reference)

@@ -1,7 +1,6 @@
 """What each layer's quantization costs, and which layers to raise to eight bits: mixed precision without data."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
-from clusterq_deploy.quantize.initialize import initialize
+from clusterq_deploy.quantize.initialize import equalize_and_calibrate, initialize, mend
 from clusterq_deploy.quantize.quantizer import QuantizedLayer
 from clusterq_deploy.quantize.student import Student, make_student
 
@@ -102,26 +101,35 @@ def sensitivities(
     Returns:
         One a quantized layer, in order of execution.
     """
-    unmended = initialize(student, images, batch_size=batch_size, rng=rng).unmended
+    _, reference = equalize_and_calibrate(student, images, batch_size=batch_size, rng=rng)
     layers, quantizers, found = student.layers(), student.quantizers(), []
-    mended = {
-        name: (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
-        for name, layer in layers.items()
-    }
+    plain = _parameters(layers)
+    mend(student, images, reference, rng=rng)
+    mended = _parameters(layers)
     for name, layer in layers.items():
-        _put(layer, *unmended[name])
+        _put(layer, *plain[name])
     with student.in_float():
         teacher = answers(student, judged, batch_size)
     with progress.task(f"Sensitivity {student.bits}", len(student.placement.weights)) as advance:
         for site in student.placement.weights:
             _put(layers[site.layer], *mended[site.layer])
-            with _alone(student, site.name, site.input_site):
+            with student.quantized_at(site.name, site.input_site):
                 cost = compare(answers(student, judged, batch_size), teacher)
-            _put(layers[site.layer], *unmended[site.layer])
+            _put(layers[site.layer], *plain[site.layer])
             widths = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
             found.append(Sensitivity(site.layer, str(widths), cost))
             advance(1, kl=cost.kl)
     return found
+
+
+_Parameters = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+def _parameters(layers: Mapping[str, QuantizedLayer]) -> dict[str, _Parameters]:
+    return {
+        name: (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
+        for name, layer in layers.items()
+    }
 
 
 @torch.no_grad()
@@ -129,16 +137,6 @@ def _put(layer: QuantizedLayer, weight: Tensor, bias: Tensor | None) -> None:
     layer.weight.copy_(weight)
     if layer.bias is not None and bias is not None:
         layer.bias.copy_(bias)
-
-
-@contextmanager
-def _alone(student: Student, *sites: str) -> Iterator[None]:
-    """Quantize at these sites alone."""
-    quantizers = student.quantizers()
-    with student.in_float():
-        for site in sites:
-            quantizers[site].enabled = True
-        yield
 
 
 def plan_precision(

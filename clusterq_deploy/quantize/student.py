@@ -68,7 +68,13 @@ class Student(nn.Module):
     @contextmanager
     def in_float(self) -> Iterator[None]:
         """Compute what the folded teacher computes: without any quantizer."""
-        with _disabled(self.quantizers().values()):
+        with self.quantized_at():
+            yield
+
+    @contextmanager
+    def quantized_at(self, *sites: str) -> Iterator[None]:
+        """Compute with the quantizers of these sites alone."""
+        with _disabled(quantizer for site, quantizer in self.quantizers().items() if site not in sites):
             yield
 
     def project(self) -> None:

@@ -1,11 +1,9 @@
 """Which classifiers can be quantized and exported, and whether every graph computes what torch computes.
 
-Weights are random (no network is needed, and no licence): BatchNorm statistics are those of natural noise, and the last
-layer is fitted to tell groups of it apart, so that answers are as far from each other as a trained model's.
-
-    python benchmarks/coverage.py                   # all, resumable; results in benchmarks/results/coverage.json
-    python benchmarks/coverage.py --model vgg16_bn  # one
-    python benchmarks/coverage.py --table           # docs/coverage.md from the results
+python benchmarks/coverage.py                   # all, resumable; results in benchmarks/results/coverage.json
+python benchmarks/coverage.py --model vgg16_bn  # one
+python benchmarks/latency.py                    # how fast they are, on a machine that does nothing else
+python benchmarks/coverage.py --table           # docs/coverage.md from the results of both
 """
 
 import json
@@ -15,81 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import click
+import latency
 import onnx
 import torch
 from harness import code_digest
+from random_nets import CALIBRATED, MODELS, SEED, calibrated, settled
 from store import write
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from calib.refine import natural_noise
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError
 from clusterq_deploy.export import Spelling, agreement, check_tensorrt, compare_integers, export_graph, spell
-from clusterq_deploy.models import load_model
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantize import BitWidths, Student
 from clusterq_deploy.quantize.sensitivity import answers, compare
 from clusterq_deploy.runners import OnnxRunner
 
-MODELS = (
-    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_small",
-    "mobilenet_v3_large", "mnasnet1_0", "shufflenet_v2_x1_0", "densenet121", "efficientnet_b0", "efficientnet_v2_s",
-    "regnet_y_400mf", "regnet_x_400mf", "googlenet", "inception_v3",
-)  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 SPELLINGS: tuple[Spelling, ...] = ("onnxruntime", "tensorrt", "int4")
-_GROUPS, _FITTED, _CALIBRATED, _COMPARED, _BATCH = 20, 256, 32, 16, 16
-_RIDGE = 0.3
-_SEED = 0
+_COMPARED, _BATCH = 16, 16
 _INTRODUCTION = """# Coverage
 
 torchvision's classifiers at W4A8, first and last layer at 8 bits, exported in the three spellings and held against
 torch by `python benchmarks/coverage.py`. Integers are compared at every quantizer, on 16 images, each from the graph's
 own integers in front of it: ties lie on a rounding boundary, others would be an error. Sizes are relative to the FP32
-file: ONNX Runtime's graph, TensorRT's, INT4. Every TensorRT graph keeps the rules of `clusterq check`.
+file: ONNX Runtime's graph, TensorRT's, INT4. Every TensorRT graph keeps the rules of `clusterq check`. How fast
+ONNX Runtime's graphs are stands below, where it was measured.
 
 The weights are random, so this says that graphs are right, and nothing of accuracy: at four bits most of these nets no
 longer answer as they did, and a single tie can change an answer. What is not in the table was not measured yet.
 
 | model | quantized layers | left in float | integers | ties / others | size |
 |---|---|---|---|---|---|"""
-
-
-def groups_of_noise(count: int, size: tuple[int, int, int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) in groups that share most of their noise, and the groups (N,)."""
-    centres = natural_noise(torch.Size((_GROUPS, *size)), torch.Generator().manual_seed(_SEED))
-    labels = torch.arange(count) % _GROUPS
-    return 0.97 * centres[labels] + 0.24 * natural_noise(torch.Size((count, *size)), rng), labels
-
-
-def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -> None:
-    """Give a random model statistics and a last layer that a trained one might have, in place."""
-    images, labels = groups_of_noise(_FITTED, size, rng)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=rng)
-        nn.init.normal_(norm.bias, 0, 0.3, generator=rng)
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    answers(model, images[:64], _BATCH)
-    model.eval()
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    inputs: list[Tensor] = []
-    handle = last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    answers(model, images, _BATCH)
-    handle.remove()
-    features = torch.cat(inputs)
-    mean = features.mean(0)
-    centred = (features - mean).double()
-    wanted = 10 * torch.eye(len(last.weight), dtype=torch.float64)[labels]
-    gram = centred.T @ centred
-    gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    with torch.no_grad():
-        last.weight.copy_(torch.linalg.solve(gram, centred.T @ wanted).T)
-        if last.bias is not None:
-            last.bias.copy_(wanted.mean(0) - last.weight.double() @ mean.double())
 
 
 def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, spelling: Spelling) -> dict[str, Any]:
@@ -112,16 +67,10 @@ def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, spell
 def measure(name: str, bits: BitWidths, images: int) -> dict[str, Any]:
     """Quantize, export and compare one model."""
     start = time.perf_counter()
-    rng = torch.Generator().manual_seed(_SEED)
-    torch.manual_seed(_SEED)
-    model = load_model(name, weights="none", device=torch.device("cpu"))
-    size = model.input.size
-    settle(model.module, size, rng)
-    student = make_student(model.module, bits)
-    seen, _ = groups_of_noise(images, size, rng)
-    calibrate(student, seen[:_CALIBRATED], batch_size=_BATCH, rng=rng)
+    model, seen = settled(name, images)
+    size, student = model.input.size, calibrated(model, bits, seen)
     marked = export_graph(student, size)
-    own, teacher = (answers(net, seen[:_CALIBRATED], _BATCH) for net in (student, model.module))
+    own, teacher = (answers(net, seen[:CALIBRATED], _BATCH) for net in (student, model.module))
     return {
         "input_size": list(size),
         "quantized_layers": len(student.placement.weights),
@@ -150,8 +99,8 @@ def table(results: dict[str, Any]) -> str:
         cells = (name, own["quantized_layers"], skipped, f"{integers:,}", f"{ties:,} / {parted}", sizes)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     found = results["environment"]
-    versions = f"{found['cpu']}, torch {found['torch']}, ONNX Runtime {found['onnxruntime']}, seed {_SEED}."
-    return "\n".join([_INTRODUCTION, *lines, "", versions, ""])
+    versions = f"{found['cpu']}, torch {found['torch']}, ONNX Runtime {found['onnxruntime']}, seed {SEED}."
+    return "\n".join([_INTRODUCTION, *lines, "", versions, "", *latency.section()])
 
 
 @click.command()

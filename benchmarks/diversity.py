@@ -18,7 +18,7 @@ from calib.statistics import tap_batchnorm, within_class_diversity
 from calib.training import GeneratorConfig, GeneratorTrainer
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.pipeline import resolve_device
+from clusterq_deploy.run import resolve_device
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "off": {"icv_weight": 0.0},

@@ -20,7 +20,7 @@ from calib.precision import has_fast_bfloat16, mixed_precision
 from calib.training import GeneratorConfig, GeneratorTrainer
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.models import load_model
-from clusterq_deploy.pipeline import resolve_device
+from clusterq_deploy.run import resolve_device
 
 
 @click.command()

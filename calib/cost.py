@@ -1,5 +1,7 @@
 """What a pass through a model costs, from the model alone: the same on every machine."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,12 +27,9 @@ def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
         written += output.numel() if isinstance(output, Tensor) else 0
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *size, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    image = torch.zeros(1, *size, device=next(model.parameters()).device)
+    with ExitStack() as hooks, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(count))
+        model(image)
     return float(counter.get_total_flops()) / 2 + _OPERATIONS_A_VALUE * written

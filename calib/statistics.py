@@ -1,7 +1,7 @@
 """Statistics of the inputs of BatchNorm layers: of a batch, of its classes, and the classes' moving centroids."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,13 +123,11 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
             tap.layers.append(layer)
             tap.moments.append(Moments.of(args[0]))
 
-    handles = [teacher.register_forward_pre_hook(lambda *_: tap.clear())]
-    handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(teacher)]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(teacher.register_forward_pre_hook(lambda *_: tap.clear()))
+        for layer in batchnorm_layers(teacher):
+            hooks.enter_context(layer.register_forward_pre_hook(record))
         yield tap
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_js
 def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
     """Make calibration images for MODEL, without data: the first stage of a run."""
     from cli import render
-    from clusterq_deploy.pipeline import IMAGES, PREVIEW
+    from clusterq_deploy.run import IMAGES, PREVIEW
 
     config = options.config_of(ctx, config_file)
     pipeline = stages.pipeline_of(ctx, config, out or _default_out(config.model))

@@ -129,7 +129,7 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
     and the first quantizer is named at which a graph and torch part; it ends with 1 where they do.
     """
     from cli import render
-    from clusterq_deploy.pipeline import FP32
+    from clusterq_deploy.run import FP32
 
     with _resumed(ctx, run) as pipeline:
         variants = _variants(ctx, pipeline, "quantize")
@@ -170,7 +170,7 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     from cli import render
     from clusterq_deploy import engine
     from clusterq_deploy.errors import TensorRTMissing
-    from clusterq_deploy.pipeline import FP32
+    from clusterq_deploy.run import FP32
 
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
@@ -203,7 +203,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file."""
     from cli import render
-    from clusterq_deploy.pipeline import FP32
+    from clusterq_deploy.run import FP32
     from clusterq_deploy.standalone import evaluate_file
 
     if target.is_file():

@@ -340,6 +340,14 @@ def test_torch_files(tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], o
     assert model.weights_sha256 == load("digits", weights=str(tmp_path / "net.safetensors")).weights_sha256
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    state = load_file(WEIGHTS)
+    state["bn1.weight"][3] = torch.nan
+    save_file(state, tmp_path / "net.safetensors")
+    message = failure(WeightsError, "digits", weights=str(tmp_path / "net.safetensors"))
+    assert "not finite, such as in bn1.weight" in message
+
+
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     state = load_file(WEIGHTS)
     del state["bn1.weight"]

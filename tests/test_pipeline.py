@@ -18,8 +18,8 @@ from clusterq_deploy.engine import unavailable_reason
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models.digits import HELD_OUT
-from clusterq_deploy.pipeline import resolve_device
 from clusterq_deploy.report import Artifact
+from clusterq_deploy.run import resolve_device
 from clusterq_deploy.rundir import RunDirectory
 
 SMALL = {

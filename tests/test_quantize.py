@@ -46,12 +46,30 @@ def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:
         (2, True, -2, 1),
         (4, False, 0, 15),
         (7, False, 0, 127),
-        (8, False, 0, 127),
+        (8, False, 0, 255),
     ],
 )
-def test_grids_fit_int8(bits: int, signed: bool, low: int, high: int) -> None:
+def test_grids_fit_int8_or_are_halved_for_it(bits: int, signed: bool, low: int, high: int) -> None:
     grid = Grid(bits, signed)
     assert (grid.low, grid.high) == (low, high)
+    assert grid.halved == (None if high <= 127 else Grid(7, signed=False))
+
+
+def test_a_coarse_quantizer_has_every_second_value() -> None:
+    quantizer = Quantizer("q", Grid(8, signed=False), limit=6.0)
+    quantizer.set_scale(torch.tensor(1.0))
+    assert float(quantizer.scale.detach()) * 255 == pytest.approx(6.0, rel=1e-5)
+    assert float(quantizer.scale.detach()) * 255 <= 6.0
+    x = torch.linspace(0, 7, 1000)
+    fine, step = quantizer(x).detach(), float(quantizer.scale.detach())
+    quantizer.coarse = True
+    assert float(quantizer.scale.detach()) == 2 * step
+    coarse = quantizer(x).detach()
+    assert len(fine.unique()) == 256
+    assert len(coarse.unique()) == 128
+    assert bool(torch.isin(coarse, fine).all())
+    quantizer.set_scale(torch.tensor(0.02))
+    assert float(quantizer.scale.detach()) == pytest.approx(0.02)
 
 
 def test_bit_widths_are_parsed_and_bounded() -> None:
@@ -329,6 +347,12 @@ def test_dead_channels_and_silent_tensors_have_positive_scales() -> None:
     assert float(activation_scale(torch.zeros(10), Grid(8, signed=False))) > 0
 
 
+def test_values_that_overflow_have_no_scale() -> None:
+    student = make_student(make_net("residual"), BitWidths(4, 4))
+    with pytest.raises(GraphError, match="not finite at 'relu_1'"):
+        calibrate(student, images() * 7e37, batch_size=16, rng=torch.Generator().manual_seed(0))
+
+
 def test_biases_settle_on_the_accumulator() -> None:
     student = student_of("residual")
     quantizers = student.quantizers()
@@ -365,6 +389,26 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
     assert distance() < 0.8 * before
     assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
+
+
+def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
+    student = make_student(make_net("residual"), BitWidths(4, 8))
+    quantizer = next(q for q in student.quantizers().values() if q.grid == Grid(8, signed=False))
+    met: list[Grid] = []
+
+    def note(own: Quantizer, _: object) -> None:
+        if own is quantizer and own.enabled:  # not the teacher's copy of it
+            met.append(own.grid)
+
+    quantizer.register_forward_pre_hook(note)
+    rng = torch.Generator().manual_seed(0)
+    reference = initialize(student, images(64), batch_size=16, rng=rng).reference
+    calibration = CalibrationSet(images(64), torch.arange(64) % 10)
+    finetune(student, reference, calibration, config=FinetuneConfig(steps=4, batch_size=16), flip=False, rng=rng)
+    assert set(met) == {Grid(7, signed=False)}
+    with torch.no_grad():
+        student(images())
+    assert met[-1] == Grid(8, signed=False)
 
 
 def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:

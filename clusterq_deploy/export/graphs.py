@@ -14,6 +14,7 @@ from clusterq_deploy.export.rules import require_tensorrt
 from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import export_graph
 from clusterq_deploy.export.verify import integer_layers, verify
+from clusterq_deploy.quantize.placement import TARGETS, Target
 from clusterq_deploy.quantize.student import Student
 from clusterq_deploy.runners import Array, Runner, TorchRunner
 
@@ -83,15 +84,26 @@ def student_graphs(
         VerificationError: a graph does not compute what torch computes, or TensorRT would refuse it.
     """
     marked = export_graph(student, size)
+    logits: dict[Target, Array] = {}
+    for target in TARGETS:
+        with student.spelled(target):
+            logits[target] = TorchRunner(student).infer(images)
+
+    def checked(graph: onnx.ModelProto, spelling: Spelling, name: str) -> dict[str, Any]:
+        found = verify(graph, images, logits[target_of(spelling)], name=name, optimized=spelling != "tensorrt")
+        integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
+        require_same_integers(integers, name=name)
+        return {**asdict(found), "integers": [asdict(site) for site in integers]}
+
     for spelling, file in FILES.items():
         if spelling == "int4" and student.bits.weights > _INT4:
             continue
         graph = spell(marked, student, spelling)
-        checks = _checked(graph, student, images, spelling, f"{name}/{file}")
+        checks = checked(graph, spelling, f"{name}/{file}")
         if spelling == "tensorrt":
             if fp16:
                 graph = to_half(graph)
-                checks["half"] = _checked(graph, student, images, spelling, f"{name}/{file} in FP16")
+                checks["half"] = checked(graph, spelling, f"{name}/{file} in FP16")
             checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
         notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
         if spelling == "onnxruntime":
@@ -120,12 +132,3 @@ def agreement(runner: Runner, student: Student, images: Array, *, spelling: Spel
             batch = images[start : start + batch_size]
             same.append(runner.infer(batch).argmax(1) == reference.infer(batch).argmax(1))
     return 100 * float(np.concatenate(same).mean())
-
-
-def _checked(graph: onnx.ModelProto, student: Student, images: Array, spelling: Spelling, name: str) -> dict[str, Any]:
-    with student.spelled(target_of(spelling)):
-        reference = TorchRunner(student).infer(images)
-    found = verify(graph, images, reference, name=name, optimized=spelling != "tensorrt")
-    integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
-    require_same_integers(integers, name=name)
-    return {**asdict(found), "integers": [asdict(site) for site in integers]}

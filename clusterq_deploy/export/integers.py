@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,16 +112,11 @@ class _Follower:
         self._theirs = integers
         self._calls.clear()
         weights = {layer.weight_quantizer for layer in self._student.layers().values()}
-        handles = [
-            quantizer.register_forward_hook(self._replace)
-            for quantizer in self._student.quantizers().values()
-            if quantizer not in weights
-        ]
-        try:
+        with ExitStack() as hooks:
+            for quantizer in self._student.quantizers().values():
+                if quantizer not in weights:
+                    hooks.enter_context(quantizer.register_forward_hook(self._replace))
             self._student(torch.from_numpy(images).to(self._device))
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _replace(self, quantizer: Quantizer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not quantizer.enabled:

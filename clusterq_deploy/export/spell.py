@@ -74,8 +74,8 @@ def spell(marked: onnx.ModelProto, student: Student, spelling: Spelling) -> onnx
         ExportError: a marker has no quantizer, or a bias does not fit INT32.
     """
     model = ir.from_proto(marked)
-    speller = _Speller(model.graph, student, spelling)
-    speller.run()
+    with student.spelled(target_of(spelling)):
+        _Speller(model.graph, student, spelling).run()
     _remove_unread(model)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     return ir.to_proto(model)

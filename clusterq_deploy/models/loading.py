@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from calib.errors import NoBatchNormError
-from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.errors import ModelError, UnknownModelError, WeightsError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import sources
 from clusterq_deploy.models.inputs import InputSpec, input_spec
@@ -78,7 +78,7 @@ def load_model(
 
     Raises:
         UnknownModelError: nothing has that name.
-        WeightsError: the weights cannot be read or do not fit.
+        WeightsError: the weights cannot be read, do not fit, or are not finite.
         NoBatchNormError: the model has no BatchNorm statistics.
         ModelError: the model cannot be made, run, or fed.
     """
@@ -87,6 +87,7 @@ def load_model(
     module = draft.module.eval().float().requires_grad_(False)
     _require_batchnorm(name, draft.source, module)
     description = _fill(name, draft, weights)
+    _require_finite(name, module, description)
     spec = input_spec(name, draft.cfg, input_size=input_size, mean=mean, std=std)
     with _isolated():
         classes = _count_classes(name, module, spec)
@@ -154,6 +155,15 @@ def _require_batchnorm(name: str, source: str, module: nn.Module) -> None:
         f"model {name!r} ({source}, {type(module).__name__}) has {found}: ClusterQ aligns "
         "synthetic images to BatchNorm's running statistics; choose a model that has them, such as resnet18"
     )
+
+
+def _require_finite(name: str, module: nn.Module, origin: str) -> None:
+    for key, value in module.state_dict().items():
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise WeightsError(
+                f"the weights of model {name!r} ({origin}) hold values that are not finite, such as in {key}; "
+                "expected the weights of a trained model"
+            )
 
 
 def _count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:

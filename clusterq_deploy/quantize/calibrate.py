@@ -1,11 +1,13 @@
 """Scales that lose least: a search over candidate steps by mean squared error."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from calib.progress import SILENT, Progress
+from clusterq_deploy.errors import GraphError
 from clusterq_deploy.quantize.grid import Grid
 from clusterq_deploy.quantize.student import Student
 
@@ -66,6 +68,9 @@ def calibrate(
         images: (N, C, H, W) float32, normalized.
         batch_size: images a forward pass.
         rng: chooses the values that are looked at.
+
+    Raises:
+        GraphError: the model computes values from the images that are not finite.
     """
     for layer in student.layers().values():
         scale = weight_scales(layer.weight, layer.weight_quantizer.grid)
@@ -96,17 +101,19 @@ def _activations(
             if len(values) > share:
                 picked = torch.randint(len(values), (share,), generator=rng, device=rng.device)
                 values = values[picked.to(values.device)]
+            if not bool(values.isfinite().all()):
+                raise GraphError(
+                    f"the model computes values that are not finite at {name!r}, which have no scale; "
+                    "check its weights, and that its input is normalized as it was trained"
+                )
             seen[name].append(values)
 
         return record
 
-    handles = [quantizer.register_forward_pre_hook(hook(name)) for name, quantizer in quantizers.items()]
-    try:
-        with student.in_float(), progress.task("Calibration", len(batches)) as advance:
-            for batch in batches:
-                student(batch.to(device))
-                advance(1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, student.in_float(), progress.task("Calibration", len(batches)) as advance:
+        for name, quantizer in quantizers.items():
+            hooks.enter_context(quantizer.register_forward_pre_hook(hook(name)))
+        for batch in batches:
+            student(batch.to(device))
+            advance(1)
     return {name: torch.cat(values) for name, values in seen.items()}

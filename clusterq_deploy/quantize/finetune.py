@@ -132,7 +132,7 @@ def finetune(
     rng: torch.Generator,
     progress: Progress = SILENT,
 ) -> Tuning:
-    """Tune weights, biases and scales of a calibrated student, in place, in `normalized` parameters.
+    """Tune weights, biases and scales of a calibrated student, in place, in `normalized` parameters, on INT8's grids.
 
     Of the untuned student and the checkpoints of the last quarter, the one with the smallest divergence from the
     teacher on views of held-out synthetic images is kept.
@@ -154,7 +154,7 @@ def finetune(
     teacher = reference.net
     for net in (student, teacher):
         net.to(memory_format=torch.channels_last)
-    with teacher.in_float():
+    with teacher.in_float(), student.in_int8():
         best = divergence(student, teacher, judged, config.batch_size, config.temperature)
     losses["held_out_kl"].append(best)
     steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, best / _FAR)))
@@ -163,6 +163,7 @@ def finetune(
     coarse = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if coarse else nullcontext()
     with (
+        student.in_int8(),
         normalized(student, tune.images[:_MEASURED_ON].to(device)) as parameters,
         progress.task(f"Fine-tuning {student.bits}", steps) as advance,
         teacher.in_float(),

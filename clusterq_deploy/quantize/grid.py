@@ -12,8 +12,8 @@ MIN_BITS, MAX_BITS = 2, 8
 class Grid:
     """A symmetric integer grid: zero-point 0, values `low` to `high` times a positive scale.
 
-    Unsigned grids end at 127: TensorRT has no UINT8, so that an unsigned 8-bit tensor has INT8's positive half (and
-    is the same as a 7-bit one).
+    INT8 has room for all of them but the unsigned one of 8 bits, which is UINT8. TensorRT has no UINT8: there a tensor
+    of that grid has every second value of it, `halved`.
     """
 
     bits: int
@@ -27,7 +27,12 @@ class Grid:
     @property
     def high(self) -> int:
         """The largest integer."""
-        return (1 << (self.bits - 1)) - 1 if self.signed else min((1 << self.bits) - 1, 127)
+        return (1 << (self.bits - self.signed)) - 1
+
+    @property
+    def halved(self) -> "Grid | None":
+        """The grid for INT8, whose scale is twice as large, where this one is too fine for it; else None."""
+        return None if self.signed or self.bits < MAX_BITS else Grid(MAX_BITS - 1, signed=False)
 
 
 @dataclass(frozen=True, order=True)

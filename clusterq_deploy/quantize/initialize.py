@@ -37,7 +37,7 @@ class Initialization:
 def initialize(
     student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
 ) -> Initialization:
-    """Equalize, set all scales, and mend what rounding does to weights and biases, in place.
+    """Equalize, set all scales, and mend what rounding does to weights and biases, in place, for INT8's grids.
 
     Args:
         student: fresh from `make_student`.
@@ -55,8 +55,9 @@ def equalize_and_calibrate(
 ) -> tuple[list[Equalized], Reference]:
     """The first half of `initialize`: all scales; weights and biases are the teacher's, in the student's channels."""
     teacher = copy.deepcopy(student).requires_grad_(False)
-    equalized, maps = equalize(student, images, rng=rng, progress=progress)
-    calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
+    with student.in_int8():
+        equalized, maps = equalize(student, images, rng=rng, progress=progress)
+        calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
     return equalized, Reference(teacher, maps)
 
 
@@ -64,6 +65,7 @@ def mend(
     student: Student, images: Tensor, reference: Reference, *, rng: torch.Generator, progress: Progress = SILENT
 ) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """The second half: what rounding does to weights and biases; gives `errors` and `shifts` of `Initialization`."""
-    if student.bits.weights < 8:
-        return reconstruct(student, images, rng=rng, reference=reference, progress=progress), {}
-    return {}, correct_bias(student, images, reference=reference)
+    with student.in_int8():
+        if student.bits.weights < 8:
+            return reconstruct(student, images, rng=rng, reference=reference, progress=progress), {}
+        return {}, correct_bias(student, images, reference=reference)

@@ -1,7 +1,7 @@
 """Feature matching: what the student's quantizers read is held against what the teacher has there."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -26,14 +26,11 @@ def tap_features(student: Student) -> Iterator[list[Tensor]]:
     """What reaches the quantizers of `feature_sites`; each forward pass starts anew."""
     found: list[Tensor] = []
     quantizers = student.quantizers()
-    handles = [student.register_forward_pre_hook(lambda *_: found.clear())]
-    for name in dict.fromkeys(feature_sites(student)):
-        handles.append(quantizers[name].register_forward_pre_hook(lambda _, args: found.append(args[0])))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(student.register_forward_pre_hook(lambda *_: found.clear()))
+        for name in dict.fromkeys(feature_sites(student)):
+            hooks.enter_context(quantizers[name].register_forward_pre_hook(lambda _, args: found.append(args[0])))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _SquaredError(torch.autograd.Function):

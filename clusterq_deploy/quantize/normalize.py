@@ -12,7 +12,7 @@ same layer: weight s u, bias d b - s q m.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -117,13 +117,9 @@ def _statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Ten
             mean = x.flatten(0, -2).mean(0).expand_as(layer.weight)
         found[name] = (mean, y.std(pooled_dims(layer, y)).clamp_min(1e-6))
 
-    handles = [
-        layer.register_forward_hook(lambda own, args, y, name=name: watch(name, own, args[0], y))
-        for name, layer in student.layers().items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in student.layers().items():
+            hook = layer.register_forward_hook(lambda own, args, y, name=name: watch(name, own, args[0], y))
+            hooks.enter_context(hook)
         student(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

@@ -76,38 +76,50 @@ class Quantizer(nn.Module):
     Attributes:
         log_scale: () or (channels,) float32; its logarithm is learned, so the scale stays positive.
         enabled: False lets the tensor pass untouched.
+        coarse: True rounds to `Grid.halved`, where there is one.
         floor: the smallest scale that `project` leaves.
     """
 
     def __init__(self, site: str, grid: Grid, channels: int | None = None, limit: float = math.inf) -> None:
         super().__init__()
-        self.site, self.grid, self.limit, self.enabled = site, grid, limit, True
+        self.site, self.limit, self.enabled, self.coarse = site, limit, True, False
+        self._grid = grid
         self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
         self.register_buffer("floor", torch.tensor(1e-8))
 
     floor: Tensor
 
     @property
+    def _halved(self) -> Grid | None:
+        return self._grid.halved if self.coarse else None
+
+    @property
+    def grid(self) -> Grid:
+        """The integers that the tensor is rounded to."""
+        return self._halved or self._grid
+
+    @property
     def scale(self) -> Tensor:
         """The step between neighbouring values, () or (channels,) float32, positive."""
-        return self.log_scale.exp()
+        return self.log_scale.exp() * (2 if self._halved else 1)
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:
         """Set the step; values under the floor or over the limit are moved there."""
-        self.log_scale.copy_(scale.to(self.log_scale).clamp_min(1e-30).log())
+        step = scale / 2 if self._halved else scale
+        self.log_scale.copy_(step.to(self.log_scale).clamp_min(1e-30).log())
         self.project()
 
     @torch.no_grad()
     def project(self) -> None:
         """Bring the scale back between its floor and its limit; to be called after each optimizer step."""
         # a relative ulp below the limit: log and exp round, and the limit must hold exactly
-        highest = math.log(self.limit / self.grid.high) - 1e-6 if math.isfinite(self.limit) else math.inf
+        highest = math.log(self.limit / self._grid.high) - 1e-6 if math.isfinite(self.limit) else math.inf
         self.log_scale.clamp_(min=float(self.floor.log()), max=highest)
 
     def integers(self, x: Tensor) -> Tensor:
-        """The grid's integers for x, int8, of x's shape."""
-        return (x / self._spread(x)).round().clamp(self.grid.low, self.grid.high).to(torch.int8)
+        """The grid's integers for x, int16, of x's shape."""
+        return (x / self._spread(x)).round().clamp(self.grid.low, self.grid.high).to(torch.int16)
 
     def _spread(self, x: Tensor) -> Tensor:
         scale = self.scale

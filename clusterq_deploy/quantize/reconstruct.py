@@ -6,6 +6,7 @@ Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -76,13 +77,10 @@ def reconstruct(
 def _widest(student: Student, image: Tensor) -> int:
     """The most values that a layer makes of one image (1, C, H, W)."""
     sizes = [1]
-    layers = student.layers().values()
-    handles = [layer.register_forward_hook(lambda _, __, y: sizes.append(y.numel())) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in student.layers().values():
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, y: sizes.append(y.numel())))
         student(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return max(sizes)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from clusterq_deploy.quantize.quantizer import (
     Quantizer,
     with_weight_quantizer,
 )
+
+FORMAT = 2
+"""Of a student's file: what its scales belong to."""
 
 
 class Student(nn.Module):
@@ -60,9 +63,16 @@ class Student(nn.Module):
 
     @contextmanager
     def spelled(self, target: Target) -> Iterator[None]:
-        """Compute what `target`'s graph computes: without the quantizers that only the other one has."""
+        """Compute what `target`'s graph computes: without the quantizers that only the other one has, and in INT8."""
         quantizers = self.quantizers()
-        with _disabled(quantizers[s.name] for s in self.placement.activations if target not in s.targets):
+        absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
+        with _with(absent, "enabled", False), self.in_int8() if target == "tensorrt" else nullcontext():
+            yield
+
+    @contextmanager
+    def in_int8(self) -> Iterator[None]:
+        """Compute on the grids that INT8 has room for, which are the coarser ones: what is tuned on them fits both."""
+        with _with(self.quantizers().values(), "coarse", True):
             yield
 
     @contextmanager
@@ -74,7 +84,8 @@ class Student(nn.Module):
     @contextmanager
     def quantized_at(self, *sites: str) -> Iterator[None]:
         """Compute with the quantizers of these sites alone."""
-        with _disabled(quantizer for site, quantizer in self.quantizers().items() if site not in sites):
+        others = [quantizer for site, quantizer in self.quantizers().items() if site not in sites]
+        with _with(others, "enabled", False):
             yield
 
     def project(self) -> None:
@@ -104,6 +115,7 @@ class Student(nn.Module):
     def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
         """The student as a safetensors file: folded float weights and scales; settings in the metadata."""
         settings = {
+            "format": FORMAT,
             "bits": str(self.bits),
             "first_last": self.first_last,
             "keep": self.keep,
@@ -115,16 +127,16 @@ class Student(nn.Module):
 
 
 @contextmanager
-def _disabled(quantizers: Iterable[Quantizer]) -> Iterator[None]:
-    """Let tensors pass these quantizers untouched; afterwards each is as it was."""
-    before = {quantizer: quantizer.enabled for quantizer in quantizers}
+def _with(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iterator[None]:
+    """Set a switch of these quantizers; afterwards each is as it was."""
+    before = {quantizer: getattr(quantizer, switch) for quantizer in quantizers}
     for quantizer in before:
-        quantizer.enabled = False
+        setattr(quantizer, switch, value)
     try:
         yield
     finally:
-        for quantizer, enabled in before.items():
-            quantizer.enabled = enabled
+        for quantizer, own in before.items():
+            setattr(quantizer, switch, own)
 
 
 def make_student(
@@ -181,6 +193,8 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {})["student"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        if settings.get("format") != FORMAT:
+            raise WeightsError(f"{path} is of another version of this program; make it anew with clusterq quantize")
         bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
         first_last, keep = settings["first_last"], settings["keep"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -1,0 +1,91 @@
+"""torchvision's classifiers with random weights, for what does not need trained ones: no network, and no licence.
+
+BatchNorm statistics are those of natural noise, and the last layer is fitted to tell groups of it apart, so that
+answers are as far from each other as a trained model's.
+"""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from calib.refine import natural_noise
+from clusterq_deploy.models import LoadedModel, load_model
+from clusterq_deploy.models.registry import torchvision_cfg
+from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantize.sensitivity import answers
+
+MODELS = (
+    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_small",
+    "mobilenet_v3_large", "mnasnet1_0", "shufflenet_v2_x1_0", "densenet121", "efficientnet_b0", "efficientnet_v2_s",
+    "regnet_y_400mf", "regnet_x_400mf", "googlenet", "inception_v3", "leaky_resnet18",
+)  # fmt: skip
+SEED = 0
+CALIBRATED = 32
+_GROUPS, _FITTED, _BATCH = 20, 256, 16
+_RIDGE = 0.3
+
+
+def leaky_resnet18() -> nn.Module:
+    """ResNet-18 with LeakyReLU in the place of ReLU."""
+    net: nn.Module = torchvision.models.resnet18(weights=None)
+    net.pretrained_cfg = torchvision_cfg("resnet18")
+    for block in list(net.modules()):
+        for name, child in block.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(block, name, nn.LeakyReLU(0.1))
+    return net
+
+
+def groups_of_noise(count: int, size: tuple[int, int, int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) in groups that share most of their noise, and the groups (N,)."""
+    centres = natural_noise(torch.Size((_GROUPS, *size)), torch.Generator().manual_seed(SEED))
+    labels = torch.arange(count) % _GROUPS
+    return 0.97 * centres[labels] + 0.24 * natural_noise(torch.Size((count, *size)), rng), labels
+
+
+def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -> None:
+    """Give a random model statistics and a last layer that a trained one might have, in place."""
+    images, labels = groups_of_noise(_FITTED, size, rng)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=rng)
+        nn.init.normal_(norm.bias, 0, 0.3, generator=rng)
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    answers(model, images[:64], _BATCH)
+    model.eval()
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    inputs: list[Tensor] = []
+    with last.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+        answers(model, images, _BATCH)
+    features = torch.cat(inputs)
+    mean = features.mean(0)
+    centred = (features - mean).double()
+    wanted = 10 * torch.eye(len(last.weight), dtype=torch.float64)[labels]
+    gram = centred.T @ centred
+    gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    with torch.no_grad():
+        last.weight.copy_(torch.linalg.solve(gram, centred.T @ wanted).T)
+        if last.bias is not None:
+            last.bias.copy_(wanted.mean(0) - last.weight.double() @ mean.double())
+
+
+def settled(name: str, images: int) -> tuple[LoadedModel, Tensor]:
+    """A random model with statistics, and images (N, C, H, W) for it."""
+    rng = torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    own = name == leaky_resnet18.__name__  # it makes its own weights, as random
+    source, weights = (f"{__file__}:{name}", None) if own else (name, "none")
+    model = load_model(source, weights=weights, device=torch.device("cpu"))
+    settle(model.module, model.input.size, rng)
+    return model, groups_of_noise(images, model.input.size, rng)[0]
+
+
+def calibrated(model: LoadedModel, bits: BitWidths, seen: Tensor) -> Student:
+    """A student whose scales come from the first images."""
+    student = make_student(model.module, bits)
+    rng = torch.Generator().manual_seed(SEED)
+    calibrate(student, seen[:CALIBRATED], batch_size=_BATCH, rng=rng)
+    return student

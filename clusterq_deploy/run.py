@@ -1,0 +1,185 @@
+"""What the stages of a run share."""
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.calibration_set import CalibrationSet
+from calib.cost import pass_cost
+from calib.progress import SILENT, Progress
+from clusterq_deploy.config import RunConfig
+from clusterq_deploy.data import EvaluationSet, load_evaluation
+from clusterq_deploy.errors import ConfigError, RunDirectoryError
+from clusterq_deploy.files import fingerprint
+from clusterq_deploy.measure import Predictions, predictions
+from clusterq_deploy.models import LoadedModel, load_model
+from clusterq_deploy.quantize import BitWidths, Student, load_student
+from clusterq_deploy.quantize.graph import folded_teacher
+from clusterq_deploy.rundir import Result, RunDirectory, StageRecord, digest
+from clusterq_deploy.runners import TorchRunner
+from clusterq_deploy.version import __version__
+
+logger = logging.getLogger(__name__)
+
+IMAGES, PREVIEW = "calibration/images.safetensors", "calibration/preview.png"
+FP32 = "fp32"
+EVALUATION_BATCH = 50
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: `cuda` is asked for and torch sees no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch sees no NVIDIA GPU; use --device cpu, or check the driver with nvidia-smi")
+    return torch.device(name)
+
+
+class Run:
+    """One run: its configuration, its model, its directory, and what several stages read.
+
+    Attributes:
+        asked: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
+
+    Args:
+        config: what to do.
+        out: the run directory.
+        progress: shows how far things are.
+        command: the command line, for the report.
+
+    Raises:
+        ClusterQError: the model cannot be loaded, or the directory cannot be used.
+    """
+
+    def __init__(
+        self, config: RunConfig, out: Path, *, progress: Progress = SILENT, command: list[str] | None = None
+    ) -> None:
+        self.config, self.progress, self.command = config, progress, command or []
+        self.device = resolve_device(config.device)
+        self.model: LoadedModel = load_model(
+            config.model,
+            weights=config.weights,
+            input_size=config.input_size,
+            mean=config.mean,
+            std=config.std,
+            device=self.device,
+        )
+        self.asked = config
+        if self.device.type == "cpu":
+            self.config = config.scaled_to(pass_cost(self.model.module, self.model.input.size))
+        identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
+        self.directory = RunDirectory(out, identity)
+        self._identity = {
+            **identity,
+            "code_sha256": self.model.code_sha256,
+            "input": self.model.input.model_dump(mode="json"),
+            "version": __version__,
+        }
+
+    def begin(self) -> None:
+        """Make the run directory this run's; what can be found wrong with model or data is found here.
+
+        Raises:
+            GraphError: the model cannot be traced.
+            DataError: the evaluation data does not fit.
+        """
+        folded_teacher(self.model.module)
+        if self.has_own_data:
+            _ = self.evaluation
+        self.directory.begin(self.asked.to_toml())
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """The calibration set of this run."""
+        return CalibrationSet.load(self.directory.path / IMAGES)
+
+    @cached_property
+    def evaluation(self) -> EvaluationSet:
+        """The images that accuracy is measured on; nothing but `evaluate`, `features` and `report` reads them."""
+        if self.has_own_data:
+            return load_evaluation(self.config.data, self.model, self.config.limit)
+        self.done("synthesize")
+        _, held_out = self.calibration.split(self.config.finetune.held_out)
+        return EvaluationSet.from_images("held-out synthetic images", held_out.images.numpy())
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether there are real images to measure on, the user's or the bundled model's."""
+        return self.config.data is not None or self.model.source == "bundled"
+
+    @cached_property
+    def data_inputs(self) -> Result:
+        """Tells one choice of evaluation images from another; a changed file counts as another one."""
+        path = self.config.data
+        return {"data": fingerprint(path) if path else self.evaluation.name, "limit": self.config.limit}
+
+    @cached_property
+    def teacher_predictions(self) -> Predictions:
+        """What the FP32 model answers on the evaluation images, (N, 5) int64."""
+        with TorchRunner(self.model.module) as runner:
+            return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress)
+
+    def student(self, bits: BitWidths) -> Student:
+        """A variant as the quantize stage left it."""
+        return load_student(self.directory.path / student_file(bits), self.model.module)[0].to(self.device)
+
+    def perform(
+        self,
+        stage: str,
+        inputs: Result,
+        work: Callable[[], tuple[Result, list[str]]],
+        upstream: Iterable[str] = (),
+    ) -> StageRecord:
+        """Do a stage unless it is finished with the same inputs, model, seed and kind of device.
+
+        Args:
+            stage, inputs, work, upstream: as for `RunDirectory.perform`.
+        """
+        logger.info("stage %s", stage)
+        own = {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
+        # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self.directory.perform(stage, own, work, upstream)
+
+    def done(self, stage: str) -> StageRecord:
+        """The record of a stage that another one builds on.
+
+        Raises:
+            RunDirectoryError: it is not finished, or its files have changed.
+        """
+        record = self.directory.finished(stage)
+        if record is None:
+            verb, _, variant = stage.partition("/")
+            wanted = f" --bits {variant}" if variant and variant != FP32 else ""
+            raise RunDirectoryError(
+                f"{self.directory.path} has no finished {stage} stage; run clusterq {verb}{wanted} first"
+            )
+        return record
+
+    def rng(self, stage: str) -> torch.Generator:
+        """A generator of its own for each stage, so that one more draw in a stage moves no other."""
+        seed = int(digest([self.config.seed, stage])[:15], 16)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def provenance(self, variant: str, **more: Any) -> Result:
+        """What a file of a variant is to say of where it came from, and `more`."""
+        return {
+            "variant": variant,
+            "seed": self.config.seed,
+            "torch": torch.__version__,
+            **self._identity,
+            **more,
+        }
+
+
+def student_file(bits: BitWidths) -> str:
+    """The path of a variant's student in a run directory."""
+    return f"{bits}/quantized.safetensors"

@@ -1,0 +1,159 @@
+"""Images and quantized variants: synthesis, sensitivities, scales and fine-tuning."""
+
+import io
+from dataclasses import asdict
+
+import torch
+from pydantic import TypeAdapter
+
+from calib.calibration_set import CalibrationSet
+from calib.synthesis import synthesize
+from clusterq_deploy.quantize import (
+    BitWidths,
+    PrecisionPlan,
+    Sensitivity,
+    finetune,
+    initialize,
+    judged_views,
+    make_student,
+    plan_precision,
+    sensitivities,
+)
+from clusterq_deploy.quantize.student import FORMAT
+from clusterq_deploy.run import IMAGES, PREVIEW, Run, student_file
+from clusterq_deploy.rundir import Result, StageRecord
+
+
+def make_images(run: Run) -> StageRecord:
+    """Make the calibration set."""
+    settings = run.config.synthesis
+
+    def work() -> tuple[Result, list[str]]:
+        spec = run.model.input
+        made = synthesize(
+            run.model.module,
+            classes=run.model.classes,
+            size=spec.size,
+            mean=spec.mean,
+            std=spec.std,
+            config=settings,
+            device=run.device,
+            rng=run.rng("synthesize"),
+            progress=run.progress,
+        )
+        provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
+        calibration = CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
+        preview = io.BytesIO()
+        calibration.preview(spec.mean, spec.std).save(preview, "PNG")
+        names = [
+            run.directory.write(IMAGES, calibration.to_bytes()),
+            run.directory.write(PREVIEW, preview.getvalue()),
+        ]
+        result = {
+            "images": len(calibration),
+            "teacher_top1": made.teacher_top1,
+            "within_class_diversity": made.within_class_diversity,
+            "flip": made.flip,
+            "recipe": settings.recipe,
+            "losses": made.losses,
+        }
+        return result, names
+
+    return run.perform("synthesize", {"settings": settings.model_dump(mode="json")}, work)
+
+
+def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
+    """Measure what the quantization of each layer alone costs, on synthetic images."""
+    run.done("synthesize")
+    batch_size = run.config.finetune.batch_size
+
+    def work() -> tuple[Result, list[str]]:
+        rng = run.rng(f"sensitivity/{bits}")
+        found = sensitivities(
+            make_student(run.model.module, bits, **_widths(run)),
+            run.calibration.images,
+            judged=_judged_views(run, rng),
+            batch_size=batch_size,
+            rng=rng,
+            progress=run.progress,
+        )
+        return {"layers": [asdict(own) for own in found]}, []
+
+    inputs = {"bits": str(bits), "batch_size": batch_size, **_widths(run)}
+    return run.perform(f"sensitivity/{bits}", inputs, work, upstream=["synthesize"])
+
+
+def make_variant(run: Run, bits: BitWidths) -> StageRecord:
+    """Make one variant: quantizers, scales, fine-tuning."""
+    source, settings = run.done("synthesize"), run.config.finetune.scaled_to(bits)
+    max_drop = run.config.max_drop
+
+    def work() -> tuple[Result, list[str]]:
+        calibration, rng = run.calibration, run.rng(f"quantize/{bits}")
+        plan = None if max_drop is None or bits == BitWidths(8, 8) else _plan(run, bits, max_drop)
+        widths = _widths(run) if plan is None else {**_widths(run), "keep": plan.keep}
+        student = make_student(run.model.module, bits, **widths)
+        started = initialize(
+            student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=run.progress
+        )
+        tuning = finetune(
+            student,
+            started.reference,
+            calibration,
+            config=settings,
+            flip=bool(source.result["flip"]),
+            rng=rng,
+            progress=run.progress,
+        )
+        provenance = run.provenance(
+            str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES]
+        )
+        result = {
+            "losses": tuning.losses,
+            "kept_step": tuning.kept_step,
+            "equalized": [asdict(pair) for pair in started.equalized],
+            "reconstruction_errors": started.errors,
+            "bias_shifts": started.shifts,
+            "keep": student.keep,
+            "expected_drop": None if plan is None else plan.estimate.expected_drop,
+            "quantized_layers": len(student.placement.weights),
+            "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
+        }
+        return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
+
+    inputs = {
+        "format": FORMAT,
+        "settings": settings.model_dump(mode="json"),
+        "bits": str(bits),
+        "max_drop": max_drop,
+        **_widths(run),
+    }
+    return run.perform(f"quantize/{bits}", inputs, work, upstream=["synthesize"])
+
+
+def _judged_views(run: Run, rng: torch.Generator) -> torch.Tensor:
+    """The views of the calibration images on which costs are estimated."""
+    flip = bool(run.done("synthesize").result["flip"])
+    return judged_views(run.calibration.images, flip=flip, rng=rng)
+
+
+def _widths(run: Run) -> Result:
+    """What `make_student` is to know beside a variant's bits."""
+    return {"first_last": run.config.first_last, "keep": run.config.keep}
+
+
+def _plan(run: Run, bits: BitWidths, max_drop: float) -> PrecisionPlan:
+    """The layers that have to be raised for a variant to lose no more."""
+    costs, rng = measure_sensitivity(run, bits).result["layers"], run.rng(f"precision/{bits}")
+    return plan_precision(
+        run.model.module,
+        bits,
+        **_widths(run),
+        costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
+        max_drop=max_drop,
+        images=run.calibration.images,
+        judged=_judged_views(run, rng),
+        batch_size=run.config.finetune.batch_size,
+        rng=rng,
+        progress=run.progress,
+    )

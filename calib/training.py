@@ -209,9 +209,12 @@ class GeneratorTrainer:
     def initialize_centroids(self) -> None:
         """Let every class have its first centroid, from batches of the warmed-up generator.
 
-        The deviations of its images from their class, which the noise of (6) mixes, are taken here too.
+        It takes no more batches than training has steps: where these are too few (a thousand classes on a CPU), the
+        classes that are left have theirs from the step that first makes a right image of them. The deviations of the
+        images from their class, which the noise of (6) mixes, are taken here too.
         """
-        rounds = math.ceil(len(self.centroids.seen) * self.config.samples_per_class / self.config.batch_size)
+        whole = math.ceil(len(self.centroids.seen) * self.config.samples_per_class / self.config.batch_size)
+        rounds = min(whole, self.config.steps)
         rows: list[list[tuple[Tensor, Tensor]]] = []
         for _ in range(max(rounds, _DEVIATION_BATCHES)):
             labels = self.batch_labels()

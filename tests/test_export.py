@@ -192,6 +192,35 @@ def test_every_quantized_layer_runs_as_integers(name: str, tmp_path: Path) -> No
     assert operators["Conv"] == operators["FusedConv"] == 0
 
 
+@pytest.mark.parametrize(
+    ("activation", "gates"), [(nn.SiLU(), {"QLinearSigmoid": 2}), (nn.Hardswish(), {"Sigmoid": 0})]
+)
+def test_gated_activations_multiply_integers(activation: nn.Module, gates: dict[str, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 8, 3), activation, nn.Conv2d(8, 4, 3)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    student = make_student(net, BitWidths(4, 8))
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    with torch.no_grad(), student.in_float():
+        torch.testing.assert_close(student(images()), net(images()), atol=1e-3, rtol=0)  # biases are settled
+    graph = spell(export_graph(student, (3, 16, 16)), student, "onnxruntime")
+    verify(graph, images().numpy(), reference(student, "onnxruntime", images()), name="gated", optimized=True)
+    with OnnxRunner(graph.SerializeToString(), write_optimized=tmp_path / "optimized.onnx"):
+        kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert kinds["QLinearMul"] == 2
+    assert kinds["Mul"] == 0
+    assert {kind: kinds[kind] for kind in gates} == gates
+    assert {"Sigmoid", "HardSigmoid"} & sources_of_quantizers(graph)
+    tensorrt = spell(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    assert not {"Sigmoid", "HardSigmoid"} & sources_of_quantizers(tensorrt)  # it fuses an activation whole
+
+
+def sources_of_quantizers(graph: onnx.ModelProto) -> set[str]:
+    """The operators whose outputs are quantized."""
+    makers = {output: node.op_type for node in graph.graph.node for output in node.output}
+    return {makers.get(n.input[0], "input") for n in graph.graph.node if n.op_type == "QuantizeLinear"}
+
+
 def test_what_onnxruntime_runs_in_float_is_noted() -> None:
     student, _ = exported("residual")
     batch = images(64, seed=7).numpy()

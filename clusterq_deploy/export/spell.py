@@ -192,11 +192,9 @@ class _Speller:
         low, high = grid.low + offset, grid.high + offset
         if (low, high) == (0, 255):
             return integers
-        upper = self._constant(f"{label}.high", np.array(high, np.uint8))
-        if low == 0:
-            return self._insert(marker, "Min", [integers, upper], bounded_name(label))
-        lower = self._constant(f"{label}.low", np.array(low, np.uint8))
-        return self._insert(marker, "Clip", [integers, lower, upper], bounded_name(label))
+        bounds = [self._constant(f"{label}.low", np.array(low, np.uint8))]
+        bounds.append(self._constant(f"{label}.high", np.array(high, np.uint8)))
+        return self._insert(marker, "Clip", [integers, *bounds], bounded_name(label))  # Min takes half as long again
 
     def _float_clip(
         self, marker: ir.Node, source: ir.Value, grid: Grid, scale: npt.NDArray[np.float32], label: str

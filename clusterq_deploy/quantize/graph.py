@@ -2,11 +2,20 @@
 
 import copy
 import operator
+from collections.abc import Callable
+from typing import Any
 
-from torch import fx, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from clusterq_deploy.errors import GraphError
+
+_GATED: dict[Any, Callable[[Tensor], Tensor]] = {
+    nn.SiLU: torch.sigmoid, F.silu: torch.sigmoid, nn.Hardswish: F.hardsigmoid, F.hardswish: F.hardsigmoid,
+}  # fmt: skip
+"""Activations that are x * gate(x), by their gates."""
 
 
 class _Tracer(fx.Tracer):
@@ -41,9 +50,24 @@ def trace(model: nn.Module) -> fx.GraphModule:
             node.target = "reshape"  # a view of a channels-last map need not exist
         if node.op == "call_function" and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
+    for node in list(graph.nodes):
+        called = module_of(traced, node)
+        gate = _GATED.get(node.target if called is None else type(called))
+        if gate is not None:
+            _split(node, gate)
     graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def _split(node: fx.Node, gate: Callable[[Tensor], Tensor]) -> None:
+    """Make two nodes of x * gate(x): runtimes have integer kernels for the product, none for the whole."""
+    source = node.args[0]
+    with node.graph.inserting_before(node):
+        share = node.graph.call_function(gate, (source,))
+        product = node.graph.call_function(operator.mul, (source, share))
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _blame(error: BaseException) -> str:

@@ -60,6 +60,9 @@ _BOUNDS: dict[Any, Range] = {
     nn.Hardsigmoid: (0, 1), F.hardsigmoid: (0, 1),
     nn.Softmax: (0, 1), F.softmax: (0, 1),
 }  # fmt: skip
+_GATES = {
+    nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", nn.Hardsigmoid, F.hardsigmoid,
+}  # fmt: skip
 _RECTIFIERS = {nn.ReLU, F.relu, torch.relu, "relu", nn.ReLU6, F.relu6}
 _ELEMENTWISE = {
     nn.ReLU, F.relu, torch.relu, "relu", nn.LeakyReLU, F.leaky_relu, nn.PReLU,
@@ -119,6 +122,26 @@ def is_addition(node: fx.Node) -> bool:
     named = named or (node.op == "call_method" and node.target in {"add", "add_"})
     scaled = node.kwargs.get("alpha", 1) != 1
     return named and not scaled and len(node.args) >= 2 and all(isinstance(a, fx.Node) for a in node.args[:2])
+
+
+def is_product(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node multiplies two tensors."""
+    return _identity(traced, node) in _PRODUCTS and len(tensor_inputs(node)) == 2
+
+
+def is_gate(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a sigmoid or a hard sigmoid."""
+    return _identity(traced, node) in _GATES
+
+
+def activated(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """What a node is a function of, if that is one tensor: its only input, or x where it is x * gate(x)."""
+    inputs = tensor_inputs(node)
+    if is_product(traced, node):
+        for x, gate in (inputs, reversed(inputs)):
+            if is_gate(traced, gate) and tensor_inputs(gate) == [x]:
+                return x
+    return inputs[0] if len(inputs) == 1 else None
 
 
 def is_rectifier(traced: fx.GraphModule, node: fx.Node) -> bool:

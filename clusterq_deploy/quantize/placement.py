@@ -13,7 +13,16 @@ from torch import fx, nn
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.quantize.graph import module_of, tensor_inputs
 from clusterq_deploy.quantize.grid import BitWidths, Grid
-from clusterq_deploy.quantize.ops import is_addition, is_rectifier, moved_inputs, moves_values, value_ranges
+from clusterq_deploy.quantize.ops import (
+    activated,
+    is_addition,
+    is_gate,
+    is_product,
+    is_rectifier,
+    moved_inputs,
+    moves_values,
+    value_ranges,
+)
 
 Target = Literal["onnxruntime", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "tensorrt")
@@ -25,7 +34,7 @@ _FUNCTIONAL_LAYERS = {F.conv2d: "conv2d", F.linear: "linear", torch.matmul: "mat
 class ActivationSite:
     """A quantizer behind the outputs of `producers` (several where a concatenation shares one scale).
 
-    `targets` are the runtimes whose graph has it: ONNX Runtime wants one directly behind every convolution,
+    `targets` are the runtimes whose graph has it: ONNX Runtime wants one behind every convolution and factor,
     TensorRT wants none between a convolution and the residual add that it fuses. `readers` are the layers that alone
     read it, behind the 8-bit quantizer that all others read; without any, everything reads it.
     """
@@ -65,7 +74,8 @@ def place(
     - The input of each Conv2d and Linear is quantized, where its values are made: behind the ReLU in front of a
       max-pool, behind each branch of a concatenation, so that what only moves values keeps their grid.
     - At an addition the identity branch is quantized, the branch that ends in a convolution is not (it is fused).
-    - For ONNX Runtime alone, the output of a convolution that nothing else quantizes has an 8-bit quantizer.
+    - For ONNX Runtime alone, the output of a convolution that nothing else quantizes has an 8-bit quantizer, and so
+      has a factor of a product (SiLU, hard-swish, squeeze-excite), which is then computed on integers.
     - What layers read has the width asked for. The image and what additions read have 8 bits: a sum computes in
       INT8 at any width, and the errors of narrow grids would add up along a residual trunk. A tensor that both read
       has an 8-bit quantizer, and behind it, for the layers, a narrow one.
@@ -95,7 +105,7 @@ def place(
     first = {n for n in layers if wide(n) and _reads_image(traced, n)}
     for node in layers:
         producers = _producers(traced, tensor_inputs(node)[0])
-        written_first = any(p in first or (len(i := tensor_inputs(p)) == 1 and i[0] in first) for p in producers)
+        written_first = any(p in first or activated(traced, p) in first for p in producers)
         eight = wide(node) or _reads_image(traced, node) or written_first
         groups.demand(producers, _EIGHT if eight else keep.get(str(node.target), bits.activations))
     added: set[fx.Node] = set()
@@ -116,12 +126,12 @@ def place(
         grid, limit = _grid(width, [ranges[m] for m in members])
         activations.append(ActivationSite(members[0].name, tuple(m.name for m in members), grid, limit, TARGETS))
     owner = {name: site.name for site in activations for name in site.producers}
-    for node in layers:
-        output = _fused_output(traced, node)
-        if output.name not in owner and not _is_last(traced, node):
-            grid, limit = _grid(_EIGHT, [ranges[output]])
-            activations.append(ActivationSite(output.name, (output.name,), grid, limit, ("onnxruntime",)))
-            owner[output.name] = output.name
+    outputs = [_fused_output(traced, node) for node in layers if not _is_last(traced, node)]
+    for node in (*outputs, *_factors(traced, owner)):
+        if node.name not in owner:
+            grid, limit = _grid(_EIGHT, [ranges[node]])
+            activations.append(ActivationSite(node.name, (node.name,), grid, limit, ("onnxruntime",)))
+            owner[node.name] = node.name
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in layers:
         readers.setdefault(tensor_inputs(node)[0], []).append(node)
@@ -213,6 +223,17 @@ def _fused_output(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node whose output a runtime fuses into the layer: the ReLU behind it, or the layer itself."""
     users = list(node.users)
     return users[0] if len(users) == 1 and is_rectifier(traced, users[0]) else node
+
+
+def _factors(traced: fx.GraphModule, quantized: Iterable[str]) -> list[fx.Node]:
+    """The gates and products that a product reads whose output is quantized or, being such a factor, will be."""
+    known, found = set(quantized), []
+    for node in reversed(traced.graph.nodes):
+        if is_product(traced, node) and node.name in known:
+            factors = [n for n in tensor_inputs(node) if is_gate(traced, n) or is_product(traced, n)]
+            found += [factor for factor in factors if factor.name not in known]
+            known.update(factor.name for factor in factors)
+    return found
 
 
 def _operands(node: fx.Node, layers: list[fx.Node]) -> tuple[fx.Node | None, list[fx.Node]]:

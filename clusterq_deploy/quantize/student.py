@@ -72,7 +72,9 @@ class Student(nn.Module):
     @contextmanager
     def in_int8(self) -> Iterator[None]:
         """Compute on the grids that INT8 has room for, which are the coarser ones: what is tuned on them fits both."""
-        with _with(self.quantizers().values(), "coarse", True):
+        quantizers = self.quantizers()
+        both = [quantizers[s.name] for s in self.placement.activations if "tensorrt" in s.targets]
+        with _with(both, "coarse", True):
             yield
 
     @contextmanager

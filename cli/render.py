@@ -90,7 +90,7 @@ def report_table(report: "Report") -> Table:
         table.add_row(
             row.variant if row.variant != previous else "",
             row.accuracy.runtime,
-            (row.accuracy.graph or "").rpartition("/")[2],
+            wording.file_name(row.accuracy.graph),
             wording.size(row.size_bytes),
             wording.number(row.accuracy.top1),
             wording.number(row.drop),

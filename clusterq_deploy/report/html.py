@@ -47,6 +47,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
     )
     environment.filters |= {
         "duration": wording.duration,
+        "file_name": wording.file_name,
         "ms": wording.milliseconds,
         "number": wording.number,
         "percent": wording.percent,

@@ -45,6 +45,7 @@ def _accuracy_table(report: Report) -> str:
         (
             _text(row.variant),
             _text(row.accuracy.runtime),
+            _text(wording.file_name(row.accuracy.graph)),
             wording.size(row.size_bytes),
             wording.with_error(row.accuracy.top1, row.top1_error),
             wording.with_error(row.drop, row.drop_error),
@@ -53,8 +54,8 @@ def _accuracy_table(report: Report) -> str:
         )
         for row in accuracy_rows(report)
     ]
-    headings = ("variant", "runtime", "size", "top-1 %", "drop", "top-5 %", "agreement %")
-    return _table(headings, rows, left=2) if rows else "Not measured."
+    headings = ("variant", "runtime", "file", "size", "top-1 %", "drop", "top-5 %", "agreement %")
+    return _table(headings, rows, left=3) if rows else "Not measured."
 
 
 def _latency_table(report: Report) -> str:

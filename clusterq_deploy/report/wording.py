@@ -34,6 +34,11 @@ def milliseconds(value: float) -> str:
     return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
 
 
+def file_name(path: str | None) -> str:
+    """The file at the end of a path in a run directory: model.ort.onnx."""
+    return path.rpartition("/")[2] if path else ABSENT
+
+
 def size(size_bytes: int | None) -> str:
     """A file size in decimal units: 46.8 MB."""
     if size_bytes is None:

@@ -444,6 +444,17 @@ def test_a_student_survives_its_file(tmp_path: Path) -> None:
         assert torch.equal(again(images()), student(images()))
 
 
+def test_a_student_of_another_format_is_refused_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, path = student_of("residual"), tmp_path / "student.safetensors"
+    monkeypatch.setattr("clusterq_deploy.quantize.student.FORMAT", 1)
+    path.write_bytes(student.to_bytes({}))
+    monkeypatch.undo()
+    with pytest.raises(WeightsError, match=r"^\S+student\.safetensors is of another version"):
+        load_student(path, make_net("residual"))
+
+
 def test_another_models_student_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student_of("mobile").to_bytes({}))

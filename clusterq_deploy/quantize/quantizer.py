@@ -101,7 +101,8 @@ class Quantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The step between neighbouring values, () or (channels,) float32, positive."""
-        return self.log_scale.exp() * (2 if self._halved else 1)
+        step = self.log_scale.exp()
+        return 2 * step if self._halved else step
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:

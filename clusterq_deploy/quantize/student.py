@@ -195,12 +195,13 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {})["student"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        if settings.get("format") != FORMAT:
-            raise WeightsError(f"{path} is of another version of this program; make it anew with clusterq quantize")
+        written = settings.get("format")
         bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
-        first_last, keep = settings["first_last"], settings["keep"]
+        first_last, keep = settings["first_last"], settings.get("keep", {})
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no quantized model: {error}") from error
+    if written != FORMAT:
+        raise WeightsError(f"{path} is of another version of this program; make it anew with clusterq quantize")
     student = make_student(teacher, bits, first_last=first_last, keep=keep)
     try:
         student.load_state_dict(state)

@@ -83,6 +83,16 @@ def measure(name: str, bits: BitWidths, images: int) -> dict[str, Any]:
     }
 
 
+def _grouped(skipped: dict[str, str]) -> list[str]:
+    """Reasons why layers stay in float, each with the first of its layers and how many more there are."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in skipped.items():
+        layers.setdefault(reason, []).append(layer)
+    return [
+        f"`{first}`{f' and {len(more)} more' if more else ''}: {reason}" for reason, (first, *more) in layers.items()
+    ]
+
+
 def table(results: dict[str, Any]) -> str:
     """The document."""
     lines = []
@@ -91,7 +101,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {own['error']} | | | | |")
             continue
         graphs = own["graphs"]
-        skipped = "; ".join(f"`{layer}`: {reason}" for layer, reason in own["skipped_layers"].items()) or "none"
+        skipped = "; ".join(_grouped(own["skipped_layers"])) or "none"
         integers = sum(graphs[s]["integers"] for s in SPELLINGS)
         ties = sum(graphs[s]["ties"] for s in SPELLINGS)
         parted = sum(site["differing"] for s in SPELLINGS for site in graphs[s]["parts_at"])

@@ -11,7 +11,7 @@ Settings = dict[str, Any]
 EFFORTS: Mapping[str, Settings] = {
     # equalization, scales, reconstruction and bias correction on few images: nothing is learned by gradients
     "fast": {
-        "synthesis": {"images": 256, "generator": {"steps": 100, "warmup_steps": 25}, "refine": {"steps": 60}},
+        "synthesis": {"images": 256, "generator": {"steps": 60, "warmup_steps": 15}, "refine": {"steps": 40}},
         "finetune": {"steps": 0},
     },
     "standard": {},

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import weight_scales
 from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, padded, pooled_dims
-from clusterq_deploy.quantize.reference import Reference, SideBySide
+from clusterq_deploy.quantize.reference import AT_ONCE, Reference, SideBySide, by_parts
 from clusterq_deploy.quantize.student import Student
 
 _IMAGES = 1024
-_VALUES = 1 << 28  # of a layer's outputs for all images together, for memory's sake; about six such tensors are alive
+_VALUES = 1 << 28  # of a layer's outputs for all images together, for memory's sake; about five such tensors are alive
 _FEWEST = 64
 _DAMPING = 0.03  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
 _SHARE = 0.5  # of the way from the teacher's weight to the fitted one
@@ -99,22 +99,24 @@ class _Reconstructor(SideBySide):
 
     def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
         """The layer's answer after it was fitted."""
-        before = _distance(layer(x), wanted, layer)
+        before = _distance(by_parts(layer, x), wanted, layer)
         if layer.weight[0].numel() <= _WIDEST:
             _fit(layer, x, wanted, self._damping, self._rng)
-        answer: Tensor = layer(x)
+        answer = by_parts(layer, x)
         if layer.bias is not None:
-            shift = (answer - wanted).mean(pooled_dims(layer, answer))
+            dims = pooled_dims(layer, answer)
+            shift = answer.mean(dims) - wanted.mean(dims)
             layer.bias.sub_(shift)
-            answer = answer - by_channel(shift, layer, answer)
+            answer.sub_(by_channel(shift, layer, answer))
         self.errors[name] = (before, _distance(answer, wanted, layer))
         self._advance(1)
         return answer
 
 
 def _distance(found: Tensor, wanted: Tensor, layer: QuantizedLayer) -> float:
-    dims = pooled_dims(layer, wanted)
-    return float(((found - wanted).square().mean(dims) / wanted.var(dims).clamp_min(1e-12)).mean())
+    dims, pieces = pooled_dims(layer, wanted), zip(found.split(AT_ONCE), wanted.split(AT_ONCE), strict=True)
+    squares = torch.stack([(a - b).square().mean(dims) * len(a) for a, b in pieces]).sum(0) / len(found)
+    return float((squares / wanted.var(dims).clamp_min(1e-12)).mean())
 
 
 def _fit(layer: QuantizedLayer, x: Tensor, wanted: Tensor, damping: float, rng: torch.Generator) -> None:
@@ -148,17 +150,16 @@ def _samples(
     layer: QuantizedLayer, x: Tensor, wanted: Tensor, groups: int, rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches (G, K, n) that a layer reads, with the outputs (G, O, n) wanted for them, without its bias."""
-    if layer.bias is not None:
-        wanted = wanted - by_channel(layer.bias, layer, wanted)
+    bias: Tensor | float = 0.0 if layer.bias is None else by_channel(layer.bias, layer, wanted)
     if isinstance(layer, nn.Linear):
-        yield x.flatten(0, -2).mT[None], wanted.flatten(0, -2).mT[None]
+        yield x.flatten(0, -2).mT[None], (wanted - bias).flatten(0, -2).mT[None]
         return
     places = wanted.shape[2] * wanted.shape[3]
     share = max(1, _PATCHES // len(x))
     size = max(1, _UNFOLDED // (x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1] * places))
     for part, answers in zip(x.split(size), wanted.split(size), strict=True):
         patches = F.unfold(padded(layer, part), layer.kernel_size, layer.dilation, 0, layer.stride)
-        values = answers.flatten(2)
+        values = (answers - bias).flatten(2)
         if share < places:
             picked = torch.randperm(places, generator=rng, device=rng.device)[:share].to(x.device)
             patches, values = patches[..., picked], values[..., picked]

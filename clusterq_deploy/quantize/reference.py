@@ -1,7 +1,7 @@
 """The teacher beside the student: the same graph in float, and how the student's tensors differ from its own."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, fx
 
 from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
 from clusterq_deploy.quantize.student import Student
+
+AT_ONCE = 64  # images that a layer or quantizer is given, where a pass has all images in memory
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ class Reference:
     maps: Mapping[str, ChannelMap] = field(default_factory=dict)
 
 
+def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) of images x, of which some are given to it at a time: what it needs beside its result stays small."""
+    first, *others = x.split(AT_ONCE)
+    answer = function(first)
+    whole = answer.new_empty((len(x), *answer.shape[1:]))
+    whole[: len(answer)] = answer
+    for start, part in enumerate(others, 1):
+        whole[start * AT_ONCE :][: len(part)] = function(part)
+    return whole
+
+
 class SideBySide(fx.Interpreter):
     """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized.
 
@@ -65,8 +78,9 @@ class SideBySide(fx.Interpreter):
 
     def compare(self, images: Tensor) -> None:
         """Pass images (N, C, H, W) through both."""
+        image = next(node for node in self.graph.nodes if node.op == "placeholder")
         with self._reference.net.in_float():
-            self.run(torch.cat([images, images]))
+            self.run(initial_env={image: torch.cat([images, images])})  # as an argument it would live to the end
 
     def call_module(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(str(target))
@@ -75,11 +89,13 @@ class SideBySide(fx.Interpreter):
         (x,) = args
         exact, rounded = x.chunk(2)
         if isinstance(module, Quantizer):
-            return torch.cat([exact, module(rounded)])
-        outputs = self._exact[str(target)](exact)
+            return torch.cat([exact, by_parts(module, rounded)])
+        outputs = by_parts(self._exact[str(target)], exact)
         own = self._maps.get(str(target))
         wanted = outputs if own is None else own(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
-        return torch.cat([outputs, self.layer(str(target), module, rounded, wanted)])
+        answer = self.layer(str(target), module, rounded, wanted)
+        del wanted  # up to a gigabyte, and the next line needs two
+        return torch.cat([outputs, answer])
 
     def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
         """The layer's answer to its quantized input x, where the teacher's, in the student's channels, is `wanted`."""

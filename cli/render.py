@@ -128,12 +128,12 @@ def models_table(entries: list["ModelEntry"]) -> Table:
 
 
 def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """Plain records as a table, a column a key."""
+    """Plain records as a table, a column for each key that the first one has."""
     table = Table()
     for key in rows[0]:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row.get(key)) for key in rows[0]))
     return table
 
 

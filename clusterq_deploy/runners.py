@@ -1,11 +1,13 @@
 """One way to run a model, whatever executes it: images in, logits out."""
 
+import ctypes
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import nn
 
@@ -13,7 +15,12 @@ from clusterq_deploy.errors import ExportError
 
 Array = npt.NDArray[np.float32]
 
-_PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+_ERRORS, _NOTHING = 3, 4  # of ONNX Runtime's levels of logging
 
 
 def _sums_in_32_bits() -> bool:
@@ -26,11 +33,46 @@ def _sums_in_32_bits() -> bool:
     return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def provider_problem(provider: str) -> str:
+    """Why ONNX Runtime does not load an execution provider that it was built with, as far as its library tells."""
+    import onnxruntime
+
+    short = provider.removesuffix("ExecutionProvider").lower()
+    library = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{short}.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"{error}; install what it needs (onnxruntime.ai, Execution Providers), or use the CPU"
+    return "its libraries are there, but it does not start; is there an NVIDIA GPU, and does its driver fit?"
+
+
+def batch_profile(graph: Path | bytes, batch: tuple[int, int, int]) -> dict[str, str]:
+    """Options of TensorRT's provider for a dynamic batch: (smallest, tuned-for, largest). None for a fixed one.
+
+    Args:
+        graph: a file, or the bytes of one; its first input is (N, C, H, W).
+    """
+    model = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
+    own = model.graph.input[0]
+    first, *rest = own.type.tensor_type.shape.dim
+    if first.HasField("dim_value"):
+        return {}
+    shapes = {
+        name: f"{own.name}:{'x'.join(str(side) for side in (size, *(dim.dim_value for dim in rest)))}"
+        for name, size in zip(("min", "opt", "max"), batch, strict=True)
+    }
+    return {f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()}
+
+
 class Runner(Protocol):
     """Executes one model. Runners are context managers; leaving the context frees what they hold."""
 
     runtime: str
-    """The runtime's name in the report: torch, onnxruntime-cpu, onnxruntime-cuda or tensorrt."""
+    """The runtime's name in the report: torch, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt or tensorrt."""
 
     def infer(self, images: Array) -> Array:
         """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
@@ -68,15 +110,19 @@ class TorchRunner:
 class OnnxRunner:
     """Runs an ONNX graph in ONNX Runtime.
 
+    TensorRT's provider is asked for no precision, and so takes the types that stand in the graph, as this project's
+    engines do. Its cache of engines is left off: it cannot tell one set of weights from another.
+
     Args:
         graph: a file, or the bytes of one.
-        runtime: `onnxruntime-cpu` or `onnxruntime-cuda`.
+        runtime: `onnxruntime-cpu`, `onnxruntime-cuda` or `onnxruntime-tensorrt`.
         threads: threads of the CPU provider; None leaves the choice to ONNX Runtime.
-        optimized: False executes the operators as they are written, for a reference.
+        optimized: False executes the operators as they are written, for a reference, and for TensorRT's provider.
         write_optimized: where the graph is written that ONNX Runtime made of it, for this machine alone.
+        batch: smallest, tuned-for and largest batch of TensorRT's provider; None builds anew for sizes it has not seen.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the graph, or has not the provider.
+        ExportError: ONNX Runtime cannot load the graph, or the provider's libraries.
     """
 
     def __init__(
@@ -87,12 +133,15 @@ class OnnxRunner:
         threads: int | None = None,
         optimized: bool = True,
         write_optimized: Path | None = None,
+        batch: tuple[int, int, int] | None = None,
     ) -> None:
         import onnxruntime
 
         self.runtime = runtime
+        provider = _PROVIDERS[runtime]
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        # What keeps a provider from being loaded stands in the error below.
+        options.log_severity_level = _ERRORS if runtime == "onnxruntime-cpu" else _NOTHING
         if not _sums_in_32_bits():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
@@ -101,21 +150,33 @@ class OnnxRunner:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
-            options.log_severity_level = 4  # it warns that the file is for this machine alone
+            options.log_severity_level = _NOTHING  # it warns that the file is for this machine alone
         name = graph if isinstance(graph, bytes) else str(graph)
-        provider = _PROVIDERS[runtime]
+        place = "the graph" if isinstance(graph, bytes) else str(graph)
+        if provider not in onnxruntime.get_available_providers():
+            raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
+        providers: list[str | tuple[str, dict[str, str]]] = [provider]
+        if runtime == "onnxruntime-tensorrt":  # what TensorRT does not run is CUDA's
+            providers = [(provider, batch_profile(graph, batch) if batch else {}), _PROVIDERS["onnxruntime-cuda"]]
         try:
-            self._session = onnxruntime.InferenceSession(name, options, providers=[provider])
+            # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
+            self._session = onnxruntime.InferenceSession(name, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exceptions have no public base
-            place = "the graph" if isinstance(graph, bytes) else str(graph)
-            raise ExportError(f"ONNX Runtime cannot load {place}: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"ONNX Runtime cannot load {place}: {_first_line(error)}") from error
         if provider not in self._session.get_providers():
-            raise ExportError(f"ONNX Runtime has no working {provider} here; install its libraries or use the CPU")
+            raise ExportError(f"ONNX Runtime has no working {provider} here: {provider_problem(provider)}")
         self._input = self._session.get_inputs()[0].name
 
     def infer(self, images: Array) -> Array:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
-        logits: Array = self._session.run(None, {self._input: images})[0]
+        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
+
+        Raises:
+            ExportError: the provider cannot run the graph, or not on these images.
+        """
+        try:
+            logits: Array = self._session.run(None, {self._input: images})[0]
+        except Exception as error:  # a provider that builds its engine at the first call can fail here
+            raise ExportError(f"{self.runtime} cannot run the graph: {_first_line(error)}") from error
         return logits
 
     def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:

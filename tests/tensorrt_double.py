@@ -11,6 +11,7 @@ import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -74,6 +75,14 @@ class World:
     replays: int = 0
     host_code_allowed: bool = False
     timing_cache_read: bytes | None = None
+    # running and inspecting: a clock of the GPU in milliseconds, and what the inspector and the profiler tell
+    clock_ms: float = 0.0
+    tick_ms: float = 0.25
+    execute_ms: float = 1.5
+    inspected: str = '{"Layers": []}'
+    inspected_batch: int = 0
+    layer_ms: dict[str, float] = field(default_factory=dict)
+    profiled_runs: int = 0
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> World:
@@ -91,6 +100,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
     class Graph:
         def replay(self) -> None:
             world.replays += 1
+            world.clock_ms += world.execute_ms
 
     def graph(_: Graph, stream: Stream) -> AbstractContextManager[None]:
         if not world.captures:
@@ -98,7 +108,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
         return nullcontext()
 
     def properties(_: int) -> SimpleNamespace:
-        return SimpleNamespace(name=world.gpu, major=world.capability[0], minor=world.capability[1])
+        major, minor = world.capability
+        return SimpleNamespace(name=world.gpu, major=major, minor=minor, uuid="01234567-89ab-cdef-0123-456789abcdef")
 
     for name, value in {
         "is_available": lambda: True,
@@ -106,7 +117,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
         "get_device_properties": properties,
         "Stream": Stream,
         "stream": stream,
-        "Event": Event,
+        "Event": partial(Event, world),
         "CUDAGraph": Graph,
         "graph": graph,
     }.items():
@@ -115,22 +126,35 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 class Stream:
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: object) -> None:
         self.cuda_stream = 77
+        self.waited_for: list[Stream] = []
 
     def synchronize(self) -> None: ...
+
+    def wait_event(self, event: "Event") -> None:
+        assert event.recorded_on is not None, "a stream waits for an event that nobody recorded"
+        self.waited_for.append(event.recorded_on)
 
 
 class Event:
-    def __init__(self, enable_timing: bool) -> None:
+    """Takes a tick of the GPU's clock to be recorded."""
+
+    def __init__(self, world: World, enable_timing: bool) -> None:
         assert enable_timing
+        self._world = world
+        self.recorded_on: Stream | None = None
 
-    def record(self, stream: Stream) -> None: ...
+    def record(self, stream: Stream) -> None:
+        self.recorded_on = stream
+        self._at_ms = self._world.clock_ms
+        self._world.clock_ms += self._world.tick_ms
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        assert self.recorded_on is not None
 
     def elapsed_time(self, other: "Event") -> float:
-        return 1.5
+        return other._at_ms - self._at_ms
 
 
 def tensorrt_module(world: World) -> ModuleType:
@@ -234,6 +258,18 @@ def tensorrt_module(world: World) -> ModuleType:
             assert ignore_mismatch is False
             return True
 
+    class LayerInformationFormat(Strict):
+        JSON = "JSON"
+
+    class IProfiler(Strict):
+        def __init__(self) -> None: ...
+
+    class EngineInspector(Strict):
+        def get_engine_information(self, format: str) -> str:
+            assert format == LayerInformationFormat.JSON
+            world.inspected_batch = self.execution_context._shape[0]
+            return world.inspected
+
     class Builder(Strict):
         def __init__(self, log: ILogger) -> None:
             self._log = log
@@ -260,6 +296,7 @@ def tensorrt_module(world: World) -> ModuleType:
     class IExecutionContext(Strict):
         def __init__(self, plan: dict[str, Any]) -> None:
             self._plan, self._shape, self._addresses = plan, (), {}
+            self.profiler: IProfiler | None = None
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             assert name == "images"
@@ -283,6 +320,12 @@ def tensorrt_module(world: World) -> ModuleType:
             logits = _floats(self._addresses["logits"], (self._shape[0], self._plan["classes"]))
             logits[:] = images.mean(axis=(1, 2, 3))[:, None] * np.arange(1, self._plan["classes"] + 1)
             world.batches.append(self._shape[0])
+            world.clock_ms += world.execute_ms
+            if self.profiler is not None:
+                world.profiled_runs += 1
+                slower = 100 if world.profiled_runs <= 10 else 1  # until it is warm
+                for name, milliseconds in world.layer_ms.items():
+                    self.profiler.report_layer_time(name, slower * milliseconds)
             return True
 
     class ICudaEngine(Strict):
@@ -309,6 +352,9 @@ def tensorrt_module(world: World) -> ModuleType:
 
         def create_execution_context(self) -> IExecutionContext:
             return IExecutionContext(self._plan)
+
+        def create_engine_inspector(self) -> EngineInspector:
+            return EngineInspector()
 
     class Runtime(Strict):
         def __init__(self, log: ILogger) -> None:

@@ -3,6 +3,7 @@
 from clusterq_deploy.export.graphs import VERIFIED_IMAGES, VerifiedGraph, agreement, float_graph, student_graphs
 from clusterq_deploy.export.half import to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
+from clusterq_deploy.export.origins import quantized_layers
 from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
 from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import annotate, export_graph
@@ -22,6 +23,7 @@ __all__ = [
     "compare_integers",
     "export_graph",
     "float_graph",
+    "quantized_layers",
     "read_graph",
     "require_same_integers",
     "require_tensorrt",

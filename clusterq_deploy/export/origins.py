@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx_ir import convenience
+
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class Dequantized:
     kind: ir.DataType | None
     scale: npt.NDArray[np.float64] | None
     axis: int
+
+
+def quantized_layers(model: onnx.ModelProto) -> list[str]:
+    """Names of the convolutions and matrix products that multiply two quantized tensors, in the graph's order."""
+    return [
+        name_of(node)
+        for node in ir.from_proto(model).graph
+        if node.op_type in _LAYERS and not node.domain and all(dequantized(value) for value in node.inputs[:2])
+    ]
 
 
 def name_of(node: ir.Node) -> str:

@@ -42,7 +42,10 @@ class AccuracyRow:
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One measurement; `speedup` is fp32's median over this one's, None where fp32 was not measured so."""
+    """One measurement; `speedup` is fp32's median over this one's, None where fp32 was not measured so.
+
+    An engine is `unsteady` where its computation is; copies vary with what else the host does.
+    """
 
     variant: str
     latency: Latency
@@ -128,7 +131,7 @@ def latency_rows(report: Report) -> list[LatencyRow]:
             variant.name,
             latency,
             None if variant.name == BASELINE else _speedup(reference, latency),
-            latency.coefficient_of_variation > UNSTEADY,
+            (latency.compute or latency).coefficient_of_variation > UNSTEADY,
         )
         for variant in report.variants
         for latency in variant.latency

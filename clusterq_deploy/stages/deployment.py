@@ -88,9 +88,13 @@ def build_engine(run: Run, variant: str) -> StageRecord | None:
 
 def _build_config(run: Run) -> engine.BuildConfig:
     """The build settings, with a profile that holds the batches to be timed."""
-    settings = run.config.build
-    low, best, high = settings.batch
-    return settings.model_copy(update={"batch": (low, best, max(high, *run.config.benchmark.batches))})
+    return run.config.build.model_copy(update={"batch": tuned_batches(run)})
+
+
+def tuned_batches(run: Run) -> tuple[int, int, int]:
+    """The smallest, the tuned-for and the largest batch of what TensorRT builds; the batches to be timed are in it."""
+    low, best, high = run.config.build.batch
+    return low, best, max(high, *run.config.benchmark.batches)
 
 
 def built_engine(run: Run, variant: str) -> StageRecord | None:

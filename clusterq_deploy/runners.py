@@ -1,26 +1,19 @@
 """One way to run a model, whatever executes it: images in, logits out."""
 
-import ctypes
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from torch import nn
 
 from clusterq_deploy.errors import ExportError
+from clusterq_deploy.onnx_providers import PROVIDERS, load_problem, provider_list, quiet_logger
 
 Array = npt.NDArray[np.float32]
-
-_PROVIDERS = {
-    "onnxruntime-cpu": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-}
-_ERRORS, _NOTHING = 3, 4  # of ONNX Runtime's levels of logging
 
 
 def _sums_in_32_bits() -> bool:
@@ -33,39 +26,32 @@ def _sums_in_32_bits() -> bool:
     return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def provider_problem(provider: str) -> str:
-    """Why ONNX Runtime does not load an execution provider that it was built with, as far as its library tells."""
+def _session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, int, int] | None) -> Any:
+    """An InferenceSession of the runtime's provider, which ONNX Runtime may leave out without an error."""
     import onnxruntime
 
-    short = provider.removesuffix("ExecutionProvider").lower()
-    library = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{short}.so"
+    name, place = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), str(graph))
+    provider = PROVIDERS[runtime]
+    if provider not in onnxruntime.get_available_providers():
+        raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
+    on_gpu = runtime != "onnxruntime-cpu"
     try:
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return f"{error}; install what it needs (onnxruntime.ai, Execution Providers), or use the CPU"
-    return "its libraries are there, but it does not start; is there an NVIDIA GPU, and does its driver fit?"
+        with quiet_logger() if on_gpu else nullcontext():
+            # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
+            providers = provider_list(runtime, graph, batch)
+            session = onnxruntime.InferenceSession(name, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's own exceptions have no public base
+        if on_gpu and (problem := load_problem(provider)) is not None:
+            raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}") from error
+        raise ExportError(f"ONNX Runtime cannot load {place}: {_first_line(error)}") from error
+    if provider not in session.get_providers():
+        problem = load_problem(provider) or "its libraries load, and it does not start; is there an NVIDIA GPU?"
+        raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}")
+    return session
 
 
-def batch_profile(graph: Path | bytes, batch: tuple[int, int, int]) -> dict[str, str]:
-    """Options of TensorRT's provider for a dynamic batch: (smallest, tuned-for, largest). None for a fixed one.
-
-    Args:
-        graph: a file, or the bytes of one; its first input is (N, C, H, W).
-    """
-    model = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
-    own = model.graph.input[0]
-    first, *rest = own.type.tensor_type.shape.dim
-    if first.HasField("dim_value"):
-        return {}
-    shapes = {
-        name: f"{own.name}:{'x'.join(str(side) for side in (size, *(dim.dim_value for dim in rest)))}"
-        for name, size in zip(("min", "opt", "max"), batch, strict=True)
-    }
-    return {f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()}
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Runner(Protocol):
@@ -110,16 +96,13 @@ class TorchRunner:
 class OnnxRunner:
     """Runs an ONNX graph in ONNX Runtime.
 
-    TensorRT's provider is asked for no precision, and so takes the types that stand in the graph, as this project's
-    engines do. Its cache of engines is left off: it cannot tell one set of weights from another.
-
     Args:
         graph: a file, or the bytes of one.
         runtime: `onnxruntime-cpu`, `onnxruntime-cuda` or `onnxruntime-tensorrt`.
         threads: threads of the CPU provider; None leaves the choice to ONNX Runtime.
         optimized: False executes the operators as they are written, for a reference, and for TensorRT's provider.
         write_optimized: where the graph is written that ONNX Runtime made of it, for this machine alone.
-        batch: smallest, tuned-for and largest batch of TensorRT's provider; None builds anew for sizes it has not seen.
+        batch: smallest, tuned-for and largest batch of TensorRT's provider; see `provider_list`.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph, or the provider's libraries.
@@ -138,10 +121,8 @@ class OnnxRunner:
         import onnxruntime
 
         self.runtime = runtime
-        provider = _PROVIDERS[runtime]
         options = onnxruntime.SessionOptions()
-        # What keeps a provider from being loaded stands in the error below.
-        options.log_severity_level = _ERRORS if runtime == "onnxruntime-cpu" else _NOTHING
+        options.log_severity_level = 3
         if not _sums_in_32_bits():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
@@ -150,21 +131,8 @@ class OnnxRunner:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
-            options.log_severity_level = _NOTHING  # it warns that the file is for this machine alone
-        name = graph if isinstance(graph, bytes) else str(graph)
-        place = "the graph" if isinstance(graph, bytes) else str(graph)
-        if provider not in onnxruntime.get_available_providers():
-            raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
-        providers: list[str | tuple[str, dict[str, str]]] = [provider]
-        if runtime == "onnxruntime-tensorrt":  # what TensorRT does not run is CUDA's
-            providers = [(provider, batch_profile(graph, batch) if batch else {}), _PROVIDERS["onnxruntime-cuda"]]
-        try:
-            # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
-            self._session = onnxruntime.InferenceSession(name, options, providers=providers, enable_fallback=0)
-        except Exception as error:  # ONNX Runtime's own exceptions have no public base
-            raise ExportError(f"ONNX Runtime cannot load {place}: {_first_line(error)}") from error
-        if provider not in self._session.get_providers():
-            raise ExportError(f"ONNX Runtime has no working {provider} here: {provider_problem(provider)}")
+            options.log_severity_level = 4  # it warns that the file is for this machine alone
+        self._session = _session(graph, options, runtime, batch)
         self._input = self._session.get_inputs()[0].name
 
     def infer(self, images: Array) -> Array:

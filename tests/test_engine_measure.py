@@ -276,7 +276,8 @@ class TestTelemetry:
         hot = pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksEventReasonGpuIdle
         found = summarize_samples([sample(1, 0), sample(1, hot), sample(1, 0), sample(1, hot)], {})
         assert found.throttling == {"temperature (software)": 0.5}
-        assert summarize_samples([sample(1, None)], {}).throttling == {}
+        assert summarize_samples([sample(1, 0)], {}).throttling == {}
+        assert summarize_samples([sample(1, None)], {}).throttling is None
 
 
 def sample(clock: float | None, mask: int | None) -> dict[str, float | None]:

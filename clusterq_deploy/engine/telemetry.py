@@ -89,10 +89,7 @@ class GpuMonitor:
 
 def summarize_samples(samples: Sequence[_Sample], limits: _Sample) -> GpuTelemetry:
     """The record of samples that `GpuMonitor` took."""
-    reasons = [int(sample["reasons"]) for sample in samples if sample["reasons"] is not None]
-    shares = {
-        name: sum(bool(mask & bit) for mask in reasons) / len(reasons) for bit, name in _bits().items() if reasons
-    }
+    reasons = [int(mask) for sample in samples if (mask := sample["reasons"]) is not None]
     sm_clock = _reading(samples, "sm_clock_mhz")
     return GpuTelemetry(
         samples=len(samples),
@@ -101,7 +98,7 @@ def summarize_samples(samples: Sequence[_Sample], limits: _Sample) -> GpuTelemet
         clocks=_clocks(sm_clock, reasons),
         power_watts=_reading(samples, "power_watts"),
         temperature_celsius=_reading(samples, "temperature_celsius"),
-        throttling={name: share for name, share in shares.items() if share},
+        throttling=_throttling(reasons),
         **limits,
     )
 
@@ -116,10 +113,15 @@ def _clocks(sm_clock: Reading | None, reasons: Sequence[int]) -> Literal["set", 
     return "steady" if sm_clock.lowest == sm_clock.highest else "floating"
 
 
-def _bits() -> dict[int, str]:
+def _throttling(reasons: Sequence[int]) -> dict[str, float] | None:
+    """The share of the samples that each reason to throttle was given in; None where NVML gives no reasons."""
     import pynvml
 
-    return {getattr(pynvml, f"nvmlClocksEventReason{name}"): words for name, words in _THROTTLING.items()}
+    if not reasons:
+        return None
+    bits = {words: getattr(pynvml, f"nvmlClocksEventReason{name}") for name, words in _THROTTLING.items()}
+    counts = {words: sum(bool(mask & bit) for mask in reasons) for words, bit in bits.items()}
+    return {words: count / len(reasons) for words, count in counts.items() if count}
 
 
 def _reading(samples: Sequence[_Sample], quantity: str) -> Reading | None:

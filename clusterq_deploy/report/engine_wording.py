@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clusterq_deploy.report.engines import EngineInspection, EngineLayer, GpuTelemetry, Reading
-from clusterq_deploy.report.findings import UNSTEADY
+from clusterq_deploy.report.findings import BASELINE, UNSTEADY
 from clusterq_deploy.report.schema import Latency, Report
-from clusterq_deploy.report.wording import ABSENT, file_name, milliseconds, percent
+from clusterq_deploy.report.wording import ABSENT, file_name, milliseconds, percent, speedup
 
 ENQUEUE_BOUND = 0.8
 """Enqueue time over compute time above which the host may hold the GPU back; trtexec warns at the same share."""
-_SHOWN = 48
+_SHOWN = 48  # characters of a layer's name
+_LISTED = 10  # layers in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,12 @@ def timing_table(report: Report) -> TextTable | None:
                 *(milliseconds(part.median_ms) if part else ABSENT for part in parts),
                 milliseconds(latency.compute.p99_ms) if latency.compute else ABSENT,
                 percent(latency.compute.coefficient_of_variation) if latency.compute else ABSENT,
+                speedup(_compute_speedup(report, latency)),
                 f"{latency.images_per_second:,.0f}",
             )
         )
     headings = ("Variant", "Engine", "CUDA graph", "Batch", "To GPU, ms", "Compute, ms", "From GPU, ms", "Enqueue, ms")
-    more = ("Compute p99, ms", "Variation", "Images/s")
+    more = ("Compute p99, ms", "Variation", "Compute speed-up", "Images/s")
     return TextTable("Time of a call in parts, medians", headings + more, rows, 3) if rows else None
 
 
@@ -97,8 +99,10 @@ def engine_notes(report: Report) -> list[str]:
     for variant, own in _inspections(report):
         where = f"{variant}, {file_name(own.engine)}"
         if own.missed:
-            listed = "; ".join(f"{missed.layer} {missed.reason}" for missed in own.missed)
-            notes.append(f"{where}: quantized in the graph, and not in INT8 in the engine: {listed}.")
+            listed = [f"{missed.layer} {missed.reason}" for missed in own.missed[:_LISTED]]
+            if more := len(own.missed) - len(listed):
+                listed.append(f"and {more} more (report.json has them)")
+            notes.append(f"{where}: quantized in the graph, and not in INT8 in the engine: {'; '.join(listed)}.")
         notes += [f"{where}: {note}" for note in own.notes]
     if any(own.slowest for _, own in _inspections(report)):
         notes.append(
@@ -139,8 +143,8 @@ def _timing_notes(report: Report) -> Iterator[str]:
         return
     yield (
         "An engine's latency is what trtexec calls so: the sum of the copy to the GPU, the computation and the copy "
-        "back, by CUDA events. Copies run beside the computation of another batch, and throughput is by the time of "
-        "the whole measurement."
+        "back, by CUDA events; the compute speed-up leaves the copies out. Copies run beside the computation of "
+        "another batch, and throughput is by the time of the whole measurement."
     )
     for variant, latency in timed:
         where = f"{variant}, {file_name(latency.graph)}, batch {latency.batch}"
@@ -153,6 +157,14 @@ def _timing_notes(report: Report) -> Iterator[str]:
             "Steady clocks did not move while they were watched; whether they are locked (nvidia-smi -lgc) is not "
             "something that NVML tells."
         )
+
+
+def _compute_speedup(report: Report, latency: Latency) -> float | None:
+    """How many times as fast as fp32's first engine an engine computes, at the same batch, copies left out."""
+    for variant, other in _engine_latencies(report):
+        if variant == BASELINE and other.batch == latency.batch and other.compute and latency.compute:
+            return other.compute.median_ms / latency.compute.median_ms
+    return None
 
 
 def _warnings(latency: Latency) -> Iterator[str]:
@@ -184,7 +196,7 @@ def _gpu_cells(gpu: GpuTelemetry) -> tuple[str, ...]:
         gpu.clocks or ABSENT,
         _range(gpu.power_watts, gpu.power_limit_watts),
         _range(gpu.temperature_celsius, None),
-        ", ".join(gpu.throttling) or "nothing",
+        ABSENT if gpu.throttling is None else ", ".join(gpu.throttling) or "nothing",
     )
 
 

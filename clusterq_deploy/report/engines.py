@@ -37,7 +37,7 @@ class GpuTelemetry(Record):
             clocks are, which NVML does not tell of; `floating`: it moved.
         power_watts: drawn by the board; `power_limit_watts` is the limit in force.
         temperature_celsius: of the GPU.
-        throttling: the share of the samples, by the reason that NVML gave for lowered clocks.
+        throttling: the share of the samples, by the reason that NVML gave for lowered clocks; empty where it gave none.
     """
 
     reason: str | None = None
@@ -50,7 +50,7 @@ class GpuTelemetry(Record):
     power_watts: Reading | None = None
     power_limit_watts: float | None = None
     temperature_celsius: Reading | None = None
-    throttling: dict[str, float] = Field(default_factory=dict)
+    throttling: dict[str, float] | None = None
 
 
 class EngineLayer(Record):

@@ -177,7 +177,7 @@ def test_the_type_in_a_format(description: str, kind: str | None) -> None:
 def test_the_summary_counts_types_and_names_what_missed_int8() -> None:
     found = read(DETAILED)
     times = dict(zip((layer.name for layer in found.layers), (0.02, 0.1, 0.04, 0.2, 0.03, 0.01, 0.0), strict=True))
-    nodes = ["node_conv2d", "node_conv2d_1", "node_linear", "node_gone"]
+    nodes = {"node_conv2d": "stem", "node_conv2d_1": "block.conv", "node_linear": "fc", "node_gone": "gone"}
     summary = summarize_layers(found, times, nodes, engine="w8a8/model.engine", batch=8)
     assert (summary.layers, summary.reformats, summary.quantizers) == (7, 1, 1)
     assert summary.precisions == {"FP16": 2, "INT8": 1, "FP32": 1}
@@ -190,23 +190,24 @@ def test_the_summary_counts_types_and_names_what_missed_int8() -> None:
     assert {missed.layer: missed.reason for missed in summary.missed} == {
         "node_conv2d_1": "reads FP16 in node_conv2d_1 (CaskConvolution)",
         "node_linear": "reads FP32 in node_linear (gemm)",
-        "node_gone": "no layer of the engine names it",
+        "node_gone": "is named by no layer of the engine",
     }
+    assert [missed.weight for missed in summary.missed] == ["block.conv", "fc", "gone"]
     assert (summary.quantized_layers, summary.notes) == (4, [])
 
 
 def test_the_ten_slowest_layers_are_listed() -> None:
     times = {f"layer{index}": float(index) for index in range(25)}
-    summary = summarize_layers(EngineLayers((), detailed=False), times, [], engine="e", batch=1)
+    summary = summarize_layers(EngineLayers((), detailed=False), times, {}, engine="e", batch=1)
     assert [layer.name for layer in summary.slowest] == [f"layer{index}" for index in range(24, 14, -1)]
     assert summary.slowest[0].share == pytest.approx(24 / 300)
 
 
 def test_names_alone_say_so_instead_of_blaming_layers() -> None:
-    summary = summarize_layers(read(NAMES), {"node_linear": 0.5}, ["node_conv2d"], engine="e", batch=1)
+    summary = summarize_layers(read(NAMES), {"node_linear": 0.5}, {"node_conv2d": "stem"}, engine="e", batch=1)
     assert (summary.precisions, summary.missed, summary.quantized_layers) == ({}, [], 1)
     assert summary.slowest[0].kind is None
     (note,) = summary.notes
     assert note.startswith("The engine tells only the names of its layers: build it with detailed profiling verbosity")
-    (note,) = summarize_layers(parse_layers(""), {}, [], engine="e", batch=1).notes
+    (note,) = summarize_layers(parse_layers(""), {}, {}, engine="e", batch=1).notes
     assert "tells nothing of its layers" in note

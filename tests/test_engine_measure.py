@@ -190,7 +190,8 @@ class TestInspection:
         world.inspected = world.inspected.replace("Int8", "Float")
         with TensorRTRunner(engine, device="cpu") as runner:
             (missed,) = inspect_engine(runner, "w8a8/model.engine", engine, batch=4).missed
-        assert (missed.layer, missed.reason) == ("node_conv2d", "reads FP32 in node_conv2d (CaskConvolution)")
+        assert (missed.layer, missed.weight) == ("node_conv2d", "integers")
+        assert missed.reason == "reads FP32 in node_conv2d (CaskConvolution)"
 
     def test_an_engine_without_its_graph_is_inspected_too(self, world: World, engine: Path) -> None:
         world.inspected = json.dumps({"Layers": self.LAYERS})

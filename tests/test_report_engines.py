@@ -86,7 +86,7 @@ INSPECTED = EngineInspection(
         EngineLayer(name="node_linear", kind="gemm", precision="FP16", mean_ms=0.123, share=0.0769),
     ],
     quantized_layers=21,
-    missed=[MissedLayer(layer="node_linear", reason="reads FP16 in node_linear (gemm)")],
+    missed=[MissedLayer(layer="node_linear", weight="fc.weight", reason="reads FP16 in node_linear (gemm)")],
 )
 
 
@@ -126,7 +126,7 @@ def test_pages_carry_the_numbers(render: Callable[[Report], str]) -> None:
     assert "7.7 %" in page
     assert "12.5 %" in page  # of the layers' time, for reformats
     assert "1 of 21" in page
-    assert "node_linear reads FP16 in node_linear" in page
+    assert "fc.weight (node_linear) reads FP16 in node_linear" in page
     assert "onnxruntime-cuda" in page
 
 
@@ -228,11 +228,10 @@ def test_the_speed_of_the_computation_is_against_the_first_engine_of_fp32_at_the
 
 
 def test_a_long_list_of_missed_layers_is_cut() -> None:
-    missed = [MissedLayer(layer=f"conv{index}", reason="reads FP32") for index in range(13)]
-    (note,) = [
-        n for n in engine_notes(report(inspections=(INSPECTED.model_copy(update={"missed": missed}),))) if "conv0" in n
-    ]
-    assert "conv9 reads FP32; and 3 more (report.json has them)." in note
+    missed = [MissedLayer(layer=f"conv{index}", weight="w", reason="reads FP32") for index in range(13)]
+    own = report(inspections=(INSPECTED.model_copy(update={"missed": missed}),))
+    (note,) = [note for note in engine_notes(own) if "(conv0)" in note]
+    assert "w (conv9) reads FP32; and 3 more (report.json has them)." in note
     assert "conv10" not in note
 
 

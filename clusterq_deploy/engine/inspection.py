@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from clusterq_deploy.engine.layers import EngineLayers, Layer
@@ -42,14 +42,14 @@ def layer_profiler(times_ms: dict[str, float]) -> trt.IProfiler:
 
 
 def summarize_layers(
-    found: EngineLayers, times_ms: Mapping[str, float], quantized: Collection[str], *, engine: str, batch: int
+    found: EngineLayers, times_ms: Mapping[str, float], quantized: Mapping[str, str], *, engine: str, batch: int
 ) -> EngineInspection:
     """Count an engine's layers by type, find the slowest, and name what is quantized and does not run in INT8.
 
     Args:
         found: the engine's layers.
         times_ms: mean milliseconds of each layer in a call, by name.
-        quantized: names of the graph's nodes that are quantized; each is to run in INT8.
+        quantized: the graph's nodes that are quantized, with the names of their weights; each is to run in INT8.
         engine: the engine's path, for the record.
         batch: images a call, when it was profiled.
     """
@@ -68,7 +68,11 @@ def summarize_layers(
         reformat_ms=sum(ms for name, ms in times_ms.items() if name in by_name and by_name[name].is_reformat),
         slowest=[_timed(by_name.get(name, Layer(name)), ms, total) for name, ms in slowest],
         quantized_layers=len(quantized),
-        missed=[missed for node in quantized if (missed := _missed(node, found)) is not None],
+        missed=[
+            MissedLayer(layer=node, weight=weight, reason=reason)
+            for node, weight in quantized.items()
+            if (reason := _missed(node, found)) is not None
+        ],
         notes=_notes(found, quantized),
     )
 
@@ -85,22 +89,20 @@ def _timed(layer: Layer, ms: float, total_ms: float) -> EngineLayer:
     return EngineLayer(name=layer.name, kind=layer.kind, precision=layer.precision, mean_ms=ms, share=share)
 
 
-def _missed(node: str, found: EngineLayers) -> MissedLayer | None:
+def _missed(node: str, found: EngineLayers) -> str | None:
     """Why a quantized node does not run in INT8; None where it does, or where the engine does not tell."""
     if not found.detailed:
         return None
     own = [layer for layer in found.layers if layer.computes and node in layer.nodes]
     if not own:
-        return MissedLayer(layer=node, reason="no layer of the engine names it")
+        return "is named by no layer of the engine"
     if any(layer.precision == "INT8" for layer in own):
         return None
     layer = own[0]
-    return MissedLayer(
-        layer=node, reason=f"reads {layer.precision or 'an unknown type'} in {layer.name} ({layer.kind})"
-    )
+    return f"reads {layer.precision or 'an unknown type'} in {layer.name} ({layer.kind})"
 
 
-def _notes(found: EngineLayers, quantized: Collection[str]) -> list[str]:
+def _notes(found: EngineLayers, quantized: Mapping[str, str]) -> list[str]:
     if found.detailed:
         return []
     what = "only the names of its layers" if found.layers else "nothing of its layers"

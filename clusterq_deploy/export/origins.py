@@ -32,13 +32,18 @@ class Dequantized:
     axis: int
 
 
-def quantized_layers(model: onnx.ModelProto) -> list[str]:
-    """Names of the convolutions and matrix products that multiply two quantized tensors, in the graph's order."""
-    return [
-        name_of(node)
-        for node in ir.from_proto(model).graph
-        if node.op_type in _LAYERS and not node.domain and all(dequantized(value) for value in node.inputs[:2])
-    ]
+def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
+    """The convolutions and matrix products that multiply two quantized tensors, in the graph's order.
+
+    Gives the name of each node, and that of its weight, which tells people more: `layer1.0.conv1.weight`.
+    """
+    found = {}
+    for node in ir.from_proto(model).graph:
+        if node.op_type in _LAYERS and not node.domain:
+            data, weight = (dequantized(value) for value in node.inputs[:2])
+            if data is not None and weight is not None:
+                found[name_of(node)] = str(weight.source.name).removesuffix(".integers")
+    return found
 
 
 def name_of(node: ir.Node) -> str:

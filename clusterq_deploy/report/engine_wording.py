@@ -99,7 +99,7 @@ def engine_notes(report: Report) -> list[str]:
     for variant, own in _inspections(report):
         where = f"{variant}, {file_name(own.engine)}"
         if own.missed:
-            listed = [f"{missed.layer} {missed.reason}" for missed in own.missed[:_LISTED]]
+            listed = [f"{missed.weight} ({missed.layer}) {missed.reason}" for missed in own.missed[:_LISTED]]
             if more := len(own.missed) - len(listed):
                 listed.append(f"and {more} more (report.json has them)")
             notes.append(f"{where}: quantized in the graph, and not in INT8 in the engine: {'; '.join(listed)}.")

@@ -67,9 +67,13 @@ class EngineLayer(Record):
 
 
 class MissedLayer(Record):
-    """A layer that is quantized in the graph and does not run in INT8 in the engine, and what it does instead."""
+    """A layer that is quantized in the graph and does not run in INT8 in the engine, and what it does instead.
+
+    `layer` is the node's name in the graph, `weight` that of its weight.
+    """
 
     layer: str
+    weight: str
     reason: str
 
 

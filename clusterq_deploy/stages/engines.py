@@ -53,7 +53,7 @@ def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: 
         batch: images a call.
     """
     graph = path.with_name(runner.info.source)
-    quantized = quantized_layers(read_graph(graph)) if graph.is_file() else []
+    quantized = quantized_layers(read_graph(graph)) if graph.is_file() else {}
     try:
         found, times_ms = runner.layers(batch), runner.layer_times(batch)
     except EngineError as error:

@@ -83,10 +83,15 @@ def report_table(report: "Report") -> Table:
         table.add_column(name)
     for name in ("size", "top-1 %", "drop", "agreement %", "batch 1, ms", "speed-up"):
         table.add_column(name, justify="right")
-    timed = {(row.variant, row.latency.graph): row for row in latency_rows(report) if row.latency.batch == 1}
+    timed = {
+        (row.variant, row.latency.runtime, row.latency.graph): row
+        for row in latency_rows(report)
+        if row.latency.batch == 1
+    }
     previous = None
     for row in accuracy_rows(report):
-        own = timed.get((row.variant, row.accuracy.graph)) if row.accuracy.graph else None
+        key = (row.variant, row.accuracy.runtime, row.accuracy.graph)
+        own = timed.get(key) if row.accuracy.graph else None
         table.add_row(
             row.variant if row.variant != previous else "",
             row.accuracy.runtime,

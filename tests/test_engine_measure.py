@@ -180,7 +180,8 @@ class TestInspection:
         world.inspected = json.dumps({"Layers": self.LAYERS})
         world.layer_ms = {"node_conv2d": 0.25, "node_conv2d_1": 0.5}
         with TensorRTRunner(engine, device="cpu") as runner:
-            found = inspect_engine(runner, "w8a8/model.engine", engine, batch=4)
+            found, text = inspect_engine(runner, "w8a8/model.engine", engine, batch=4)
+            assert text == world.inspected
             assert world.inspected_batch == 4  # formats are known where shapes are set
         assert (found.engine, found.batch, found.detailed, found.layers) == ("w8a8/model.engine", 4, True, 2)
         assert found.precisions == {"INT8": 1, "FP16": 1}
@@ -189,7 +190,8 @@ class TestInspection:
 
         world.inspected = world.inspected.replace("Int8", "Float")
         with TensorRTRunner(engine, device="cpu") as runner:
-            (missed,) = inspect_engine(runner, "w8a8/model.engine", engine, batch=4).missed
+            found, _ = inspect_engine(runner, "w8a8/model.engine", engine, batch=4)
+        (missed,) = found.missed
         assert (missed.layer, missed.weight) == ("node_conv2d", "integers")
         assert missed.reason == "reads FP32 in node_conv2d (CaskConvolution)"
 
@@ -197,19 +199,20 @@ class TestInspection:
         world.inspected = json.dumps({"Layers": self.LAYERS})
         engine.with_name("model.trt.onnx").unlink()
         with TensorRTRunner(engine, device="cpu") as runner:
-            found = inspect_engine(runner, "e", engine, batch=1)
+            found, _ = inspect_engine(runner, "e", engine, batch=1)
         assert (found.quantized_layers, found.layers) == (0, 2)
 
     def test_what_cannot_be_inspected_is_a_note(self, world: World, engine: Path) -> None:
         world.inspected = "not available"
         with TensorRTRunner(engine, device="cpu") as runner:
-            found = inspect_engine(runner, "e", engine, batch=1)
+            found, text = inspect_engine(runner, "e", engine, batch=1)
+        assert text == "not available"
         assert found.notes == [
             "The engine could not be inspected: the engine inspector gave no JSON: "
             "Expecting value: line 1 column 1 (char 0)."
         ]
 
-    @pytest.mark.parametrize("way", ["layers", "layer_times"])
+    @pytest.mark.parametrize("way", ["layer_information", "layers", "layer_times"])
     def test_a_batch_outside_the_profile_is_refused(self, engine: Path, way: str) -> None:
         with (
             TensorRTRunner(engine, device="cpu") as runner,

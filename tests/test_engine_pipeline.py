@@ -51,6 +51,7 @@ def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: p
         timed = [own for own in variant.latency if own.runtime == "tensorrt"]
         assert [(own.graph, own.batch, own.cuda_graph) for own in timed] == [(path, 1, True), (path, 2, True)]
         assert all(own.compute and own.trtexec and own.gpu for own in timed)
+        assert (tmp_path / "run" / f"{path}.layers.json").read_text() == world.inspected
         (inspected,) = variant.inspections
         assert (inspected.engine, inspected.batch, inspected.layers) == (path, 1, 1)
         assert inspected.slowest[0].mean_ms == pytest.approx(0.5)

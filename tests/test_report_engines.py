@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cli.render import report_table
 from clusterq_deploy.measure import spread
 from clusterq_deploy.report import (
+    Accuracy,
     CalibrationInfo,
     EngineInspection,
     EngineLayer,
@@ -233,6 +235,23 @@ def test_a_long_list_of_missed_layers_is_cut() -> None:
     (note,) = [note for note in engine_notes(own) if "(conv0)" in note]
     assert "w (conv9) reads FP32; and 3 more (report.json has them)." in note
     assert "conv10" not in note
+
+
+def test_the_closing_table_takes_the_time_of_the_runtime_that_was_scored() -> None:
+    graph = "w8a8/model.ort.onnx"
+    runtimes = {"onnxruntime-cpu": 3.0, "onnxruntime-cuda": 7.0}
+    own = Variant(
+        name="w8a8",
+        seconds=1.0,
+        accuracy=[Accuracy(runtime=name, top1=None, top5=None, agreement=99, graph=graph) for name in runtimes],
+        latency=[
+            Latency(runtime=name, batch=1, runs=9, images_per_second=1, graph=graph, **part(ms).model_dump())
+            for name, ms in runtimes.items()
+        ],
+    )
+    table = report_table(report().model_copy(update={"variants": [own]}))
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["batch 1, ms"] == ["3.000", "7.000"]
 
 
 def test_long_names_lose_their_middle() -> None:

@@ -132,19 +132,27 @@ class TensorRTRunner:
                 warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=graph is not None
             )
 
-    def layers(self, batch: int) -> EngineLayers:
-        """The layers of the engine, by TensorRT's engine inspector, for calls of `batch` images.
+    def layer_information(self, batch: int) -> str:
+        """What TensorRT's engine inspector tells of the layers, in JSON, for calls of `batch` images.
 
-        How much is told depends on the profiling verbosity that the engine was built with.
+        How much that is depends on the profiling verbosity that the engine was built with.
 
         Raises:
-            EngineError: the batch is outside `batch_range`, or TensorRT tells nothing that can be read.
+            EngineError: the batch is outside `batch_range`, or TensorRT cannot inspect the engine.
         """
         self._require_open()
         self._require_batch(batch)
         with explained("inspect the engine"):
             self._set_batch(self._context, batch)
-            return parse_layers(layer_information(self._engine, self._context))
+            return layer_information(self._engine, self._context)
+
+    def layers(self, batch: int) -> EngineLayers:
+        """The same as records.
+
+        Raises:
+            EngineError: as for `layer_information`, or it is not in a shape that is known.
+        """
+        return parse_layers(self.layer_information(batch))
 
     def layer_times(self, batch: int, runs: int = 50) -> dict[str, float]:
         """Mean milliseconds of each layer in a call of `batch` images, by TensorRT's profiler, in execution order.

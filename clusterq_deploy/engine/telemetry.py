@@ -54,7 +54,8 @@ class GpuMonitor:
             self._reason = f"NVML does not start: {error}"
             return self
         try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self._device).uuid}")
+            uuid = str(torch.cuda.get_device_properties(self._device).uuid).removeprefix("GPU-")
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         except pynvml.NVMLError as error:
             self._reason = f"NVML does not know the device: {error}"
             pynvml.nvmlShutdown()

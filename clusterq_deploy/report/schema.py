@@ -166,7 +166,7 @@ class Variant(_Record):
 
 
 class Skipped(_Record):
-    """A stage that did not run, and why."""
+    """A stage or a runtime that was left out, and why."""
 
     stage: str
     reason: str

@@ -41,7 +41,7 @@ def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkCon
     return found
 
 
-def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: int) -> EngineInspection:
+def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: int) -> tuple[EngineInspection, str]:
     """Which of an engine's layers run in which type, and how long they take in calls of `batch` images.
 
     An engine that cannot be inspected is a note in the record: its latency holds nevertheless.
@@ -51,12 +51,17 @@ def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: 
         name: its path in the run directory, for the record.
         path: the engine; the graph that it was built from lies beside it.
         batch: images a call.
+
+    Returns:
+        The record, and the JSON of TensorRT's inspector for other tools, empty where there is none.
     """
     graph = path.with_name(runner.info.source)
     quantized = quantized_layers(read_graph(graph)) if graph.is_file() else {}
+    text = ""
     try:
-        found, times_ms = runner.layers(batch), runner.layer_times(batch)
+        text = runner.layer_information(batch)
+        found, times_ms = engine.parse_layers(text), runner.layer_times(batch)
     except EngineError as error:
         note = f"The engine could not be inspected: {error}."
-        return EngineInspection(engine=name, batch=batch, detailed=False, layers=0, notes=[note])
-    return engine.summarize_layers(found, times_ms, quantized, engine=name, batch=batch)
+        return EngineInspection(engine=name, batch=batch, detailed=False, layers=0, notes=[note]), text
+    return engine.summarize_layers(found, times_ms, quantized, engine=name, batch=batch), text

@@ -90,15 +90,18 @@ def measure_latency(run: Run) -> StageRecord:
             own = timed[key]
             latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]
         inspections: dict[str, list[Result]] = {v: [] for v in variants}
+        files: list[str] = []
         for variant, record in built.items():
             for artifact in record.result["artifacts"] if record else ():
                 name, path = artifact["path"], run.directory.path / artifact["path"]
                 with engine.TensorRTRunner(path) as runner:
                     latency[variant] += [_result(r) for r in time_engine(runner, name, settings)]
-                    inspected = inspect_engine(runner, name, path, settings.batches[0])
+                    inspected, text = inspect_engine(runner, name, path, settings.batches[0])
                 inspections[variant].append(inspected.model_dump(mode="json"))
+                if text:
+                    files.append(run.directory.write(f"{name}.layers.json", text))
         more = {"inspections": inspections, "skipped": [s.model_dump(mode="json") for s in skipped]}
-        return {"latency": latency, "environment": environment, **more}, []
+        return {"latency": latency, "environment": environment, **more}, files
 
     upstream = [stage for v in variants for stage in (f"export/{v}", *engine_stage(v, built[v]))]
     inputs = {"settings": settings.model_dump(mode="json"), "environment": environment}

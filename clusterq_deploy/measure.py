@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
 from clusterq_deploy.data import EvaluationSet
-from clusterq_deploy.engine.timing import EngineTimes
+from clusterq_deploy.engine.calls import EngineTimes
 from clusterq_deploy.environment import available_cores
 from clusterq_deploy.errors import DataError
 from clusterq_deploy.report.engines import Spread

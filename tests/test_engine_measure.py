@@ -17,8 +17,8 @@ from tensorrt_double import World, install
 
 from calib.progress import SILENT
 from clusterq_deploy.engine import BuildConfig, TensorRTRunner, build_engine, trtexec_command
+from clusterq_deploy.engine.calls import CallTimer
 from clusterq_deploy.engine.telemetry import GpuMonitor, summarize_samples
-from clusterq_deploy.engine.timing import CallTimer
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.measure import BenchmarkConfig, summarize_engine
 from clusterq_deploy.stages.engines import inspect_engine, time_engine

@@ -102,7 +102,7 @@ def run_on(device: str, path: Path) -> Any:
 
 
 def exported(name: str) -> StageRecord:
-    artifacts = [{"kind": "onnx", "target": "onnxruntime", "path": name}]
+    artifacts = [{"kind": "onnx", "target": target, "path": name} for target in ("onnxruntime", "tensorrt")]
     return StageRecord("", {}, {}, {"artifacts": artifacts}, 0.0)
 
 

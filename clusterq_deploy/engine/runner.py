@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from clusterq_deploy.engine.availability import require_tensorrt
+from clusterq_deploy.engine.calls import Buffers, CallTimer, EngineTimes
 from clusterq_deploy.engine.inspection import layer_information, layer_profiler
 from clusterq_deploy.engine.layers import EngineLayers, parse_layers
 from clusterq_deploy.engine.log import explained, failure, tensorrt_log
 from clusterq_deploy.engine.sidecar import EngineInfo, check_machine, read_sidecar, this_machine
-from clusterq_deploy.engine.timing import Buffers, CallTimer, EngineTimes
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.runners import Array
 

@@ -94,7 +94,8 @@ def _build_config(run: Run) -> engine.BuildConfig:
 def tuned_batches(run: Run) -> tuple[int, int, int]:
     """The smallest, the tuned-for and the largest batch of what TensorRT builds; the batches to be timed are in it."""
     low, best, high = run.config.build.batch
-    return low, best, max(high, *run.config.benchmark.batches)
+    timed = run.config.benchmark.batches
+    return min(low, *timed), best, max(high, *timed)
 
 
 def built_engine(run: Run, variant: str) -> StageRecord | None:

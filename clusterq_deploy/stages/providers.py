@@ -7,13 +7,13 @@ import numpy as np
 
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.report.schema import Skipped
-from clusterq_deploy.run import Run
+from clusterq_deploy.run import FP32, Run
 from clusterq_deploy.rundir import StageRecord
 from clusterq_deploy.runners import OnnxRunner
 from clusterq_deploy.stages.deployment import graph_for, tuned_batches
 
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}
-"""The spelling of the graph that each of them takes; the float baseline has but one."""
+"""The spelling of the graph that each of them takes; of the float baseline it is the one in FP32."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def provider_runners(run: Run, exports: Mapping[str, StageRecord], skipped: list
         return
     for runtime, spelling in GPU_RUNTIMES.items():
         for variant, record in exports.items():
-            graph = str(graph_for(record, spelling) or graph_for(record, "onnxruntime"))
+            graph = str(graph_for(record, "onnxruntime" if variant == FP32 else spelling))
             try:
                 runner = OnnxRunner(
                     run.directory.path / graph,

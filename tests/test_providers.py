@@ -15,8 +15,10 @@ from clusterq_deploy.config import RunConfig
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.onnx_providers import batch_profile, provider_list
 from clusterq_deploy.report.schema import Skipped
+from clusterq_deploy.run import EVALUATION_BATCH
 from clusterq_deploy.rundir import StageRecord
 from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.stages import providers
 from clusterq_deploy.stages.providers import provider_runners
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
@@ -104,6 +106,21 @@ def run_on(device: str, path: Path) -> Any:
 def exported(name: str) -> StageRecord:
     artifacts = [{"kind": "onnx", "target": target, "path": name} for target in ("onnxruntime", "tensorrt")]
     return StageRecord("", {}, {}, {"artifacts": artifacts}, 0.0)
+
+
+def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are built for the batches to be timed; a provider takes those of the evaluation too."""
+    asked = []
+
+    def refuse(path: Path, **options: object) -> None:
+        asked.append((path.name, options))
+        raise ExportError("not here")
+
+    monkeypatch.setattr(providers, "OnnxRunner", refuse)
+    list(provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, []))
+    assert [options["runtime"] for _, options in asked] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    assert [options["optimized"] for _, options in asked] == [True, False]
+    assert {options["batch"] for _, options in asked} == {(1, 8, EVALUATION_BATCH)}
 
 
 @needs_no_gpu

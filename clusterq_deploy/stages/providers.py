@@ -7,7 +7,7 @@ import numpy as np
 
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.report.schema import Skipped
-from clusterq_deploy.run import FP32, Run
+from clusterq_deploy.run import EVALUATION_BATCH, FP32, Run
 from clusterq_deploy.rundir import StageRecord
 from clusterq_deploy.runners import OnnxRunner
 from clusterq_deploy.stages.deployment import graph_for, tuned_batches
@@ -36,6 +36,8 @@ def provider_runners(run: Run, exports: Mapping[str, StageRecord], skipped: list
     """
     if run.device.type != "cuda":
         return
+    _, best, high = tuned_batches(run)
+    batch = (1, best, max(high, EVALUATION_BATCH))  # it refuses what is outside, and an evaluation ends in a part
     for runtime, spelling in GPU_RUNTIMES.items():
         for variant, record in exports.items():
             graph = str(graph_for(record, "onnxruntime" if variant == FP32 else spelling))
@@ -44,7 +46,7 @@ def provider_runners(run: Run, exports: Mapping[str, StageRecord], skipped: list
                     run.directory.path / graph,
                     runtime=runtime,
                     optimized=spelling != "tensorrt",  # TensorRT fuses Q/DQ itself, and wants to find them
-                    batch=tuned_batches(run),
+                    batch=batch,
                 )
                 runner.infer(np.zeros((1, *run.model.input.size), np.float32))
             except ExportError as error:

@@ -46,15 +46,17 @@ def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: p
     report = pipeline.report()
 
     for variant in report.variants:
-        path = f"{variant.name}/model.engine"
-        assert [a.graph for a in variant.accuracy if a.runtime == "tensorrt"] == [path]
+        engines = [artifact.path for artifact in variant.artifacts if artifact.kind == "engine"]
+        assert engines[0] == f"{variant.name}/model.engine"
+        assert [a.graph for a in variant.accuracy if a.runtime == "tensorrt"] == engines
         timed = [own for own in variant.latency if own.runtime == "tensorrt"]
-        assert [(own.graph, own.batch, own.cuda_graph) for own in timed] == [(path, 1, True), (path, 2, True)]
-        assert all(own.compute and own.trtexec and own.gpu for own in timed)
-        assert (tmp_path / "run" / f"{path}.layers.json").read_text() == world.inspected
-        (inspected,) = variant.inspections
-        assert (inspected.engine, inspected.batch, inspected.layers) == (path, 1, 1)
-        assert inspected.slowest[0].mean_ms == pytest.approx(0.5)
+        assert [(own.graph, own.batch) for own in timed] == [(path, batch) for path in engines for batch in (1, 2)]
+        assert all(own.compute and own.cuda_graph and own.trtexec and own.gpu for own in timed)
+        assert [own.engine for own in variant.inspections] == engines
+        for inspected in variant.inspections:
+            assert (tmp_path / "run" / f"{inspected.engine}.layers.json").read_text() == world.inspected
+            assert (inspected.batch, inspected.layers) == (1, 1)
+            assert inspected.slowest[0].mean_ms == pytest.approx(0.5)
     fp32, w8a8 = report.variants
     assert fp32.inspections[0].quantized_layers == 0
     assert w8a8.inspections[0].quantized_layers == w8a8.quantized_layers

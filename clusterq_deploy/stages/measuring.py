@@ -14,7 +14,7 @@ from clusterq_deploy.report.schema import Accuracy, Report, Skipped
 from clusterq_deploy.run import EVALUATION_BATCH, FP32, PREVIEW, Run
 from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
-from clusterq_deploy.stages.deployment import built_engine, engine_stage, graph_for, runner_of
+from clusterq_deploy.stages.deployment import built_engine, engine_stage, executed_graphs, graph_for, runner_of
 
 
 def measure_accuracy(run: Run, variant: str) -> StageRecord:
@@ -30,7 +30,7 @@ def measure_accuracy(run: Run, variant: str) -> StageRecord:
         else:
             with TorchRunner(run.student(BitWidths.parse(variant))) as runner:
                 found.append(_accuracy(run, runner, None))
-        for artifact in [*source.result["artifacts"], *(built.result["artifacts"] if built else [])]:
+        for artifact in [*executed_graphs(variant, source), *(built.result["artifacts"] if built else [])]:
             with runner_of(run, artifact) as runner:
                 found.append(_accuracy(run, runner, artifact["path"]))
         return {"accuracy": [a.model_dump(mode="json") for a in found]}, []
@@ -88,8 +88,8 @@ def measure_latency(run: Run) -> StageRecord:
             more = {"graph": name if is_graph else None, "threads": settings.cpu_threads if is_graph else None}
             latency[owners[name]] += [{**r.model_dump(mode="json"), **more} for r in records]
         for variant, record in built.items():
-            if record:
-                latency[variant] += _time_engine(run, record.result["artifacts"][0]["path"])
+            for artifact in record.result["artifacts"] if record else []:
+                latency[variant] += _time_engine(run, artifact["path"])
         return {"latency": latency, "environment": environment}, []
 
     upstream = [stage for v in variants for stage in (f"export/{v}", *engine_stage(v, built[v]))]
@@ -153,6 +153,8 @@ def _skipped(records: dict[str, StageRecord]) -> list[Skipped]:
     if reason or not any(name.startswith("build/") for name in records):
         reason = reason or "not asked for"
         skipped.append(Skipped(stage="build", reason=reason))
+    if reason := records["export/fp32"].result.get("no_fp16") if "export/fp32" in records else None:
+        skipped.append(Skipped(stage="fp16 baseline", reason=reason))
     if "features" in records and "skipped" in records["features"].result:
         skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
     return skipped

@@ -51,7 +51,8 @@ GPU_MEMORY = KnownFailure(
 NO_IMPLEMENTATION = KnownFailure(
     r"could not find any implementation for node (?P<what>.+?)[.)\s]*$",
     "it has no kernel for the layer {what}",
-    "raise --workspace, or install a newer TensorRT; clusterq check says which of its rules the graph breaks",
+    "raise --workspace, end what else uses the GPU's memory, or install a newer TensorRT; clusterq check says which of "
+    "its rules the graph breaks",
 )
 NO_OPERATOR = KnownFailure(
     r"plugin not found|could not find plugin|no importer registered for op",

@@ -36,6 +36,7 @@ class Phases:
     def start(self, name: str, steps: int) -> None:
         """A phase of so many steps has begun."""
         with self._lock:
+            self._close(name)
             stack = ExitStack()
             advance = stack.enter_context(self._progress.task(name, steps))
             self._open[name] = stack, advance, 0
@@ -52,8 +53,11 @@ class Phases:
     def finish(self, name: str) -> None:
         """A phase has ended."""
         with self._lock:
-            if name in self._open:
-                self._open.pop(name)[0].close()
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        if name in self._open:
+            self._open.pop(name)[0].close()
 
     def __enter__(self) -> Self:
         return self

@@ -61,8 +61,9 @@ def keep_timing_cache(options: trt.IBuilderConfig, cache: trt.ITimingCache, path
             others: trt.ITimingCache | None = options.create_timing_cache(_kept(path))
             if others is not None:
                 cache.combine(others, False)  # leaves out what is of another machine, or measured by both
-            serialized: trt.IHostMemory = cache.serialize()
-            write_bytes(path, memoryview(serialized))
+            serialized: trt.IHostMemory | None = cache.serialize()
+            if serialized is not None:
+                write_bytes(path, memoryview(serialized))
     except (OSError, NotImplementedError, RunDirectoryError) as error:  # filelock: a file system without locks
         logger.warning("the timing cache %s is not kept: %s", path, error)
 

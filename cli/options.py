@@ -199,7 +199,7 @@ build_options = _all(
         "--batch",
         type=Profile(),
         metavar="MIN:OPT:MAX",
-        help="Smallest, tuned-for and largest batch of an engine; those that are timed are added.  [default: 1:8:32]",
+        help="Smallest, tuned-for and largest batch of an engine; a run adds those that it times.  [default: 1:8:32]",
     ),
     click.option(
         "--workspace",

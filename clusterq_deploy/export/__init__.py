@@ -1,6 +1,15 @@
 """From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
 
-from clusterq_deploy.export.graphs import VERIFIED_IMAGES, VerifiedGraph, agreement, float_graph, student_graphs
+from clusterq_deploy.export.graphs import (
+    FLOAT_FILE,
+    HALF_FILE,
+    VERIFIED_IMAGES,
+    FloatGraphs,
+    VerifiedGraph,
+    agreement,
+    float_graphs,
+    student_graphs,
+)
 from clusterq_deploy.export.half import to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
 from clusterq_deploy.export.origins import quantized_layers
@@ -10,9 +19,12 @@ from clusterq_deploy.export.trace import annotate, export_graph
 from clusterq_deploy.export.verify import Verification, verify
 
 __all__ = [
+    "FLOAT_FILE",
+    "HALF_FILE",
     "RULES",
     "VERIFIED_IMAGES",
     "Break",
+    "FloatGraphs",
     "SiteComparison",
     "Spelling",
     "Verification",
@@ -22,7 +34,7 @@ __all__ = [
     "check_tensorrt",
     "compare_integers",
     "export_graph",
-    "float_graph",
+    "float_graphs",
     "quantized_layers",
     "read_graph",
     "require_same_integers",

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from clusterq_deploy.report.engine_wording import shortened
 from clusterq_deploy.report.engines import EngineLayer
-from clusterq_deploy.report.findings import BASELINE, Point
+from clusterq_deploy.report.findings import FLOAT, Point
 from clusterq_deploy.report.schema import LayerSensitivity, Points
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -42,7 +42,7 @@ def tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
         figure, axes = _canvas(360, 250, left=0.11, right=0.97, bottom=0.17, top=0.90)
         placed = [(p.latency.median_ms, _score(p, labelled), p.variant) for p in points]
         for x, y, variant in placed:
-            colour = _MUTED if variant == BASELINE else _ACCENT
+            colour = _MUTED if variant in FLOAT else _ACCENT
             axes.plot([x], [y], "o", color=colour, markersize=7, clip_on=False, zorder=3)
         lowest, highest = min(y for _, y, _ in placed), max(y for _, y, _ in placed)
         pad = 0.2 * max(highest - lowest, _LEAST_RANGE)
@@ -198,7 +198,7 @@ def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
             va="center",
             color=_INK,
             fontsize=11,
-            fontweight="normal" if variant == BASELINE else "bold",
+            fontweight="normal" if variant in FLOAT else "bold",
             zorder=2.5,
         )
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from clusterq_deploy.report import engine_wording, wording
-from clusterq_deploy.report.findings import accuracy_rows, file_rows, latency_rows, verdicts
+from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows, verdicts
 from clusterq_deploy.report.schema import Report
 
 
@@ -60,6 +60,7 @@ def _accuracy_table(report: Report) -> str:
 
 
 def _latency_table(report: Report) -> str:
+    over_half = half_was_timed(report)
     rows = [
         (
             _text(row.variant),
@@ -71,6 +72,7 @@ def _latency_table(report: Report) -> str:
             wording.milliseconds(row.latency.p99_ms),
             f"{row.latency.images_per_second:,.0f}",
             wording.speedup(row.speedup),
+            *([wording.speedup(row.over_half)] if over_half else []),
         )
         for row in latency_rows(report)
     ]
@@ -84,6 +86,7 @@ def _latency_table(report: Report) -> str:
         "p99 ms",
         "images/s",
         "speed-up",
+        *(["over fp16"] if over_half else []),
     )
     return _table(headings, rows, left=2) if rows else "Not measured."
 

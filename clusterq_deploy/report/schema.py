@@ -83,12 +83,16 @@ class Accuracy(_Record):
 
 
 class Artifact(_Record):
-    """A deployable file; `path` is relative to the run directory."""
+    """A deployable file; `path` is relative to the run directory.
+
+    `fp16` says whether what is not quantized computes in FP16: in the float baseline, everything.
+    """
 
     kind: Literal["onnx", "engine"]
     target: Literal["onnxruntime", "tensorrt", "int4"]
     path: str
     size_bytes: int
+    fp16: bool = False
     sha256: str | None = None
     notes: list[str] = Field(default_factory=list)
 

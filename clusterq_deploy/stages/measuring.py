@@ -17,7 +17,7 @@ from clusterq_deploy.report.schema import Accuracy, Latency, Report, Skipped
 from clusterq_deploy.run import EVALUATION_BATCH, FP32, PREVIEW, Run
 from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
-from clusterq_deploy.stages.deployment import built_engine, engine_stage, graph_for, runner_of
+from clusterq_deploy.stages.deployment import built_engine, engine_stage, executed_graphs, graph_for, runner_of
 from clusterq_deploy.stages.engines import inspect_engine, time_engine
 from clusterq_deploy.stages.providers import provider_runners
 
@@ -35,7 +35,7 @@ def measure_accuracy(run: Run, variant: str) -> StageRecord:
         else:
             with TorchRunner(run.student(BitWidths.parse(variant))) as runner:
                 found.append(_accuracy(run, runner, None))
-        for artifact in [*source.result["artifacts"], *(built.result["artifacts"] if built else [])]:
+        for artifact in [*executed_graphs(variant, source), *(built.result["artifacts"] if built else [])]:
             with runner_of(run, artifact) as runner:
                 found.append(_accuracy(run, runner, artifact["path"]))
         for own in provider_runners(run, {variant: source}, []):  # the benchmark says which are left out
@@ -181,6 +181,8 @@ def _skipped(records: dict[str, StageRecord]) -> list[Skipped]:
         skipped.append(Skipped(stage="build", reason=reason))
     if "benchmark" in records:
         skipped += [Skipped.model_validate(own) for own in records["benchmark"].result.get("skipped", [])]
+    if reason := records["export/fp32"].result.get("no_fp16") if "export/fp32" in records else None:
+        skipped.append(Skipped(stage="fp16 baseline", reason=reason))
     if "features" in records and "skipped" in records["features"].result:
         skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
     return skipped

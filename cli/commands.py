@@ -22,6 +22,7 @@ def _default_out(model: str) -> Path:
 @options.fp16_option
 @options.data_options
 @options.synthesis_options
+@options.build_options
 @options.benchmark_options
 @options.run_options
 @options.out_option

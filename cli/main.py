@@ -56,6 +56,18 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _set_up_logging(verbose: bool) -> None:
+    """Warnings go to stderr, with --verbose more; without it not TensorRT's log, whose errors are in our messages."""
+    import logging
+
+    handler = logging.StreamHandler()
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
+    else:
+        handler.addFilter(lambda record: record.name != "clusterq_deploy.engine.log")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -73,10 +85,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """
     ctx.obj = {"quiet": quiet}
     _keep_freed_memory()
-    if verbose:
-        import logging
-
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _set_up_logging(verbose)
 
 
 for command in commands.ALL:

@@ -1,8 +1,9 @@
 """Options that commands share, and how they become a configuration."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 from click.core import ParameterSource
@@ -44,6 +45,38 @@ class Width(click.ParamType[Any]):
         return layer, int(bits)
 
 
+class Profile(click.ParamType[Any]):
+    """Smallest, tuned-for and largest batch size."""
+
+    name = "min:opt:max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(":")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            return self.fail(f"{value!r} is no smallest, tuned-for and largest batch such as 1:8:32", param, ctx)
+        sizes = tuple(int(part) for part in parts)
+        if list(sizes) != sorted(sizes) or sizes[0] < 1:
+            return self.fail(f"{value!r} does not ascend from 1 or more, as 1:8:32 does", param, ctx)
+        return sizes
+
+
+class MemorySize(click.ParamType[Any]):
+    """A number of bytes."""
+
+    name = "size"
+    _units: ClassVar = {"": 2**20, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([1-9]\d*)\s*([KMG]iB)?", str(value), re.IGNORECASE)
+        if match is None:
+            return self.fail(f"{value!r} is no size such as 4GiB, 512MiB or 512, in MiB", param, ctx)
+        return int(match[1]) * self._units[(match[2] or "").lower()]
+
+
 # name of the option's parameter -> place in the configuration
 _PLACES: dict[str, tuple[str, ...]] = {
     "model": ("model",),
@@ -63,6 +96,12 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "effort": ("effort",),
     "recipe": ("synthesis", "recipe"),
     "images": ("synthesis", "images"),
+    "batch": ("build", "batch"),
+    "workspace": ("build", "workspace_bytes"),
+    "optimization_level": ("build", "optimization_level"),
+    "timing_cache": ("build", "timing_cache"),
+    "version_compatible": ("build", "version_compatible"),
+    "hardware_compatible": ("build", "hardware_compatible"),
     "batches": ("benchmark", "batches"),
     "threads": ("benchmark", "threads"),
 }
@@ -154,6 +193,37 @@ quantize_options = _all(
 )
 fp16_option = click.option(
     "--fp16", is_flag=True, help="Let TensorRT compute in FP16 what is not quantized, by the types in its graph."
+)
+build_options = _all(
+    click.option(
+        "--batch",
+        type=Profile(),
+        metavar="MIN:OPT:MAX",
+        help="Smallest, tuned-for and largest batch of an engine; a run adds those that it times.  [default: 1:8:32]",
+    ),
+    click.option(
+        "--workspace",
+        type=MemorySize(),
+        metavar="SIZE",
+        help="Scratch memory on the GPU for a layer: 4GiB, 512MiB, or a number of MiB.  [default: 4GiB]",
+    ),
+    click.option(
+        "--optimization-level",
+        type=click.IntRange(0, 5),
+        help="How long TensorRT searches for the fastest engine: 0 not at all, 5 longest.  [default: 3]",
+    ),
+    click.option(
+        "--timing-cache",
+        metavar="FILE|none",
+        help="What TensorRT measured in earlier builds; `none` for no file; level 0 uses none.  "
+        "[default: a file for each GPU and release of TensorRT in the user's cache directory]",
+    ),
+    click.option(
+        "--version-compatible", is_flag=True, help="Let later releases of TensorRT run the engine, at a cost in speed."
+    ),
+    click.option(
+        "--hardware-compatible", is_flag=True, help="Let every GPU from Ampere on run the engine, at a cost in speed."
+    ),
 )
 data_options = _all(
     click.option("--data", type=_PATH, help="Evaluation data: class folders, a folder with labels.csv, or an .npz."),

@@ -2,12 +2,20 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -18,11 +26,18 @@ if TYPE_CHECKING:
 
 
 class LiveProgress:
-    """Shows the library's tasks as bars on stderr; silent where stderr is no terminal."""
+    """Shows the library's tasks as bars on stderr; silent where stderr is no terminal.
 
-    def __init__(self, quiet: bool) -> None:
-        self._console = Console(stderr=True)
+    A task that is opened while another one runs stands indented below it until it ends. Tasks may be opened, advanced
+    and closed in any thread.
+    """
+
+    def __init__(self, quiet: bool, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
         self._shown = not quiet and self._console.is_terminal
+        self._lock = threading.Lock()
+        self._bars: RichProgress | None = None
+        self._depth = 0
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator["Advance"]:
@@ -30,22 +45,47 @@ class LiveProgress:
         if not self._shown:
             yield lambda n=1, **figures: None
             return
-        columns = (
-            TextColumn("{task.description}", justify="left"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", style="dim"),
-        )
-        with RichProgress(*columns, console=self._console) as progress:
-            task = progress.add_task(f"{description:<28}", total=total, figures="")
+        with self._display() as (bars, depth):
+            task = bars.add_task(f"{'  ' * depth + description:<28}", total=total, figures="")
 
             def advance(n: int = 1, **figures: float) -> None:
                 text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
-                progress.update(task, advance=n, figures=text)
+                bars.update(task, advance=n, figures=text)
 
-            yield advance
+            try:
+                yield advance
+            finally:
+                if depth:
+                    bars.remove_task(task)
+
+    @contextmanager
+    def _display(self) -> Iterator[tuple[RichProgress, int]]:
+        """The bars on the screen, there while any task runs, and how many tasks run already."""
+        with self._lock:
+            depth, self._depth = self._depth, self._depth + 1
+            if self._bars is None:
+                self._bars = RichProgress(*_columns(), console=self._console)
+                self._bars.start()
+            bars = self._bars
+        try:
+            yield bars, depth
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    bars.stop()
+                    self._bars = None
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", style="dim"),
+    )
 
 
 def print_json(text: str) -> None:
@@ -75,18 +115,33 @@ def print_line(text: str) -> None:
 def report_table(report: "Report") -> Table:
     """The closing table of a run: a row for each variant in each runtime."""
     from clusterq_deploy.report import wording
-    from clusterq_deploy.report.findings import accuracy_rows, latency_rows
+    from clusterq_deploy.report.findings import accuracy_rows, half_was_timed, latency_rows
 
     title = f"{report.model.name} on {report.evaluation.dataset} ({report.evaluation.images} images)"
     table = Table(title=title, title_justify="left")
     for name in ("variant", "runtime", "graph"):
         table.add_column(name)
-    for name in ("size", "top-1 %", "drop", "agreement %", "batch 1, ms", "speed-up"):
+    over_half = half_was_timed(report)
+    numbers = [
+        "size",
+        "top-1 %",
+        "drop",
+        "agreement %",
+        "batch 1, ms",
+        "speed-up",
+        *(["over fp16"] if over_half else []),
+    ]
+    for name in numbers:
         table.add_column(name, justify="right")
-    timed = {(row.variant, row.latency.graph): row for row in latency_rows(report) if row.latency.batch == 1}
+    timed = {
+        (row.variant, row.latency.runtime, row.latency.graph): row
+        for row in latency_rows(report)
+        if row.latency.batch == 1
+    }
     previous = None
     for row in accuracy_rows(report):
-        own = timed.get((row.variant, row.accuracy.graph)) if row.accuracy.graph else None
+        key = (row.variant, row.accuracy.runtime, row.accuracy.graph)
+        own = timed.get(key) if row.accuracy.graph else None
         table.add_row(
             row.variant if row.variant != previous else "",
             row.accuracy.runtime,
@@ -96,11 +151,17 @@ def report_table(report: "Report") -> Table:
             wording.number(row.drop),
             wording.number(row.accuracy.agreement),
             wording.milliseconds(own.latency.median_ms) if own else wording.ABSENT,
-            f"{own.speedup:.2f}x" if own and own.speedup is not None else wording.ABSENT,
+            _times(own.speedup if own else None),
+            *([_times(own.over_half if own else None)] if over_half else []),
             end_section=False,
         )
         previous = row.variant
     return table
+
+
+def _times(ratio: float | None) -> str:
+    """`1.66x`, or a dash."""
+    return "\N{EN DASH}" if ratio is None else f"{ratio:.2f}x"
 
 
 def models_table(entries: list["ModelEntry"]) -> Table:
@@ -128,12 +189,12 @@ def models_table(entries: list["ModelEntry"]) -> Table:
 
 
 def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """Plain records as a table, a column a key."""
+    """Plain records as a table, a column for each key that the first one has."""
     table = Table()
     for key in rows[0]:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row.get(key)) for key in rows[0]))
     return table
 
 

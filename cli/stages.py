@@ -163,10 +163,14 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
 @options.bits_option
+@options.build_options
 @options.json_option
 @click.pass_context
 def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
-    """Build TensorRT engines: of RUN's variants, or of one ONNX file (next to it)."""
+    """Build TensorRT engines: of RUN's variants and baselines, or of one ONNX file (next to it).
+
+    Ctrl-C cancels a build; finished engines stay.
+    """
     from cli import render
     from clusterq_deploy import engine
     from clusterq_deploy.errors import TensorRTMissing
@@ -175,20 +179,25 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
     if target.suffix == ".onnx":
-        info = engine.build_engine(
-            target, target.with_suffix(".engine"), engine.BuildConfig(), render.LiveProgress(ctx.obj["quiet"])
-        )
-        rows: list[dict[str, Any]] = [
-            {
-                "engine": str(target.with_suffix(".engine")),
-                "size_bytes": info.size_bytes,
-                "seconds": info.seconds,
-            }
-        ]
-    else:
-        pipeline = _resume(ctx, target)
+        from clusterq_deploy.config import make_config
+
+        settings, path = make_config(options.overlay({"model": "digits"}, ctx)).build, target.with_suffix(".engine")
+        info = engine.build_engine(target, path, settings, render.LiveProgress(ctx.obj["quiet"]))
+        render.show([{"engine": str(path), "size_bytes": info.size_bytes, "seconds": info.seconds}], as_json)
+        return
+    with _resumed(ctx, target) as pipeline:
         records = {v: pipeline.build(v) for v in [FP32, *_variants(ctx, pipeline, "export")]}
-        rows = [{"variant": v, "engine": next(iter(r.files)), "seconds": r.seconds} for v, r in records.items() if r]
+    rows = [
+        {
+            "variant": variant,
+            "engine": artifact["path"],
+            "size_bytes": artifact["size_bytes"],
+            "seconds": engine.read_sidecar(target / artifact["path"]).seconds,
+        }
+        for variant, record in records.items()
+        if record
+        for artifact in record.result["artifacts"]
+    ]
     render.show(rows, as_json)
 
 

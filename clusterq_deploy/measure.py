@@ -1,7 +1,7 @@
 """What a deployable costs and saves: accuracy as a runtime executes it, and latency."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,10 @@ from pydantic import Field, PositiveInt
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
 from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.engine.calls import EngineTimes
 from clusterq_deploy.environment import available_cores
 from clusterq_deploy.errors import DataError
+from clusterq_deploy.report.engines import Spread
 from clusterq_deploy.report.schema import Accuracy, Latency
 from clusterq_deploy.runners import Array, Runner
 
@@ -110,7 +112,8 @@ def benchmark(
             for turn in range(config.rounds):
                 for name, runner in runners.items():
                     if turn == 0:
-                        _run_for(runner, images, config.warmup_ms / 1000, 1)
+                        runner.infer(images)  # ONNX Runtime's TensorRT provider builds an engine here
+                        _run_for(runner, images, config.warmup_ms / 1000, 0)
                     runs = -(-config.min_runs // config.rounds)
                     times[name] += _run_for(runner, images, config.min_seconds / config.rounds, runs)
                     advance(1)
@@ -130,19 +133,50 @@ def _run_for(runner: Runner, images: Array, seconds: float, runs: int) -> list[f
     return times
 
 
-def summarize(runtime: str, batch: int, times_ms: list[float]) -> Latency:
+def summarize(runtime: str, batch: int, times_ms: Sequence[float]) -> Latency:
     """The record of a series of times of one call, in milliseconds."""
-    times = np.array(times_ms)
-    median, p90, p95, p99 = (float(np.percentile(times, q)) for q in (50, 90, 95, 99))
+    own = spread(times_ms)
     return Latency(
         runtime=runtime,
         batch=batch,
-        runs=len(times),
-        mean_ms=float(times.mean()),
+        runs=len(times_ms),
+        images_per_second=1000 * batch / own.mean_ms,
+        **own.model_dump(),
+    )
+
+
+def summarize_engine(runtime: str, batch: int, times: EngineTimes) -> Latency:
+    """The record of an engine's measurement: the latency as trtexec has it, its parts, and the GPU meanwhile.
+
+    Throughput is by the time of the whole loop on the host: copies run beside the computation.
+    """
+    calls = times.calls
+    return Latency(
+        runtime=runtime,
+        batch=batch,
+        runs=len(calls),
+        images_per_second=batch * len(calls) / times.wall_seconds,
+        host_to_device=spread([call.host_to_device_ms for call in calls]),
+        compute=spread([call.compute_ms for call in calls]),
+        device_to_host=spread([call.device_to_host_ms for call in calls]),
+        enqueue=spread([call.enqueue_ms for call in calls]),
+        cuda_graph=times.cuda_graph,
+        wall_seconds=times.wall_seconds,
+        gpu=times.gpu,
+        **spread([call.latency_ms for call in calls]).model_dump(),
+    )
+
+
+def spread(times_ms: Sequence[float]) -> Spread:
+    """Mean, percentiles and coefficient of variation of times in milliseconds."""
+    times = np.array(times_ms)
+    median, p90, p95, p99 = (float(np.percentile(times, q)) for q in (50, 90, 95, 99))
+    mean = float(times.mean())
+    return Spread(
+        mean_ms=mean,
         median_ms=median,
         p90_ms=p90,
         p95_ms=p95,
         p99_ms=p99,
-        coefficient_of_variation=float(times.std() / times.mean()),
-        images_per_second=1000 * batch / float(times.mean()),
+        coefficient_of_variation=float(times.std()) / mean if mean else 0.0,
     )

@@ -1,5 +1,6 @@
 """One way to run a model, whatever executes it: images in, logits out."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -10,10 +11,9 @@ import torch
 from torch import nn
 
 from clusterq_deploy.errors import ExportError
+from clusterq_deploy.onnx_providers import PROVIDERS, load_problem, provider_list, quiet_logger
 
 Array = npt.NDArray[np.float32]
-
-_PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
 def _sums_in_32_bits() -> bool:
@@ -26,11 +26,39 @@ def _sums_in_32_bits() -> bool:
     return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
+def _session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, int, int] | None) -> Any:
+    """An InferenceSession of the runtime's provider, which ONNX Runtime may leave out without an error."""
+    import onnxruntime
+
+    name, place = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), str(graph))
+    provider = PROVIDERS[runtime]
+    if provider not in onnxruntime.get_available_providers():
+        raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
+    on_gpu = runtime != "onnxruntime-cpu"
+    try:
+        with quiet_logger() if on_gpu else nullcontext():
+            # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
+            providers = provider_list(runtime, graph, batch)
+            session = onnxruntime.InferenceSession(name, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's own exceptions have no public base
+        if on_gpu and (problem := load_problem(provider)) is not None:
+            raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}") from error
+        raise ExportError(f"ONNX Runtime cannot load {place}: {_first_line(error)}") from error
+    if provider not in session.get_providers():
+        problem = load_problem(provider) or "its libraries load, and it does not start; is there an NVIDIA GPU?"
+        raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}")
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class Runner(Protocol):
     """Executes one model. Runners are context managers; leaving the context frees what they hold."""
 
     runtime: str
-    """The runtime's name in the report: torch, onnxruntime-cpu, onnxruntime-cuda or tensorrt."""
+    """The runtime's name in the report: torch, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt or tensorrt."""
 
     def infer(self, images: Array) -> Array:
         """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
@@ -70,13 +98,14 @@ class OnnxRunner:
 
     Args:
         graph: a file, or the bytes of one.
-        runtime: `onnxruntime-cpu` or `onnxruntime-cuda`.
+        runtime: `onnxruntime-cpu`, `onnxruntime-cuda` or `onnxruntime-tensorrt`.
         threads: threads of the CPU provider; None leaves the choice to ONNX Runtime.
-        optimized: False executes the operators as they are written, for a reference.
+        optimized: False executes the operators as they are written, for a reference, and for TensorRT's provider.
         write_optimized: where the graph is written that ONNX Runtime made of it, for this machine alone.
+        batch: smallest, tuned-for and largest batch of TensorRT's provider; see `provider_list`.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the graph, or has not the provider.
+        ExportError: ONNX Runtime cannot load the graph, or the provider's libraries.
     """
 
     def __init__(
@@ -87,6 +116,7 @@ class OnnxRunner:
         threads: int | None = None,
         optimized: bool = True,
         write_optimized: Path | None = None,
+        batch: tuple[int, int, int] | None = None,
     ) -> None:
         import onnxruntime
 
@@ -102,20 +132,19 @@ class OnnxRunner:
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
             options.log_severity_level = 4  # it warns that the file is for this machine alone
-        name = graph if isinstance(graph, bytes) else str(graph)
-        provider = _PROVIDERS[runtime]
-        try:
-            self._session = onnxruntime.InferenceSession(name, options, providers=[provider])
-        except Exception as error:  # ONNX Runtime's own exceptions have no public base
-            place = "the graph" if isinstance(graph, bytes) else str(graph)
-            raise ExportError(f"ONNX Runtime cannot load {place}: {str(error).splitlines()[0]}") from error
-        if provider not in self._session.get_providers():
-            raise ExportError(f"ONNX Runtime has no working {provider} here; install its libraries or use the CPU")
+        self._session = _session(graph, options, runtime, batch)
         self._input = self._session.get_inputs()[0].name
 
     def infer(self, images: Array) -> Array:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
-        logits: Array = self._session.run(None, {self._input: images})[0]
+        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
+
+        Raises:
+            ExportError: the provider cannot run the graph, or not on these images.
+        """
+        try:
+            logits: Array = self._session.run(None, {self._input: images})[0]
+        except Exception as error:  # a provider that builds its engine at the first call can fail here
+            raise ExportError(f"{self.runtime} cannot run the graph: {_first_line(error)}") from error
         return logits
 
     def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:

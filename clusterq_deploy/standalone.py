@@ -68,4 +68,5 @@ def benchmark_file(path: Path, config: BenchmarkConfig, progress: Progress = SIL
     with OnnxRunner(path, threads=config.cpu_threads) as runner:
         size = describe(runner, path).input.size
         records = benchmark({str(path): runner}, size, config, progress)[str(path)]
-    return [record.model_dump(mode="json") for record in records]
+    more = {"threads": config.cpu_threads, "graph": str(path)}
+    return [{**record.model_dump(mode="json", exclude_none=True), **more} for record in records]

@@ -8,9 +8,16 @@ Its classes refuse, with an AssertionError, every name that not all supported re
 import ctypes
 import functools
 import json
+import shutil
 import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 
-from clusterq_deploy.engine import build, log, runner, sidecar
+from clusterq_deploy.engine import build, log, runner, sidecar, timing
 
 _RELEASES: list[dict[str, list[str]]] = list(
     json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text()).values()
@@ -65,6 +72,13 @@ class World:
     profile_error: str | None = None
     profile_index: int = 0
     build_error: str | None = None
+    raises: dict[str, Exception] = field(default_factory=dict)
+    """What creating a `Builder`, or the call `build`, raises."""
+    steps: int = 3
+    step_seconds: float = 0
+    on_step: Callable[[], None] = lambda: None
+    measures: str = "conv1"
+    """What a build adds to its timing cache."""
     loads: bool = True
     captures: bool = True
     flags: list[str] = field(default_factory=list)
@@ -73,15 +87,30 @@ class World:
     batches: list[int] = field(default_factory=list)
     replays: int = 0
     host_code_allowed: bool = False
-    timing_cache_read: bytes | None = None
+    timing_caches_read: list[bytes] = field(default_factory=list)
+    cancelled_at: int | None = None
+    devices: list[int] = field(default_factory=list)
+    """Which device was made current, in the thread that builds."""
+    caches: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="clusterq-test-")))
+    """The user's cache directory."""
+    # running and inspecting: a clock of the GPU in milliseconds, and what the inspector and the profiler tell
+    clock_ms: float = 0.0
+    tick_ms: float = 0.25
+    execute_ms: float = 1.5
+    inspected: str = '{"Layers": []}'
+    inspected_batch: int = 0
+    layer_ms: dict[str, float] = field(default_factory=dict)
+    profiled_runs: int = 0
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> World:
     """Put the doubles in the place of `tensorrt` and of the parts of `torch.cuda` that the package uses."""
     world = World()
+    weakref.finalize(world, shutil.rmtree, world.caches, ignore_errors=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world.caches))
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(world))
     fresh_log = functools.cache(log.tensorrt_log.__wrapped__)
-    for user in (log, build, runner):
+    for user in (log, build, runner, timing):
         monkeypatch.setattr(user, "tensorrt_log", fresh_log)
     monkeypatch.setattr(sidecar, "driver_version", lambda: "555.1")
 
@@ -91,6 +120,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
     class Graph:
         def replay(self) -> None:
             world.replays += 1
+            world.clock_ms += world.execute_ms
 
     def graph(_: Graph, stream: Stream) -> AbstractContextManager[None]:
         if not world.captures:
@@ -98,15 +128,21 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
         return nullcontext()
 
     def properties(_: int) -> SimpleNamespace:
-        return SimpleNamespace(name=world.gpu, major=world.capability[0], minor=world.capability[1])
+        major, minor = world.capability
+        return SimpleNamespace(name=world.gpu, major=major, minor=minor, uuid="01234567-89ab-cdef-0123-456789abcdef")
+
+    def set_device(device: int) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        world.devices.append(device)
 
     for name, value in {
         "is_available": lambda: True,
+        "set_device": set_device,
         "current_device": lambda: 0,
         "get_device_properties": properties,
         "Stream": Stream,
         "stream": stream,
-        "Event": Event,
+        "Event": partial(Event, world),
         "CUDAGraph": Graph,
         "graph": graph,
     }.items():
@@ -115,22 +151,35 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 class Stream:
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: object) -> None:
         self.cuda_stream = 77
+        self.waited_for: list[Stream] = []
 
     def synchronize(self) -> None: ...
+
+    def wait_event(self, event: "Event") -> None:
+        assert event.recorded_on is not None, "a stream waits for an event that nobody recorded"
+        self.waited_for.append(event.recorded_on)
 
 
 class Event:
-    def __init__(self, enable_timing: bool) -> None:
+    """Takes a tick of the GPU's clock to be recorded."""
+
+    def __init__(self, world: World, enable_timing: bool) -> None:
         assert enable_timing
+        self._world = world
+        self.recorded_on: Stream | None = None
 
-    def record(self, stream: Stream) -> None: ...
+    def record(self, stream: Stream) -> None:
+        self.recorded_on = stream
+        self._at_ms = self._world.clock_ms
+        self._world.clock_ms += self._world.tick_ms
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        assert self.recorded_on is not None
 
     def elapsed_time(self, other: "Event") -> float:
-        return 1.5
+        return other._at_ms - self._at_ms
 
 
 def tensorrt_module(world: World) -> ModuleType:
@@ -149,6 +198,21 @@ def tensorrt_module(world: World) -> ModuleType:
 
     class HardwareCompatibilityLevel(Strict):
         AMPERE_PLUS = "AMPERE_PLUS"
+
+    class IProgressMonitor(Strict):
+        def __init__(self) -> None: ...
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            raise NotImplementedError
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            raise NotImplementedError
+
+        def phase_finish(self, phase_name: str) -> None:
+            raise NotImplementedError
+
+    class ProfilingVerbosity(Strict):
+        DETAILED = "DETAILED"
 
     class MemoryPoolType(Strict):
         WORKSPACE = "WORKSPACE"
@@ -210,15 +274,22 @@ def tensorrt_module(world: World) -> ModuleType:
 
     class ITimingCache(Strict):
         def __init__(self, content: bytes) -> None:
-            self._content = content
+            self._entries = set(content.split())
+
+        def combine(self, input_cache: "ITimingCache", ignore_mismatch: bool) -> bool:
+            assert ignore_mismatch is False
+            if b"other-machine" in input_cache._entries:
+                return False
+            self._entries |= input_cache._entries
+            return True
 
         def serialize(self) -> bytes:
-            return self._content + b"+measured"
+            return b" ".join(sorted(self._entries))
 
     class IBuilderConfig(Strict):
         def set_memory_pool_limit(self, pool: str, limit: int) -> None:
             assert pool == MemoryPoolType.WORKSPACE
-            assert limit > 0
+            self._workspace = limit
 
         def set_flag(self, flag: str) -> None:
             world.flags.append(flag)
@@ -227,15 +298,31 @@ def tensorrt_module(world: World) -> ModuleType:
             return world.profile_index
 
         def create_timing_cache(self, content: bytes) -> ITimingCache | None:
-            world.timing_cache_read = content
+            world.timing_caches_read.append(content)
             return None if content == b"damaged" else ITimingCache(content)
 
         def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
             assert ignore_mismatch is False
-            return True
+            self._timing_cache = cache
+            return b"other-machine" not in cache._entries
+
+    class LayerInformationFormat(Strict):
+        JSON = "JSON"
+
+    class IProfiler(Strict):
+        def __init__(self) -> None: ...
+
+    class EngineInspector(Strict):
+        def get_engine_information(self, format: str) -> str:
+            assert format == LayerInformationFormat.JSON
+            world.inspected_batch = self.execution_context._shape[0]
+            return world.inspected
 
     class Builder(Strict):
         def __init__(self, log: ILogger) -> None:
+            if "Builder" in world.raises:
+                log.log(ILogger.ERROR, world.build_error or "")
+                raise world.raises["Builder"]
             self._log = log
 
         def create_network(self, flags: int) -> INetworkDefinition:
@@ -250,16 +337,40 @@ def tensorrt_module(world: World) -> ModuleType:
 
         def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
             world.options = config
+            if "build" in world.raises:
+                raise world.raises["build"]
+            if not self._goes_through_its_phases(config.progress_monitor):
+                return None
             if world.build_error:
                 self._log.log(ILogger.ERROR, world.build_error)
                 return None
             shapes = [list(shape) for shape in world.profiles.get("images", [world.input_shape] * 3)]
             plan = {"shape": world.input_shape, "profile": shapes, "classes": world.classes}
+            if cache := vars(config).get("_timing_cache"):
+                cache._entries.add(world.measures.encode())
             return json.dumps(plan).encode()
+
+        def _goes_through_its_phases(self, monitor: IProgressMonitor) -> bool:
+            """Two nested phases, the inner one without its last step; False where the monitor cancels."""
+            monitor.phase_start("Building engine", None, world.steps)
+            for step in range(world.steps):
+                monitor.phase_start("Tactic selection", "Building engine", 4)
+                monitor.step_complete("Tactic selection", 0)
+                monitor.step_complete("Tactic selection", 2)
+                monitor.phase_finish("Tactic selection")
+                time.sleep(world.step_seconds)
+                world.on_step()
+                if not monitor.step_complete("Building engine", step):
+                    world.cancelled_at = step
+                    monitor.phase_finish("Building engine")
+                    return False
+            monitor.phase_finish("Building engine")
+            return True
 
     class IExecutionContext(Strict):
         def __init__(self, plan: dict[str, Any]) -> None:
             self._plan, self._shape, self._addresses = plan, (), {}
+            self.profiler: IProfiler | None = None
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             assert name == "images"
@@ -283,6 +394,12 @@ def tensorrt_module(world: World) -> ModuleType:
             logits = _floats(self._addresses["logits"], (self._shape[0], self._plan["classes"]))
             logits[:] = images.mean(axis=(1, 2, 3))[:, None] * np.arange(1, self._plan["classes"] + 1)
             world.batches.append(self._shape[0])
+            world.clock_ms += world.execute_ms
+            if self.profiler is not None:
+                world.profiled_runs += 1
+                slower = 100 if world.profiled_runs <= 10 else 1  # until it is warm
+                for name, milliseconds in world.layer_ms.items():
+                    self.profiler.report_layer_time(name, slower * milliseconds)
             return True
 
     class ICudaEngine(Strict):
@@ -309,6 +426,9 @@ def tensorrt_module(world: World) -> ModuleType:
 
         def create_execution_context(self) -> IExecutionContext:
             return IExecutionContext(self._plan)
+
+        def create_engine_inspector(self) -> EngineInspector:
+            return EngineInspector()
 
     class Runtime(Strict):
         def __init__(self, log: ILogger) -> None:

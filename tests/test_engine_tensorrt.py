@@ -73,9 +73,19 @@ def test_measures(graph: Path, cuda_graph: bool) -> None:
     assert graph.with_name("timing.cache").stat().st_size > 0
     with TensorRTRunner(engine) as runner:
         times = runner.measure(4, warmup_ms=10, min_runs=20, min_seconds=0, cuda_graph=cuda_graph)
-        assert len(times) == 20
-        assert min(times) > 0
-        assert runner.cuda_graph is cuda_graph
+        assert len(times.calls) == 20
+        assert min(call.compute_ms for call in times.calls) > 0
+        assert min(call.host_to_device_ms for call in times.calls) > 0
+        assert times.cuda_graph is cuda_graph
+
+
+def test_tells_of_its_layers(graph: Path) -> None:
+    with TensorRTRunner(build(graph, BuildConfig())) as runner:
+        found, times_ms = runner.layers(4), runner.layer_times(4, runs=5)
+        assert found.layers
+        assert {layer.name for layer in found.layers} >= set(times_ms)
+        assert min(times_ms.values()) >= 0
+        assert sum(times_ms.values()) > 0
 
 
 def test_a_compatible_engine_loads(graph: Path) -> None:

@@ -22,6 +22,7 @@ from clusterq_deploy.export import (
     check_tensorrt,
     compare_integers,
     export_graph,
+    float_graphs,
     require_same_integers,
     spell,
     student_graphs,
@@ -133,9 +134,36 @@ def test_fp16_is_what_is_not_quantized(name: str, bits: str) -> None:
     found = compare_integers(half, student, batch[:16].numpy(), spelling="tensorrt")
     require_same_integers(found, name=name)
     assert sum(own.ties for own in found) <= 0.05 * sum(own.values for own in found)
-    float_graph = export_graph(make_net(name), (3, 16, 16))
-    with OnnxRunner(to_half(float_graph).SerializeToString(), optimized=False) as runner:
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_float_model_in_fp16_is_the_teacher(name: str) -> None:
+    made = float_graphs(make_net(name), (3, 16, 16), seed=0, name=name)
+    assert made.no_half is None
+    assert made.half is not None
+    assert TensorProto.FLOAT not in {own.data_type for own in made.half.graph.initializer}
+    ends = [own.type.tensor_type.elem_type for own in (*made.half.graph.input, *made.half.graph.output)]
+    assert ends == [TensorProto.FLOAT] * 2
+    batch = images(64, seed=7)
+    with OnnxRunner(made.half.SerializeToString(), optimized=False) as runner:
         np.testing.assert_allclose(runner.infer(batch.numpy()), make_net(name)(batch).numpy(), atol=0.03)
+
+
+def test_an_fp16_graph_of_another_model_is_refused() -> None:
+    batch, net = images(64), make_net("residual")
+    wrong = to_half(export_graph(net, (3, 16, 16)))
+    weight = next(own for own in wrong.graph.initializer if own.name == "a2.0.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    with pytest.raises(VerificationError, match=r"logits differ by .* \(expected at most 0\.1\)"):
+        verify(wrong, batch.numpy(), net(batch).numpy(), name="wrong", optimized=False)
+
+
+def test_a_model_that_fp16_cannot_hold_has_no_graph_in_fp16() -> None:
+    net = make_net("residual")
+    net.fc.weight *= 1e6
+    made = float_graphs(net, (3, 16, 16), seed=0, name="fp32")
+    assert made.half is None
+    assert re.fullmatch(r"fc\.weight holds \S+, more than FP16 can", made.no_half or "")
 
 
 def test_what_fp16_cannot_hold_is_refused() -> None:

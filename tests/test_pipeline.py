@@ -69,6 +69,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     graphs |= {f"w8a8/model.{kind}.onnx" for kind in ("ort", "trt")}
     assert files == graphs | {
         "run.toml", "manifest.json", "report.json", "report.md", "report.html", "fp32/model.onnx",
+        "fp32/model.fp16.onnx",
         "calibration/images.safetensors", "calibration/preview.png",
         "w8a8/quantized.safetensors", "w4a4/quantized.safetensors",
     }  # fmt: skip
@@ -80,7 +81,8 @@ def test_the_report_holds_measurements_of_every_graph(finished: Path) -> None:
     assert [v.name for v in report.variants] == ["fp32", "w8a8", "w4a4"]
     for variant in report.variants:
         executed = {a.graph for a in variant.accuracy}
-        assert executed == {None} | {a.path for a in variant.artifacts}
+        baseline = {"fp32/model.fp16.onnx"}  # measured as an engine alone
+        assert executed == {None} | {a.path for a in variant.artifacts} - baseline
         assert [a.runtime for a in variant.accuracy][:2] == ["torch", "onnxruntime-cpu"]
         assert {entry.batch for entry in variant.latency} == {1, 2}
         for artifact in variant.artifacts:
@@ -308,6 +310,36 @@ def test_the_report_lays_synthetic_features_beside_real_ones(finished: Path) -> 
     page = (finished / "report.html").read_text()
     assert "<figcaption>Real images: digits, held out</figcaption>" in page
     assert "have a silhouette of" in (finished / "report.md").read_text()
+
+
+def test_a_run_from_before_the_fp16_baseline_goes_on_and_gets_it(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path / "run")
+    name = "fp32/model.fp16.onnx"
+    (out / name).unlink()
+    manifest = json.loads((out / "manifest.json").read_text())
+    old = manifest["stages"]["export/fp32"]
+    old["inputs"] = "of a version before"
+    old["result"] = {"artifacts": [{k: v for k, v in a.items() if k != "fp16"} for a in old["result"]["artifacts"][:1]]}
+    del old["files"][name]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    before = Pipeline(config(), out).report().variants[0]
+    assert (before.name, before.accuracy, len(before.artifacts)) == ("fp32", [], 1)  # scored on another export
+    assert run(out) == []  # the export alone is done again, and what stood on its like counts again
+    assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_model_that_does_not_fit_fp16_goes_without_the_baseline(tmp_path: Path) -> None:
+    module = tmp_path / "net.py"
+    module.write_text(
+        "from clusterq_deploy.models.digits import digits\n\n\ndef large():\n    made = digits()\n"
+        "    made.fc.weight.data *= 1e6\n    return made\n"
+    )
+    pipeline = Pipeline(config(model=f"{module}:large", data=HELD_OUT), tmp_path / "out")
+    pipeline.begin()
+    record = pipeline.export("fp32")
+    assert list(record.files) == ["fp32/model.onnx"]
+    (skipped,) = (own for own in pipeline.report().skipped if own.stage == "fp16 baseline")
+    assert "fc.weight holds" in skipped.reason
 
 
 def test_features_that_are_missing_or_of_other_data_stay_out_of_the_report(finished: Path, tmp_path: Path) -> None:

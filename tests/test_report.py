@@ -348,6 +348,72 @@ def test_without_labels_only_agreement_counts() -> None:
         assert "69.50" not in re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
 
 
+# Beside the float model in FP16
+
+
+def with_half(report: Report, half_ms: float, engine_fp16: bool = False) -> Report:
+    """The report of a run that built and timed the float model in FP16."""
+    fp32, *others = report.variants
+    graph = "fp32/model.fp16.engine"
+    fp32 = fp32.model_copy(
+        update={
+            "accuracy": [*fp32.accuracy, accuracy(TENSORRT, 69.74, 99.9, graph)],
+            "artifacts": [
+                *fp32.artifacts,
+                Artifact(kind="engine", target="tensorrt", path=graph, size_bytes=24_000_000, fp16=True),
+            ],
+            "latency": [*fp32.latency, latency(TENSORRT, 1, half_ms, graph), latency(TENSORRT, 32, half_ms * 9, graph)],
+        }
+    )
+    if engine_fp16:
+        others = [
+            v.model_copy(update={"artifacts": [a.model_copy(update={"fp16": True}) for a in v.artifacts]})
+            for v in others
+        ]
+    return report.model_copy(update={"variants": [fp32, *others]})
+
+
+def test_fp16_has_rows_of_its_own_and_is_compared_with_fp32(report: Report) -> None:
+    found = with_half(report, 0.55)
+    scored = {(r.variant, r.accuracy.runtime): r for r in accuracy_rows(found)}
+    assert scored["fp16", TENSORRT].drop == pytest.approx(0.03)
+    assert scored["fp16", TENSORRT].size_bytes == 24_000_000
+    assert scored["fp32", TENSORRT].drop is None
+    assert scored["w8a8", TENSORRT].drop == pytest.approx(0.24)  # against fp32's engine, as without fp16
+    timed = {(r.variant, r.latency.runtime, r.latency.batch): r for r in latency_rows(found)}
+    assert timed["fp16", TENSORRT, 1].speedup == pytest.approx(1.021 / 0.55)
+    assert timed["fp16", TENSORRT, 1].over_half is None
+    assert timed["fp32", TENSORRT, 1].over_half is None
+    assert timed["w8a8", TENSORRT, 1].speedup == pytest.approx(1.021 / 0.412)
+    assert timed["w8a8", TENSORRT, 1].over_half == pytest.approx(0.55 / 0.412)
+    assert timed["w8a8", TENSORRT, 32].over_half == pytest.approx(0.55 / 0.412)
+    assert timed["w8a8", CPU, 1].over_half is None
+    assert [p.variant for p in measured_points(found, TENSORRT)] == ["fp32", "fp16", "w8a8", "w4a4"]
+
+
+def test_the_pages_say_the_speed_up_over_fp16_beside_that_over_fp32(report: Report) -> None:
+    times = "\N{MULTIPLICATION SIGN}"
+    found = with_half(report, 0.55)
+    for text in (to_markdown(found), to_html(found)):
+        assert f"2.48{times} the speed of fp32 and 1.33{times} that of fp16 at batch 1" in text
+        assert "w8a8 and w4a4 compute in float32 what is not quantized; --fp16 makes that FP16." in text
+    assert "over fp16" in to_markdown(found)
+    assert "<dt>speed of fp16</dt><dd>1.33" in to_html(found)
+    assert "--fp16 makes" not in to_markdown(with_half(report, 0.55, engine_fp16=True))
+    for text in (to_markdown(report), to_html(report)):  # nothing of it where it was not timed
+        assert "fp16" not in text
+
+
+def test_fp16_is_suggested_where_no_integers_beat_it(report: Report) -> None:
+    found = with_half(report, 0.405)  # as fast as w8a8 and w4a4 but for a tie, and loses less
+    on_cpu, on_gpu = verdicts(found)
+    assert (on_cpu.choice and on_cpu.choice.variant) == "w8a8"
+    assert on_gpu.choice is not None
+    assert (on_gpu.outcome, on_gpu.choice.variant) == ("deploy", "fp16")
+    assert "On tensorrt deploy fp16 (fp32/model.fp16.engine): 2.52" in to_markdown(found)
+    assert "Deploy fp16" in to_html(found)
+
+
 # The pages
 
 

@@ -31,9 +31,13 @@ def test_the_check_sees_the_names_that_it_is_for() -> None:
         "BuilderFlag.VERSION_COMPATIBLE",
         "Builder.build_serialized_network",
         "IBuilderConfig.builder_optimization_level",
+        "IBuilderConfig.progress_monitor",
         "ICudaEngine.get_tensor_profile_shape",
         "IExecutionContext.execute_async_v3",
+        "IProgressMonitor",
+        "ITimingCache.combine",
         "OnnxParser.parse_from_file",
+        "ProfilingVerbosity.DETAILED",
         "Runtime.engine_host_code_allowed",
     } <= asked
     assert len(asked) > 40

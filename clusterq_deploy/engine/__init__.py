@@ -7,17 +7,27 @@ and a test holds every name asked of them against the lists of public members of
 
 from clusterq_deploy.engine.availability import unavailable_reason
 from clusterq_deploy.engine.build import build_engine
+from clusterq_deploy.engine.calls import EngineTimes
 from clusterq_deploy.engine.config import BuildConfig
+from clusterq_deploy.engine.inspection import summarize_layers
+from clusterq_deploy.engine.layers import EngineLayers, Layer, parse_layers
 from clusterq_deploy.engine.runner import TensorRTRunner
 from clusterq_deploy.engine.sidecar import EngineInfo, Machine, read_sidecar, sidecar_path
+from clusterq_deploy.engine.trtexec import trtexec_command
 
 __all__ = [
     "BuildConfig",
     "EngineInfo",
+    "EngineLayers",
+    "EngineTimes",
+    "Layer",
     "Machine",
     "TensorRTRunner",
     "build_engine",
+    "parse_layers",
     "read_sidecar",
     "sidecar_path",
+    "summarize_layers",
+    "trtexec_command",
     "unavailable_reason",
 ]

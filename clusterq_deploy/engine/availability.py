@@ -2,6 +2,7 @@
 
 import torch
 
+from clusterq_deploy.engine.failures import NO_GPU, diagnose
 from clusterq_deploy.errors import TensorRTMissing
 
 
@@ -24,8 +25,13 @@ def _gpu_problem() -> str | None:
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return "no NVIDIA GPU is visible to torch"
+        return f"torch {torch.__version__} is built without CUDA: install a build for the CUDA that nvidia-smi shows"
+    try:
+        torch.cuda.init()  # unlike is_available, it says why not
+    except RuntimeError as error:
+        if found := diagnose([str(error)]):
+            return found.advice
+    return f"{NO_GPU.cause}: {NO_GPU.remedy}"
 
 
 def _tensorrt_problem() -> str | None:

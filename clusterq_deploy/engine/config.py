@@ -1,7 +1,7 @@
 """How an engine is built."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -24,8 +24,12 @@ class BuildConfig(StageConfig):
     optimization_level: int = Field(default=3, ge=0, le=5)
     """How long the builder searches: 0 takes the first implementation that works, 5 compares the most."""
 
-    timing_cache: Path | None = None
-    """File that keeps the builder's measurements from one build to the next; made where it does not exist."""
+    timing_cache: Literal["none"] | Path | None = None
+    """File that keeps the builder's measurements from one build to the next; made where it does not exist.
+
+    None is a file for each GPU and release of TensorRT in the user's cache directory, `none` is no file. Level 0
+    measures nothing and uses none.
+    """
 
     version_compatible: bool = False
     """Let later TensorRT releases run the engine, at some cost in speed."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+from clusterq_deploy.engine.failures import diagnose
 from clusterq_deploy.errors import ClusterQError, EngineError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def tensorrt_log() -> trt.ILogger:
     """The one logger that all of TensorRT's objects share: it keeps the first that it is given, process-wide.
 
     Errors and warnings are logged as such, information at debug level, and verbose messages are dropped.
-    `errors` holds the newest error messages.
+    `errors` holds the newest error messages. TensorRT calls it from threads of its own.
     """
     import tensorrt as trt
 
@@ -49,9 +50,16 @@ def tensorrt_log() -> trt.ILogger:
     return Log()
 
 
-def failure(message: str) -> EngineError:
-    """An EngineError of one line: `message`, and the errors that TensorRT logged since `explained` began."""
-    details = (" ".join(error.split()) for error in tensorrt_log().errors)
+def failure(message: str, *said: str) -> EngineError:
+    """An EngineError of one line: what failed, why, and what to do where that is known.
+
+    Args:
+        message: what failed.
+        said: what was said of it, beside the errors that TensorRT logged since `explained` began.
+    """
+    details = [" ".join(text.split()) for text in (*said, *tensorrt_log().errors)]
+    if found := diagnose(details):
+        return EngineError(f"{message}: {found.advice} (TensorRT: {found.message})")
     return EngineError("; ".join([message, *details]))
 
 
@@ -59,7 +67,8 @@ def failure(message: str) -> EngineError:
 def explained(action: str) -> Iterator[None]:
     """Forget earlier errors, and turn what TensorRT's bindings raise in the block into an EngineError.
 
-    The bindings raise TypeError where an object cannot be created, ValueError or RuntimeError elsewhere.
+    The bindings raise TypeError where an object cannot be created, MemoryError for C++'s bad_alloc, ValueError or
+    RuntimeError elsewhere.
 
     Args:
         action: what the block does, as the message names it: `start the builder`.
@@ -72,5 +81,5 @@ def explained(action: str) -> Iterator[None]:
         yield
     except ClusterQError:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise failure(f"TensorRT cannot {action}: {error}") from error
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise failure(f"TensorRT cannot {action}", str(error) or type(error).__name__) from error

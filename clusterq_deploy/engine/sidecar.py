@@ -83,7 +83,7 @@ def read_sidecar(engine_path: Path) -> EngineInfo:
 
 
 def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
-    """Return if the engine that `info` describes can run on `here`. Another driver is a warning.
+    """Return if the engine that `info` describes can run on `here`. Another driver or CUDA is a warning.
 
     Raises:
         EngineError: it cannot; the message names everything that differs.
@@ -105,8 +105,9 @@ def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
     ]
     if differences:
         raise EngineError(f"{engine_path} cannot run here: {'; '.join(differences)}; build it again here")
-    if built.driver != here.driver:
-        logger.warning("%s was built with driver %s, here it is %s", engine_path, built.driver, here.driver)
+    for what, value_built, value_here in (("driver", built.driver, here.driver), ("CUDA", built.cuda, here.cuda)):
+        if value_built != value_here:
+            logger.warning("%s was built with %s %s, here it is %s", engine_path, what, value_built, value_here)
 
 
 def _same_architecture(info: EngineInfo, here: Machine) -> bool:

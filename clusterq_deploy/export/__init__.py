@@ -1,17 +1,30 @@
 """From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
 
-from clusterq_deploy.export.graphs import VERIFIED_IMAGES, VerifiedGraph, agreement, float_graph, student_graphs
+from clusterq_deploy.export.graphs import (
+    FLOAT_FILE,
+    HALF_FILE,
+    VERIFIED_IMAGES,
+    FloatGraphs,
+    VerifiedGraph,
+    agreement,
+    float_graphs,
+    student_graphs,
+)
 from clusterq_deploy.export.half import to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
+from clusterq_deploy.export.origins import quantized_layers
 from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
 from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import annotate, export_graph
 from clusterq_deploy.export.verify import Verification, verify
 
 __all__ = [
+    "FLOAT_FILE",
+    "HALF_FILE",
     "RULES",
     "VERIFIED_IMAGES",
     "Break",
+    "FloatGraphs",
     "SiteComparison",
     "Spelling",
     "Verification",
@@ -21,7 +34,8 @@ __all__ = [
     "check_tensorrt",
     "compare_integers",
     "export_graph",
-    "float_graph",
+    "float_graphs",
+    "quantized_layers",
     "read_graph",
     "require_same_integers",
     "require_tensorrt",

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from torch import nn
 
+from clusterq_deploy.errors import ExportError
 from clusterq_deploy.export.half import to_half
 from clusterq_deploy.export.integers import compare_integers, require_same_integers
 from clusterq_deploy.export.rules import require_tensorrt
@@ -23,6 +24,7 @@ FILES: dict[Spelling, str] = {
     "tensorrt": "model.trt.onnx",
     "int4": "model.int4.onnx",
 }
+FLOAT_FILE, HALF_FILE = "model.onnx", "model.fp16.onnx"
 VERIFIED_IMAGES = 64
 _COMPARED_IMAGES = 16
 _INT4 = 4
@@ -47,24 +49,46 @@ class VerifiedGraph:
     notes: list[str]
 
 
-def float_graph(model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str) -> onnx.ModelProto:
-    """The teacher's graph, verified on noise.
+@dataclass(frozen=True)
+class FloatGraphs:
+    """The teacher's graphs.
+
+    Attributes:
+        single: in FP32.
+        half: in FP16 but for its inputs and outputs, for TensorRT; None where the model does not fit FP16.
+        no_half: why `half` is None.
+    """
+
+    single: onnx.ModelProto
+    half: onnx.ModelProto | None
+    no_half: str | None
+
+
+def float_graphs(model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str) -> FloatGraphs:
+    """The teacher's graphs, verified on noise.
 
     Args:
         model: in eval mode.
         size: (channels, height, width).
         seed: of the noise.
-        name: what messages call it.
+        name: what messages call the teacher, such as fp32.
 
     Raises:
         ExportError: torch cannot export the model.
-        VerificationError: the graph does not compute what torch computes, or TensorRT would refuse it.
+        VerificationError: the FP32 graph does not compute what torch computes, or TensorRT would refuse it.
     """
     images = np.random.default_rng(seed).standard_normal((VERIFIED_IMAGES, *size), dtype=np.float32)
-    graph = export_graph(model, size)
-    verify(graph, images, TorchRunner(model).infer(images), name=name, optimized=True)
-    require_tensorrt(graph, name=name)
-    return graph
+    expected = TorchRunner(model).infer(images)
+    single = export_graph(model, size)
+    verify(single, images, expected, name=f"{name}/{FLOAT_FILE}", optimized=True)
+    require_tensorrt(single, name=f"{name}/{FLOAT_FILE}")
+    try:
+        half = to_half(single)
+        verify(half, images, expected, name=f"{name}/{HALF_FILE}", optimized=False)
+        require_tensorrt(half, name=f"{name}/{HALF_FILE}")
+    except ExportError as error:
+        return FloatGraphs(single, None, str(error))
+    return FloatGraphs(single, half, None)
 
 
 def student_graphs(
@@ -102,13 +126,20 @@ def student_graphs(
         checks = checked(graph, spelling, f"{name}/{file}")
         if spelling == "tensorrt":
             if fp16:
-                graph = to_half(graph)
+                graph = _halved(graph)
                 checks["half"] = checked(graph, spelling, f"{name}/{file} in FP16")
             checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
         notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
         if spelling == "onnxruntime":
             notes += _float_layers(graph, student)
         yield VerifiedGraph(spelling, file, graph, checks, notes)
+
+
+def _halved(graph: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return to_half(graph)
+    except ExportError as error:
+        raise ExportError(f"{error}; export without --fp16") from error
 
 
 def _float_layers(graph: onnx.ModelProto, student: Student) -> list[str]:

@@ -81,7 +81,7 @@ def _scales(graph: ir.Graph) -> dict[str, npt.NDArray[np.bool_] | None]:
 def _half(values: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float16]:
     finite = np.abs(values[np.isfinite(values)])
     if finite.max(initial=0) > _LARGEST:
-        raise ExportError(f"{name} holds {finite.max():.3g}, more than FP16 can; export without --fp16")
+        raise ExportError(f"{name} holds {finite.max():.3g}, more than FP16 can")
     return values.astype(np.float16)
 
 
@@ -99,7 +99,7 @@ def _as_scale(
     if dead is not None:
         moved &= ~dead
     if moved.any():
-        raise ExportError(f"the scale {name} is {values[moved].flat[0]:.2g}, too small for FP16; export without --fp16")
+        raise ExportError(f"the scale {name} is {values[moved].flat[0]:.2g}, too small for FP16")
     return half
 
 

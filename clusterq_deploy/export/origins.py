@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx_ir import convenience
+
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,20 @@ class Dequantized:
     kind: ir.DataType | None
     scale: npt.NDArray[np.float64] | None
     axis: int
+
+
+def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
+    """The convolutions and matrix products that multiply two quantized tensors, in the graph's order.
+
+    Gives the name of each node, and that of its weight, which tells people more: `layer1.0.conv1.weight`.
+    """
+    found = {}
+    for node in ir.from_proto(model).graph:
+        if node.op_type in _LAYERS and not node.domain:
+            data, weight = (dequantized(value) for value in node.inputs[:2])
+            if data is not None and weight is not None:
+                found[name_of(node)] = str(weight.source.name).removesuffix(".integers")
+    return found
 
 
 def name_of(node: ir.Node) -> str:

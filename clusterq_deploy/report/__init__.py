@@ -1,5 +1,6 @@
 """The report of a run: its schema, and the Markdown and HTML that people read."""
 
+from clusterq_deploy.report.engines import EngineInspection, EngineLayer, GpuTelemetry, MissedLayer, Reading, Spread
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
 from clusterq_deploy.report.schema import (
@@ -25,17 +26,23 @@ __all__ = [
     "Accuracy",
     "Artifact",
     "CalibrationInfo",
+    "EngineInspection",
+    "EngineLayer",
     "Environment",
     "EvaluationInfo",
     "FeatureInfo",
     "FeatureSet",
+    "GpuTelemetry",
     "Latency",
     "LayerNote",
+    "MissedLayer",
     "ModelInfo",
     "Points",
     "Projection",
+    "Reading",
     "Report",
     "Skipped",
+    "Spread",
     "Variant",
     "read_report",
     "to_html",

@@ -9,6 +9,7 @@ from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.models import LoadedModel
+from clusterq_deploy.report.engines import EngineInspection
 from clusterq_deploy.report.schema import (
     Accuracy,
     Artifact,
@@ -90,6 +91,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
             sha256 = own[stage].files[artifact["path"]]
             artifacts.append(Artifact.model_validate({**artifact, "sha256": sha256}))
     timed = records["benchmark"].result["latency"].get(name, []) if "benchmark" in records else []
+    inspected = records["benchmark"].result.get("inspections", {}).get(name, []) if "benchmark" in records else []
     tuned = own["quantize"].result if "quantize" in own else {}
     return Variant(
         name=name,
@@ -97,6 +99,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
         accuracy=[Accuracy.model_validate(a) for a in own["evaluate"].result["accuracy"]] if "evaluate" in own else [],
         artifacts=artifacts,
         latency=[Latency.model_validate(entry) for entry in timed],
+        inspections=[EngineInspection.model_validate(own) for own in inspected],
         quantized_layers=tuned.get("quantized_layers"),
         skipped_layers=[LayerNote.model_validate(note) for note in tuned.get("skipped_layers", [])],
         keep=tuned.get("keep", {}),

@@ -17,7 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clusterq_deploy.report.findings import BASELINE, Point
+from clusterq_deploy.report.engine_wording import shortened
+from clusterq_deploy.report.engines import EngineLayer
+from clusterq_deploy.report.findings import FLOAT, Point
 from clusterq_deploy.report.schema import LayerSensitivity, Points
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -26,6 +28,7 @@ _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", 
 _VARIABLES |= {colour: f"var(--class-{index})" for index, colour in enumerate(_CLASSES)}
 _POINT = 1 / 72  # of an inch: figures are laid out in points, which become the units of the SVG
 _CURVE_POINTS = 240
+_LAYER_WIDTH = 34  # characters of a layer's name beside its bar
 _NAME_WIDTH = 45.0  # points that a variant's name takes, about
 _LEAST_RANGE = 5.0  # percentage points: a smaller range would make noise look like a difference
 
@@ -39,7 +42,7 @@ def tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
         figure, axes = _canvas(360, 250, left=0.11, right=0.97, bottom=0.17, top=0.90)
         placed = [(p.latency.median_ms, _score(p, labelled), p.variant) for p in points]
         for x, y, variant in placed:
-            colour = _MUTED if variant == BASELINE else _ACCENT
+            colour = _MUTED if variant in FLOAT else _ACCENT
             axes.plot([x], [y], "o", color=colour, markersize=7, clip_on=False, zorder=3)
         lowest, highest = min(y for _, y, _ in placed), max(y for _, y, _ in placed)
         pad = 0.2 * max(highest - lowest, _LEAST_RANGE)
@@ -109,6 +112,27 @@ def sensitivity_chart(costs: Sequence[LayerSensitivity], kept: Collection[str], 
         return _svg(figure, name, f"Sensitivity of {len(costs)} layers; the highest is {worst.layer}, {worst.kl:.2g}")
 
 
+def layer_chart(layers: Sequence[EngineLayer], name: str) -> str:
+    """A bar for each layer of an engine, as long as its time in a call; layers that read no INT8 are grey."""
+    with _style(name):
+        height = 30 + 13 * len(layers)
+        figure, axes = _canvas(420, height, left=0.52, right=0.90, bottom=8 / height, top=1 - 22 / height)
+        places = range(len(layers))
+        colours = [_ACCENT if own.precision == "INT8" else _MUTED for own in layers]
+        bars = axes.barh(places, [own.mean_ms for own in layers], color=colours, height=0.66)
+        axes.bar_label(bars, [f"{own.mean_ms:.3g}" for own in layers], padding=4, color=_INK, fontsize=9)
+        axes.set_yticks(places, [_plain(shortened(own.name, _LAYER_WIDTH)) for own in layers])
+        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
+        axes.set_xticks([])
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_title("ms of a call; grey: reads no INT8", color=_MUTED, fontsize=10, loc="left")
+        first = layers[0]
+        return _svg(
+            figure, name, f"The {len(layers)} slowest layers; the first is {first.name}, {first.mean_ms:.3g} ms"
+        )
+
+
 def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str) -> list[str]:
     """A chart for each titled set of projected images, all over the same axes, with the same colour for a class.
 
@@ -174,7 +198,7 @@ def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
             va="center",
             color=_INK,
             fontsize=11,
-            fontweight="normal" if variant == BASELINE else "bold",
+            fontweight="normal" if variant in FLOAT else "bold",
             zorder=2.5,
         )
 

@@ -1,7 +1,8 @@
 """What the measurements of a report say: drops, speed-ups, shares of the size, and which variant to deploy.
 
 Numbers only; `wording` turns them into sentences. Everything is compared with the variant `fp32`, in the same
-runtime and, for time, at the same batch and threads.
+runtime and, for time, at the same batch and threads; time also with the float model in FP16 where that was timed. What
+was measured of that stands in the report under `fp32`, and in rows and points as `fp16`.
 """
 
 import math
@@ -12,6 +13,8 @@ from typing import Literal
 from clusterq_deploy.report.schema import Accuracy, Artifact, Latency, Report, Variant
 
 BASELINE = "fp32"
+HALF = "fp16"
+FLOAT = {BASELINE, HALF}
 MAX_DROP = 1.0
 """Points of top-1 that a suggested variant may lose."""
 MAX_DISAGREEMENT = 5.0
@@ -42,12 +45,17 @@ class AccuracyRow:
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One measurement; `speedup` is fp32's median over this one's, None where fp32 was not measured so."""
+    """One measurement; `speedup` is fp32's median over this one's, None where fp32 was not measured so.
+
+    `over_half` is the same for fp16. An engine is `unsteady` where its computation is; copies vary with what else the
+    host does.
+    """
 
     variant: str
     latency: Latency
     speedup: float | None
     unsteady: bool
+    over_half: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class Point:
     latency: Latency
     cost: float | None
     speedup: float | None
+    over_half: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,17 @@ class Verdict:
 def baseline(report: Report) -> Variant | None:
     """The float variant that the others are compared with."""
     return next((variant for variant in report.variants if variant.name == BASELINE), None)
+
+
+def name_of(variant: Variant, graph: str | None) -> str:
+    """What a row on one of a variant's files is called: `fp16` for the float model in FP16, else the variant."""
+    half = any(artifact.path == graph and artifact.fp16 for artifact in variant.artifacts)
+    return HALF if half and variant.name == BASELINE else variant.name
+
+
+def half_was_timed(report: Report) -> bool:
+    """Whether the float model in FP16 was timed."""
+    return any(row.variant == HALF for row in latency_rows(report))
 
 
 def graph_size(variant: Variant) -> int | None:
@@ -125,13 +145,15 @@ def latency_rows(report: Report) -> list[LatencyRow]:
     reference = baseline(report)
     return [
         LatencyRow(
-            variant.name,
+            name,
             latency,
-            None if variant.name == BASELINE else _speedup(reference, latency),
-            latency.coefficient_of_variation > UNSTEADY,
+            None if name == BASELINE else _speedup(reference, latency),
+            (latency.compute or latency).coefficient_of_variation > UNSTEADY,
+            None if name in FLOAT else _speedup(reference, latency, HALF),
         )
         for variant in report.variants
         for latency in variant.latency
+        for name in [name_of(variant, latency.graph)]
     ]
 
 
@@ -149,15 +171,17 @@ def points(report: Report, runtime: str) -> list[Point]:
     reference = baseline(report)
     return [
         Point(
-            variant.name,
+            name,
             accuracy,
             latency,
-            None if variant.name == BASELINE else _cost(report, accuracy, _by_runtime(reference).get(runtime)),
-            None if variant.name == BASELINE else _speedup(reference, latency),
+            None if name == BASELINE else _cost(report, accuracy, _by_runtime(reference).get(runtime)),
+            None if name == BASELINE else _speedup(reference, latency),
+            None if name in FLOAT else _speedup(reference, latency, HALF),
         )
         for variant in report.variants
         for accuracy in variant.accuracy
         if accuracy.runtime == runtime
+        for name in [name_of(variant, accuracy.graph)]
         if (latency := _headline(variant, accuracy)) is not None
     ]
 
@@ -167,7 +191,7 @@ def verdicts(report: Report) -> list[Verdict]:
 
     Of the variants that lose no more than `MAX_DROP` (`MAX_DISAGREEMENT` without labels), the fastest; of
     those within `SPEED_TIE` of it, the one that loses least. One that is no faster than fp32 by more than
-    that is not suggested. torch only simulates integers and is left out.
+    that is not suggested. fp16 counts as a variant. torch only simulates integers and is left out.
     """
     timed = dict.fromkeys(latency.runtime for variant in report.variants for latency in variant.latency)
     return [_verdict(report, runtime) for runtime in timed if runtime != "torch"]
@@ -196,13 +220,14 @@ def _verdict(report: Report, runtime: str) -> Verdict:
 
 def _accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: Accuracy | None) -> AccuracyRow:
     drop = drop_error = None
-    if variant.name != BASELINE and reference and reference.top1 is not None and accuracy.top1 is not None:
+    name = name_of(variant, accuracy.graph)
+    if name != BASELINE and reference and reference.top1 is not None and accuracy.top1 is not None:
         drop = reference.top1 - accuracy.top1
         # Where both agree with the teacher they agree with each other, so they differ on at most this share.
         differing = min((200 - accuracy.agreement - reference.agreement) / 100, 1.0)
         drop_error = 100 * math.sqrt(max(differing - (drop / 100) ** 2, 0.0) / images) if images else math.nan
     return AccuracyRow(
-        variant=variant.name,
+        variant=name,
         accuracy=accuracy,
         size_bytes=next((a.size_bytes for a in variant.artifacts if a.path == accuracy.graph), None),
         top1_error=None if accuracy.top1 is None else standard_error(accuracy.top1, images),
@@ -212,14 +237,21 @@ def _accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: 
     )
 
 
-def _by_runtime(variant: Variant | None) -> dict[str, Accuracy]:
-    return {accuracy.runtime: accuracy for accuracy in reversed(variant.accuracy)} if variant else {}
+def _by_runtime(reference: Variant | None) -> dict[str, Accuracy]:
+    """What fp32 scored, by runtime; of several files the first counts."""
+    found: dict[str, Accuracy] = {}
+    for accuracy in reference.accuracy if reference else ():
+        if reference and name_of(reference, accuracy.graph) == BASELINE:
+            found.setdefault(accuracy.runtime, accuracy)
+    return found
 
 
-def _speedup(reference: Variant | None, latency: Latency) -> float | None:
+def _speedup(reference: Variant | None, latency: Latency, over: str = BASELINE) -> float | None:
+    """The median of the float model, as fp32 or as fp16, over this one's; None where it was not measured so."""
     setting = (latency.runtime, latency.batch, latency.threads)
     for other in reference.latency if reference else ():
-        if (other.runtime, other.batch, other.threads) == setting:
+        same = (other.runtime, other.batch, other.threads) == setting
+        if same and reference and name_of(reference, other.graph) == over:
             return other.median_ms / latency.median_ms
     return None
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import jinja2
 
-from clusterq_deploy.report import wording
+from clusterq_deploy.report import engine_wording, wording
+from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
     BASELINE,
     Verdict,
     accuracy_rows,
     file_rows,
+    half_was_timed,
     latency_rows,
     points,
     verdicts,
@@ -69,11 +71,16 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             chosen_files={choice.accuracy.graph for _, choice in chosen},
             accuracy=accuracy_rows(report),
             latency=latency_rows(report),
+            over_half=half_was_timed(report),
             files=files,
             largest_file=max((row.artifact.size_bytes for row in files), default=0),
             tradeoffs=_tradeoffs(report, found),
             curves=_curves(report),
-            notes=wording.notes(report),
+            engine_tables=_engine_tables(report),
+            slowest=_slowest(report),
+            trtexec=engine_wording.trtexec_commands(report),
+            engine_notes=engine_wording.engine_notes(report),
+            notes=[*wording.notes(report), *engine_wording.provider_notes(report)],
             calibration=wording.calibration_facts(report),
             features=wording.feature_sentence(report),
             feature_notes=wording.feature_notes(report),
@@ -129,6 +136,20 @@ def _sensitivities(report: Report) -> list[_Panel]:
         for index, variant in enumerate(report.variants)
         if variant.sensitivities
     ]
+
+
+def _engine_tables(report: Report) -> list[TextTable]:
+    tables = (engine_wording.timing_table, engine_wording.gpu_table, engine_wording.layer_table)
+    return [own for table in tables if (own := table(report)) is not None]
+
+
+def _slowest(report: Report) -> list[tuple[TextTable, str]]:
+    """The slowest layers of each engine, as a table and as a chart."""
+    from clusterq_deploy.report.charts import layer_chart
+
+    inspected = [own for variant in report.variants for own in variant.inspections if own.slowest]
+    charts = [layer_chart(own.slowest, f"layers{index}") for index, own in enumerate(inspected)]
+    return list(zip(engine_wording.slowest_tables(report), charts, strict=True))
 
 
 def _curves(report: Report) -> list[_Curves]:

@@ -5,8 +5,8 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from clusterq_deploy.report import wording
-from clusterq_deploy.report.findings import accuracy_rows, file_rows, latency_rows, verdicts
+from clusterq_deploy.report import engine_wording, wording
+from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows, verdicts
 from clusterq_deploy.report.schema import Report
 
 
@@ -21,10 +21,11 @@ def to_markdown(report: Report) -> str:
         _accuracy_table(report),
         "## Latency",
         _latency_table(report),
+        _engines(report),
         "## Files",
         _file_table(report),
         "## How to read these numbers",
-        _bullets(_text(note) for note in wording.notes(report)),
+        _bullets(_text(note) for note in [*wording.notes(report), *engine_wording.provider_notes(report)]),
         "## What was skipped",
         _bullets(_skipped(report)) or "Nothing.",
         _sensitivities(report),
@@ -59,6 +60,7 @@ def _accuracy_table(report: Report) -> str:
 
 
 def _latency_table(report: Report) -> str:
+    over_half = half_was_timed(report)
     rows = [
         (
             _text(row.variant),
@@ -70,6 +72,7 @@ def _latency_table(report: Report) -> str:
             wording.milliseconds(row.latency.p99_ms),
             f"{row.latency.images_per_second:,.0f}",
             wording.speedup(row.speedup),
+            *([wording.speedup(row.over_half)] if over_half else []),
         )
         for row in latency_rows(report)
     ]
@@ -83,8 +86,27 @@ def _latency_table(report: Report) -> str:
         "p99 ms",
         "images/s",
         "speed-up",
+        *(["over fp16"] if over_half else []),
     )
     return _table(headings, rows, left=2) if rows else "Not measured."
+
+
+def _engines(report: Report) -> str:
+    """The section on TensorRT engines; empty without any."""
+    tables = [engine_wording.timing_table(report), engine_wording.gpu_table(report), engine_wording.layer_table(report)]
+    titled = [(own.title, own) for own in tables if own is not None]
+    titled += [(f"Slowest layers of {own.title}", own) for own in engine_wording.slowest_tables(report)]
+    parts = [
+        f"### {_text(title)}\n\n" + _table(own.headings, [tuple(map(_text, row)) for row in own.rows], left=own.left)
+        for title, own in titled
+    ]
+    if commands := engine_wording.trtexec_commands(report):
+        parts.append(
+            "### The same with trtexec, in the run directory\n\n" + textwrap.indent("\n".join(commands), "    ")
+        )
+    if not parts:
+        return ""
+    return "\n\n".join(["## TensorRT engines", *parts, _bullets(map(_text, engine_wording.engine_notes(report)))])
 
 
 def _file_table(report: Report) -> str:

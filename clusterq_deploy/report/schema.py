@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from clusterq_deploy.errors import ReportError
-
-
-class _Record(BaseModel):
-    # A loss that diverged is part of what a report says: JSON has no NaN, so it is written as "NaN".
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+from clusterq_deploy.report.engines import EngineInspection, GpuTelemetry, Spread
+from clusterq_deploy.report.record import Record as _Record
 
 
 class Environment(_Record):
@@ -86,12 +83,16 @@ class Accuracy(_Record):
 
 
 class Artifact(_Record):
-    """A deployable file; `path` is relative to the run directory."""
+    """A deployable file; `path` is relative to the run directory.
+
+    `fp16` says whether what is not quantized computes in FP16: in the float baseline, everything.
+    """
 
     kind: Literal["onnx", "engine"]
     target: Literal["onnxruntime", "tensorrt", "int4"]
     path: str
     size_bytes: int
+    fp16: bool = False
     sha256: str | None = None
     notes: list[str] = Field(default_factory=list)
 
@@ -101,6 +102,11 @@ class Latency(_Record):
 
     `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %. `graph` is the path of
     the artifact that was executed, None for the torch model.
+
+    Engines alone have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
+    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph where
+    `cuda_graph` says so. `images_per_second` is by `wall_seconds`, from the first call to the end of the last.
+    `trtexec` is the command that repeats the measurement.
     """
 
     runtime: str
@@ -115,6 +121,14 @@ class Latency(_Record):
     coefficient_of_variation: float
     images_per_second: float
     graph: str | None = None
+    host_to_device: Spread | None = None
+    compute: Spread | None = None
+    device_to_host: Spread | None = None
+    enqueue: Spread | None = None
+    cuda_graph: bool | None = None
+    wall_seconds: float | None = None
+    trtexec: str | None = None
+    gpu: GpuTelemetry | None = None
 
 
 class LayerNote(_Record):
@@ -146,6 +160,7 @@ class Variant(_Record):
     accuracy: list[Accuracy] = Field(default_factory=list)
     artifacts: list[Artifact] = Field(default_factory=list)
     latency: list[Latency] = Field(default_factory=list)
+    inspections: list[EngineInspection] = Field(default_factory=list)
     quantized_layers: int | None = None
     skipped_layers: list[LayerNote] = Field(default_factory=list)
     keep: dict[str, int] = Field(default_factory=dict)
@@ -155,7 +170,7 @@ class Variant(_Record):
 
 
 class Skipped(_Record):
-    """A stage that did not run, and why."""
+    """A stage or a runtime that was left out, and why."""
 
     stage: str
     reason: str

@@ -8,6 +8,7 @@ from clusterq_deploy.report.findings import (
     UNSTEADY,
     Verdict,
     grid_bits,
+    half_was_timed,
     latency_rows,
 )
 from clusterq_deploy.report.schema import Environment, FeatureSet, Report, Variant
@@ -93,7 +94,8 @@ def verdict_sentence(verdict: Verdict, labelled: bool) -> str:
             f"On {verdict.runtime} keep fp32: no variant stays within {_limit(labelled)}; "
             f"the nearest, {choice.variant}, {cost}."
         )
-    pace = f"{speedup(choice.speedup)} the speed of fp32 at batch {choice.latency.batch}"
+    half = f" and {speedup(choice.over_half)} that of fp16" if choice.over_half is not None else ""
+    pace = f"{speedup(choice.speedup)} the speed of fp32{half} at batch {choice.latency.batch}"
     if reference is not None:
         times = milliseconds(choice.latency.median_ms), milliseconds(reference.latency.median_ms)
         pace += f" ({times[0]} ms against {times[1]} ms)"
@@ -113,6 +115,8 @@ def notes(report: Report) -> list[str]:
             "Latency is the time of one call of a whole batch; speed-up compares medians with fp32 at the "
             "same runtime, batch and threads."
         )
+    if half_was_timed(report):
+        found.append(_half_note(report))
     if any(row.unsteady for row in rows):
         found.append(
             f"~ marks a latency whose standard deviation exceeds {100 * UNSTEADY:g} % of its mean: "
@@ -238,6 +242,23 @@ def _accuracy_notes(report: Report) -> list[str]:
     if any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy):
         found.append("In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing.")
     return found
+
+
+def _half_note(report: Report) -> str:
+    """What fp16 is, and which engines could gain by it."""
+    text = (
+        "fp16 is the same float model with everything in FP16, which loses next to nothing: an INT8 engine is worth "
+        "its loss where it beats that, not fp32 alone."
+    )
+    single = [
+        variant.name
+        for variant in report.variants
+        if variant.name != BASELINE and any(a.kind == "engine" and not a.fp16 for a in variant.artifacts)
+    ]
+    if single:
+        computes = "compute" if len(single) > 1 else "computes"
+        text += f" {_listed(single)} {computes} in float32 what is not quantized; --fp16 makes that FP16."
+    return text
 
 
 def _grid_notes(report: Report) -> list[str]:

@@ -17,24 +17,33 @@ def write_graphs(run: Run, variant: str) -> StageRecord:
     """Write a variant's graphs, each verified against torch first."""
     size = run.model.input.size
 
-    def write(graph: onnx.ModelProto, name: str, target: export.Spelling, notes: Iterable[str] = ()) -> Result:
+    def write(
+        graph: onnx.ModelProto,
+        name: str,
+        target: export.Spelling,
+        notes: Iterable[str] = (),
+        *,
+        fp16: bool = False,
+    ) -> Result:
         annotated = export.annotate(
             graph,
             model=run.model.slug,
             source=run.model.source,
             variant=variant,
             inputs=run.model.input,
-            provenance=run.provenance(variant, target=target),
+            provenance=run.provenance(variant, target=target, **({"fp16": True} if fp16 else {})),
         )
         data = annotated.SerializeToString()
         path = run.directory.write(f"{variant}/{name}", data)
-        made = Artifact(kind="onnx", target=target, path=path, size_bytes=len(data), notes=list(notes))
+        made = Artifact(kind="onnx", target=target, path=path, size_bytes=len(data), fp16=fp16, notes=list(notes))
         return made.model_dump(mode="json")
 
     def work_float() -> tuple[Result, list[str]]:
-        graph = export.float_graph(run.model.module, size, seed=run.config.seed, name=f"{FP32}/model.onnx")
-        artifact = write(graph, "model.onnx", "onnxruntime")
-        return {"artifacts": [artifact]}, [artifact["path"]]
+        made = export.float_graphs(run.model.module, size, seed=run.config.seed, name=FP32)
+        artifacts = [write(made.single, export.FLOAT_FILE, "onnxruntime")]
+        if made.half is not None:
+            artifacts.append(write(made.half, export.HALF_FILE, "tensorrt", fp16=True))
+        return {"artifacts": artifacts, "no_fp16": made.no_half}, [a["path"] for a in artifacts]
 
     def work() -> tuple[Result, list[str]]:
         student = run.student(BitWidths.parse(variant))
@@ -43,11 +52,13 @@ def write_graphs(run: Run, variant: str) -> StageRecord:
         artifacts, checks = [], {}
         for own in made:
             checks[own.file] = own.checks
-            artifacts.append(write(own.graph, own.file, own.spelling, own.notes))
+            fp16 = run.config.fp16 and own.spelling == "tensorrt"
+            artifacts.append(write(own.graph, own.file, own.spelling, own.notes, fp16=fp16))
         return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
 
     if variant == FP32:
-        return run.perform("export/fp32", {}, work_float)
+        # the names make a run redo what it exported before there was a baseline in FP16
+        return run.perform("export/fp32", {"graphs": [export.FLOAT_FILE, export.HALF_FILE]}, work_float)
     run.done(f"quantize/{variant}")
     settings = {"fp16": run.config.fp16}
     return run.perform(f"export/{variant}", settings, work, upstream=["synthesize", f"quantize/{variant}"])
@@ -69,28 +80,50 @@ def compare_graphs(run: Run, variant: str, images: int) -> Iterator[tuple[str, f
 
 
 def build_engine(run: Run, variant: str) -> StageRecord | None:
-    """Build a variant's TensorRT engine; None where that cannot be done."""
+    """Build a variant's TensorRT engine, of the float baseline one in FP32 and one in FP16; None where none can be."""
     if engine.unavailable_reason() is not None:
         return None
     source, settings = run.done(f"export/{variant}"), _build_config(run)
-    graph = graph_for(source, "tensorrt") or graph_for(source, "onnxruntime")
 
     def work() -> tuple[Result, list[str]]:
-        path = run.directory.path / variant / "model.engine"
-        info = engine.build_engine(run.directory.path / str(graph), path, settings, run.progress)
-        name = f"{variant}/model.engine"
-        artifact = Artifact(kind="engine", target="tensorrt", path=name, size_bytes=info.size_bytes)
-        return {"artifacts": [artifact.model_dump(mode="json")]}, [name, f"{variant}/model.engine.json"]
+        made = [_build(run, graph, settings) for graph in _engine_graphs(variant, source)]
+        return {"artifacts": made}, [file for a in made for file in (a["path"], f"{a['path']}.json")]
 
-    inputs = {"settings": settings.model_dump(mode="json")}
+    # where measurements are kept decides nothing about the engine
+    inputs = {"settings": settings.model_dump(mode="json", exclude={"timing_cache"})}
     return run.perform(f"build/{variant}", inputs, work, upstream=[f"export/{variant}"])
+
+
+def _build(run: Run, graph: Result, settings: engine.BuildConfig) -> Result:
+    """Build the engine of an exported graph, beside it."""
+    name = _engine_name(graph["path"])
+    directory = run.directory.path
+    info = engine.build_engine(directory / graph["path"], directory / name, settings, run.progress)
+    fp16 = graph.get("fp16", False)
+    made = Artifact(kind="engine", target="tensorrt", path=name, size_bytes=info.size_bytes, fp16=fp16)
+    return made.model_dump(mode="json")
+
+
+def _engine_graphs(variant: str, source: StageRecord) -> list[Result]:
+    """The exported graphs that engines are built from: of the float baseline all, of a variant TensorRT's."""
+    return [a for a in source.result["artifacts"] if variant == FP32 or a["target"] == "tensorrt"]
+
+
+def _engine_name(graph: str) -> str:
+    """`w8a8/model.engine` for `w8a8/model.trt.onnx`, `fp32/model.fp16.engine` for `fp32/model.fp16.onnx`."""
+    return f"{graph.removesuffix('.onnx').removesuffix('.trt')}.engine"
 
 
 def _build_config(run: Run) -> engine.BuildConfig:
     """The build settings, with a profile that holds the batches to be timed."""
-    settings = run.config.build
-    low, best, high = settings.batch
-    return settings.model_copy(update={"batch": (low, best, max(high, *run.config.benchmark.batches))})
+    return run.config.build.model_copy(update={"batch": tuned_batches(run)})
+
+
+def tuned_batches(run: Run) -> tuple[int, int, int]:
+    """The smallest, the tuned-for and the largest batch of what TensorRT builds; the batches to be timed are in it."""
+    low, best, high = run.config.build.batch
+    timed = run.config.benchmark.batches
+    return min(low, *timed), best, max(high, *timed)
 
 
 def built_engine(run: Run, variant: str) -> StageRecord | None:
@@ -106,6 +139,15 @@ def engine_stage(variant: str, built: StageRecord | None) -> list[str]:
 def graph_for(record: StageRecord, target: str) -> str | None:
     """The path of a finished export's graph for a target."""
     return next((str(a["path"]) for a in record.result["artifacts"] if a["target"] == target), None)
+
+
+def executed_graphs(variant: str, source: StageRecord) -> list[Result]:
+    """The exported graphs that are measured as graphs.
+
+    Not the FP16 baseline's: ONNX Runtime has few FP16 kernels on a CPU and casts most of it to float, slowly; its
+    engine is measured where there is one.
+    """
+    return [a for a in source.result["artifacts"] if variant != FP32 or a["target"] == "onnxruntime"]
 
 
 def runner_of(run: Run, artifact: Result) -> Runner:

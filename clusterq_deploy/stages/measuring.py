@@ -1,20 +1,25 @@
 """What is measured of what was made, and the report on it."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
 from clusterq_deploy import engine
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import FeatureError
 from clusterq_deploy.features import compare_features
-from clusterq_deploy.measure import benchmark, predictions, score, summarize
+from clusterq_deploy.measure import benchmark, predictions, score
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
-from clusterq_deploy.report.schema import Accuracy, Report, Skipped
+from clusterq_deploy.report.schema import Accuracy, Latency, Report, Skipped
 from clusterq_deploy.run import EVALUATION_BATCH, FP32, PREVIEW, Run
 from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
-from clusterq_deploy.stages.deployment import built_engine, engine_stage, graph_for, runner_of
+from clusterq_deploy.stages.deployment import built_engine, engine_stage, executed_graphs, graph_for, runner_of
+from clusterq_deploy.stages.engines import inspect_engine, time_engine
+from clusterq_deploy.stages.providers import provider_runners
 
 
 def measure_accuracy(run: Run, variant: str) -> StageRecord:
@@ -30,9 +35,12 @@ def measure_accuracy(run: Run, variant: str) -> StageRecord:
         else:
             with TorchRunner(run.student(BitWidths.parse(variant))) as runner:
                 found.append(_accuracy(run, runner, None))
-        for artifact in [*source.result["artifacts"], *(built.result["artifacts"] if built else [])]:
+        for artifact in [*executed_graphs(variant, source), *(built.result["artifacts"] if built else [])]:
             with runner_of(run, artifact) as runner:
                 found.append(_accuracy(run, runner, artifact["path"]))
+        for own in provider_runners(run, {variant: source}, []):  # the benchmark says which are left out
+            with own.runner as runner:
+                found.append(_accuracy(run, runner, own.graph))
         return {"accuracy": [a.model_dump(mode="json") for a in found]}, []
 
     upstream = [f"export/{variant}", *([] if run.has_own_data else ["synthesize"])]
@@ -74,27 +82,61 @@ def measure_latency(run: Run) -> StageRecord:
     settings, size = run.config.benchmark, run.model.input.size
 
     def work() -> tuple[Result, list[str]]:
-        runners: dict[str, Runner] = {}
-        owners: dict[str, str] = {}
-        for variant, source in sources.items():
-            name = str(graph_for(source, "onnxruntime"))
-            path = run.directory.path / name
-            runners[name], owners[name] = OnnxRunner(path, threads=settings.cpu_threads), variant
-        if run.device.type == "cuda":
-            runners["torch"], owners["torch"] = TorchRunner(run.model.module), FP32
+        skipped: list[Skipped] = []
         latency: dict[str, list[Result]] = {v: [] for v in variants}
-        for name, records in benchmark(runners, size, settings, run.progress).items():
-            is_graph = name != "torch"
-            more = {"graph": name if is_graph else None, "threads": settings.cpu_threads if is_graph else None}
-            latency[owners[name]] += [{**r.model_dump(mode="json"), **more} for r in records]
+        timed = {own.key: own for own in _timed(run, sources, skipped)}
+        found = benchmark({key: own.runner for key, own in timed.items()}, size, settings, run.progress)
+        for key, records in found.items():
+            own = timed[key]
+            latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]
+        inspections: dict[str, list[Result]] = {v: [] for v in variants}
+        files: list[str] = []
         for variant, record in built.items():
-            if record:
-                latency[variant] += _time_engine(run, record.result["artifacts"][0]["path"])
-        return {"latency": latency, "environment": environment}, []
+            for artifact in record.result["artifacts"] if record else ():
+                name, path = artifact["path"], run.directory.path / artifact["path"]
+                with engine.TensorRTRunner(path) as runner:
+                    latency[variant] += [_result(r) for r in time_engine(runner, name, settings)]
+                    inspected, text = inspect_engine(runner, name, path, settings.batches[0])
+                inspections[variant].append(inspected.model_dump(mode="json"))
+                if text:
+                    files.append(run.directory.write(f"{name}.layers.json", text))
+        more = {"inspections": inspections, "skipped": [s.model_dump(mode="json") for s in skipped]}
+        return {"latency": latency, "environment": environment, **more}, files
 
     upstream = [stage for v in variants for stage in (f"export/{v}", *engine_stage(v, built[v]))]
     inputs = {"settings": settings.model_dump(mode="json"), "environment": environment}
     return run.perform("benchmark", inputs, work, upstream=upstream)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What is timed from host to host; `graph` and `threads` are None for the torch model, threads on a GPU too."""
+
+    variant: str
+    runner: Runner
+    graph: str | None = None
+    threads: int | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.runner.runtime} {self.graph}"
+
+
+def _timed(run: Run, exports: Mapping[str, StageRecord], skipped: list[Skipped]) -> Iterator[_Timed]:
+    """Every graph in ONNX Runtime on the CPU, and, where the run has a GPU, in its GPU providers and in torch."""
+    threads = run.config.benchmark.cpu_threads
+    for variant, record in exports.items():
+        graph = str(graph_for(record, "onnxruntime"))
+        yield _Timed(variant, OnnxRunner(run.directory.path / graph, threads=threads), graph, threads)
+    for own in provider_runners(run, exports, skipped):
+        yield _Timed(own.variant, own.runner, own.graph)
+    if run.device.type == "cuda":
+        yield _Timed(FP32, TorchRunner(run.model.module))
+
+
+def _result(record: Latency, **more: object) -> Result:
+    """A record as the manifest keeps it: without what was not measured."""
+    return {**record.model_dump(mode="json", exclude_none=True), **more}
 
 
 def write_report(run: Run) -> Report:
@@ -124,22 +166,6 @@ def _accuracy(run: Run, runner: Runner, graph: str | None) -> Accuracy:
     return score(runner.runtime, own, run.teacher_predictions, run.evaluation, graph)
 
 
-def _time_engine(run: Run, name: str) -> list[Result]:
-    settings = run.config.benchmark
-    found = []
-    with engine.TensorRTRunner(run.directory.path / name) as runner:
-        for batch in settings.batches:
-            times = runner.measure(
-                batch,
-                warmup_ms=settings.warmup_ms,
-                min_runs=settings.min_runs,
-                min_seconds=settings.min_seconds,
-                cuda_graph=True,
-            )
-            found.append({**summarize(runner.runtime, batch, times).model_dump(mode="json"), "graph": name})
-    return found
-
-
 def _stage_names(run: Run) -> list[str]:
     variants = [FP32, *run.config.bits]
     return ["synthesize", "features", "benchmark"] + [
@@ -153,6 +179,10 @@ def _skipped(records: dict[str, StageRecord]) -> list[Skipped]:
     if reason or not any(name.startswith("build/") for name in records):
         reason = reason or "not asked for"
         skipped.append(Skipped(stage="build", reason=reason))
+    if "benchmark" in records:
+        skipped += [Skipped.model_validate(own) for own in records["benchmark"].result.get("skipped", [])]
+    if reason := records["export/fp32"].result.get("no_fp16") if "export/fp32" in records else None:
+        skipped.append(Skipped(stage="fp16 baseline", reason=reason))
     if "features" in records and "skipped" in records["features"].result:
         skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
     return skipped

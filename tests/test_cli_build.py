@@ -1,0 +1,136 @@
+"""`clusterq build` through a double of TensorRT: what its options become, and what a run's engines are."""
+
+import functools
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+from click.testing import CliRunner, Result
+from tensorrt_double import World, install
+from test_pipeline import SMALL
+
+from cli.main import main
+from clusterq_deploy import engine
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"a graph")
+    return path
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_a_files_engine_lies_beside_it(world: World, graph: Path) -> None:
+    done = call("build", graph, "--json")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)
+    assert row["engine"] == str(graph.with_suffix(".engine"))
+    assert row["size_bytes"] == graph.with_suffix(".engine").stat().st_size
+    assert engine.read_sidecar(graph.with_suffix(".engine")).options == engine.BuildConfig()
+
+
+def test_options_become_the_configuration(world: World, graph: Path, tmp_path: Path) -> None:
+    options = ["--batch", "2:4:16", "--workspace", "512MiB", "--optimization-level", "4", "--hardware-compatible"]
+    done = call("build", graph, *options, "--version-compatible", "--timing-cache", tmp_path / "t.cache")
+    assert done.exit_code == 0, done.output
+    assert engine.read_sidecar(graph.with_suffix(".engine")).options == engine.BuildConfig(
+        batch=(2, 4, 16),
+        workspace_bytes=512 * 2**20,
+        optimization_level=4,
+        timing_cache=tmp_path / "t.cache",
+        version_compatible=True,
+        hardware_compatible=True,
+    )
+    assert (tmp_path / "t.cache").is_file()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("4GiB", 2**32), ("2gib", 2**31), ("512MiB", 2**29), ("512", 2**29), ("64 KiB", 2**16)],
+)
+def test_sizes(world: World, graph: Path, size: str, expected: int) -> None:
+    assert call("build", graph, "--workspace", size, "--timing-cache", "none").exit_code == 0
+    assert world.options._workspace == expected
+    assert list(world.caches.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--workspace", "4GB", "'4GB' is no size such as 4GiB, 512MiB or 512, in MiB"),
+        ("--workspace", "0", "is no size"),
+        ("--batch", "8", "'8' is no smallest, tuned-for and largest batch such as 1:8:32"),
+        ("--batch", "1:x:3", "is no smallest"),
+        ("--batch", "8:4:32", "'8:4:32' does not ascend"),
+        ("--batch", "0:4:32", "does not ascend from 1 or more"),
+        ("--optimization-level", "6", "0<=x<=5"),
+    ],
+)
+def test_wrong_options_end_in_one_line(world: World, graph: Path, option: str, value: str, message: str) -> None:
+    done = call("build", graph, option, value)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not graph.with_suffix(".engine").exists()
+
+
+def test_a_failure_ends_in_one_line(world: World, graph: Path) -> None:
+    world.build_error = "Error Code 10: Internal Error (Could not find any\n implementation for node conv1.)"
+    done = call("build", graph)
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "it has no kernel for the layer conv1: raise --workspace" in done.stderr
+
+
+def test_a_run_builds_fp32_and_fp16_beside_the_variants_and_compares_with_both(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings, out = tmp_path / "small.toml", tmp_path / "out"
+    small = {**SMALL, "finetune": {"steps": 0}, "limit": 60, "device": "cpu", "bits": ["w8a8"]}
+    settings.write_text(tomli_w.dumps(small))
+    steps = [call("synthesize", "digits", "--config", settings, "--out", out)]
+    steps += [call(verb, out) for verb in ("quantize", "export")]
+    monkeypatch.setattr(engine, "TensorRTRunner", functools.partial(engine.TensorRTRunner, device="cpu"))
+    world = install(monkeypatch)  # from here on torch believes in a GPU
+    world.input_shape, world.classes = (-1, 1, 32, 32), 10
+    built = call("build", out, "--batch", "4:8:16", "--json")
+    steps += [built, call("evaluate", out), call("benchmark", out)]
+    assert [s.exit_code for s in steps] == [0] * 6, [s.stderr for s in steps]
+
+    engines = ["fp32/model.engine", "fp32/model.fp16.engine", "w8a8/model.engine"]
+    assert [row["engine"] for row in json.loads(built.stdout)] == engines
+    sidecars = [engine.read_sidecar(out / name) for name in engines]
+    assert [own.source for own in sidecars] == ["model.onnx", "model.fp16.onnx", "model.trt.onnx"]
+    assert all(own.options.batch == (1, 8, 16) for own in sidecars)  # batches of 1 and 2 are timed
+    assert tomllib.loads((out / "run.toml").read_text())["build"]["batch"] == [4, 8, 16]
+
+    before = [(out / name).stat().st_mtime_ns for name in engines]
+    assert call("build", out, "--timing-cache", "none").exit_code == 0  # decides nothing about the engines
+    assert [(out / name).stat().st_mtime_ns for name in engines] == before
+
+    report = json.loads(call("report", out, "--json").stdout)
+    fp32, w8a8 = report["variants"]
+    assert [(a["path"], a["target"], a["fp16"]) for a in fp32["artifacts"]] == [
+        ("fp32/model.onnx", "onnxruntime", False),
+        ("fp32/model.fp16.onnx", "tensorrt", True),
+        ("fp32/model.engine", "tensorrt", False),
+        ("fp32/model.fp16.engine", "tensorrt", True),
+    ]
+    assert [a["graph"] for a in fp32["accuracy"]] == [None, "fp32/model.onnx", *engines[:2]]
+    assert [entry["graph"] for entry in fp32["latency"]][2:] == [engines[0]] * 2 + [engines[1]] * 2
+    assert not any(a["fp16"] for a in w8a8["artifacts"])
+    shown = call("report", out).stdout
+    assert "over fp16" in shown
+    assert "1.00x" in shown  # the double takes the same time for every engine
+    assert "that of fp16" in (out / "report.md").read_text() or "keep fp32" in (out / "report.md").read_text()

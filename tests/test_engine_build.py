@@ -1,0 +1,347 @@
+"""Building engines: the flow of control, driven through a double of TensorRT."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import pytest
+from pydantic import ValidationError
+from tensorrt_double import World, install
+
+from calib.progress import SILENT, Progress
+from clusterq_deploy.engine import BuildConfig, build_engine, read_sidecar, sidecar_path
+from clusterq_deploy.engine import timing as timing_module
+from clusterq_deploy.engine.sidecar import Machine
+from clusterq_deploy.engine.timing import timing_cache_path
+from clusterq_deploy.errors import EngineError, RunDirectoryError
+from clusterq_deploy.files import sha256_file
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    path = tmp_path / "model.trt.onnx"
+    path.write_bytes(b"a graph")
+    return path
+
+
+def build(graph: Path, progress: Progress = SILENT, **options: object) -> Path:
+    engine = graph.with_name("model.engine")
+    build_engine(graph, engine, BuildConfig.model_validate(options), progress)
+    return engine
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_the_engine_and_its_sidecar(world: World, graph: Path) -> None:
+    engine = build(graph, batch=(1, 2, 4))
+    info = read_sidecar(engine)
+    assert sidecar_path(engine).name == "model.engine.json"
+    assert (info.built_on.gpu, info.built_on.compute_capability) == ("NVIDIA Test 100", "9.0")
+    assert (info.built_on.tensorrt, info.built_on.driver) == ("10.9.0", "555.1")
+    assert info.source == "model.trt.onnx"
+    assert info.source_sha256 == sha256_file(graph)
+    assert info.engine_sha256 == sha256_file(engine)
+    assert info.size_bytes == engine.stat().st_size
+    assert info.options.batch == (1, 2, 4)
+    assert info.created.tzinfo is not None
+    assert world.profiles == {"images": ((1, 3, 4, 4), (2, 3, 4, 4), (4, 3, 4, 4))}
+    assert left(graph.parent) == ["model.engine", "model.engine.json", "model.trt.onnx"]
+
+
+def test_passes_the_options_on(world: World, graph: Path) -> None:
+    build(graph, optimization_level=5, workspace_bytes=2**29, version_compatible=True, hardware_compatible=True)
+    assert world.flags == ["VERSION_COMPATIBLE"]
+    assert world.options.builder_optimization_level == 5
+    assert world.options.hardware_compatibility_level == "AMPERE_PLUS"
+    assert world.options.profiling_verbosity == "DETAILED"
+    assert world.options._workspace == 2**29
+
+
+def test_builds_on_the_callers_device_in_another_thread(
+    world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    build(graph)
+    assert world.devices == [3]
+
+
+def test_a_fixed_batch_needs_no_profile(world: World, graph: Path) -> None:
+    world.input_shape = (8, 3, 4, 4)
+    build(graph)
+    assert world.profiles == {}
+
+
+def test_refuses_a_dynamic_image_size(world: World, graph: Path) -> None:
+    world.input_shape = (-1, 3, -1, -1)
+    with pytest.raises(EngineError, match=r"images of .* has shape \(-1, 3, -1, -1\); only"):
+        build(graph)
+
+
+@pytest.mark.parametrize("way", ["raises", "returns -1"])
+def test_reports_an_invalid_profile(world: World, graph: Path, way: str) -> None:
+    if way == "raises":
+        world.profile_error = "Shape provided for max is inconsistent with other shapes."
+    else:
+        world.profile_index = -1
+    with pytest.raises(EngineError, match=r"inconsistent|refuses the batch sizes \(1, 8, 32\)"):
+        build(graph)
+
+
+def test_a_missing_graph_is_named(world: World, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"cannot read .*none\.onnx: No such file"):
+        build(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch": (4, 2, 8)}, {"batch": (0, 1, 1)}, {"optimization_level": 6}, {"fp16": True}]
+)
+def test_config_refuses(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        BuildConfig.model_validate(options)
+
+
+class TestFailures:
+    def test_says_what_tensorrt_logged(self, world: World, graph: Path, caplog: pytest.LogCaptureFixture) -> None:
+        world.build_error = "Nobody knows this\n one."
+        with pytest.raises(EngineError, match=r"cannot build .*onnx; Nobody knows this one\.$"):
+            build(graph)
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        assert left(graph.parent) == ["model.trt.onnx"]
+
+    def test_a_message_holds_no_error_of_an_earlier_build(self, world: World, graph: Path) -> None:
+        for world.build_error in ("first error", "second error"):
+            with pytest.raises(EngineError) as caught:
+                build(graph)
+        assert str(caught.value).endswith("model.trt.onnx; second error")
+
+    def test_a_known_one_comes_with_its_remedy(self, world: World, graph: Path) -> None:
+        world.build_error = "Error Code 10: Internal Error (Could not find any implementation for node conv1 + relu.)"
+        with pytest.raises(EngineError) as caught:
+            build(graph)
+        assert "onnx: it has no kernel for the layer conv1 + relu: raise --workspace" in str(caught.value)
+        assert str(caught.value).endswith(f"(TensorRT: {world.build_error})")
+
+    def test_an_old_driver_keeps_the_builder_from_starting(self, world: World, graph: Path) -> None:
+        world.build_error = "Error Code 6: API Usage Error (CUDA initialization failure with error: 35. Please check)"
+        world.raises["Builder"] = TypeError("pybind11::init(): factory function returned nullptr")
+        with pytest.raises(EngineError, match=r"the NVIDIA driver is older than .*: install a newer driver"):
+            build(graph)
+
+    def test_the_computers_memory_can_run_out(self, world: World, graph: Path) -> None:
+        world.raises["build"] = MemoryError()
+        with pytest.raises(EngineError, match=r"onnx: the computer's memory ran out: .*\(TensorRT: MemoryError\)$"):
+            build(graph)
+        assert left(graph.parent) == ["model.trt.onnx"]
+
+
+class TestParser:
+    def test_tells_all_that_it_finds(self, world: World, graph: Path) -> None:
+        world.parser_errors = (("conv1", "Conv", "no\n kernel"), ("", "", "INVALID_GRAPH"), ("fc", "Gemm", "x"))
+        with pytest.raises(EngineError) as caught:
+            build(graph)
+        problems = "conv1 (Conv): no kernel; unnamed node (no operator): INVALID_GRAPH; fc (Gemm): x"
+        assert f"cannot parse {graph}: {problems}; clusterq check {graph} says which" in str(caught.value)
+        assert left(graph.parent) == ["model.trt.onnx"]
+
+    def test_gives_the_nodes_doc_string_and_the_remedy(self, world: World, tmp_path: Path) -> None:
+        doc = "net.py(31):  forward\n" + "x" * 200
+        nodes = [
+            onnx.helper.make_node("Round", ["images"], ["a"], name="round", doc_string=doc),
+            onnx.helper.make_node("Relu", ["a"], ["logits"], name="relu", doc_string="another node"),
+        ]
+        ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 3]) for n in ("images", "logits")]
+        path = tmp_path / "model.onnx"
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:])), path)
+        world.parser_errors = (
+            ("round", "Round", "Assertion failed: Plugin not found, are the name and version right?"),
+        )
+        with pytest.raises(EngineError) as caught:
+            build(path)
+        message = str(caught.value)
+        assert 'onnx: round (Round, "net.py(31): forward x' in message
+        assert 'xxx..."): Assertion failed' in message
+        assert "another node" not in message
+        assert message.endswith(
+            "replace it in the model, or load its plugin; clusterq check lists operators that are not ONNX's own"
+        )
+
+
+class TestTimingCache:
+    def test_is_kept_for_the_gpu_and_release_in_the_users_cache(self, world: World, graph: Path) -> None:
+        build(graph)
+        (cache,) = world.caches.rglob("*.cache")
+        assert cache.name.startswith("NVIDIA-Test-100-sm9.0-cuda")
+        assert cache.name.endswith("-tensorrt10.9.0.cache")
+        assert cache.read_bytes() == b"conv1"
+        world.measures = "conv2"
+        build(graph)
+        assert world.timing_caches_read == [b"", b"", b"conv1", b"conv1"]
+        assert cache.read_bytes() == b"conv1 conv2"
+
+    def test_is_the_file_that_was_given(self, world: World, graph: Path) -> None:
+        cache = graph.with_name("timing.cache")
+        build(graph, timing_cache=cache)
+        assert cache.read_bytes() == b"conv1"
+        assert list(world.caches.rglob("*.cache")) == []
+
+    @pytest.mark.parametrize("options", [{"timing_cache": "none"}, {"optimization_level": 0}])
+    def test_can_be_switched_off(self, world: World, graph: Path, options: dict[str, object]) -> None:
+        build(graph, **options)
+        assert world.timing_caches_read == []
+        assert list(world.caches.iterdir()) == []
+
+    @pytest.mark.parametrize("content", [b"damaged", b"other-machine"])
+    def test_starts_afresh_where_it_does_not_fit(
+        self, world: World, graph: Path, content: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        cache = graph.with_name("timing.cache")
+        cache.write_bytes(content)
+        build(graph, timing_cache=cache)
+        assert cache.read_bytes() == b"conv1"
+        assert "started afresh" in caplog.text
+
+    def test_keeps_what_another_build_wrote_meanwhile(self, world: World, graph: Path) -> None:
+        cache = graph.with_name("timing.cache")
+        world.on_step = lambda: cache.write_bytes(b"of-another-build")
+        build(graph, timing_cache=cache)
+        assert cache.read_bytes() == b"conv1 of-another-build"
+
+    def test_concurrent_builds_lose_no_measurement(
+        self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trt, path = sys.modules["tensorrt"], tmp_path / "timing.cache"
+
+        def slow_read(file: Path) -> bytes:
+            content = file.read_bytes() if file.exists() else b""
+            time.sleep(0.01)  # without a lock every writer would have read by now, and the last would win
+            return content
+
+        monkeypatch.setattr(timing_module, "_kept", slow_read)
+
+        def write(entry: int) -> None:
+            timing_module.keep_timing_cache(trt.IBuilderConfig(), trt.ITimingCache(f"layer{entry}".encode()), path)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, range(8)))
+        assert set(path.read_bytes().split()) == {f"layer{entry}".encode() for entry in range(8)}
+
+    def test_a_folder_that_cannot_be_written_is_a_warning(
+        self, world: World, graph: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        graph.with_name("file").write_bytes(b"")
+        engine = build(graph, timing_cache=graph.with_name("file") / "timing.cache")
+        assert engine.is_file()
+        assert "is not kept" in caplog.text
+
+    def test_the_users_cache_directory_is_that_of_the_platform(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        if sys.platform != "linux":
+            pytest.skip("XDG_CACHE_HOME is Linux's")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        machine = Machine(gpu="A/B", compute_capability="8.6", driver=None, cuda="13.0", tensorrt="11.4.0")
+        expected = tmp_path / "clusterq-deploy/timing/A-B-sm8.6-cuda13.0-tensorrt11.4.0.cache"
+        assert timing_cache_path(BuildConfig(), machine) == expected
+
+
+class Recorder:
+    """A progress that remembers when each task was opened, how far it came, and when it was closed."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[object]:
+        done = 0
+
+        def advance(n: int = 1, **figures: float) -> None:
+            nonlocal done
+            done += n
+
+        self.events.append(f"open {description}")
+        try:
+            yield advance
+        finally:
+            self.events.append(f"close {description} {done}/{total}")
+
+
+class TestProgress:
+    def test_shows_the_phases_of_the_build_in_one_another(self, world: World, graph: Path) -> None:
+        world.steps, recorder = 2, Recorder()
+        build(graph, recorder)
+        inner = ["open Tactic selection", "close Tactic selection 3/4"]
+        assert recorder.events == [
+            "open build model.engine",
+            "open Building engine",
+            *inner,
+            *inner,
+            "close Building engine 2/2",
+            "close build model.engine 2/2",
+        ]
+
+    def test_closes_what_a_failure_leaves_open(self, world: World, graph: Path) -> None:
+        def fail() -> None:
+            raise RuntimeError("the worst")
+
+        world.on_step, recorder = fail, Recorder()
+        with pytest.raises(EngineError, match="the worst"):
+            build(graph, recorder)
+        assert recorder.events[-2:] == ["close Building engine 0/3", "close build model.engine 1/2"]
+
+
+CANCELLED = """
+import signal, sys
+import pytest
+from tensorrt_double import install
+
+if sys.argv[1] == "SIGTERM":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with pytest.MonkeyPatch.context() as patch:
+    world = install(patch)
+    world.steps, world.step_seconds = 2000, 0.01
+    world.on_step = lambda: print("building", flush=True)
+    from cli.main import main
+    try:
+        main(["build", sys.argv[2]])
+    finally:
+        print("cancelled at", world.cancelled_at, list(world.caches.rglob("*.cache")), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 143)])
+def test_a_signal_cancels_the_build_and_leaves_nothing(graph: Path, name: str, code: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    command = [sys.executable, "-c", CANCELLED, name, str(graph)]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=graph.parent
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "building\n"
+        child.send_signal(getattr(signal, name))
+        output, errors = child.communicate(timeout=60)
+    assert child.returncode == code, errors
+    assert errors.split() == (["Aborted!"] if name == "SIGINT" else [])
+    last = output.splitlines()[-1]
+    assert last.startswith("cancelled at ")
+    assert int(last.split()[2]) < 1999
+    assert last.endswith("[]")  # no timing cache either
+    assert left(graph.parent) == ["model.trt.onnx"]

@@ -1,0 +1,65 @@
+"""Engines in a run, from the build to the report, with a double in the place of TensorRT and of torch's CUDA."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tensorrt_double import install
+
+from clusterq_deploy import Pipeline, engine
+from clusterq_deploy.config import make_config
+from clusterq_deploy.quantize import BitWidths
+
+SETTINGS = {
+    "model": "digits",
+    "limit": 40,
+    "bits": ["w8a8"],
+    "device": "cpu",
+    "synthesis": {
+        "images": 40,
+        "generator": {"steps": 4, "warmup_steps": 2, "batch_size": 20, "samples_per_class": 2, "width": 8},
+        "refine": {"steps": 2, "batch_size": 40},
+    },
+    "finetune": {"steps": 2, "batch_size": 16, "checkpoints": 1},
+    "benchmark": {"batches": [1, 2], "min_seconds": 0, "min_runs": 3, "warmup_ms": 0, "rounds": 1},
+}
+
+
+def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
+    pipeline.begin()
+    pipeline.export("fp32")
+    pipeline.synthesize()
+    pipeline.quantize(BitWidths.parse("w8a8"))
+    pipeline.export("w8a8")
+
+    world = install(monkeypatch)
+    world.input_shape, world.classes = (-1, *pipeline.model.input.size), pipeline.model.classes
+    world.inspected = json.dumps({"Layers": ["node_conv2d"]})
+    world.layer_ms = {"node_conv2d": 0.5}
+    monkeypatch.setattr(engine, "TensorRTRunner", partial(engine.TensorRTRunner, device="cpu"))
+    for variant in ("fp32", "w8a8"):
+        assert pipeline.build(variant) is not None
+        pipeline.evaluate(variant)
+    pipeline.benchmark()
+    report = pipeline.report()
+
+    for variant in report.variants:
+        engines = [artifact.path for artifact in variant.artifacts if artifact.kind == "engine"]
+        assert engines[0] == f"{variant.name}/model.engine"
+        assert [a.graph for a in variant.accuracy if a.runtime == "tensorrt"] == engines
+        timed = [own for own in variant.latency if own.runtime == "tensorrt"]
+        assert [(own.graph, own.batch) for own in timed] == [(path, batch) for path in engines for batch in (1, 2)]
+        assert all(own.compute and own.cuda_graph and own.trtexec and own.gpu for own in timed)
+        assert [own.engine for own in variant.inspections] == engines
+        for inspected in variant.inspections:
+            assert (tmp_path / "run" / f"{inspected.engine}.layers.json").read_text() == world.inspected
+            assert (inspected.batch, inspected.layers) == (1, 1)
+            assert inspected.slowest[0].mean_ms == pytest.approx(0.5)
+    fp32, w8a8 = report.variants
+    assert fp32.inspections[0].quantized_layers == 0
+    assert w8a8.inspections[0].quantized_layers == w8a8.quantized_layers
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'id="engines"' in page
+    assert "trtexec --loadEngine=w8a8/model.engine --shapes=" in page

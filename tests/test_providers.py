@@ -1,0 +1,149 @@
+"""ONNX Runtime's GPU providers: their options, and what is said where their libraries are not there."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from clusterq_deploy.config import RunConfig
+from clusterq_deploy.errors import ExportError
+from clusterq_deploy.onnx_providers import batch_profile, provider_list
+from clusterq_deploy.report.schema import Skipped
+from clusterq_deploy.run import EVALUATION_BATCH
+from clusterq_deploy.rundir import StageRecord
+from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.stages import providers
+from clusterq_deploy.stages.providers import provider_runners
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
+
+
+def graph(batch: int | str = "batch") -> onnx.ModelProto:
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 4, 5])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 60])
+    node = helper.make_node("Flatten", ["images"], ["logits"])
+    return helper.make_model(
+        helper.make_graph([node], "flat", [images], [logits]),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "w8a8" / "model.trt.onnx"
+    path.parent.mkdir()
+    onnx.save(graph(), path)
+    return path
+
+
+def test_tensorrt_gets_one_profile_for_all_batches_and_cuda_behind_it(file: Path) -> None:
+    (tensorrt, options), cuda = provider_list("onnxruntime-tensorrt", file, (1, 8, 32))
+    assert (tensorrt, cuda) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert options == {
+        "trt_profile_min_shapes": "images:1x3x4x5",
+        "trt_profile_opt_shapes": "images:8x3x4x5",
+        "trt_profile_max_shapes": "images:32x3x4x5",
+    }
+    assert provider_list("onnxruntime-cuda", file, (1, 8, 32)) == ["CUDAExecutionProvider"]
+
+
+def test_a_fixed_batch_needs_no_profile() -> None:
+    assert batch_profile(graph(8).SerializeToString(), (1, 8, 32)) == {}
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("runtime", "provider"),
+    [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", "TensorrtExecutionProvider")],
+)
+def test_a_provider_without_its_libraries_is_an_error_that_names_them(
+    runtime: str, provider: str, file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if provider not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime without GPU providers is installed")
+    with pytest.raises(ExportError) as caught:
+        OnnxRunner(file, runtime=runtime, optimized=False, batch=(1, 2, 4))
+    message = str(caught.value)
+    assert message.startswith(f"ONNX Runtime has no working {provider} here: lib")
+    assert "cannot open shared object file" in message
+    assert "\n" not in message
+    assert capfd.readouterr() == ("", "")  # neither ONNX Runtime's fallback nor its logger says it again
+
+
+def test_a_build_without_the_provider_is_told_from_missing_libraries(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ExportError, match="this ONNX Runtime has no CUDAExecutionProvider; install onnxruntime-gpu"):
+        OnnxRunner(file, runtime="onnxruntime-cuda")
+
+
+def test_a_call_that_fails_is_an_error_of_one_line(file: Path) -> None:
+    with (
+        OnnxRunner(file) as runner,
+        pytest.raises(ExportError, match=r"^onnxruntime-cpu cannot run the graph: .*dimensions"),
+    ):
+        runner.infer(np.zeros((1, 2, 4, 5), np.float32))
+
+
+def run_on(device: str, path: Path) -> Any:
+    """As much of a run as opens the graphs."""
+    return SimpleNamespace(
+        device=torch.device(device),
+        directory=SimpleNamespace(path=path),
+        config=RunConfig(model="digits"),
+        model=SimpleNamespace(input=SimpleNamespace(size=(3, 4, 5))),
+    )
+
+
+def exported(name: str) -> StageRecord:
+    artifacts = [{"kind": "onnx", "target": target, "path": name} for target in ("onnxruntime", "tensorrt")]
+    return StageRecord("", {}, {}, {"artifacts": artifacts}, 0.0)
+
+
+def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are built for the batches to be timed; a provider takes those of the evaluation too."""
+    asked = []
+
+    def refuse(path: Path, **options: object) -> None:
+        asked.append((path.name, options))
+        raise ExportError("not here")
+
+    monkeypatch.setattr(providers, "OnnxRunner", refuse)
+    list(provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, []))
+    assert [options["runtime"] for _, options in asked] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    assert [options["optimized"] for _, options in asked] == [True, False]
+    assert {options["batch"] for _, options in asked} == {(1, 8, EVALUATION_BATCH)}
+
+
+@needs_no_gpu
+def test_what_cannot_load_is_skipped_once_with_its_reason(file: Path) -> None:
+    skipped: list[Skipped] = []
+    exports = {name: exported("w8a8/model.trt.onnx") for name in ("fp32", "w8a8")}
+    assert list(provider_runners(run_on("cuda", file.parents[1]), exports, skipped)) == []
+    assert [own.stage for own in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    for own in skipped:
+        assert own.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
+
+
+def test_a_run_on_the_cpu_tries_no_gpu_provider(file: Path) -> None:
+    skipped: list[Skipped] = []
+    assert list(provider_runners(run_on("cpu", file.parents[1]), {"fp32": exported("none.onnx")}, skipped)) == []
+    assert skipped == []
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
+def test_what_loads_gives_the_answers_of_the_cpu(file: Path) -> None:
+    skipped: list[Skipped] = []
+    images = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
+    for own in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
+        with own.runner as runner:
+            np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))

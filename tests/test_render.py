@@ -1,0 +1,69 @@
+"""Bars on the terminal."""
+
+import io
+import threading
+import time
+
+from rich.console import Console
+
+from cli.render import LiveProgress
+
+
+def terminal() -> tuple[LiveProgress, io.StringIO]:
+    shown = io.StringIO()
+    return LiveProgress(False, Console(file=shown, force_terminal=True, width=120)), shown
+
+
+def test_tasks_nest_and_leave_their_place_when_they_end() -> None:
+    progress, shown = terminal()
+    with progress.task("outer", 2) as advance:
+        with progress.task("inner", 4) as step:
+            step(3, loss=0.25)
+            deadline = time.monotonic() + 10
+            while "3/4" not in shown.getvalue() and time.monotonic() < deadline:  # drawn ten times a second
+                time.sleep(0.02)
+        advance()
+        with progress.task("second", 1) as step:
+            step()
+        advance()
+    text = shown.getvalue()
+    assert "  inner" in text
+    assert "3/4" in text
+    assert "loss 0.25" in text
+    final = text[text.rindex("outer") :]  # the last time that the screen was drawn
+    assert "2/2" in final
+    assert "inner" not in final
+
+
+def test_tasks_may_end_in_another_thread_and_another_order() -> None:
+    progress, shown = terminal()
+    outer, inner = progress.task("outer", 1), progress.task("inner", 1)
+    with progress.task("whole", 1):
+        outer.__enter__()
+        inner.__enter__()(1)
+        thread = threading.Thread(target=outer.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+        inner.__exit__(None, None, None)
+    assert "whole" in shown.getvalue()
+    with progress.task("afterwards", 1) as advance:  # the screen is free again
+        advance()
+    assert "afterwards" in shown.getvalue()
+
+
+def test_a_failure_ends_the_bars() -> None:
+    progress, _ = terminal()
+    try:
+        with progress.task("outer", 1), progress.task("inner", 1):
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert progress._bars is None
+
+
+def test_nothing_is_shown_where_there_is_no_terminal() -> None:
+    shown = io.StringIO()
+    progress = LiveProgress(False, Console(file=shown))
+    with progress.task("outer", 1) as advance:
+        advance()
+    assert shown.getvalue() == ""

@@ -3,11 +3,14 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli import options, stages
+from cli import options, reports, stages
+
+if TYPE_CHECKING:
+    from clusterq_deploy.config import RunConfig
 
 
 def _default_out(model: str) -> Path:
@@ -27,9 +30,12 @@ def _default_out(model: str) -> Path:
 @options.run_options
 @options.out_option
 @options.config_option
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and roughly how long it takes; write nothing.")
 @options.json_option
 @click.pass_context
-def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
+def run(
+    ctx: click.Context, /, out: Path | None, config_file: Path | None, dry_run: bool, as_json: bool, **_: Any
+) -> None:
     """Do everything: synthesize, quantize, export, build, evaluate, features, benchmark, report.
 
     MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. Given the same --out
@@ -39,7 +45,11 @@ def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_js
     from clusterq_deploy.report.wording import summary
 
     config = options.config_of(ctx, config_file)
-    pipeline = stages.pipeline_of(ctx, config, out or _default_out(config.model))
+    out = out or _default_out(config.model)
+    if dry_run:
+        _show_plan(config, out, as_json)
+        return
+    pipeline = stages.pipeline_of(ctx, config, out)
     report = pipeline.run()
     if as_json:
         render.print_json(report.to_json())
@@ -49,6 +59,22 @@ def run(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_js
     for skipped in report.skipped:
         render.print_line(f"Skipped {skipped.stage}: {skipped.reason}")
     render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
+
+
+def _show_plan(config: "RunConfig", out: Path, as_json: bool) -> None:
+    """What a run would do, on stdout."""
+    from dataclasses import asdict
+
+    from cli import render
+    from clusterq_deploy.plan import Planner
+
+    plan = Planner(config, out).plan()
+    if as_json:
+        render.print_json(json.dumps({"run": str(out), **asdict(plan)}, indent=2))
+        return
+    render.print_table(render.plan_table(plan))
+    for line in render.plan_lines(plan):
+        render.print_line(line)
 
 
 @click.command()
@@ -118,4 +144,32 @@ def models(as_json: bool) -> None:
         render.print_table(render.models_table(entries))
 
 
-ALL: list[click.Command] = [run, synthesize, *stages.ALL, check, models]
+@click.command()
+@options.json_option
+@click.pass_context
+def doctor(ctx: click.Context, /, as_json: bool) -> None:
+    """Try out what a run needs on this machine, and say what mends what is missing.
+
+    Ends with 0 where runs work, on the CPU at least, and with 1 where something is broken that they cannot do without:
+    it can be a container's health check.
+    """
+    from dataclasses import asdict
+
+    from cli import render
+    from cli.diagnosis import diagnose, healthy
+
+    findings = diagnose(Path.cwd())
+    if as_json:
+        found = {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]}
+        render.print_json(json.dumps(found, indent=2))
+    else:
+        render.print_table(render.findings_table(findings))
+        for finding in findings:
+            if finding.remedy and finding.state != "ok":
+                render.print_line(f"{finding.name}: {finding.remedy}")
+        render.print_line("Runs work here." if healthy(findings) else "Runs do not work here: mend what is broken.")
+    if not healthy(findings):
+        ctx.exit(1)
+
+
+ALL: list[click.Command] = [run, synthesize, *stages.ALL, reports.report, check, models, doctor]

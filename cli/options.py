@@ -188,7 +188,8 @@ quantize_options = _all(
     click.option(
         "--max-drop",
         type=click.FloatRange(0, 100, min_open=True),
-        help="Raise the most sensitive layers to 8 bits until the drop expected before fine-tuning is at most this.",
+        help="Raise the most sensitive layers to 8 bits until the drop expected before fine-tuning is at most this.  "
+        "[default: raise none]",
     ),
 )
 fp16_option = click.option(
@@ -226,8 +227,13 @@ build_options = _all(
     ),
 )
 data_options = _all(
-    click.option("--data", type=_PATH, help="Evaluation data: class folders, a folder with labels.csv, or an .npz."),
-    click.option("--limit", type=click.IntRange(1), help="Evaluate at most so many images."),
+    click.option(
+        "--data",
+        type=_PATH,
+        help="Evaluation data: class folders, a folder with labels.csv, or an .npz.  "
+        "[default: the model's own, else held-out synthetic images]",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="Evaluate at most so many images.  [default: all]"),
 )
 benchmark_options = _all(
     click.option("--batches", type=Numbers(int), metavar="N,...", help="Batch sizes to time.  [default: 1,32]"),

@@ -18,11 +18,15 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from calib.progress import Advance
+    from cli.diagnosis import Finding
     from clusterq_deploy.models import ModelEntry
+    from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report
+    from clusterq_deploy.report.compare import Comparison
 
 
 class LiveProgress:
@@ -90,7 +94,12 @@ def _columns() -> tuple[ProgressColumn, ...]:
 
 def print_json(text: str) -> None:
     """Machine output, alone on stdout."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    print_text(text if text.endswith("\n") else text + "\n")
+
+
+def print_text(text: str) -> None:
+    """Text on stdout, byte for byte."""
+    sys.stdout.write(text)
 
 
 def print_table(table: Table) -> None:
@@ -164,6 +173,49 @@ def _times(ratio: float | None) -> str:
     return "\N{EN DASH}" if ratio is None else f"{ratio:.2f}x"
 
 
+def comparison_tables(comparison: "Comparison") -> Iterator[Table]:
+    """Several runs side by side, a table for each thing that matters."""
+    from clusterq_deploy.report.compare import formatted, headings, text_columns
+
+    for title, rows in comparison.tables().items():
+        table = Table(title=title, title_justify="left")
+        left = text_columns(rows)
+        for index, name in enumerate(headings(rows)):
+            table.add_column(name, justify="left" if index < left else "right")
+        for row in rows:
+            table.add_row(*map(Text, formatted(row)))
+        yield table
+
+
+def plan_table(plan: "Plan") -> Table:
+    """The stages of a run that was not done."""
+    from clusterq_deploy.report import wording
+
+    table = Table(title=f"{plan.model} on {plan.device}: nothing was done or written", title_justify="left")
+    for name in ("stage", "state", "work"):
+        table.add_column(name)
+    table.add_column("about", justify="right")
+    for own in plan.stages:
+        seconds = wording.duration(own.seconds) if own.seconds is not None else "not estimated"
+        table.add_row(own.stage, own.state, Text(own.work), seconds if own.state == "to do" else wording.ABSENT)
+    return table
+
+
+def plan_lines(plan: "Plan") -> Iterator[str]:
+    """What stands below the table of a plan."""
+    from clusterq_deploy.report import wording
+
+    for name, asked in plan.scaled.items():
+        yield f"{name} is {plan.settings[name]:,}, not {asked:,}: less for a large model on a CPU"
+    if plan.memory_bytes is None:
+        yield "Everything is finished: a run would write the report anew."
+        return
+    yield (
+        f"About {wording.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. Rough: a "
+        "few steps were timed here; export and engines are not counted, and fine-tuning may end early."
+    )
+
+
 def models_table(entries: list["ModelEntry"]) -> Table:
     """Known models; those without BatchNorm are marked."""
     table = Table(caption="Also: timm:NAME and path/to/module.py:factory", caption_justify="left")
@@ -185,6 +237,20 @@ def models_table(entries: list["ModelEntry"]) -> Table:
             f"{entry.top1:.2f}" if entry.top1 else "",
             "yes" if entry.has_batchnorm else "no: cannot be used",
         )
+    return table
+
+
+_STATE_STYLES = {"ok": "green", "low": "yellow", "absent": "dim", "broken": "bold red"}
+
+
+def findings_table(findings: list["Finding"]) -> Table:
+    """What `clusterq doctor` found, a row a thing."""
+    table = Table()
+    for name in ("what", "state", "found", "for"):
+        table.add_column(name)
+    for finding in findings:
+        state = Text(finding.state, style=_STATE_STYLES[finding.state])
+        table.add_row(finding.name, state, Text(finding.found), Text(finding.purpose))
     return table
 
 

@@ -26,7 +26,7 @@ def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
     return Pipeline(config, out, progress=LiveProgress(ctx.obj["quiet"]), command=command)
 
 
-def _resume(ctx: click.Context, run: Path) -> "Pipeline":
+def resume(ctx: click.Context, run: Path) -> "Pipeline":
     """The pipeline of an existing run directory, with the options of the command line on top of its run.toml."""
     from clusterq_deploy.config import read_settings
     from clusterq_deploy.errors import RunDirectoryError
@@ -46,7 +46,7 @@ def _resume(ctx: click.Context, run: Path) -> "Pipeline":
 @contextmanager
 def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
     """The same, for a stage: once that is done, its options are part of the run's configuration."""
-    pipeline = _resume(ctx, run)
+    pipeline = resume(ctx, run)
     yield pipeline
     pipeline.directory.begin(pipeline.asked.to_toml())
 
@@ -272,21 +272,4 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
     render.show(rows, as_json)
 
 
-@click.command()
-@options.run_argument
-@options.json_option
-@click.pass_context
-def report(ctx: click.Context, /, run: Path, as_json: bool) -> None:
-    """Write report.json, report.md and report.html of RUN from what has been measured so far."""
-    from cli import render
-
-    pipeline = _resume(ctx, run)
-    made = pipeline.report()
-    if as_json:
-        render.print_json(made.to_json())
-    else:
-        render.print_table(render.report_table(made))
-        render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
-
-
-ALL: list[click.Command] = [sensitivity, quantize, export, build, evaluate, features, benchmark, report]
+ALL: list[click.Command] = [sensitivity, quantize, export, build, evaluate, features, benchmark]

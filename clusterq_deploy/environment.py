@@ -21,7 +21,7 @@ def collect_environment(device: torch.device) -> Environment:
 
     Takes about a second, most of it to ask the CPU what it is. What cannot be found out is None.
     """
-    cpu, cpu_int8 = _cpu()
+    cpu, cpu_int8 = describe_cpu()
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return Environment(
         python=platform.python_version(),
@@ -49,7 +49,7 @@ def _version(module: str) -> str | None:
         return None
 
 
-def _cpu() -> tuple[str, list[str] | None]:
+def describe_cpu() -> tuple[str, list[str] | None]:
     """The CPU's name and its INT8 instructions; None for the latter where its flags cannot be read."""
     try:
         info = cpuinfo.get_cpu_info()

@@ -1,6 +1,8 @@
 """The stages, strung together over one run directory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 from clusterq_deploy import stages
 from clusterq_deploy.export.integers import SiteComparison
@@ -8,6 +10,14 @@ from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.schema import Report
 from clusterq_deploy.run import FP32, Run
 from clusterq_deploy.rundir import StageRecord
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a run: its name in the run directory, and the call that does it unless it is finished."""
+
+    name: str
+    do: Callable[[], StageRecord | None]
 
 
 class Pipeline(Run):
@@ -56,20 +66,25 @@ class Pipeline(Run):
         """Write report.json, report.md and report.html from what the stages measured."""
         return stages.write_report(self)
 
+    def steps(self) -> list[Step]:
+        """Every stage of the run but the report, in order."""
+        bits, variants = self.config.bits, [FP32, *self.config.bits]
+        return [
+            Step(
+                f"export/{FP32}", partial(self.export, FP32)
+            ),  # a model that cannot be exported is found before the work
+            Step("synthesize", self.synthesize),
+            *(Step(f"quantize/{own}", partial(self.quantize, own)) for own in self.config.widths),
+            *(Step(f"export/{own}", partial(self.export, own)) for own in bits),
+            *(Step(f"build/{own}", partial(self.build, own)) for own in variants),
+            *(Step(f"evaluate/{own}", partial(self.evaluate, own)) for own in variants),
+            Step("features", self.features),
+            Step("benchmark", self.benchmark),
+        ]
+
     def run(self) -> Report:
         """Every stage in order."""
         self.begin()
-        variants = [FP32, *self.config.bits]
-        self.export(FP32)  # a model that cannot be exported is found before the work, not after it
-        self.synthesize()
-        for bits in self.config.widths:
-            self.quantize(bits)
-        for variant in self.config.bits:
-            self.export(variant)
-        for variant in variants:
-            self.build(variant)
-        for variant in variants:
-            self.evaluate(variant)
-        self.features()
-        self.benchmark()
+        for step in self.steps():
+            step.do()
         return self.report()

@@ -84,8 +84,8 @@ class Run:
             "version": __version__,
         }
 
-    def begin(self) -> None:
-        """Make the run directory this run's; what can be found wrong with model or data is found here.
+    def check(self) -> None:
+        """Find what can be found wrong with model or data before any work.
 
         Raises:
             GraphError: the model cannot be traced.
@@ -94,6 +94,10 @@ class Run:
         folded_teacher(self.model.module)
         if self.has_own_data:
             _ = self.evaluation
+
+    def begin(self) -> None:
+        """Make the run directory this run's, if `check` finds nothing wrong."""
+        self.check()
         self.directory.begin(self.asked.to_toml())
 
     @cached_property
@@ -144,10 +148,14 @@ class Run:
             stage, inputs, work, upstream: as for `RunDirectory.perform`.
         """
         logger.info("stage %s", stage)
-        own = {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
+        own = self.own_inputs(inputs)
         # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.directory.perform(stage, own, work, upstream)
+
+    def own_inputs(self, inputs: Result) -> Result:
+        """A stage's inputs with what every stage depends on."""
+        return {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
 
     def done(self, stage: str) -> StageRecord:
         """The record of a stage that another one builds on.

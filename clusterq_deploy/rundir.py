@@ -113,8 +113,7 @@ class RunDirectory:
             work: does it; gives the result and the files that it wrote, relative to the run directory.
             upstream: the finished stages that it builds on.
         """
-        sources = {name: record.digest for name in upstream if (record := self.finished(name)) is not None}
-        own = digest({"inputs": dict(inputs), "upstream": sources})
+        own, sources = self._digests(inputs, upstream)
         record = self.finished(stage, own)
         if record is None:
             start = time.perf_counter()
@@ -124,6 +123,15 @@ class RunDirectory:
             self._stages[stage] = record
             self._save()
         return record
+
+    def look_up(self, stage: str, inputs: Mapping[str, Any], upstream: Iterable[str] = ()) -> StageRecord | None:
+        """The record with which `perform` would do nothing; None where it would do the stage."""
+        return self.finished(stage, self._digests(inputs, upstream)[0])
+
+    def _digests(self, inputs: Mapping[str, Any], upstream: Iterable[str]) -> tuple[str, dict[str, str]]:
+        """The digest of all that a stage depends on, and those of the stages among it."""
+        sources = {name: record.digest for name in upstream if (record := self.finished(name)) is not None}
+        return digest({"inputs": dict(inputs), "upstream": sources}), sources
 
     def _sha256(self, name: str) -> str | None:
         """Digest of a file of the run, or None where there is none; read once for each state of the file."""

@@ -32,6 +32,7 @@ COMMANDS = (
     "report",
     "check",
     "models",
+    "doctor",
 )
 
 

@@ -61,5 +61,16 @@ class BitWidths:
         """
         match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
         if match is None:
-            raise ConfigError(f"{text!r} is no bit-width setting; name it like w8a8 or w4a4")
+            raise ConfigError(f"{text!r} is no bit-width setting; {_near(text)}name it like w8a8 or w4a4")
         return cls(int(match[1]), int(match[2]))
+
+
+def _near(text: str) -> str:
+    """A clause that offers the setting that was perhaps meant, or nothing: int8 is w8a8, a4w8 is w8a4."""
+    found = re.findall(r"([a-z]*)\D*(\d+)", text.lower())
+    if not 1 <= len(found) <= 2 or any(not MIN_BITS <= int(bits) <= MAX_BITS for _, bits in found):
+        return ""
+    (first, weights), (_, activations) = found[0], found[-1]
+    if len(found) == 2 and first.startswith("a"):
+        weights, activations = activations, weights
+    return f"did you mean w{weights}a{activations}? "

@@ -65,7 +65,7 @@ def reconstruct(
     """
     device = next(student.parameters()).device
     if count is None:
-        count = min(_IMAGES, max(_FEWEST, _VALUES // _widest(student, images[:1].to(device))))
+        count = images_read(widest_layer(student, images[:1].to(device)))
     batch = images[:count].to(device)
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
         pass_ = _Reconstructor(student, reference, rng, damping, advance)
@@ -74,7 +74,15 @@ def reconstruct(
     return pass_.errors
 
 
-def _widest(student: Student, image: Tensor) -> int:
+def images_read(widest: int) -> int:
+    """How many images reconstruction reads at most, for a student whose widest layer makes so many values of one.
+
+    It holds about six times what that layer makes of all of them, in float32.
+    """
+    return min(_IMAGES, max(_FEWEST, _VALUES // widest))
+
+
+def widest_layer(student: Student, image: Tensor) -> int:
     """The most values that a layer makes of one image (1, C, H, W)."""
     sizes = [1]
     with ExitStack() as hooks:

@@ -1,13 +1,14 @@
 """`report.md`: the report as tables that read well in a terminal and on a code host."""
 
-import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from clusterq_deploy.report import engine_wording, wording
 from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows, verdicts
 from clusterq_deploy.report.schema import Report
+from clusterq_deploy.report.tables import escaped as _text
+from clusterq_deploy.report.tables import markdown_table as _table
 
 
 def to_markdown(report: Report) -> str:
@@ -150,21 +151,5 @@ def _skipped(report: Report) -> list[str]:
     return stages + layers
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int | None = None) -> str:
-    """A table padded for a fixed-width font; columns from `left` on are numbers and stand to the right."""
-    left = len(headings) if left is None else left
-    lines = [headings, *rows]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(headings))]
-    pads = [str.ljust if column < left else str.rjust for column in range(len(headings))]
-    ruler = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    cells = [[pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], ruler, *cells[1:]])
-
-
 def _bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def _text(text: str) -> str:
-    """Text as one line in which Markdown finds no markup, HTML or table cell."""
-    return re.sub(r"([\\`*|<\[\]])", r"\\\1", " ".join(text.split()))

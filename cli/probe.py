@@ -1,0 +1,44 @@
+"""Runs a tiny graph on one provider of ONNX Runtime: `python -m cli.probe CUDAExecutionProvider`.
+
+It is a process of its own, for a provider whose libraries do not fit may crash the one that it is loaded into.
+ONNX Runtime's log on stderr says why a provider does not load; the exit code is 0 where it computes.
+"""
+
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch  # noqa: F401  (brings the CUDA libraries that ONNX Runtime finds in a run, too)
+from onnx import TensorProto, helper
+
+_IR_VERSION, _OPSET = 10, 21
+
+
+def graph() -> bytes:
+    """An ONNX graph of one convolution that adds up nine values: x (1, 1, 3, 3) float32 to y (1, 1, 1, 1)."""
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [1, 1, 3, 3], [1.0] * 9)
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, side, side])
+        for name, side in (("x", 3), ("y", 1))
+    ]
+    convolution = helper.make_node("Conv", ["x", "weight"], ["y"])
+    body = helper.make_graph([convolution], "probe", ends[:1], ends[1:], [weight])
+    opsets = [helper.make_opsetid("", _OPSET)]
+    model: onnx.ModelProto = helper.make_model(body, ir_version=_IR_VERSION, opset_imports=opsets)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def main(provider: str) -> None:
+    """Run the graph on `provider`; ends the process with a message where that does not work."""
+    session = onnxruntime.InferenceSession(graph(), providers=[provider], enable_fallback=0)
+    if provider not in session.get_providers():
+        sys.exit(f"ONNX Runtime fell back to {session.get_providers()[0]}")
+    (found,) = session.run(None, {"x": np.ones((1, 1, 3, 3), np.float32)})
+    if found.item() != 9:
+        sys.exit(f"computes {found.item()} where 9 is right")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

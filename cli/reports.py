@@ -1,0 +1,65 @@
+"""What was measured, for people: one run's report, or several runs side by side."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli import options, stages
+
+if TYPE_CHECKING:
+    from clusterq_deploy.report.compare import Comparison
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--compare", is_flag=True, help="Lay the reports of several runs side by side; write nothing.")
+@options.json_option
+@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables, to paste.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV: a row a variant and file, every number with it.")
+@click.pass_context
+def report(ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json: bool, form: str | None) -> None:
+    """Write report.json, report.md and report.html of RUN from what has been measured so far.
+
+    With --compare the reports of several runs, written before, are laid side by side instead.
+    """
+    from cli import render
+    from clusterq_deploy.report.compare import compare as compared
+    from clusterq_deploy.report.compare import read_reports
+
+    if as_json and form:
+        raise click.UsageError(f"--json and --{form} exclude each other: give one", ctx)
+    if compare:
+        _show(compared(read_reports(list(runs))), "json" if as_json else form)
+        return
+    if len(runs) > 1:
+        raise click.UsageError(f"got {len(runs)} runs, expected one: add --compare to lay them side by side", ctx)
+    pipeline = stages.resume(ctx, runs[0])
+    made = pipeline.report()
+    if as_json:
+        render.print_json(made.to_json())
+    elif form:
+        _show(compared({runs[0].resolve().name: made}), form)
+    else:
+        render.print_table(render.report_table(made))
+        render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
+
+
+def _show(comparison: "Comparison", form: str | None) -> None:
+    """A comparison on stdout: as JSON, Markdown or CSV, else as tables for a terminal."""
+    from cli import render
+    from clusterq_deploy.report.compare import to_csv, to_markdown_tables
+
+    if form == "json":
+        render.print_json(json.dumps(asdict(comparison), indent=2))
+    elif form == "csv":
+        render.print_text(to_csv(comparison))
+    elif form == "markdown":
+        render.print_text(to_markdown_tables(comparison))
+    else:
+        for table in render.comparison_tables(comparison):
+            render.print_table(table)
+        for note in comparison.notes:
+            render.print_line(note)

@@ -1,0 +1,66 @@
+"""The documents say what the program does."""
+
+import re
+from pathlib import Path
+
+import pytest
+from commands_page import PAGE, documented, refreshed
+
+from cli.main import main
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
+
+
+def test_every_command_is_documented_with_its_help_text() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert documented(text) == ["clusterq", *(f"clusterq {name}" for name in main.commands)]
+    assert text == refreshed(text), "docs/commands.md is out of date: python tests/commands_page.py --write"
+
+
+def test_the_page_is_found_from_the_readme() -> None:
+    assert "(docs/commands.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_options_that_the_page_names_exist() -> None:
+    text = re.sub(r"<!-- help: .*?<!-- end -->", "", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    for command, rest in re.findall(r"clusterq (\w+)([^`\n]*)", text):
+        if command in main.commands:
+            known = {option for param in main.commands[command].params for option in param.opts}
+            assert set(re.findall(r"--[a-z-]+", rest)) <= known | {"--help"}, (command, rest)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_as_documented(shell: str) -> None:
+    from click.testing import CliRunner
+
+    assert f"_CLUSTERQ_COMPLETE={shell}_source clusterq" in PAGE.read_text(encoding="utf-8")
+    script = CliRunner().invoke(main, [], prog_name="clusterq", env={"_CLUSTERQ_COMPLETE": f"{shell}_source"})
+    assert script.exit_code == 0
+    assert f"{shell}_complete" in script.stdout
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
+    """What can be said of a Dockerfile without building it."""
+    lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    by_name = dict(steps)
+    assert re.fullmatch(r"\S+:[\w.-]*\d[\w.-]*", by_name["FROM"]), "the base's tag is pinned"
+    assert by_name["USER"] not in {"root", "0"}
+    names = [name for name, _ in steps]
+    assert names.index("USER") > max(i for i, name in enumerate(names) if name in {"RUN", "COPY"})
+    assert '["clusterq", "doctor", "--json"]' in by_name["HEALTHCHECK"]
+    assert "PIP_NO_CACHE_DIR=1" in by_name["ENV"]
+    for name, rest in steps:
+        if name == "RUN" and "apt-get install" in rest:
+            assert "rm -rf /var/lib/apt/lists/*" in rest
+        if name == "COPY":
+            assert all((ROOT / source).exists() for source in rest.split()[:-1])
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copied = {source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]}
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+
+
+def test_there_is_an_image_with_tensorrt_and_one_without() -> None:
+    assert [path.name for path in DOCKERFILES] == ["Dockerfile.cpu", "Dockerfile.tensorrt"]

@@ -1,0 +1,155 @@
+"""`clusterq doctor`: what it finds on this machine, and on broken ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cli import diagnosis
+from cli.diagnosis import Finding, healthy, memory_limit, probe_reason
+from cli.main import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def doctor(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, where packages can be broken and streams are real."""
+    paths = [environment.pop("PYTHONPATH", ""), str(ROOT)]
+    return subprocess.run(
+        [sys.executable, "-m", "cli", "doctor", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Finding]:
+    """The findings on this machine by name, from the JSON of a real process."""
+    done = doctor("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    content = json.loads(done.stdout)
+    assert content["healthy"] is True
+    return {entry["name"]: Finding(**entry) for entry in content["findings"]}
+
+
+def test_what_a_run_needs_works_here(found: dict[str, Finding]) -> None:
+    essential = {name: finding.state for name, finding in found.items() if finding.essential}
+    assert set(essential) == {
+        "Python",
+        "torch",
+        "torchvision",
+        "onnx",
+        "onnxruntime",
+        "clusterq-deploy",
+        "ONNX Runtime, CPU",
+        "disk for temporary files",
+    }
+    assert set(essential.values()) <= {"ok", "low"}
+    assert found["torch"].found == torch.__version__
+    assert all(finding.purpose for finding in found.values())
+
+
+def test_what_is_missing_says_so_and_what_mends_it(found: dict[str, Finding]) -> None:
+    from clusterq_deploy.engine import unavailable_reason
+
+    if torch.cuda.is_available():
+        assert found["GPU 0"].state == "ok"
+    else:
+        assert found["GPU"].state in {"absent", "broken"}
+        assert found.get("ONNX Runtime, CUDA", found["GPU"]).state != "ok"
+    if unavailable_reason() is not None:
+        assert found["TensorRT"].state in {"absent", "broken"}
+        assert found["TensorRT"].remedy
+
+
+def test_every_provider_that_is_listed_is_tried(found: dict[str, Finding]) -> None:
+    import onnxruntime
+
+    for provider in onnxruntime.get_available_providers():
+        assert "ONNX Runtime, " + provider.removesuffix("ExecutionProvider") in found
+
+
+def test_the_screen_has_a_row_a_finding_and_a_verdict() -> None:
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) < 40
+    for text in ("Python", "torch", "ONNX Runtime, CPU", "TensorRT", "memory", "disk here", "Runs work here."):
+        assert text in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_a_broken_torch_is_a_finding_not_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    done = doctor("--json", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    content = json.loads(done.stdout)
+    assert content["healthy"] is False
+    by_name = {entry["name"]: entry for entry in content["findings"]}
+    assert by_name["torch"]["state"] == "broken"
+    assert "libcudart.so.13" in by_name["torch"]["found"]
+    assert by_name["torch"]["remedy"].startswith("pip install")
+    assert by_name["clusterq-deploy"]["state"] == "broken"
+    assert by_name["memory"]["state"] in {"ok", "low"}  # what needs no torch is looked at all the same
+
+
+def test_a_missing_dependency_of_the_library_is_named(tmp_path: Path) -> None:
+    (tmp_path / "jinja2.py").write_text("raise ModuleNotFoundError(\"No module named 'jinja2'\", name='jinja2')\n")
+    done = doctor(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "No module named 'jinja2'" in done.stdout
+    assert "clusterq-deploy: pip install" in done.stdout
+    assert "Runs do not work here" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    finding = diagnosis._disk("disk here", tmp_path)
+    assert (finding.state, finding.essential) == ("broken", False)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    here = diagnosis._disk("disk here", tmp_path / "gone")
+    temporary = diagnosis._disk("temporary", tmp_path / "gone", temporary=True)
+    assert here.state == temporary.state == "broken"
+    assert "No such file" in here.found
+    assert healthy([here])
+    assert not healthy([temporary])
+
+
+def test_the_limit_of_a_container_is_read(tmp_path: Path) -> None:
+    limited, free = tmp_path / "memory.max", tmp_path / "free"
+    limited.write_text("1073741824\n")
+    free.write_text("max\n")
+    assert memory_limit((str(tmp_path / "gone"), str(limited))) == 2**30
+    assert memory_limit((str(free), str(limited))) is None
+    assert memory_limit(()) is None
+
+
+def test_a_probe_tells_why_a_provider_does_not_load() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.probe", "NoSuchExecutionProvider"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert "NoSuchExecutionProvider" in probe_reason(done.returncode, done.stderr)
+    assert probe_reason(-11, "") == "crashes with signal 11"
+    log = (
+        "\x1b[1;31m2026-01-01 [E:onnxruntime:Default, provider_bridge_ort.cc:1 TryGetProviderInfo_CUDA] /a/b.cc:2 X "
+        "Failed to load library libonnxruntime_providers_cuda.so with error: libcublasLt.so.12: cannot open\x1b[m\n"
+        "ONNX Runtime fell back to CPUExecutionProvider\n"
+    )
+    assert probe_reason(1, log) == "libcublasLt.so.12: cannot open"

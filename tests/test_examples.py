@@ -1,0 +1,64 @@
+"""The examples run, in a short form."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_pipeline import SMALL
+
+from clusterq_deploy.models import InputSpec
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_torchvision_model_as_an_int8_graph(tmp_path: Path) -> None:
+    module = example("torchvision_int8")
+    small = {**SMALL, "finetune": {"steps": 0}, "weights": "none", "input_size": (3, 32, 32)}
+    graph = module.make_graph("resnet18", tmp_path / "out", **small)
+    session, spec = module.open_graph(graph, threads=1)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    images = module.preprocess(photo, spec)[None]
+    assert images.shape == (1, 3, 32, 32)
+    (answer,) = module.classify(session, images)
+    assert len(answer) == 5
+    assert all(0 <= label < 1000 for label, _ in answer)
+    probabilities = [probability for _, probability in answer]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+@pytest.mark.parametrize("size", [(300, 500), (256, 256), (90, 40)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_examples_own_preprocessing_is_that_of_evaluation(size: tuple[int, int], channels: int) -> None:
+    module = example("torchvision_int8")
+    spec = InputSpec(size=(channels, 64, 64), mean=(0.4,) * channels, std=(0.2,) * channels, resize=64)
+    pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    own = module.preprocess(image, spec.model_dump(mode="json"))
+    np.testing.assert_allclose(own, spec.preprocess(image), atol=1e-6)
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    module = example("custom_module")
+    images, labels = module.digits()
+    model = module.train(images, labels, epochs=3)
+    with torch.no_grad():
+        in_float = 100 * float((model(images).argmax(1) == labels).float().mean())
+    assert in_float > 80
+    weights = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), weights)
+    graph = module.quantize(weights, tmp_path / "out", **SMALL)
+    assert module.top1(graph, images.numpy(), labels.numpy()) > in_float - 5

@@ -1,0 +1,126 @@
+"""`clusterq run --dry-run`: what would be done, what it would take, and that nothing is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tomli_w
+from click.testing import CliRunner, Result
+from test_pipeline import SMALL
+
+from cli.main import main
+from clusterq_deploy.config import make_config
+from clusterq_deploy.plan import Planner, amounts
+from clusterq_deploy.rehearsal import Pace, VariantPace
+
+PACE = Pace(generator_step=0.5, refine_step=2.0, forward=0.01, variants={"w4a4": VariantPace(7.0, 1.5)}, memory_bytes=1)
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "small.toml"
+    path.write_text(tomli_w.dumps({"limit": 60, "bits": ["w8a8"], **SMALL}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "out"
+    result = call("run", "digits", "--config", settings, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def states(settings: Path, out: Path, *more: object) -> dict[str, str]:
+    result = call("run", "digits", "--config", settings, "--out", out, "--dry-run", "--json", *more)
+    assert result.exit_code == 0, result.output
+    return {stage["stage"]: stage["state"] for stage in json.loads(result.stdout)["stages"]}
+
+
+def test_a_new_run_is_planned_whole_and_nothing_is_written(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = call("run", "digits", "--config", settings, "--out", out, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    by_stage = {stage["stage"]: stage for stage in plan["stages"]}
+    assert {name for name, stage in by_stage.items() if stage["state"] == "to do"} == {
+        "export/fp32",
+        "synthesize",
+        "quantize/w8a8",
+        "export/w8a8",
+        "evaluate/fp32",
+        "evaluate/w8a8",
+        "features",
+        "benchmark",
+    } | {name for name in by_stage if name.startswith("build/") and by_stage[name]["state"] != "skipped"}
+    assert by_stage["synthesize"]["work"].startswith("12 steps of 40, then 80 images, 12 steps")
+    assert by_stage["evaluate/w8a8"]["work"] == "60 images"
+    assert 0 < by_stage["synthesize"]["seconds"] < 600
+    assert by_stage["quantize/w8a8"]["seconds"] > 0
+    assert by_stage["export/w8a8"]["seconds"] is None
+    assert plan["seconds"] == pytest.approx(sum(stage["seconds"] or 0 for stage in plan["stages"]))
+    assert 1e8 < plan["memory_bytes"] < 1e11
+    assert plan["settings"]["synthesis.images"] == 80
+    assert plan["scaled"] == {}
+    assert not out.exists()
+
+
+def test_finished_stages_are_not_done_again(settings: Path, finished: Path) -> None:
+    before = contents(finished)
+    assert set(states(settings, finished).values()) <= {"finished", "skipped"}
+    shown = call("run", "digits", "--config", settings, "--out", finished, "--dry-run").stdout
+    assert "Everything is finished" in shown
+    assert contents(finished) == before
+
+
+def test_a_changed_option_redoes_what_depends_on_it(settings: Path, finished: Path) -> None:
+    before = contents(finished)
+    limited = states(settings, finished, "--limit", 50)
+    assert {stage for stage, state in limited.items() if state == "to do"} == {
+        "evaluate/fp32",
+        "evaluate/w8a8",
+        "features",
+    }
+    images = states(settings, finished, "--images", 60)
+    assert {stage for stage, state in images.items() if state == "finished"} == {"export/fp32", "evaluate/fp32"}
+    wider = states(settings, finished, "--bits", "w8a8", "--bits", "w8a4")
+    assert {stage for stage, state in wider.items() if state == "to do" and not stage.startswith("build/")} == {
+        "quantize/w8a4",
+        "export/w8a4",
+        "evaluate/w8a4",
+        "benchmark",
+    }
+    assert contents(finished) == before
+
+
+def test_a_plan_finds_what_is_wrong_before_the_work(settings: Path, tmp_path: Path) -> None:
+    result = call("run", "digits", "--config", settings, "--dry-run", "--data", tmp_path / "nowhere")
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr
+
+
+def test_the_estimate_is_paces_times_counts() -> None:
+    config = make_config({"model": "digits", "bits": ["w4a4"]})
+    assert PACE.seconds("synthesize", config, 100) == pytest.approx(300 * 0.5 + 1024 / 128 * 100 * 2.0)
+    assert PACE.seconds("quantize/w4a4", config, 100) == pytest.approx(7.0 + 1200 * 1.5)
+    assert PACE.seconds("evaluate/fp32", config, 100) == pytest.approx(100 * 2 * 0.01)
+    assert PACE.seconds("evaluate/w4a4", config, 100) == pytest.approx(100 * 4 * 0.01)
+    assert PACE.seconds("benchmark", config, 100) == pytest.approx(2 * (0.2 + 3) + 2 * (0.2 + 10 * 32 * 0.01))
+    assert PACE.seconds("export/w4a4", config, 100) is None
+
+
+def test_settings_scaled_to_a_large_model_are_told_from_those_asked_for(tmp_path: Path) -> None:
+    config = make_config({"model": "resnet18", "weights": "none", "bits": ["w4a4"], "device": "cpu"})
+    planner = Planner(config, tmp_path / "out")
+    asked, done = amounts(planner.asked), amounts(planner.config)
+    assert (asked["synthesis.images"], done["synthesis.images"]) == (1024, 256)
+    assert (asked["finetune.steps"], done["finetune.steps"]) == (1200, 300)
+    assert asked["synthesis.refine.steps"] == done["synthesis.refine.steps"]

@@ -47,7 +47,7 @@ def run(
     config = options.config_of(ctx, config_file)
     out = out or _default_out(config.model)
     if dry_run:
-        _show_plan(config, out, as_json)
+        _show_plan(ctx, config, out, as_json)
         return
     pipeline = stages.pipeline_of(ctx, config, out)
     report = pipeline.run()
@@ -61,14 +61,14 @@ def run(
     render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
 
 
-def _show_plan(config: "RunConfig", out: Path, as_json: bool) -> None:
+def _show_plan(ctx: click.Context, config: "RunConfig", out: Path, as_json: bool) -> None:
     """What a run would do, on stdout."""
     from dataclasses import asdict
 
     from cli import render
     from clusterq_deploy.plan import Planner
 
-    plan = Planner(config, out).plan()
+    plan = Planner(config, out, progress=render.LiveProgress(ctx.obj["quiet"])).plan()
     if as_json:
         render.print_json(json.dumps({"run": str(out), **asdict(plan)}, indent=2))
         return

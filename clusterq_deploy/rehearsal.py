@@ -4,7 +4,7 @@ Nothing is assumed of the machine. What is not rehearsed (export, engines) is no
 (more images than were rehearsed with, fewer steps because a student starts near its teacher) makes the whole rough.
 """
 
-import sys
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
 from calib.cost import pass_cost
+from calib.precision import mixed_precision
 from calib.progress import Advance
 from calib.synthesis import SynthesisConfig, synthesize
 from clusterq_deploy.config import RunConfig
@@ -24,11 +25,13 @@ from clusterq_deploy.quantize import BitWidths, finetune, initialize, make_stude
 from clusterq_deploy.quantize.reconstruct import images_read, widest_layer
 from clusterq_deploy.run import FP32, Run
 
-_LARGEST = 2e11  # multiply-adds of a rehearsed forward pass; larger batches are rehearsed in part
+_LARGEST = 2e10  # multiply-adds of a rehearsed forward pass; larger batches are rehearsed in part
 _FEWEST_IMAGES = 8
 _GENERATOR_STEPS, _REFINE_STEPS, _TUNING_STEPS = 3, 3, 8  # a student near its teacher takes a quarter of its steps
 _PASSES_OF_INITIALIZATION = 4  # over each image: equalisation, calibration, and both models side by side
 _TENSORS_OF_RECONSTRUCTION = 6  # of the widest layer's values, alive at a time
+_COPIES_OF_IMAGES = 2  # before and after refinement
+_GRADIENTS = 1.5  # what a backward pass holds, over what the forward pass kept for it
 
 
 @dataclass(frozen=True)
@@ -115,22 +118,24 @@ def rehearse(run: Run, variants: Sequence[BitWidths], *, synthesis: bool) -> Pac
         variants: those to rehearse quantization of.
         synthesis: whether to rehearse synthesis; without it the run's own images are taken, where there are any.
     """
-    before = _memory(run.device)
     cost = pass_cost(run.model.module, run.model.input.size)
     most = max(_FEWEST_IMAGES, int(_LARGEST / cost))
-    wanted = max(run.config.synthesis.generator.batch_size, run.config.synthesis.refine.batch_size)
     paces = None
-    if synthesis or not run.directory.finished("synthesize"):
-        calibration, paces = _synthesis(run, most)
-    else:
-        images = run.calibration
-        count = min(len(images), wanted, most)
-        calibration = CalibrationSet(images.images[:count], images.labels[:count])
-    forward = _forward(run, calibration.images)
-    found = {str(bits): _variant(run, bits, calibration, most, forward) for bits in variants}
-    held = (_peak(run.device) - before) * max(1.0, wanted / most)
+    found: dict[str, VariantPace] = {}
+    with run.progress.task("Rehearsal", 1 + len(variants)) as advance:
+        if synthesis or not run.directory.finished("synthesize"):
+            calibration, paces = _synthesis(run, most)
+        else:
+            images = run.calibration
+            count = min(len(images), run.config.synthesis.refine.batch_size, most)
+            calibration = CalibrationSet(images.images[:count], images.labels[:count])
+        forward = _forward(run, calibration.images)
+        advance(1)
+        for bits in variants:
+            found[str(bits)] = _variant(run, bits, calibration, most, forward)
+            advance(1)
     generator, refine = paces if paces and synthesis else (None, None)
-    return Pace(generator, refine, forward, found, int(before + held + _memory_of_images(run, variants)))
+    return Pace(generator, refine, forward, found, _memory(run, variants))
 
 
 def _synthesis(run: Run, most: int) -> tuple[CalibrationSet, tuple[float, float]]:
@@ -198,30 +203,33 @@ def _widest(run: Run) -> int:
     return widest_layer(student, torch.zeros(1, *run.model.input.size, device=run.device))
 
 
-def _memory_of_images(run: Run, variants: Sequence[BitWidths]) -> int:
-    """Bytes of what grows with the calibration set: the images, and what a reconstructed layer makes of them."""
-    channels, height, width = run.model.input.size
-    images = 2 * 4 * run.config.synthesis.images * channels * height * width
-    if all(bits.weights >= 8 for bits in variants):
-        return images
-    return images + 4 * _TENSORS_OF_RECONSTRUCTION * _images_initialized(run) * _widest(run)
+def _memory(run: Run, variants: Sequence[BitWidths]) -> int:
+    """Bytes of the calibration set and of the larger of a pass with its gradient and a reconstructed layer.
+
+    On a CPU what the process holds already is counted too: most of it are libraries.
+    """
+    synthesis, tuning = run.config.synthesis, run.config.finetune
+    saved, values = _saved_for_gradients(run), math.prod(run.model.input.size)
+    largest = max(synthesis.generator.batch_size, synthesis.refine.batch_size, tuning.batch_size)
+    held = largest * saved * _GRADIENTS
+    if any(bits.weights < 8 for bits in variants):
+        held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * _images_initialized(run) * _widest(run))
+    process = psutil.Process().memory_info().rss if run.device.type == "cpu" else 0
+    return int(process + held + _COPIES_OF_IMAGES * 4 * synthesis.images * values)
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes that are held now: on a GPU by torch, else by the process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+def _saved_for_gradients(run: Run) -> float:
+    """Bytes that the model's forward pass keeps for the gradient of an image's pixels."""
+    images = torch.zeros(2, *run.model.input.size, device=run.device, requires_grad=True)
+    kept: dict[int, int] = {}
 
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-def _peak(device: torch.device) -> int:
-    """The most that was held so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    weights = {tensor.untyped_storage().data_ptr() for tensor in run.model.module.state_dict().values()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed_precision(run.device):
+        logits = run.model.module(images)  # held, for with it goes what was kept
+    del logits
+    return sum(size for place, size in kept.items() if place not in weights) / len(images)

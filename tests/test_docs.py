@@ -1,6 +1,7 @@
 """The documents say what the program does."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,16 @@ def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
     for name, rest in steps:
         if name == "RUN" and "apt-get install" in rest:
             assert "rm -rf /var/lib/apt/lists/*" in rest
-        if name == "COPY":
-            assert all((ROOT / source).exists() for source in rest.split()[:-1])
+    assert ("RUN", "--mount=type=bind,target=/src,rw pip install /src") in [tuple(step) for step in steps]
+
+
+def test_an_image_is_built_of_what_the_wheel_is_built_of() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    copied = {source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]}
-    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert ignored[0] == "*"
+    sent = {line[1:] for line in ignored if line.startswith("!")}
+    assert sent == {*packages, "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
 
 
 def test_there_is_an_image_with_tensorrt_and_one_without() -> None:

@@ -114,7 +114,7 @@ def test_defaults_in_the_help_are_those_of_the_configuration() -> None:
         for part in options._PLACES[param.name]:
             value = value[part]
         if value is not None:
-            shown = list(map(str, value)) if isinstance(value, list) else [str(value)]
-            assert re.split(r", |[,:]", default[1]) == shown, param.name
+            shown = default[1].split(", ") if param.multiple else param.type.convert(default[1], param, None)
+            assert (list(shown) if isinstance(value, list) else shown) == value, param.name
             seen += 1
     assert seen >= 7

@@ -35,10 +35,10 @@ _CPU_PROVIDER = "CPUExecutionProvider"
 _PROVIDERS = {
     _CPU_PROVIDER: ("accuracy and latency of the INT8 graphs", "pip install --force-reinstall onnxruntime-gpu"),
     "CUDAExecutionProvider": (
-        "OnnxRunner(runtime='onnxruntime-cuda')",
+        "the graphs in ONNX Runtime on the GPU",
         "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'",
     ),
-    "TensorrtExecutionProvider": ("not used: engines run in TensorRT itself", None),
+    "TensorrtExecutionProvider": ("TensorRT inside ONNX Runtime", "pip install 'tensorrt>=10.3,<11'"),
 }
 
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")

@@ -29,7 +29,7 @@ _LARGEST = 2e10  # multiply-adds of a rehearsed forward pass; larger batches are
 _FEWEST_IMAGES = 8
 _GENERATOR_STEPS, _REFINE_STEPS, _TUNING_STEPS = 3, 3, 8  # a student near its teacher takes a quarter of its steps
 _PASSES_OF_INITIALIZATION = 4  # over each image: equalisation, calibration, and both models side by side
-_TENSORS_OF_RECONSTRUCTION = 6  # of the widest layer's values, alive at a time
+_TENSORS_OF_RECONSTRUCTION = 5  # of the widest layer's values, alive at a time
 _COPIES_OF_IMAGES = 2  # before and after refinement
 _GRADIENTS = 1.5  # what a backward pass holds, over what the forward pass kept for it
 

@@ -77,7 +77,7 @@ def reconstruct(
 def images_read(widest: int) -> int:
     """How many images reconstruction reads at most, for a student whose widest layer makes so many values of one.
 
-    It holds about six times what that layer makes of all of them, in float32.
+    It holds about five times what that layer makes of all of them, in float32.
     """
     return min(_IMAGES, max(_FEWEST, _VALUES // widest))
 

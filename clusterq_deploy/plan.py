@@ -145,8 +145,8 @@ class Planner(Pipeline):
             generator, refine = synthesis.generator, synthesis.refine
             batches = math.ceil(synthesis.images / refine.batch_size)
             return (
-                f"{generator.steps:,} steps of {generator.batch_size}, then {synthesis.images:,} images, "
-                f"{refine.steps:,} steps for each {batches} of {refine.batch_size}"
+                f"{generator.steps:,} steps of {generator.batch_size}, then {synthesis.images:,} images: "
+                f"{refine.steps:,} steps for each of {batches} batches"
             )
         if kind == "quantize":
             tuning = self.config.finetune.scaled_to(BitWidths.parse(variant))

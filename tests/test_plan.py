@@ -61,7 +61,7 @@ def test_a_new_run_is_planned_whole_and_nothing_is_written(settings: Path, tmp_p
         "features",
         "benchmark",
     } | {name for name in by_stage if name.startswith("build/") and by_stage[name]["state"] != "skipped"}
-    assert by_stage["synthesize"]["work"].startswith("12 steps of 40, then 80 images, 12 steps")
+    assert by_stage["synthesize"]["work"] == "12 steps of 40, then 80 images: 12 steps for each of 1 batches"
     assert by_stage["evaluate/w8a8"]["work"] == "60 images"
     assert 0 < by_stage["synthesize"]["seconds"] < 600
     assert by_stage["quantize/w8a8"]["seconds"] > 0

@@ -71,14 +71,15 @@ class Synthesis:
     Attributes:
         calibration: the images, on the CPU.
         teacher_top1: share (percent) of images that the teacher gives their label.
-        within_class_diversity: share of the variance of the teacher's last BatchNorm inputs that lies within classes.
+        within_class_diversity: share of the variance of the teacher's last BatchNorm inputs that lies within classes;
+            None where no class has two images.
         flip: whether images keep their class when mirrored.
         losses: each term by step.
     """
 
     calibration: CalibrationSet
     teacher_top1: float
-    within_class_diversity: float
+    within_class_diversity: float | None
     flip: bool
     losses: History
 
@@ -168,11 +169,12 @@ def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:
+def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float | None]:
     """The teacher's top-1 (percent), and the diversity of its last BatchNorm layer's inputs within classes."""
     right, features = 0, []
     with tap_batchnorm(teacher) as tap:
         for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             right += int((teacher(part).argmax(1) == own).sum())
             features.append(tap.moments[-1].mean)
-    return 100 * right / len(labels), within_class_diversity(torch.cat(features), labels)
+    diversity = within_class_diversity(torch.cat(features), labels) if len(labels.unique()) < len(labels) else None
+    return 100 * right / len(labels), diversity

@@ -123,10 +123,10 @@ def print_line(text: str) -> None:
 
 def report_table(report: "Report") -> Table:
     """The closing table of a run: a row for each variant in each runtime."""
-    from clusterq_deploy.report import wording
+    from clusterq_deploy.report import formats, wording
     from clusterq_deploy.report.findings import accuracy_rows, half_was_timed, latency_rows
 
-    title = f"{report.model.name} on {report.evaluation.dataset} ({report.evaluation.images} images)"
+    title = f"{wording.model_name(report)} on {report.evaluation.dataset} ({report.evaluation.images} images)"
     table = Table(title=title, title_justify="left")
     for name in ("variant", "runtime", "graph"):
         table.add_column(name)
@@ -154,12 +154,12 @@ def report_table(report: "Report") -> Table:
         table.add_row(
             row.variant if row.variant != previous else "",
             row.accuracy.runtime,
-            wording.file_name(row.accuracy.graph),
-            wording.size(row.size_bytes),
-            wording.number(row.accuracy.top1),
-            wording.number(row.drop),
-            wording.number(row.accuracy.agreement),
-            wording.milliseconds(own.latency.median_ms) if own else wording.ABSENT,
+            formats.file_name(row.accuracy.graph),
+            formats.size(row.size_bytes),
+            formats.number(row.accuracy.top1),
+            formats.number(row.drop),
+            formats.number(row.accuracy.agreement),
+            formats.milliseconds(own.latency.median_ms) if own else formats.ABSENT,
             _times(own.speedup if own else None),
             *([_times(own.over_half if own else None)] if over_half else []),
             end_section=False,
@@ -189,21 +189,21 @@ def comparison_tables(comparison: "Comparison") -> Iterator[Table]:
 
 def plan_table(plan: "Plan") -> Table:
     """The stages of a run that was not done."""
-    from clusterq_deploy.report import wording
+    from clusterq_deploy.report import formats
 
     table = Table(title=f"{plan.model} on {plan.device}: nothing was done or written", title_justify="left")
     for name in ("stage", "state", "work"):
         table.add_column(name)
     table.add_column("about", justify="right")
     for own in plan.stages:
-        seconds = wording.duration(own.seconds) if own.seconds is not None else "not estimated"
-        table.add_row(own.stage, own.state, Text(own.work), seconds if own.state == "to do" else wording.ABSENT)
+        seconds = formats.duration(own.seconds) if own.seconds is not None else "not estimated"
+        table.add_row(own.stage, own.state, Text(own.work), seconds if own.state == "to do" else formats.ABSENT)
     return table
 
 
 def plan_lines(plan: "Plan") -> Iterator[str]:
     """What stands below the table of a plan."""
-    from clusterq_deploy.report import wording
+    from clusterq_deploy.report import formats
 
     for name, asked in plan.scaled.items():
         yield f"{name} is {plan.settings[name]:,}, not {asked:,}: less for a large model on a CPU"
@@ -211,7 +211,7 @@ def plan_lines(plan: "Plan") -> Iterator[str]:
         yield "Everything is finished: a run would write the report anew."
         return
     yield (
-        f"About {wording.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. Rough: a "
+        f"About {formats.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. Rough: a "
         "few steps were timed here; export and engines are not counted, and fine-tuning may end early."
     )
 

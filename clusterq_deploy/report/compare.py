@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.report import wording
+from clusterq_deploy.report import formats
 from clusterq_deploy.report.findings import AccuracyRow, accuracy_rows, latency_rows
 from clusterq_deploy.report.schema import Report, read_report
 from clusterq_deploy.report.tables import escaped, markdown_table
@@ -215,15 +215,15 @@ def _notes(reports: list[Report]) -> list[str]:
 
 # how a column reads; what is not here stands as it is
 _FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "graph": ("file", wording.file_name),
-    "size_bytes": ("size", wording.size),
-    "top1": ("top-1 %", wording.number),
-    "top5": ("top-5 %", wording.number),
-    "drop": ("drop", wording.number),
-    "agreement": ("agreement %", wording.number),
-    "median_ms": ("p50 ms", wording.milliseconds),
-    "p99_ms": ("p99 ms", wording.milliseconds),
-    "speedup": ("speed-up", wording.speedup),
+    "graph": ("file", formats.file_name),
+    "size_bytes": ("size", formats.size),
+    "top1": ("top-1 %", formats.number),
+    "top5": ("top-5 %", formats.number),
+    "drop": ("drop", formats.number),
+    "agreement": ("agreement %", formats.number),
+    "median_ms": ("p50 ms", formats.milliseconds),
+    "p99_ms": ("p99 ms", formats.milliseconds),
+    "speedup": ("speed-up", formats.speedup),
 }
 _ERRORS = ("top1_error", "drop_error")  # stand behind their number
 _FIRST_NUMBERS = ("size_bytes", "batch")
@@ -241,9 +241,9 @@ def formatted(row: Row) -> list[str]:
         if key in _ERRORS:
             continue
         if f"{key}_error" in row:
-            cells.append(wording.with_error(value, row[f"{key}_error"]))
+            cells.append(formats.with_error(value, row[f"{key}_error"]))
         elif value is None:
-            cells.append(wording.ABSENT)
+            cells.append(formats.ABSENT)
         else:
             cells.append(_FORMATS[key][1](value) if key in _FORMATS else str(value))
     return cells

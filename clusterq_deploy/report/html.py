@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jinja2
 
-from clusterq_deploy.report import engine_wording, wording
+from clusterq_deploy.report import engine_wording, formats, wording
 from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
     BASELINE,
@@ -48,14 +48,14 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "duration": wording.duration,
-        "file_name": wording.file_name,
-        "ms": wording.milliseconds,
-        "number": wording.number,
-        "percent": wording.percent,
-        "size": wording.size,
-        "speedup": wording.speedup,
-        "with_error": wording.with_error,
+        "duration": formats.duration,
+        "file_name": formats.file_name,
+        "ms": formats.milliseconds,
+        "number": formats.number,
+        "percent": formats.percent,
+        "size": formats.size,
+        "speedup": formats.speedup,
+        "with_error": formats.with_error,
     }
     found = verdicts(report)
     chosen = [(v.runtime, v.choice) for v in found if v.outcome == "deploy" and v.choice is not None]
@@ -65,6 +65,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
         environment.get_template("template.html.j2").render(
             report=report,
             baseline=BASELINE,
+            name=wording.model_name(report),
             summary=wording.summary(report),
             cards=[(verdict, _headline(verdict), wording.verdict_sentence(verdict, labelled)) for verdict in found],
             chosen={(choice.variant, runtime) for runtime, choice in chosen},

@@ -4,7 +4,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable
 
-from clusterq_deploy.report import engine_wording, wording
+from clusterq_deploy.report import engine_wording, formats, wording
 from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows, verdicts
 from clusterq_deploy.report.schema import Report
 from clusterq_deploy.report.tables import escaped as _text
@@ -15,7 +15,7 @@ def to_markdown(report: Report) -> str:
     """The text of `report.md`."""
     labelled = report.evaluation.labelled
     sections = [
-        f"# {_text(report.model.name)}: quantization report",
+        f"# {_text(wording.model_name(report))}: quantization report",
         _text(wording.summary(report)),
         _bullets(_text(wording.verdict_sentence(verdict, labelled)) for verdict in verdicts(report)),
         "## Accuracy",
@@ -47,12 +47,12 @@ def _accuracy_table(report: Report) -> str:
         (
             _text(row.variant),
             _text(row.accuracy.runtime),
-            _text(wording.file_name(row.accuracy.graph)),
-            wording.size(row.size_bytes),
-            wording.with_error(row.accuracy.top1, row.top1_error),
-            wording.with_error(row.drop, row.drop_error),
-            wording.number(row.accuracy.top5),
-            wording.with_error(row.accuracy.agreement, row.agreement_error),
+            _text(formats.file_name(row.accuracy.graph)),
+            formats.size(row.size_bytes),
+            formats.with_error(row.accuracy.top1, row.top1_error),
+            formats.with_error(row.drop, row.drop_error),
+            formats.number(row.accuracy.top5),
+            formats.with_error(row.accuracy.agreement, row.agreement_error),
         )
         for row in accuracy_rows(report)
     ]
@@ -67,13 +67,13 @@ def _latency_table(report: Report) -> str:
             _text(row.variant),
             _text(row.latency.runtime),
             str(row.latency.batch),
-            str(row.latency.threads or wording.ABSENT),
-            ("~" if row.unsteady else "") + wording.milliseconds(row.latency.median_ms),
-            wording.milliseconds(row.latency.p90_ms),
-            wording.milliseconds(row.latency.p99_ms),
+            str(row.latency.threads or formats.ABSENT),
+            ("~" if row.unsteady else "") + formats.milliseconds(row.latency.median_ms),
+            formats.milliseconds(row.latency.p90_ms),
+            formats.milliseconds(row.latency.p99_ms),
             f"{row.latency.images_per_second:,.0f}",
-            wording.speedup(row.speedup),
-            *([wording.speedup(row.over_half)] if over_half else []),
+            formats.speedup(row.speedup),
+            *([formats.speedup(row.over_half)] if over_half else []),
         )
         for row in latency_rows(report)
     ]
@@ -115,8 +115,8 @@ def _file_table(report: Report) -> str:
         (
             _text(row.artifact.path),
             _text(row.artifact.target),
-            wording.size(row.artifact.size_bytes),
-            wording.percent(row.share),
+            formats.size(row.artifact.size_bytes),
+            formats.percent(row.share),
             _text("; ".join(row.artifact.notes)),
         )
         for row in file_rows(report)
@@ -126,7 +126,7 @@ def _file_table(report: Report) -> str:
 
 def _sensitivities(report: Report) -> str:
     rows = [
-        (_text(variant.name), _text(own.layer), own.bits, f"{own.kl:.2g}", wording.number(own.expected_drop))
+        (_text(variant.name), _text(own.layer), own.bits, f"{own.kl:.2g}", formats.number(own.expected_drop))
         for variant in report.variants
         for own in sorted(variant.sensitivities, key=lambda own: -own.kl)
     ]

@@ -11,62 +11,14 @@ from clusterq_deploy.report.findings import (
     half_was_timed,
     latency_rows,
 )
+from clusterq_deploy.report.formats import duration, milliseconds, number, percent, speedup
 from clusterq_deploy.report.schema import Environment, FeatureSet, Report, Variant
 
-ABSENT = "\N{EN DASH}"
-TIMES = "\N{MULTIPLICATION SIGN}"
 
-
-def number(value: float | None, decimals: int = 2) -> str:
-    """A number with a true minus sign; a dash where there is none."""
-    if value is None:
-        return ABSENT
-    text = f"{value:.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}") if float(text) else f"{0:.{decimals}f}"
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    """`69.42 ± 0.65`; the error is left out where there is none."""
-    return number(value) if value is None or error is None else f"{number(value)} ± {number(error)}"
-
-
-def milliseconds(value: float) -> str:
-    """Four digits: 0.123, 1.234, 12.34, 123.4."""
-    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
-
-
-def file_name(path: str | None) -> str:
-    """The file at the end of a path in a run directory: model.ort.onnx."""
-    return path.rpartition("/")[2] if path else ABSENT
-
-
-def size(size_bytes: int | None) -> str:
-    """A file size in decimal units: 46.8 MB."""
-    if size_bytes is None:
-        return ABSENT
-    if size_bytes < 1e6:
-        return f"{size_bytes / 1e3:.1f} kB"
-    return f"{size_bytes / 1e6:.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s` or `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def speedup(value: float | None) -> str:
-    """3.28 with a multiplication sign behind it."""
-    return ABSENT if value is None else f"{value:.2f}{TIMES}"
-
-
-def percent(share: float | None) -> str:
-    """A share as a percentage: 0.254 is `25.4 %`."""
-    return ABSENT if share is None else f"{100 * share:.1f} %"
+def model_name(report: Report) -> str:
+    """The model's name; of a factory in a file the factory's alone."""
+    path, colon, factory = report.model.name.rpartition(":")
+    return factory if colon and path.endswith(".py") else report.model.name
 
 
 def summary(report: Report) -> str:
@@ -78,7 +30,7 @@ def summary(report: Report) -> str:
     else:
         scored = f"compared with its fp32 teacher on {report.evaluation.images:,} held-out synthetic images"
     return (
-        f"{report.model.name} was quantized {made}without any of its training data, "
+        f"{model_name(report)} was quantized {made}without any of its training data, "
         f"from {report.calibration.images:,} synthetic images, and {scored}."
     )
 
@@ -291,7 +243,8 @@ def _kept(variant: Variant) -> str:
         if variant.expected_drop is not None
         else ""
     )
-    return f"{len(variant.keep)} layers have bits of their own{why}: {layers}."
+    count = "one layer has" if len(variant.keep) == 1 else f"{len(variant.keep)} layers have"
+    return f"{count} bits of {'its' if len(variant.keep) == 1 else 'their'} own{why}: {layers}."
 
 
 def sensitivity_notes() -> list[str]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.files import sha256_file, write_bytes, write_text
 
 MANIFEST = "manifest.json"
 CONFIG = "run.toml"
+LOCK = ".lock"
 _SCHEMA = 1
 
 Result = dict[str, Any]
@@ -50,6 +53,9 @@ def digest(value: Any) -> str:
 class RunDirectory:
     """A folder that one model's run writes to.
 
+    From the first write on it is this process's alone: others that would write end in an error. The operating system
+    takes the lock from a process that dies, so that none is left behind.
+
     Args:
         path: the folder; made when something is first written.
         model: name and weights digest of the model.
@@ -63,11 +69,16 @@ class RunDirectory:
         self._model = dict(model)
         self._stages: dict[str, StageRecord] = {}
         self._hashes: dict[tuple[Path, int, int], str] = {}
-        manifest = read_manifest(path)
+        self._lock: FileLock | None = None
+        self._read()
+
+    def _read(self) -> None:
+        """Learn from the manifest what is finished, if the folder is this model's or empty."""
+        path, manifest = self.path, read_manifest(self.path)
         if manifest is None:
             if path.exists() and not path.is_dir():
                 raise RunDirectoryError(f"{path} is a file; choose a folder with --out")
-            if path.is_dir() and any(path.iterdir()):
+            if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
                 raise RunDirectoryError(f"{path} holds files that are no run's; choose an empty folder with --out")
             return
         if manifest["model"] != self._model:
@@ -77,8 +88,30 @@ class RunDirectory:
             )
         self._stages = {name: StageRecord(**record) for name, record in manifest["stages"].items()}
 
+    def _hold(self) -> None:
+        """Take the folder for this process, if it has not got it yet; another one may have worked there meanwhile."""
+        if self._lock is not None:
+            return
+        lock = FileLock(self.path / LOCK, is_singleton=True, thread_local=False)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"another clusterq is at work in {self.path}; wait for it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        self._lock = lock
+        self._read()
+
     def begin(self, config: str) -> None:
-        """Mark the folder as this run's, with its configuration, before the first stage."""
+        """Mark the folder as this run's, with its configuration, before the first stage.
+
+        Raises:
+            RunDirectoryError: another process is at work in it, or it cannot be written.
+        """
+        self._hold()
         self._save()
         self.write(CONFIG, config)
 
@@ -112,7 +145,11 @@ class RunDirectory:
             inputs: JSON values that its result depends on.
             work: does it; gives the result and the files that it wrote, relative to the run directory.
             upstream: the finished stages that it builds on.
+
+        Raises:
+            RunDirectoryError: another process is at work in the folder, or it cannot be written.
         """
+        self._hold()
         own, sources = self._digests(inputs, upstream)
         record = self.finished(stage, own)
         if record is None:
@@ -146,6 +183,7 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes | str) -> str:
         """Write a file of the run atomically; gives its name."""
+        self._hold()
         if isinstance(content, str):
             write_text(self.path / name, content)
         else:

@@ -202,7 +202,11 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tm
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert "cannot write" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["manifest.json", "run.toml"]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
+        ".lock",
+        "manifest.json",
+        "run.toml",
+    ]
     again = call(*args)  # with room, the same command goes on in the same folder
     assert again.exit_code == 0, again.output
 

@@ -68,7 +68,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     graphs = {f"w4a4/model.{kind}.onnx" for kind in ("ort", "trt", "int4")}
     graphs |= {f"w8a8/model.{kind}.onnx" for kind in ("ort", "trt")}
     assert files == graphs | {
-        "run.toml", "manifest.json", "report.json", "report.md", "report.html", "fp32/model.onnx",
+        ".lock", "run.toml", "manifest.json", "report.json", "report.md", "report.html", "fp32/model.onnx",
         "fp32/model.fp16.onnx",
         "calibration/images.safetensors", "calibration/preview.png",
         "w8a8/quantized.safetensors", "w4a4/quantized.safetensors",
@@ -263,7 +263,7 @@ def made(out: Path) -> dict[str, str]:
     files = {name: digest for stage in stages.values() for name, digest in stage["files"].items()}
     assert files == {name: sha256_file(out / name) for name in files}
     others = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - files.keys()
-    assert others == {"run.toml", "manifest.json", "report.json", "report.md", "report.html"}
+    assert others == {".lock", "run.toml", "manifest.json", "report.json", "report.md", "report.html"}
     return files
 
 

@@ -12,6 +12,7 @@
     ├── RunDirectoryError      the run directory cannot be used or written
     ├── ReportError            a report.json cannot be read
     ├── SynthesisError         no usable calibration set came out
+    ├── TuningError            fine-tuning diverges
     ├── ExportError            a graph could not be written
     │   └── VerificationError  a graph does not compute what the torch model computes
     └── EngineError            a TensorRT engine cannot be built, loaded or run
@@ -36,6 +37,7 @@ __all__ = [
     "RunDirectoryError",
     "SynthesisError",
     "TensorRTMissing",
+    "TuningError",
     "UnknownModelError",
     "VerificationError",
     "WeightsError",
@@ -60,6 +62,10 @@ class WeightsError(ModelError, ValueError):
 
 class GraphError(ClusterQError, ValueError):
     """The model cannot be traced or quantized."""
+
+
+class TuningError(ClusterQError):
+    """Fine-tuning diverges, from its last good state and at smaller learning rates too."""
 
 
 class FeatureError(ClusterQError, ValueError):

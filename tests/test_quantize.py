@@ -1,6 +1,5 @@
 """Grids, quantizers, where they go, and how their scales are found."""
 
-import copy
 import math
 from pathlib import Path
 
@@ -9,14 +8,12 @@ import torch
 from nets import images, make_net
 from torch import nn
 
-from calib.calibration_set import CalibrationSet
 from calib.synthesis import SynthesisConfig, synthesize
 from clusterq_deploy.errors import ConfigError, GraphError, WeightsError
 from clusterq_deploy.quantize import (
     BitWidths,
     FinetuneConfig,
     Grid,
-    Reference,
     Student,
     calibrate,
     finetune,
@@ -370,58 +367,6 @@ def test_spelling_for_tensorrt_leaves_the_residual_branch_alone() -> None:
             other = student(images())
         assert not torch.equal(own, other)
         assert torch.equal(student(images()), own)
-
-
-def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
-    net, student = make_net("residual"), student_of("residual", "w3a3")
-    data = images(256, seed=3)
-    calibration = CalibrationSet(data, net(data).argmax(1))
-    fresh = images(128, seed=9)
-
-    def distance() -> float:
-        with torch.no_grad():
-            return float((student(fresh) - net(fresh)).square().mean())
-
-    before = distance()
-    config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
-    reference = Reference(copy.deepcopy(student))
-    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
-    assert distance() < 0.8 * before
-    assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
-    assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
-
-
-def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
-    student = make_student(make_net("residual"), BitWidths(4, 8))
-    quantizer = next(q for q in student.quantizers().values() if q.grid == Grid(8, signed=False))
-    met: list[Grid] = []
-
-    def note(own: Quantizer, _: object) -> None:
-        if own is quantizer and own.enabled:  # not the teacher's copy of it
-            met.append(own.grid)
-
-    quantizer.register_forward_pre_hook(note)
-    rng = torch.Generator().manual_seed(0)
-    reference = initialize(student, images(64), batch_size=16, rng=rng).reference
-    calibration = CalibrationSet(images(64), torch.arange(64) % 10)
-    finetune(student, reference, calibration, config=FinetuneConfig(steps=4, batch_size=16), flip=False, rng=rng)
-    assert set(met) == {Grid(7, signed=False)}
-    with torch.no_grad():
-        student(images())
-    assert met[-1] == Grid(8, signed=False)
-
-
-def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
-    net, student = make_net("residual"), student_of("residual", "w8a8")
-    data = images(64)
-    before = {k: v.clone() for k, v in student.state_dict().items()}
-    config = FinetuneConfig(steps=4, learning_rate=1.0, scale_learning_rate=1.0, checkpoints=2)
-    calibration = CalibrationSet(data, net(data).argmax(1))
-    reference = Reference(copy.deepcopy(student))
-    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
-    assert tuning.kept_step == 0
-    for name, value in student.state_dict().items():
-        torch.testing.assert_close(value, before[name])
 
 
 def test_less_is_tuned_where_there_are_bits_to_spare() -> None:

@@ -18,7 +18,8 @@ from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.matching import matched_features
-from clusterq_deploy.quantize.normalize import normalized
+from clusterq_deploy.quantize.normalize import NormalizedParameters, normalized
+from clusterq_deploy.quantize.recovery import Recovery
 from clusterq_deploy.quantize.reference import Reference
 from clusterq_deploy.quantize.student import Student
 
@@ -143,6 +144,9 @@ def finetune(
         calibration: the synthetic images.
         flip: mirror images at random.
         rng: source of all randomness.
+
+    Raises:
+        TuningError: the loss is not finite, and stays so from the last good state and at smaller learning rates.
     """
     losses: dict[str, list[float]] = {"distillation": [], "features": [], "held_out_kl": []}
     if not config.steps:
@@ -151,17 +155,16 @@ def finetune(
     tune, held_out = calibration.split(config.held_out)
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     judged = torch.cat([view(held_out.images) for _ in range(_JUDGED_VIEWS)])
-    teacher = reference.net
-    for net in (student, teacher):
-        net.to(memory_format=torch.channels_last)
+    teacher = reference.net.to(memory_format=torch.channels_last)
+    student.to(memory_format=torch.channels_last)
     with teacher.in_float(), student.in_int8():
         best = divergence(student, teacher, judged, config.batch_size, config.temperature)
     losses["held_out_kl"].append(best)
     steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, best / _FAR)))
     every = max(1, steps // config.checkpoints)
     # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
-    coarse = max(student.bits.weights, student.bits.activations) < 8
-    precision = mixed_precision(device) if coarse else nullcontext()
+    widest = max(student.bits.weights, student.bits.activations)
+    precision = mixed_precision(device) if widest < 8 else nullcontext()
     with (
         student.in_int8(),
         normalized(student, tune.images[:_MEASURED_ON].to(device)) as parameters,
@@ -169,18 +172,11 @@ def finetune(
         teacher.in_float(),
         matched_features(student, reference, judged[:_MEASURED_ON].to(device)) as feature_loss,
     ):
-        optimizer = torch.optim.Adam(
-            [
-                {"params": parameters.rows, "lr": config.learning_rate},
-                {"params": parameters.biases, "lr": config.bias_learning_rate},
-                {"params": parameters.log_scales, "lr": config.scale_learning_rate},
-            ]
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        optimizer, schedule = _optimizer(parameters, config, steps)
+        recovery = Recovery(student, optimizer, f"fine-tuning {student.bits}")
         kept, kept_step = copy.deepcopy(student.state_dict()), 0
         for step in range(1, steps + 1):
-            picked = torch.randint(len(tune), (config.batch_size,), generator=rng, device=rng.device).cpu()
-            images, labels = tune.images[picked].to(device), tune.labels[picked].to(device)
+            images, labels = (part.to(device) for part in _drawn(tune, config.batch_size, rng))
             images = view(images).contiguous(memory_format=torch.channels_last)
             with precision:
                 with torch.no_grad():
@@ -193,6 +189,8 @@ def finetune(
                 matching = feature_loss()
                 losses["features"].append(matching.item())
                 loss = loss + config.feature_weight * matching
+            if recovery.needed(loss.item()):
+                continue
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -202,8 +200,30 @@ def finetune(
             if step % every == 0 or step == steps:
                 now = divergence(student, teacher, judged, config.batch_size, config.temperature)
                 losses["held_out_kl"].append(now)
+                if math.isfinite(now):
+                    recovery.save()
                 if now < best and step >= _SETTLED * steps:
                     best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
         student.load_state_dict(kept)
     student.to(memory_format=torch.contiguous_format).settle()
     return Tuning(losses, kept_step)
+
+
+def _drawn(images: CalibrationSet, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """So many images of a set, and their labels, with repetition."""
+    picked = torch.randint(len(images), (count,), generator=rng, device=rng.device).cpu()
+    return images.images[picked], images.labels[picked]
+
+
+def _optimizer(
+    parameters: NormalizedParameters, config: FinetuneConfig, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam with a learning rate for each kind of parameter, all of which fall to zero on a cosine."""
+    optimizer = torch.optim.Adam(
+        [
+            {"params": parameters.rows, "lr": config.learning_rate},
+            {"params": parameters.biases, "lr": config.bias_learning_rate},
+            {"params": parameters.log_scales, "lr": config.scale_learning_rate},
+        ]
+    )
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

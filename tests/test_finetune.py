@@ -1,0 +1,114 @@
+"""Fine-tuning: what it brings, what it keeps, and what it does when it diverges."""
+
+import copy
+import importlib
+import math
+
+import pytest
+import torch
+from nets import images, make_net
+from test_quantize import student_of
+from torch import Tensor
+
+from calib.calibration_set import CalibrationSet
+from clusterq_deploy.errors import TuningError
+from clusterq_deploy.quantize import (
+    BitWidths,
+    FinetuneConfig,
+    Grid,
+    Reference,
+    Student,
+    finetune,
+    initialize,
+    make_student,
+)
+from clusterq_deploy.quantize.finetune import Tuning, distillation_loss
+from clusterq_deploy.quantize.quantizer import Quantizer
+
+
+def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
+    net, student = make_net("residual"), student_of("residual", "w3a3")
+    data = images(256, seed=3)
+    calibration = CalibrationSet(data, net(data).argmax(1))
+    fresh = images(128, seed=9)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((student(fresh) - net(fresh)).square().mean())
+
+    before = distance()
+    config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
+    reference = Reference(copy.deepcopy(student))
+    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
+    assert distance() < 0.8 * before
+    assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
+    assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
+
+
+def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
+    student = make_student(make_net("residual"), BitWidths(4, 8))
+    quantizer = next(q for q in student.quantizers().values() if q.grid == Grid(8, signed=False))
+    met: list[Grid] = []
+
+    def note(own: Quantizer, _: object) -> None:
+        if own is quantizer and own.enabled:  # not the teacher's copy of it
+            met.append(own.grid)
+
+    quantizer.register_forward_pre_hook(note)
+    rng = torch.Generator().manual_seed(0)
+    reference = initialize(student, images(64), batch_size=16, rng=rng).reference
+    calibration = CalibrationSet(images(64), torch.arange(64) % 10)
+    finetune(student, reference, calibration, config=FinetuneConfig(steps=4, batch_size=16), flip=False, rng=rng)
+    assert set(met) == {Grid(7, signed=False)}
+    with torch.no_grad():
+        student(images())
+    assert met[-1] == Grid(8, signed=False)
+
+
+def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
+    net, student = make_net("residual"), student_of("residual", "w8a8")
+    data = images(64)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    config = FinetuneConfig(steps=4, learning_rate=1.0, scale_learning_rate=1.0, checkpoints=2)
+    calibration = CalibrationSet(data, net(data).argmax(1))
+    reference = Reference(copy.deepcopy(student))
+    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
+    assert tuning.kept_step == 0
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tuple[Student, Tuning]:
+    """A student after 40 steps, of which those of the given numbers have no finite loss; the first is 1."""
+    calls = 0
+
+    def loss(own: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return distillation_loss(own, teacher, labels, config) * (math.nan if calls in bad else 1)
+
+    monkeypatch.setattr(importlib.import_module("clusterq_deploy.quantize.finetune"), "distillation_loss", loss)
+    net, student = make_net("residual"), student_of("residual", "w3a3")
+    data = images(128, seed=3)
+    calibration = CalibrationSet(data, net(data).argmax(1))
+    config = FinetuneConfig(steps=160, batch_size=16, checkpoints=4)
+    rng, reference = torch.Generator().manual_seed(0), Reference(copy.deepcopy(student))
+    return student, finetune(student, reference, calibration, config=config, flip=False, rng=rng)
+
+
+def test_a_step_without_a_finite_loss_is_taken_back_and_tuning_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, tuning = tuned_with_bad_steps(monkeypatch, {1, 15})
+    assert [math.isfinite(value) for value in tuning.losses["distillation"]].count(False) == 2
+    assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
+    assert tuning.kept_step > 15
+    assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
+    assert [r.message for r in caplog.records if "fine-tuning w3a3" in r.message] == [
+        "fine-tuning w3a3: the loss is not finite; it goes back, with half the learning rates"
+    ] * 2
+
+
+def test_tuning_that_stays_without_a_finite_loss_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TuningError, match="fine-tuning w3a3 diverges: its loss is not finite, nor was it"):
+        tuned_with_bad_steps(monkeypatch, set(range(5, 1000)))

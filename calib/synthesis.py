@@ -63,6 +63,19 @@ class SynthesisConfig(StageConfig):
             filled["generator"] = {**schedule, **generator}
         return filled
 
+    def with_smaller_batches(self, divisor: int) -> "SynthesisConfig":
+        """The same work in batches of a divisor-th of the size, at least two images."""
+
+        def smaller(batch_size: int) -> dict[str, int]:
+            return {"batch_size": max(2, batch_size // divisor)}
+
+        return self.model_copy(
+            update={
+                "generator": self.generator.model_copy(update=smaller(self.generator.batch_size)),
+                "refine": self.refine.model_copy(update=smaller(self.refine.batch_size)),
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Synthesis:

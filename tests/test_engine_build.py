@@ -311,6 +311,7 @@ import signal, sys
 import pytest
 from tensorrt_double import install
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 if sys.argv[1] == "SIGTERM":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with pytest.MonkeyPatch.context() as patch:

@@ -433,7 +433,7 @@ def test_a_run_on_the_gpu(tmp_path: Path) -> None:
 
 def test_effort_and_recipe_fill_in_what_was_not_given() -> None:
     fast = make_config({"model": "digits", "effort": "fast", "synthesis": {"images": 300}})
-    assert (fast.finetune.steps, fast.synthesis.images, fast.synthesis.generator.steps) == (0, 300, 100)
+    assert (fast.finetune.steps, fast.synthesis.images, fast.synthesis.generator.steps) == (0, 300, 60)
     thorough = make_config({"model": "digits", "effort": "thorough"})
     assert thorough.synthesis.refine.steps > make_config({"model": "digits"}).synthesis.refine.steps
     paper = make_config({"model": "digits", "synthesis": {"recipe": "paper", "images": 640}})

@@ -10,16 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
+from calib.synthesis import SynthesisConfig
+from cli.main import main
 from clusterq_deploy.errors import RunDirectoryError
+from clusterq_deploy.quantize import FinetuneConfig
+from clusterq_deploy.report.schema import read_report
+from clusterq_deploy.report.wording import notes
 from clusterq_deploy.rundir import RunDirectory
+from clusterq_deploy.stages import quantization
+from clusterq_deploy.stages.memory import in_memory
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"name": "net", "weights_sha256": "0"}
 HOLDER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from clusterq_deploy.rundir import RunDirectory
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 out = RunDirectory(Path(sys.argv[1]), {"name": "net", "weights_sha256": "0"})
 out.begin("")
 out.perform("synthesize", {}, lambda: ({}, [out.write("images", "whole")]))
@@ -84,3 +94,59 @@ def test_the_command_says_that_the_folder_is_in_use(tmp_path: Path) -> None:
     assert second.stderr.strip().splitlines() == [
         f"Error: another clusterq is at work in {out}; wait for it, or choose another folder with --out"
     ]
+
+
+def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesize, finetune, seen = quantization.synthesize, quantization.finetune, []
+
+    def images(*args: object, config: SynthesisConfig, **more: object) -> object:
+        seen.append((config.generator.batch_size, config.refine.batch_size))
+        if config.generator.batch_size > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return synthesize(*args, config=config, **more)
+
+    def tuned(*args: object, config: FinetuneConfig, **more: object) -> object:
+        seen.append(config.batch_size)
+        if config.batch_size > 4:
+            torch.empty(1 << 60)  # more than any machine has: torch's own error of a CPU
+        return finetune(*args, config=config, **more)
+
+    monkeypatch.setattr(quantization, "synthesize", images)
+    monkeypatch.setattr(quantization, "finetune", tuned)
+    settings = tmp_path / "small.toml"
+    settings.write_text(
+        "[synthesis]\nimages = 64\ngenerator = {steps = 8, warmup_steps = 4, batch_size = 64}\n"
+        "refine = {steps = 4, batch_size = 64}\n[finetune]\nsteps = 4\nbatch_size = 16\n"
+    )
+    for command in (
+        ["synthesize", "digits", "--config", settings, "--out", tmp_path / "out"],
+        ["quantize", tmp_path / "out", "--bits", "w4a4"],
+        ["export", tmp_path / "out"],
+        ["report", tmp_path / "out"],
+    ):
+        result = CliRunner().invoke(main, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
+    assert seen == [(64, 64), (32, 32), (16, 16), 16, 8, 4]
+    report = read_report(tmp_path / "out" / "report.json")
+    assert report.calibration.batch_divisor == 4
+    assert [n for n in notes(report) if "the memory did not suffice" in n] == [
+        f"{what} took batches of 1/4 of the size in the configuration: the memory did not suffice for more."
+        for what in ("Synthesis", "Fine-tuning of w4a4")
+    ]
+
+
+def test_other_errors_and_too_small_a_memory_are_raised() -> None:
+    calls: list[int] = []
+
+    def work(divisor: int, message: str) -> None:
+        calls.append(divisor)
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_memory(lambda divisor: work(divisor, "shapes do not fit"), "work")
+    assert calls == [1]
+    with pytest.raises(RuntimeError, match="allocate"):
+        in_memory(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
+    assert calls == [1, 1, 2, 4, 8, 16, 32, 64]

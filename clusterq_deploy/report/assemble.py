@@ -61,6 +61,7 @@ def assemble(
         within_class_diversity=made.result["within_class_diversity"] if made else None,
         silhouette=features.synthetic.silhouette if made and features else None,
         losses={name: thin(values) for name, values in made.result["losses"].items()} if made else {},
+        batch_divisor=made.result.get("batch_divisor", 1) if made else 1,
     )
     return Report(
         schema=1,
@@ -106,6 +107,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
         expected_drop=tuned.get("expected_drop"),
         sensitivities=[LayerSensitivity(layer=c["layer"], bits=c["bits"], **c["cost"]) for c in costs],
         losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},
+        batch_divisor=tuned.get("batch_divisor", 1),
     )
 
 

@@ -48,7 +48,7 @@ class CalibrationInfo(_Record):
 
     `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
     coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
-    value a recorded step.
+    value a recorded step. `batch_divisor` is what the batches of synthesis were divided by, for want of memory.
     """
 
     images: int
@@ -58,6 +58,7 @@ class CalibrationInfo(_Record):
     within_class_diversity: float | None = None
     silhouette: float | None = None
     losses: dict[str, list[float]] = Field(default_factory=dict)
+    batch_divisor: int = 1
 
 
 class EvaluationInfo(_Record):
@@ -152,7 +153,8 @@ class Variant(_Record):
     """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
 
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
-    expected of these widths before fine-tuning, where a bound was asked for.
+    expected of these widths before fine-tuning, where a bound was asked for. `batch_divisor` is what the batches of
+    fine-tuning were divided by, for want of memory.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Variant(_Record):
     expected_drop: float | None = None
     sensitivities: list[LayerSensitivity] = Field(default_factory=list)
     losses: dict[str, list[float]] = Field(default_factory=dict)
+    batch_divisor: int = 1
 
 
 class Skipped(_Record):

@@ -67,6 +67,7 @@ def notes(report: Report) -> list[str]:
             "Latency is the time of one call of a whole batch; speed-up compares medians with fp32 at the "
             "same runtime, batch and threads."
         )
+    found += _memory_notes(report)
     if half_was_timed(report):
         found.append(_half_note(report))
     if any(row.unsteady for row in rows):
@@ -233,6 +234,17 @@ def _grid_notes(report: Report) -> list[str]:
             "dequantizes them and convolves in float, so they are no faster than fp32."
         )
     return found
+
+
+def _memory_notes(report: Report) -> list[str]:
+    """What was done in smaller batches than the settings say."""
+    reduced = {"Synthesis": report.calibration.batch_divisor}
+    reduced |= {f"Fine-tuning of {variant.name}": variant.batch_divisor for variant in report.variants}
+    return [
+        f"{what} took batches of 1/{divisor} of the size in the configuration: the memory did not suffice for more."
+        for what, divisor in reduced.items()
+        if divisor > 1
+    ]
 
 
 def _kept(variant: Variant) -> str:

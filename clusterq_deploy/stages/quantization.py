@@ -7,11 +7,14 @@ import torch
 from pydantic import TypeAdapter
 
 from calib.calibration_set import CalibrationSet
-from calib.synthesis import synthesize
+from calib.synthesis import Synthesis, synthesize
 from clusterq_deploy.quantize import (
     BitWidths,
+    Initialization,
     PrecisionPlan,
     Sensitivity,
+    Student,
+    Tuning,
     finetune,
     initialize,
     judged_views,
@@ -22,25 +25,28 @@ from clusterq_deploy.quantize import (
 from clusterq_deploy.quantize.student import FORMAT
 from clusterq_deploy.run import IMAGES, PREVIEW, Run, student_file
 from clusterq_deploy.rundir import Result, StageRecord
+from clusterq_deploy.stages.memory import in_memory
 
 
 def make_images(run: Run) -> StageRecord:
     """Make the calibration set."""
-    settings = run.config.synthesis
+    settings, spec = run.config.synthesis, run.model.input
 
-    def work() -> tuple[Result, list[str]]:
-        spec = run.model.input
-        made = synthesize(
+    def images(divisor: int) -> Synthesis:
+        return synthesize(
             run.model.module,
             classes=run.model.classes,
             size=spec.size,
             mean=spec.mean,
             std=spec.std,
-            config=settings,
+            config=settings.with_smaller_batches(divisor),
             device=run.device,
             rng=run.rng("synthesize"),
             progress=run.progress,
         )
+
+    def work() -> tuple[Result, list[str]]:
+        made, divisor = in_memory(images, "synthesis")
         provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
         calibration = CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
         preview = io.BytesIO()
@@ -56,6 +62,7 @@ def make_images(run: Run) -> StageRecord:
             "flip": made.flip,
             "recipe": settings.recipe,
             "losses": made.losses,
+            "batch_divisor": divisor,
         }
         return result, names
 
@@ -88,23 +95,26 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
     source, settings = run.done("synthesize"), run.config.finetune.scaled_to(bits)
     max_drop = run.config.max_drop
 
-    def work() -> tuple[Result, list[str]]:
+    def tuned(divisor: int) -> tuple[PrecisionPlan | None, Student, Initialization, Tuning]:
         calibration, rng = run.calibration, run.rng(f"quantize/{bits}")
+        batch_size = max(1, settings.batch_size // divisor)
         plan = None if max_drop is None or bits == BitWidths(8, 8) else _plan(run, bits, max_drop)
         widths = _widths(run) if plan is None else {**_widths(run), "keep": plan.keep}
         student = make_student(run.model.module, bits, **widths)
-        started = initialize(
-            student, calibration.images, batch_size=settings.batch_size, rng=rng, progress=run.progress
-        )
+        started = initialize(student, calibration.images, batch_size=batch_size, rng=rng, progress=run.progress)
         tuning = finetune(
             student,
             started.reference,
             calibration,
-            config=settings,
+            config=settings.model_copy(update={"batch_size": batch_size}),
             flip=bool(source.result["flip"]),
             rng=rng,
             progress=run.progress,
         )
+        return plan, student, started, tuning
+
+    def work() -> tuple[Result, list[str]]:
+        (plan, student, started, tuning), divisor = in_memory(tuned, f"fine-tuning {bits}")
         provenance = run.provenance(
             str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES]
         )
@@ -114,6 +124,7 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
             "equalized": [asdict(pair) for pair in started.equalized],
             "reconstruction_errors": started.errors,
             "bias_shifts": started.shifts,
+            "batch_divisor": divisor,
             "keep": student.keep,
             "expected_drop": None if plan is None else plan.estimate.expected_drop,
             "quantized_layers": len(student.placement.weights),

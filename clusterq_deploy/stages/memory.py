@@ -1,0 +1,41 @@
+"""Work whose batches do not fit the memory is done again in smaller ones."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_DIVISOR = 64
+_CPU_MESSAGE = "memory: you tried to allocate"  # torch raises no kind of its own there
+_T = TypeVar("_T")
+
+
+def in_memory(work: Callable[[int], _T], what: str) -> tuple[_T, int]:
+    """The result of `work(divisor)`, and the divisor of its batches that the memory sufficed for: 1, 2, 4, and so on.
+
+    Work begins anew with each, so that its result is the same as if such batches had been asked for.
+
+    Args:
+        work: raises torch's error where memory does not suffice; it must leave nothing behind then.
+        what: what messages call it.
+
+    Raises:
+        RuntimeError: torch's own, where a sixty-fourth of the batch does not fit either.
+    """
+    divisor = 1
+    while True:
+        try:
+            return work(divisor), divisor
+        except RuntimeError as error:
+            if not _is_of_memory(error) or divisor == _LARGEST_DIVISOR:
+                raise
+        divisor *= 2
+        torch.cuda.empty_cache()  # outside of the handler: the error's traceback holds tensors
+        logger.warning("%s: the memory does not suffice; again, with batches divided by %d", what, divisor)
+
+
+def _is_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_MESSAGE in str(error)

@@ -141,6 +141,7 @@ def summarize(runtime: str, batch: int, times_ms: Sequence[float]) -> Latency:
         batch=batch,
         runs=len(times_ms),
         images_per_second=1000 * batch / own.mean_ms,
+        quantiles_ms=quantiles(times_ms),
         **own.model_dump(),
     )
 
@@ -150,7 +151,7 @@ def summarize_engine(runtime: str, batch: int, times: EngineTimes) -> Latency:
 
     Throughput is by the time of the whole loop on the host: copies run beside the computation.
     """
-    calls = times.calls
+    calls, latencies_ms = times.calls, [call.latency_ms for call in times.calls]
     return Latency(
         runtime=runtime,
         batch=batch,
@@ -163,8 +164,15 @@ def summarize_engine(runtime: str, batch: int, times: EngineTimes) -> Latency:
         cuda_graph=times.cuda_graph,
         wall_seconds=times.wall_seconds,
         gpu=times.gpu,
-        **spread([call.latency_ms for call in calls]).model_dump(),
+        quantiles_ms=quantiles(latencies_ms),
+        **spread(latencies_ms).model_dump(),
     )
+
+
+def quantiles(times_ms: Sequence[float]) -> list[float]:
+    """The quantiles 0, 0.05, 0.1 and so on to 1 of times in milliseconds."""
+    found: list[float] = np.quantile(times_ms, np.linspace(0, 1, 21)).tolist()
+    return found
 
 
 def spread(times_ms: Sequence[float]) -> Spread:

@@ -55,6 +55,8 @@ def test_latencies_are_summarized_with_percentiles() -> None:
     assert (found.p90_ms, found.p95_ms, found.p99_ms) == pytest.approx((90.1, 95.05, 99.01))
     assert found.images_per_second == pytest.approx(4000 / 50.5)
     assert found.coefficient_of_variation == pytest.approx(np.std(times) / 50.5)
+    assert len(found.quantiles_ms) == 21
+    assert found.quantiles_ms[::10] == pytest.approx([1, 50.5, 100])
 
 
 def test_runtimes_take_turns() -> None:

@@ -62,6 +62,7 @@ def latency(runtime: str, batch: int, median_ms: float, graph: str, variation: f
         coefficient_of_variation=variation,
         images_per_second=1000 * batch / median_ms,
         graph=graph,
+        quantiles_ms=[median_ms * (0.95 + 0.005 * step) for step in range(21)],
     )
 
 
@@ -649,3 +650,15 @@ def test_environment_survives_what_is_absent(monkeypatch: pytest.MonkeyPatch) ->
     assert (found.torchvision, found.tensorrt, found.cpu_int8) == (None, None, None)
     assert found.onnxruntime == "not installed"
     assert found.cpu
+
+
+def test_the_spread_of_latencies_is_drawn_for_each_batch(report: Report) -> None:
+    batches = sorted({own.batch for variant in report.variants for own in variant.latency})
+    captions = re.findall(r"<figcaption>Calls of batch (\d+), ms</figcaption>", to_html(report))
+    assert [int(batch) for batch in captions] == batches
+    assert "Distribution of the time of a call in ms, medians: fp32" in to_html(report)
+    old = [
+        variant.model_copy(update={"latency": [own.model_copy(update={"quantiles_ms": []}) for own in variant.latency]})
+        for variant in report.variants
+    ]
+    assert "Calls of batch" not in to_html(report.model_copy(update={"variants": old}))  # from before they were kept

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from clusterq_deploy.report.engine_wording import shortened
 from clusterq_deploy.report.engines import EngineLayer
-from clusterq_deploy.report.findings import FLOAT, Point
+from clusterq_deploy.report.findings import FLOAT, LatencyRow, Point
 from clusterq_deploy.report.schema import LayerSensitivity, Points
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -60,6 +60,34 @@ def tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
         _label(axes, placed)
         listed = "; ".join(f"{variant} {y:.2f} % at {x:.3f} ms" for x, y, variant in placed)
         return _svg(figure, name, f"Accuracy over latency in {points[0].latency.runtime}: {listed}")
+
+
+def distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
+    """A box for each measurement: the middle half of its calls, the median, and whiskers from 5 to 95 % of them."""
+    with _style(name):
+        height = 34 + 20 * len(rows)
+        figure, axes = _canvas(420, height, left=0.36, right=0.97, bottom=24 / height, top=1 - 6 / height)
+        boxes = []
+        for row in rows:
+            low, first, median, third, high = (row.latency.quantiles_ms[at] for at in (1, 5, 10, 15, 19))
+            boxes.append({"whislo": low, "q1": first, "med": median, "q3": third, "whishi": high})
+        drawn = axes.bxp(boxes, orientation="horizontal", showfliers=False, widths=0.5, patch_artist=True)
+        for row, box, middle in zip(rows, drawn["boxes"], drawn["medians"], strict=True):
+            colour = _MUTED if row.variant in FLOAT else _ACCENT
+            box.set(facecolor=colour, edgecolor=colour)
+            middle.set(color=_INK, linewidth=1.6)
+        for line in (*drawn["whiskers"], *drawn["caps"]):
+            line.set(color=_MUTED, linewidth=0.9)
+        axes.set_yticks(range(1, len(rows) + 1), [_plain(f"{row.variant}, {row.latency.runtime}") for row in rows])
+        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
+        axes.set_ylim(len(rows) + 0.6, 0.4)
+        axes.set_xlim(0, 1.05 * max(row.latency.quantiles_ms[19] for row in rows))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.grid(axis="x", color=_RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines["left"].set_visible(False)
+        medians = "; ".join(f"{row.variant} {row.latency.median_ms:.3f} ms" for row in rows)
+        return _svg(figure, name, f"Distribution of the time of a call in ms, medians: {medians}")
 
 
 def curve_chart(losses: Sequence[float], title: str, name: str) -> str:

@@ -76,6 +76,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             files=files,
             largest_file=max((row.artifact.size_bytes for row in files), default=0),
             tradeoffs=_tradeoffs(report, found),
+            distributions=_distributions(report),
             curves=_curves(report),
             engine_tables=_engine_tables(report),
             slowest=_slowest(report),
@@ -114,6 +115,18 @@ def _tradeoffs(report: Report, found: list[Verdict]) -> list[tuple[str, str]]:
             chart = tradeoff_chart(measured, report.evaluation.labelled, f"tradeoff{index}")
             charts.append((verdict.runtime, chart))
     return charts
+
+
+def _distributions(report: Report) -> list[tuple[int, str]]:
+    """Batch and chart, for each batch size whose calls are told of one by one."""
+    from clusterq_deploy.report.charts import distribution_chart
+
+    rows = [row for row in latency_rows(report) if row.latency.quantiles_ms]
+    batches = sorted({row.latency.batch for row in rows})
+    return [
+        (batch, distribution_chart([row for row in rows if row.latency.batch == batch], f"distribution{batch}"))
+        for batch in batches
+    ]
 
 
 def _panels(report: Report) -> list[_Panel]:

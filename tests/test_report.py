@@ -620,7 +620,7 @@ def test_a_browser_shows_the_numbers(page: str, tmp_path: Path) -> None:
     shown = subprocess.run([browser, *arguments, path.as_uri()], capture_output=True, text=True, timeout=50, check=True)
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown.stdout)
     assert {"69.50 ± 0.65", "0.24 ± 0.19", "4.604", "~133.5", "11.8 MB"} <= set(cells)
-    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 10
+    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 12
 
 
 # The environment

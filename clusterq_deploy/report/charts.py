@@ -66,7 +66,7 @@ def distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
     """A box for each measurement: the middle half of its calls, the median, and whiskers from 5 to 95 % of them."""
     with _style(name):
         height = 34 + 20 * len(rows)
-        figure, axes = _canvas(420, height, left=0.36, right=0.97, bottom=24 / height, top=1 - 6 / height)
+        figure, axes = _canvas(360, height, left=0.13, right=0.97, bottom=24 / height, top=1 - 6 / height)
         boxes = []
         for row in rows:
             low, first, median, third, high = (row.latency.quantiles_ms[at] for at in (1, 5, 10, 15, 19))
@@ -78,8 +78,8 @@ def distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
             middle.set(color=_INK, linewidth=1.6)
         for line in (*drawn["whiskers"], *drawn["caps"]):
             line.set(color=_MUTED, linewidth=0.9)
-        axes.set_yticks(range(1, len(rows) + 1), [_plain(f"{row.variant}, {row.latency.runtime}") for row in rows])
-        axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
+        axes.set_yticks(range(1, len(rows) + 1), [_plain(row.variant) for row in rows])
+        axes.tick_params(axis="y", length=0, labelsize=10, labelcolor=_INK)
         axes.set_ylim(len(rows) + 0.6, 0.4)
         axes.set_xlim(0, 1.05 * max(row.latency.quantiles_ms[19] for row in rows))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))

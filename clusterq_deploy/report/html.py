@@ -11,6 +11,7 @@ from clusterq_deploy.report import engine_wording, formats, wording
 from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
     BASELINE,
+    LatencyRow,
     Verdict,
     accuracy_rows,
     file_rows,
@@ -117,15 +118,17 @@ def _tradeoffs(report: Report, found: list[Verdict]) -> list[tuple[str, str]]:
     return charts
 
 
-def _distributions(report: Report) -> list[tuple[int, str]]:
-    """Batch and chart, for each batch size whose calls are told of one by one."""
+def _distributions(report: Report) -> list[tuple[str, str]]:
+    """Caption and chart, for each runtime and batch size whose calls are told of one by one."""
     from clusterq_deploy.report.charts import distribution_chart
 
-    rows = [row for row in latency_rows(report) if row.latency.quantiles_ms]
-    batches = sorted({row.latency.batch for row in rows})
+    groups: dict[tuple[str, int], list[LatencyRow]] = {}
+    for row in latency_rows(report):
+        if row.latency.quantiles_ms:
+            groups.setdefault((row.latency.runtime, row.latency.batch), []).append(row)
     return [
-        (batch, distribution_chart([row for row in rows if row.latency.batch == batch], f"distribution{batch}"))
-        for batch in batches
+        (f"{runtime}, calls of batch {batch}, ms", distribution_chart(rows, f"distribution{index}"))
+        for index, ((runtime, batch), rows) in enumerate(groups.items())
     ]
 
 

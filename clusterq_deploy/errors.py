@@ -13,6 +13,7 @@
     ├── ReportError            a report.json cannot be read
     ├── SynthesisError         no usable calibration set came out
     ├── TuningError            fine-tuning diverges
+    ├── OutOfMemoryError       the memory does not suffice for the smallest batches either
     ├── ExportError            a graph could not be written
     │   └── VerificationError  a graph does not compute what the torch model computes
     └── EngineError            a TensorRT engine cannot be built, loaded or run
@@ -33,6 +34,7 @@ __all__ = [
     "GraphError",
     "ModelError",
     "NoBatchNormError",
+    "OutOfMemoryError",
     "ReportError",
     "RunDirectoryError",
     "SynthesisError",
@@ -66,6 +68,10 @@ class GraphError(ClusterQError, ValueError):
 
 class TuningError(ClusterQError):
     """Fine-tuning diverges, from its last good state and at smaller learning rates too."""
+
+
+class OutOfMemoryError(ClusterQError):
+    """The memory does not suffice for the smallest batches either."""
 
 
 class FeatureError(ClusterQError, ValueError):

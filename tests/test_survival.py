@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from calib.synthesis import SynthesisConfig
 from cli.main import main
-from clusterq_deploy.errors import RunDirectoryError
+from clusterq_deploy.errors import OutOfMemoryError, RunDirectoryError
 from clusterq_deploy.quantize import FinetuneConfig
 from clusterq_deploy.report.schema import read_report
 from clusterq_deploy.report.wording import notes
@@ -147,6 +147,6 @@ def test_other_errors_and_too_small_a_memory_are_raised() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         in_memory(lambda divisor: work(divisor, "shapes do not fit"), "work")
     assert calls == [1]
-    with pytest.raises(RuntimeError, match="allocate"):
+    with pytest.raises(OutOfMemoryError, match="work: the memory does not suffice for batches of 1/64 either"):
         in_memory(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
     assert calls == [1, 1, 2, 4, 8, 16, 32, 64]

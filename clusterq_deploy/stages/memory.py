@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch
 
+from clusterq_deploy.errors import OutOfMemoryError
+
 logger = logging.getLogger(__name__)
 
 _LARGEST_DIVISOR = 64
@@ -23,15 +25,20 @@ def in_memory(work: Callable[[int], _T], what: str) -> tuple[_T, int]:
         what: what messages call it.
 
     Raises:
-        RuntimeError: torch's own, where a sixty-fourth of the batch does not fit either.
+        OutOfMemoryError: a sixty-fourth of the batch does not fit either.
     """
     divisor = 1
     while True:
         try:
             return work(divisor), divisor
         except RuntimeError as error:
-            if not _is_of_memory(error) or divisor == _LARGEST_DIVISOR:
+            if not _is_of_memory(error):
                 raise
+            if divisor == _LARGEST_DIVISOR:
+                raise OutOfMemoryError(
+                    f"{what}: the memory does not suffice for batches of 1/{divisor} either; end what else uses it, or "
+                    "give --device cpu"
+                ) from error
         divisor *= 2
         torch.cuda.empty_cache()  # outside of the handler: the error's traceback holds tensors
         logger.warning("%s: the memory does not suffice; again, with batches divided by %d", what, divisor)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.report import formats
+from clusterq_deploy.report import formats, wording
 from clusterq_deploy.report.findings import AccuracyRow, accuracy_rows, latency_rows
 from clusterq_deploy.report.schema import Report, read_report
 from clusterq_deploy.report.tables import escaped, markdown_table
@@ -139,7 +139,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 def _run(run: str, report: Report) -> Row:
     return {
         "run": run,
-        "model": report.model.name,
+        "model": wording.model_name(report),
         "seed": report.seed,
         "recipe": report.calibration.recipe,
         "effort": report.config.get("effort"),

@@ -176,7 +176,7 @@ def _count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
         raise ModelError(
             f"model {name!r} fails on an input of shape {shape} ({first_line(error)}); check --input-size"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 1:
         got = f"a {type(logits).__name__}"
         if isinstance(logits, Tensor):
             got = f"a tensor of shape {tuple(logits.shape)}"

@@ -22,6 +22,7 @@ from clusterq_deploy.quantize.quantizer import (
     with_weight_quantizer,
 )
 
+_LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
 FORMAT = 2
 """Of a student's file: what its scales belong to."""
 
@@ -99,11 +100,17 @@ class Student(nn.Module):
     def settle(self) -> None:
         """Round every bias to its layer's accumulator, an INT32 whose step is input scale times weight scale.
 
-        Integer kernels add the bias there; done here, the torch model and every graph add the same numbers.
+        Integer kernels add the bias there; done here, the torch model and every graph add the same numbers. A channel
+        whose bias would not fit has weights that hardly count beside it: their step is raised until it does.
         """
         layers = self.layers()
         for name, step in self.accumulator_steps().items():
             if (bias := layers[name].bias) is not None:
+                quantizer = layers[name].weight_quantizer
+                excess = (bias.abs() / (step * _LARGEST_BIAS)).clamp_min(1)
+                if bool((excess > 1).any()):
+                    quantizer.set_scale(quantizer.scale * excess)
+                    step = step * excess  # noqa: PLW2901
                 bias.copy_((bias / step).round() * step)
 
     def accumulator_steps(self) -> dict[str, Tensor]:

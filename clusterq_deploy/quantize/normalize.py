@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 from torch.nn.utils import parametrize
 
 from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer, padded, pooled_dims
@@ -109,10 +108,8 @@ def _statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Ten
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str, layer: QuantizedLayer, x: Tensor, y: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):  # the weight's gradient, were that of every output one
-            geometry = (layer.stride, 0, layer.dilation, layer.groups)
-            patches = conv2d_weight(padded(layer, x), layer.weight.shape, torch.ones_like(y), *geometry)
-            mean = patches / (y.numel() / y.shape[1])
+        if isinstance(layer, nn.Conv2d):
+            mean = _mean_patch(layer, padded(layer, x), (y.shape[2], y.shape[3]))
         else:
             mean = x.flatten(0, -2).mean(0).expand_as(layer.weight)
         found[name] = (mean, y.std(pooled_dims(layer, y)).clamp_min(1e-6))
@@ -123,3 +120,19 @@ def _statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Ten
             hooks.enter_context(hook)
         student(images)
     return found
+
+
+def _mean_patch(layer: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mean of the patches that a convolution reads of x (N, C, H, W), padded already, in its weight's shape.
+
+    Place by place of the kernel: as the gradient of the weight it crashed in torch 2.14's oneDNN at some batch sizes.
+    """
+
+    def seen(axis: int, place: int) -> slice:
+        start, step = place * layer.dilation[axis], layer.stride[axis]
+        return slice(start, start + (size[axis] - 1) * step + 1, step)
+
+    rows, columns = layer.kernel_size
+    means = [x[:, :, seen(0, i), seen(1, j)].mean((0, 2, 3)) for i in range(rows) for j in range(columns)]
+    patch = torch.stack(means, 1).view(layer.groups, -1, rows, columns)
+    return patch.repeat_interleave(layer.out_channels // layer.groups, 0)

@@ -11,6 +11,7 @@ import click
 from cli import options
 
 if TYPE_CHECKING:
+    from clusterq_deploy.config import RunConfig
     from clusterq_deploy.pipeline import Pipeline
 
 
@@ -49,6 +50,13 @@ def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
     pipeline = resume(ctx, run)
     yield pipeline
     pipeline.directory.begin(pipeline.asked.to_toml())
+
+
+def _options_alone(ctx: click.Context) -> "RunConfig":
+    """The configuration that the options make where there is no run; of no real model, so only for what needs none."""
+    from clusterq_deploy.config import make_config
+
+    return make_config(options.overlay({"model": "digits"}, ctx))
 
 
 def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]:
@@ -179,10 +187,8 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
     if target.suffix == ".onnx":
-        from clusterq_deploy.config import make_config
-
-        settings, path = make_config(options.overlay({"model": "digits"}, ctx)).build, target.with_suffix(".engine")
-        info = engine.build_engine(target, path, settings, render.LiveProgress(ctx.obj["quiet"]))
+        path = target.with_suffix(".engine")
+        info = engine.build_engine(target, path, _options_alone(ctx).build, render.LiveProgress(ctx.obj["quiet"]))
         render.show([{"engine": str(path), "size_bytes": info.size_bytes, "seconds": info.seconds}], as_json)
         return
     with _resumed(ctx, target) as pipeline:
@@ -261,10 +267,7 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
     from clusterq_deploy.standalone import benchmark_file
 
     if target.is_file():
-        from clusterq_deploy.config import make_config
-
-        settings = make_config(options.overlay({"model": "digits"}, ctx)).benchmark
-        rows = benchmark_file(target, settings, render.LiveProgress(ctx.obj["quiet"]))
+        rows = benchmark_file(target, _options_alone(ctx).benchmark, render.LiveProgress(ctx.obj["quiet"]))
     else:
         with _resumed(ctx, target) as pipeline:
             record = pipeline.benchmark()

@@ -70,9 +70,8 @@ class Pipeline(Run):
         """Every stage of the run but the report, in order."""
         bits, variants = self.config.bits, [FP32, *self.config.bits]
         return [
-            Step(
-                f"export/{FP32}", partial(self.export, FP32)
-            ),  # a model that cannot be exported is found before the work
+            # first, so that a model that cannot be exported is found before the work
+            Step(f"export/{FP32}", partial(self.export, FP32)),
             Step("synthesize", self.synthesize),
             *(Step(f"quantize/{own}", partial(self.quantize, own)) for own in self.config.widths),
             *(Step(f"export/{own}", partial(self.export, own)) for own in bits),

@@ -16,11 +16,6 @@ from clusterq_deploy import engine
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return install(monkeypatch)
-
-
-@pytest.fixture
 def graph(tmp_path: Path) -> Path:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"a graph")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorrt_double import World, install
+from tensorrt_double import World
 
 from calib.progress import SILENT
 from clusterq_deploy.engine import (
@@ -17,18 +17,6 @@ from clusterq_deploy.engine import (
     unavailable_reason,
 )
 from clusterq_deploy.errors import EngineError, TensorRTMissing
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def graph(tmp_path: Path) -> Path:
-    path = tmp_path / "model.trt.onnx"
-    path.write_bytes(b"a graph")
-    return path
 
 
 def build(graph: Path, **options: object) -> Path:

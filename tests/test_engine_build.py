@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 from pydantic import ValidationError
-from tensorrt_double import World, install
+from tensorrt_double import World
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.engine import BuildConfig, build_engine, read_sidecar, sidecar_path
@@ -25,18 +25,6 @@ from clusterq_deploy.errors import EngineError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def graph(tmp_path: Path) -> Path:
-    path = tmp_path / "model.trt.onnx"
-    path.write_bytes(b"a graph")
-    return path
 
 
 def build(graph: Path, progress: Progress = SILENT, **options: object) -> Path:

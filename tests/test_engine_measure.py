@@ -13,7 +13,7 @@ import pynvml
 import pytest
 import torch
 from onnx import TensorProto, helper
-from tensorrt_double import World, install
+from tensorrt_double import World
 
 from calib.progress import SILENT
 from clusterq_deploy.engine import BuildConfig, TensorRTRunner, build_engine, trtexec_command
@@ -24,11 +24,6 @@ from clusterq_deploy.measure import BenchmarkConfig, summarize_engine
 from clusterq_deploy.stages.engines import inspect_engine, time_engine
 
 SETTINGS = BenchmarkConfig(batches=(1, 4), warmup_ms=0, min_runs=6, min_seconds=0)
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return install(monkeypatch)
 
 
 @pytest.fixture

@@ -189,14 +189,14 @@ def finetune(
                 matching = feature_loss()
                 losses["features"].append(matching.item())
                 loss = loss + config.feature_weight * matching
-            if recovery.needed(loss.item()):
+            if recovery.went_back(value := loss.item()):
                 continue
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
             student.project()
-            advance(1, loss=loss.item())
+            advance(1, loss=value)
             if step % every == 0 or step == steps:
                 now = divergence(student, teacher, judged, config.batch_size, config.temperature)
                 losses["held_out_kl"].append(now)

@@ -32,11 +32,11 @@ class Recovery:
         """This state is good."""
         self._state = copy.deepcopy((self._module.state_dict(), self._optimizer.state_dict()))
 
-    def needed(self, loss: float) -> bool:
-        """Whether the loss of a step was not finite, so that the last good state is there again.
+    def went_back(self, loss: float) -> bool:
+        """Put the last good state there again if the loss of a step is not finite; whether it was not.
 
         Raises:
-            TuningError: it was not after three times either.
+            TuningError: it is not after three times either.
         """
         if math.isfinite(loss):
             return False

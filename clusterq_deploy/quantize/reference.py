@@ -59,8 +59,8 @@ def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     answer = function(first)
     whole = answer.new_empty((len(x), *answer.shape[1:]))
     whole[: len(answer)] = answer
-    for start, part in enumerate(others, 1):
-        whole[start * AT_ONCE :][: len(part)] = function(part)
+    for place, part in zip(whole.split(AT_ONCE)[1:], others, strict=True):
+        place.copy_(function(part))
     return whole
 
 

@@ -24,6 +24,12 @@ class TextTable:
     left: int
 
 
+def engine_tables(report: Report) -> list[TextTable]:
+    """The tables on engines that have rows: times, the GPU, layers by type."""
+    tables = (timing_table(report), gpu_table(report), layer_table(report))
+    return [table for table in tables if table is not None]
+
+
 def timing_table(report: Report) -> TextTable | None:
     """The parts of each engine's calls, medians in milliseconds; None without engines."""
     rows = []

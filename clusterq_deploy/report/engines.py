@@ -8,7 +8,10 @@ from clusterq_deploy.report.record import Record
 
 
 class Spread(Record):
-    """One part of a call over all calls, in milliseconds. `coefficient_of_variation`: standard deviation over mean."""
+    """Times over all calls of a measurement, in milliseconds.
+
+    `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %.
+    """
 
     mean_ms: float
     median_ms: float

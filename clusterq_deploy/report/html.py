@@ -79,7 +79,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             tradeoffs=_tradeoffs(report, found),
             distributions=_distributions(report),
             curves=_curves(report),
-            engine_tables=_engine_tables(report),
+            engine_tables=engine_wording.engine_tables(report),
             slowest=_slowest(report),
             trtexec=engine_wording.trtexec_commands(report),
             engine_notes=engine_wording.engine_notes(report),
@@ -153,11 +153,6 @@ def _sensitivities(report: Report) -> list[_Panel]:
         for index, variant in enumerate(report.variants)
         if variant.sensitivities
     ]
-
-
-def _engine_tables(report: Report) -> list[TextTable]:
-    tables = (engine_wording.timing_table, engine_wording.gpu_table, engine_wording.layer_table)
-    return [own for table in tables if (own := table(report)) is not None]
 
 
 def _slowest(report: Report) -> list[tuple[TextTable, str]]:

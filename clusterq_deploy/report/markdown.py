@@ -94,8 +94,7 @@ def _latency_table(report: Report) -> str:
 
 def _engines(report: Report) -> str:
     """The section on TensorRT engines; empty without any."""
-    tables = [engine_wording.timing_table(report), engine_wording.gpu_table(report), engine_wording.layer_table(report)]
-    titled = [(own.title, own) for own in tables if own is not None]
+    titled = [(own.title, own) for own in engine_wording.engine_tables(report)]
     titled += [(f"Slowest layers of {own.title}", own) for own in engine_wording.slowest_tables(report)]
     parts = [
         f"### {_text(title)}\n\n" + _table(own.headings, [tuple(map(_text, row)) for row in own.rows], left=own.left)

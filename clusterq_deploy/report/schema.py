@@ -98,12 +98,11 @@ class Artifact(_Record):
     notes: list[str] = Field(default_factory=list)
 
 
-class Latency(_Record):
+class Latency(Spread):
     """Time of one inference call of `batch` images, in milliseconds.
 
-    `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %. `graph` is the path of
-    the artifact that was executed, None for the torch model. `quantiles_ms` are those of
-    the calls at 0, 0.05, 0.1 and so on to 1.
+    `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
+    calls at 0, 0.05, 0.1 and so on to 1.
 
     Engines alone have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
     `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph where
@@ -115,12 +114,6 @@ class Latency(_Record):
     batch: int
     threads: int | None = None
     runs: int
-    mean_ms: float
-    median_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    coefficient_of_variation: float
     images_per_second: float
     graph: str | None = None
     quantiles_ms: list[float] = Field(default_factory=list)

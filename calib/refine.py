@@ -1,20 +1,25 @@
 """Refinement of the generator's images, pixel by pixel, against the teacher's BatchNorm statistics."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
+from calib.errors import SynthesisError
 from calib.losses import bns_loss, spread_loss, total_variation
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
+from calib.recovery import Recovery
 from calib.statistics import count_executed, tap_batchnorm
-from calib.training import ClassSampler, History
+from calib.training import History
 
 _SHARED_NOISE = 0.8  # of the noise's variance
+_GOOD_EVERY = 50  # steps, between the states that a loss which is not finite goes back to
 
 
 class RefineConfig(StageConfig):
@@ -103,6 +108,7 @@ def refine(
     flip: bool,
     rng: torch.Generator,
     progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> tuple[Tensor, History]:
     """Optimize images directly, a batch at a time.
 
@@ -114,53 +120,120 @@ def refine(
         limits: the normalized values of black and of white, each (1, C, 1, 1).
         flip: mirror images at random between steps.
         rng: source of all randomness.
+        progress: shows how far it is.
+        checkpoint: keeps what is reached.
 
     Returns:
-        The refined images, and each loss term by step, averaged over batches.
+        The refined images, of half precision's values, and each loss term by step, averaged over batches.
+
+    Raises:
+        SynthesisError: the loss of a batch is not finite, and stays so from its last good state and at smaller
+            learning rates.
     """
     count = count_executed(teacher, images)
     span = config.deep_weight - config.shallow_weight
     weights = [config.shallow_weight + span * i / max(1, count - 1) for i in range(count)]
     history: History = {name: [0.0] * config.steps for name in ("bns", "ce", "spread")}
     parts = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
-    refined = []
+    refined: list[Tensor] = []
+    kept = checkpoint.load("refine")
+    if kept is not None:
+        refined, history = kept["refined"], kept["history"]
     with progress.task("Refinement", len(parts) * config.steps) as advance:
-        for part, own in parts:
-            noise = natural_noise(part.shape, rng).to(part.device)
-            pixels = torch.lerp(part, noise, config.noise).clamp(*limits).requires_grad_()
-            optimizer = torch.optim.Adam([pixels], lr=config.learning_rate)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
-            for step in range(config.steps):
-                down, right, mirror = _draw_move(config.shift, rng)
-                with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
-                    logits = teacher(shifted(pixels, down, right, flip and mirror)).float()
-                bns = bns_loss(tap, weights, relative=True)
-                unsure = logits.softmax(1).gather(1, own[:, None]).squeeze(1) < config.confident
-                ce = (F.cross_entropy(logits, own, reduction="none") * unsure).mean()
-                loss = config.bns_weight * bns + config.ce_weight * ce
-                loss = loss + config.variation_weight * total_variation(pixels)
-                spread = spread_loss(tap, config.spread_mean, config.spread_std)
-                loss = loss + config.spread_weight * spread
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    pixels.clamp_(*limits)
-                figures = {"bns": bns.item(), "ce": ce.item(), "spread": spread.item()}
+        advance(len(refined) * config.steps)
+        for part, own in parts[len(refined) :]:
+            batch = _Batch(part, config, limits, rng)
+            if kept is not None:
+                batch.load_state_dict(kept["batch"])
+                rng.set_state(kept["rng"])
+                kept = None
+                advance(batch.done)
+            for step in range(batch.done, config.steps):
+                figures = batch.step(teacher, own, weights, flip)
                 for name, value in figures.items():
                     history[name][step] += value / len(parts)
                 advance(1, **figures)
-            refined.append(pixels.detach())
-    return torch.cat(refined), history
+                checkpoint.save("refine", partial(_reached, refined, history, batch, rng))
+            refined.append(batch.pixels.detach().half().cpu())
+    return torch.cat(refined).to(images.device).float(), history
+
+
+def _reached(refined: list[Tensor], history: History, batch: "_Batch", rng: torch.Generator) -> State:
+    return {"refined": refined, "history": history, "batch": batch.state_dict(), "rng": rng.get_state()}
+
+
+class _Batch:
+    """Images that are refined together: they share one set of batch statistics.
+
+    Attributes:
+        pixels: (N, C, H, W) float32, normalized.
+        done: steps taken.
+    """
+
+    def __init__(
+        self, images: Tensor, config: RefineConfig, limits: tuple[Tensor, Tensor], rng: torch.Generator
+    ) -> None:
+        noise = natural_noise(images.shape, rng).to(images.device)
+        self.pixels = nn.Parameter(torch.lerp(images, noise, config.noise).clamp(*limits))
+        self._module = nn.ParameterList([self.pixels])
+        self._config, self._limits, self._rng = config, limits, rng
+        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=config.learning_rate)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(1, config.steps))
+        self._recovery = Recovery(
+            self._module,
+            self._optimizer,
+            "refinement",
+            error=SynthesisError,
+            advice="try another --seed, or a smaller synthesis.refine.learning_rate in --config",
+        )
+        self.done = 0
+
+    def step(self, teacher: nn.Module, labels: Tensor, weights: list[float], flip: bool) -> dict[str, float]:
+        """One optimizer step; gives the value of each loss term."""
+        config, pixels = self._config, self.pixels
+        down, right, mirror = _draw_move(config.shift, self._rng)
+        with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
+            logits = teacher(shifted(pixels, down, right, flip and mirror)).float()
+        bns = bns_loss(tap, weights, relative=True)
+        unsure = logits.softmax(1).gather(1, labels[:, None]).squeeze(1) < config.confident
+        ce = (F.cross_entropy(logits, labels, reduction="none") * unsure).mean()
+        loss = config.bns_weight * bns + config.ce_weight * ce
+        loss = loss + config.variation_weight * total_variation(pixels)
+        spread = spread_loss(tap, config.spread_mean, config.spread_std)
+        loss = loss + config.spread_weight * spread
+        value, *figures = torch.stack([loss, bns, ce, spread]).tolist()
+        self.done += 1
+        if not self._recovery.went_back(value):
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self._optimizer.step()
+            self._schedule.step()
+            with torch.no_grad():
+                pixels.clamp_(*self._limits)
+            if self.done % _GOOD_EVERY == 0:
+                self._recovery.save()
+        return dict(zip(("bns", "ce", "spread"), figures, strict=True))
+
+    def state_dict(self) -> State:
+        """All that its steps go on from."""
+        return {
+            "done": self.done,
+            "pixels": self._module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "recovery": self._recovery.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what `state_dict` gave."""
+        self.done = state["done"]
+        self._module.load_state_dict(state["pixels"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._recovery.load_state_dict(state["recovery"])
 
 
 def _draw_move(shift: int, rng: torch.Generator) -> tuple[int, int, bool]:
     draws = torch.randint(-shift, shift + 1, (2,), generator=rng, device=rng.device).tolist()
     mirror = bool(torch.randint(2, (), generator=rng, device=rng.device))
     return int(draws[0]), int(draws[1]), mirror
-
-
-def balanced_labels(count: int, classes: int, rng: torch.Generator) -> Tensor:
-    """Labels (count,) int64 in which every class appears equally often, but for one."""
-    return ClassSampler(classes, rng).draw(count)

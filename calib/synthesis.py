@@ -10,10 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from calib.calibration_set import CalibrationSet
+from calib.checkpoint import NOWHERE, Checkpoint
 from calib.config import StageConfig
 from calib.errors import SynthesisError
+from calib.labels import balanced_labels
 from calib.progress import SILENT, Progress
-from calib.refine import RefineConfig, balanced_labels, refine, survives_flip
+from calib.refine import RefineConfig, refine, survives_flip
 from calib.statistics import tap_batchnorm, within_class_diversity
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
@@ -108,6 +110,7 @@ def synthesize(
     device: torch.device,
     rng: torch.Generator,
     progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> Synthesis:
     """Make a calibration set for a teacher, without data.
 
@@ -119,10 +122,12 @@ def synthesize(
         config: how to make it.
         device: where to compute.
         rng: source of all randomness.
+        progress: shows how far it is.
+        checkpoint: keeps what is reached. Work that goes on from it ends with the images that it would have ended with.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
-        SynthesisError: the images hold values that are not finite.
+        SynthesisError: it diverges, also from its last good state and at smaller learning rates.
     """
     teacher = _channels_last(teacher, torch.zeros(2, *size, device=device))
     trainer = GeneratorTrainer(
@@ -135,7 +140,7 @@ def synthesize(
         device=device,
         rng=rng,
     )
-    history = trainer.train(progress)
+    history = trainer.train(progress, checkpoint)
     labels = balanced_labels(config.images, classes, rng).to(device)
     images = trainer.sample(labels)
     flip = survives_flip(teacher, images, labels, config.generator.batch_size)
@@ -155,6 +160,7 @@ def synthesize(
             flip=flip,
             rng=rng,
             progress=progress,
+            checkpoint=checkpoint,
         )
         losses |= {f"refine.{name}": values for name, values in history.items()}
         # a generator's images may be too poor to tell; refined without flips, photographs survive one all the same

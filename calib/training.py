@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
+from calib.errors import SynthesisError
 from calib.generator import Generator
+from calib.labels import ClassSampler
 from calib.losses import bns_loss, icv_loss, sfda_loss
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
+from calib.recovery import Recovery
 from calib.statistics import (
     Centroids,
     Moments,
@@ -24,6 +28,7 @@ from calib.statistics import (
 )
 
 _DEVIATION_BATCHES = 4
+_GOOD_EVERY = 25  # steps, between the states that a loss which is not finite goes back to
 
 History = dict[str, list[float]]
 """A value a step for each loss term."""
@@ -76,22 +81,6 @@ class GeneratorConfig(StageConfig):
         return self
 
 
-class ClassSampler:
-    """Labels for batches that cover all classes evenly: a shuffled round through the classes, then the next."""
-
-    def __init__(self, classes: int, rng: torch.Generator) -> None:
-        self._classes, self._rng = classes, rng
-        self._queue = torch.empty(0, dtype=torch.int64, device=rng.device)
-
-    def draw(self, count: int) -> Tensor:
-        """The next `count` classes, (count,) int64."""
-        while len(self._queue) < count:
-            turn = torch.randperm(self._classes, generator=self._rng, device=self._rng.device)
-            self._queue = torch.cat([self._queue, turn])
-        taken, self._queue = self._queue[:count], self._queue[count:]
-        return taken
-
-
 def seeded(rng: torch.Generator) -> int:
     """A seed drawn from `rng`, for what can be seeded only globally."""
     return int(torch.randint(2**62, (), generator=rng, device=rng.device))
@@ -138,6 +127,40 @@ class GeneratorTrainer:
         self._mixing = torch.empty(0, device=device)  # (latent, n): how a latent mixes n deviations
         self._deviations: list[tuple[Tensor, Tensor]] = []  # a layer: (n, C) of means and of deviations
 
+        self._recovery = Recovery(
+            self.generator,
+            self.optimizer,
+            "the generator's training",
+            error=SynthesisError,
+            advice="try another --seed, or a smaller synthesis.generator.learning_rate in --config",
+        )
+
+    def state_dict(self) -> State:
+        """All that training goes on from."""
+        return {
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "recovery": self._recovery.state_dict(),
+            "centroids": vars(self.centroids),
+            "labels": self._sampler.waiting,
+            "mixing": self._mixing,
+            "deviations": self._deviations,
+            "rng": self._rng.get_state(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what `state_dict` gave, on any device."""
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._recovery.load_state_dict(state["recovery"])
+        own = state["centroids"]
+        self.centroids.seen = own["seen"].to(self.device)
+        self.centroids.mean, self.centroids.std = ([v.to(self.device) for v in own[k]] for k in ("mean", "std"))
+        self._sampler.waiting = state["labels"].to(self._rng.device)
+        self._mixing = state["mixing"].to(self.device)
+        self._deviations = [(mean.to(self.device), std.to(self.device)) for mean, std in state["deviations"]]
+        self._rng.set_state(state["rng"])
+
     def latents(self, count: int) -> Tensor:
         """Standard normal z, (count, latent) float32."""
         shape = (count, self.config.latent)
@@ -151,7 +174,11 @@ class GeneratorTrainer:
         return labels[: self.config.batch_size].to(self.device)
 
     def step(self, *, warmup: bool) -> dict[str, float]:
-        """One optimizer step; gives the value of each loss term that took part."""
+        """One optimizer step; gives the value of each loss term that took part.
+
+        Raises:
+            SynthesisError: the loss is not finite, and stays so from the last good state and at smaller learning rates.
+        """
         config, labels = self.config, self.batch_labels()
         z = self.latents(len(labels))
         with tap_batchnorm(self.teacher) as tap, mixed_precision(self.device):
@@ -172,10 +199,11 @@ class GeneratorTrainer:
             if config.icv_weight and (config.icv_noise == "class" or self._deviations):
                 losses["icv"] = (config.icv_weight, self._icv(tap, spreads, z, labels, keep, present, shares))
         total = torch.stack([weight * value for weight, value in losses.values()]).sum()  # (10)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.optimizer.step()
-        values = torch.stack([value.detach() for _, value in losses.values()]).tolist()
+        *values, loss = torch.stack([*(value.detach() for _, value in losses.values()), total.detach()]).tolist()
+        if not self._recovery.went_back(loss):
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            self.optimizer.step()
         return dict(zip(losses, values, strict=True))
 
     def _icv(
@@ -242,18 +270,27 @@ class GeneratorTrainer:
         mixing = self._normal(self._mixing.new_empty(self.config.latent, count))
         self._mixing = mixing / math.sqrt(self.config.latent * count)
 
-    def train(self, progress: Progress = SILENT) -> History:
-        """Run all steps; gives the loss terms by step (0 where a term did not take part)."""
+    def train(self, progress: Progress = SILENT, checkpoint: Checkpoint = NOWHERE) -> History:
+        """Run all steps that a checkpoint has not; gives the loss terms by step (0 where a term did not take part)."""
         config = self.config
         history: History = {"ce": [], "bns": [], "sfda": [], "icv": []}
+        if (kept := checkpoint.load("generator")) is not None:
+            history = kept["history"]
+            self.load_state_dict(kept)
+        done = len(history["ce"])
         with progress.task("Generator", config.steps) as advance:
-            for index in range(config.steps):
+            advance(done)
+            for index in range(done, config.steps):
                 if index == config.warmup_steps:
                     self.initialize_centroids()
                 losses = self.step(warmup=index < config.warmup_steps)
                 for name, values in history.items():
                     values.append(losses.get(name, 0.0))
                 advance(1, **losses)
+                if index % _GOOD_EVERY == 0 and math.isfinite(losses["ce"]):
+                    self._recovery.save()
+                checkpoint.save("generator", lambda: {**self.state_dict(), "history": history})
+        checkpoint.save("generator", lambda: {**self.state_dict(), "history": history}, now=done < config.steps)
         return history
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from calib.calibration_set import CalibrationSet
 from calib.cost import pass_cost
 from calib.progress import SILENT, Progress
+from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
@@ -152,6 +153,16 @@ class Run:
         # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.directory.perform(stage, own, work, upstream)
+
+    def checkpoint(self, stage: str, inputs: Result, divisor: int, upstream: Iterable[str] = ()) -> FileCheckpoint:
+        """Where the work of a stage keeps what it has reached.
+
+        Args:
+            stage, inputs, upstream: as for `perform`.
+            divisor: of its batches.
+        """
+        own = {**self.own_inputs(inputs), "torch": torch.__version__}
+        return self.directory.checkpoint(stage, f"1-{divisor}", own, upstream)
 
     def own_inputs(self, inputs: Result) -> Result:
         """A stage's inputs with what every stage depends on."""

@@ -2,20 +2,24 @@
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.files import sha256_file, write_bytes, write_text
 
 MANIFEST = "manifest.json"
 CONFIG = "run.toml"
 LOCK = ".lock"
+CHECKPOINTS = ".checkpoints"
 _SCHEMA = 1
 
 Result = dict[str, Any]
@@ -159,7 +163,29 @@ class RunDirectory:
             record = StageRecord(own, sources, files, result, time.perf_counter() - start)
             self._stages[stage] = record
             self._save()
+            self._forget(self.path / CHECKPOINTS / stage)
         return record
+
+    def _forget(self, checkpoints: Path) -> None:
+        """Remove a stage's checkpoints, and the folders that are empty without them."""
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        with suppress(OSError):
+            for folder in checkpoints.parents:
+                if folder == self.path:
+                    break
+                folder.rmdir()
+
+    def checkpoint(
+        self, stage: str, part: str, inputs: Mapping[str, Any], upstream: Iterable[str] = ()
+    ) -> FileCheckpoint:
+        """Where the work of `perform` keeps what it has reached; it is removed when the stage is finished.
+
+        Args:
+            stage, inputs, upstream: as for `perform`.
+            part: tells what goes on from one checkpoint from what goes on from another.
+        """
+        key = self._digests(inputs, upstream)[0]
+        return FileCheckpoint(self.path / CHECKPOINTS / stage / part, key)
 
     def look_up(self, stage: str, inputs: Mapping[str, Any], upstream: Iterable[str] = ()) -> StageRecord | None:
         """The record with which `perform` would do nothing; None where it would do the stage."""

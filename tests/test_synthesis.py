@@ -12,9 +12,10 @@ from torch import nn
 
 from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig, SynthesisError, synthesize
 from calib.generator import Generator
+from calib.labels import ClassSampler
 from calib.refine import natural_noise, refine, shifted, survives_flip
 from calib.statistics import tap_batchnorm, within_class_diversity
-from calib.training import ClassSampler, GeneratorTrainer
+from calib.training import GeneratorTrainer
 from clusterq_deploy.models import LoadedModel, load_model
 
 CPU = torch.device("cpu")

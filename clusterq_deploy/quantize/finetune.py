@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from calib.calibration_set import CalibrationSet
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
+from calib.recovery import Recovery
+from clusterq_deploy.errors import TuningError
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.matching import matched_features
 from clusterq_deploy.quantize.normalize import NormalizedParameters, normalized
-from clusterq_deploy.quantize.recovery import Recovery
 from clusterq_deploy.quantize.reference import Reference
 from clusterq_deploy.quantize.student import Student
 
@@ -132,6 +134,7 @@ def finetune(
     flip: bool,
     rng: torch.Generator,
     progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> Tuning:
     """Tune weights, biases and scales of a calibrated student, in place, in `normalized` parameters, on INT8's grids.
 
@@ -144,6 +147,8 @@ def finetune(
         calibration: the synthetic images.
         flip: mirror images at random.
         rng: source of all randomness.
+        progress: shows how far it is.
+        checkpoint: keeps what is reached; the student must come as it came the first time.
 
     Raises:
         TuningError: the loss is not finite, and stays so from the last good state and at smaller learning rates.
@@ -172,10 +177,11 @@ def finetune(
         teacher.in_float(),
         matched_features(student, reference, judged[:_MEASURED_ON].to(device)) as feature_loss,
     ):
-        optimizer, schedule = _optimizer(parameters, config, steps)
-        recovery = Recovery(student, optimizer, f"fine-tuning {student.bits}")
-        kept, kept_step = copy.deepcopy(student.state_dict()), 0
-        for step in range(1, steps + 1):
+        course = _Course(student, parameters, config, steps, rng, losses, best)
+        if (reached := checkpoint.load("tuning")) is not None:
+            course.load_state_dict(reached)
+        advance(course.done)
+        for step in range(course.done + 1, steps + 1):
             images, labels = (part.to(device) for part in _drawn(tune, config.batch_size, rng))
             images = view(images).contiguous(memory_format=torch.channels_last)
             with precision:
@@ -184,29 +190,99 @@ def finetune(
                 with parametrize.cached():
                     logits = student(images).float()
             loss = distillation_loss(logits, target, labels, config)
-            losses["distillation"].append(loss.item())
+            course.losses["distillation"].append(loss.item())
             if config.feature_weight:
                 matching = feature_loss()
-                losses["features"].append(matching.item())
+                course.losses["features"].append(matching.item())
                 loss = loss + config.feature_weight * matching
-            if recovery.went_back(value := loss.item()):
-                continue
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            student.project()
-            advance(1, loss=value)
-            if step % every == 0 or step == steps:
-                now = divergence(student, teacher, judged, config.batch_size, config.temperature)
-                losses["held_out_kl"].append(now)
-                if math.isfinite(now):
-                    recovery.save()
-                if now < best and step >= _SETTLED * steps:
-                    best, kept, kept_step = now, copy.deepcopy(student.state_dict()), step
-        student.load_state_dict(kept)
+            if course.follow(loss, value := loss.item()):
+                advance(1, loss=value)
+                if step % every == 0 or step == steps:
+                    now = divergence(student, teacher, judged, config.batch_size, config.temperature)
+                    course.judge(now, may_keep=step >= _SETTLED * steps)
+            checkpoint.save("tuning", course.state_dict)
+        student.load_state_dict(course.kept)
     student.to(memory_format=torch.contiguous_format).settle()
-    return Tuning(losses, kept_step)
+    return Tuning(course.losses, course.kept_step)
+
+
+class _Course:
+    """Where fine-tuning is: optimizer, what was best so far, and the losses.
+
+    Attributes:
+        done: steps taken.
+        losses: as in `Tuning`.
+        kept, kept_step: the best state of the student, and its step.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        parameters: NormalizedParameters,
+        config: FinetuneConfig,
+        steps: int,
+        rng: torch.Generator,
+        losses: dict[str, list[float]],
+        start: float,
+    ) -> None:
+        self._student, self._rng, self._best = student, rng, start
+        self._optimizer, self._schedule = _optimizer(parameters, config, steps)
+        self._recovery = Recovery(
+            student,
+            self._optimizer,
+            f"fine-tuning {student.bits}",
+            error=TuningError,
+            advice="try other images (--seed), or --effort fast, which does without",
+        )
+        self.done, self.losses = 0, losses
+        self.kept, self.kept_step = copy.deepcopy(student.state_dict()), 0
+
+    def follow(self, loss: Tensor, value: float) -> bool:
+        """One optimizer step down a loss of this value; False where it is not finite, and the last good state is back.
+
+        Raises:
+            TuningError: as for `finetune`.
+        """
+        self.done += 1
+        if self._recovery.went_back(value):
+            return False
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+        self._student.project()
+        return True
+
+    def judge(self, divergence: float, *, may_keep: bool) -> None:
+        """Take note of the student's divergence on held-out images."""
+        self.losses["held_out_kl"].append(divergence)
+        if math.isfinite(divergence):
+            self._recovery.save()
+        if divergence < self._best and may_keep:
+            self._best, self.kept, self.kept_step = divergence, copy.deepcopy(self._student.state_dict()), self.done
+
+    def state_dict(self) -> State:
+        """All that the next step goes on from."""
+        return {
+            "done": self.done,
+            "student": self._student.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "recovery": self._recovery.state_dict(),
+            "kept": (self._best, self.kept_step, self.kept),
+            "losses": self.losses,
+            "rng": self._rng.get_state(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what `state_dict` gave."""
+        self.done, self.losses = state["done"], state["losses"]
+        self._student.load_state_dict(state["student"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._recovery.load_state_dict(state["recovery"])
+        self._best, self.kept_step, self.kept = state["kept"]
+        self._rng.set_state(state["rng"])
 
 
 def _drawn(images: CalibrationSet, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,18 @@
 """The best student that needs no gradient: where fine-tuning starts, and all that `--effort fast` does."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from calib.checkpoint import State
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.bias import correct_bias
 from clusterq_deploy.quantize.calibrate import calibrate
 from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.reconstruct import reconstruct
-from clusterq_deploy.quantize.reference import Reference
+from clusterq_deploy.quantize.reference import ChannelMap, Reference
 from clusterq_deploy.quantize.student import Student
 
 
@@ -32,6 +33,33 @@ class Initialization:
     equalized: list[Equalized]
     errors: dict[str, tuple[float, float]]
     shifts: dict[str, float]
+
+    def state_dict(self, student: Student) -> State:
+        """All that `from_state` needs to give this again, with the student that it was done to."""
+        return {
+            "student": student.state_dict(),
+            "maps": {name: vars(own) for name, own in self.reference.maps.items()},
+            "equalized": [asdict(pair) for pair in self.equalized],
+            "errors": self.errors,
+            "shifts": self.shifts,
+        }
+
+    @classmethod
+    def from_state(cls, student: Student, state: State) -> "Initialization":
+        """What was done to a student, done to another one that is fresh from `make_student`, in place."""
+        teacher, device = _teacher(student), next(student.parameters()).device
+        student.load_state_dict(state["student"])
+        maps = {
+            name: ChannelMap(own["scale"].to(device), own["shift"].to(device), own["site"])
+            for name, own in state["maps"].items()
+        }
+        equalized = [Equalized(**pair) for pair in state["equalized"]]
+        return cls(Reference(teacher, maps), equalized, state["errors"], state["shifts"])
+
+
+def _teacher(student: Student) -> Student:
+    """What a fresh student is held against."""
+    return copy.deepcopy(student).requires_grad_(False)
 
 
 def initialize(
@@ -54,7 +82,7 @@ def equalize_and_calibrate(
     student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
 ) -> tuple[list[Equalized], Reference]:
     """The first half of `initialize`: all scales; weights and biases are the teacher's, in the student's channels."""
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher = _teacher(student)
     with student.in_int8():
         equalized, maps = equalize(student, images, rng=rng, progress=progress)
         calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)

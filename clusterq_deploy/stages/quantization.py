@@ -7,6 +7,7 @@ import torch
 from pydantic import TypeAdapter
 
 from calib.calibration_set import CalibrationSet
+from calib.checkpoint import Checkpoint
 from calib.synthesis import Synthesis, synthesize
 from clusterq_deploy.quantize import (
     BitWidths,
@@ -31,6 +32,7 @@ from clusterq_deploy.stages.memory import in_memory
 def make_images(run: Run) -> StageRecord:
     """Make the calibration set."""
     settings, spec = run.config.synthesis, run.model.input
+    inputs = {"settings": settings.model_dump(mode="json")}
 
     def images(divisor: int) -> Synthesis:
         return synthesize(
@@ -43,6 +45,7 @@ def make_images(run: Run) -> StageRecord:
             device=run.device,
             rng=run.rng("synthesize"),
             progress=run.progress,
+            checkpoint=run.checkpoint("synthesize", inputs, divisor),
         )
 
     def work() -> tuple[Result, list[str]]:
@@ -66,7 +69,7 @@ def make_images(run: Run) -> StageRecord:
         }
         return result, names
 
-    return run.perform("synthesize", {"settings": settings.model_dump(mode="json")}, work)
+    return run.perform("synthesize", inputs, work)
 
 
 def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
@@ -95,13 +98,19 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
     source, settings = run.done("synthesize"), run.config.finetune.scaled_to(bits)
     max_drop = run.config.max_drop
 
+    inputs = {
+        "format": FORMAT,
+        "settings": settings.model_dump(mode="json"),
+        "bits": str(bits),
+        "max_drop": max_drop,
+        **_widths(run),
+    }
+
     def tuned(divisor: int) -> tuple[PrecisionPlan | None, Student, Initialization, Tuning]:
         calibration, rng = run.calibration, run.rng(f"quantize/{bits}")
         batch_size = max(1, settings.batch_size // divisor)
-        plan = None if max_drop is None or bits == BitWidths(8, 8) else _plan(run, bits, max_drop)
-        widths = _widths(run) if plan is None else {**_widths(run), "keep": plan.keep}
-        student = make_student(run.model.module, bits, **widths)
-        started = initialize(student, calibration.images, batch_size=batch_size, rng=rng, progress=run.progress)
+        checkpoint = run.checkpoint(f"quantize/{bits}", inputs, divisor, upstream=["synthesize"])
+        plan, student, started = _initialized(run, bits, batch_size, rng, checkpoint)
         tuning = finetune(
             student,
             started.reference,
@@ -110,6 +119,7 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
             flip=bool(source.result["flip"]),
             rng=rng,
             progress=run.progress,
+            checkpoint=checkpoint,
         )
         return plan, student, started, tuning
 
@@ -132,14 +142,38 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
         }
         return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
 
-    inputs = {
-        "format": FORMAT,
-        "settings": settings.model_dump(mode="json"),
-        "bits": str(bits),
-        "max_drop": max_drop,
-        **_widths(run),
-    }
     return run.perform(f"quantize/{bits}", inputs, work, upstream=["synthesize"])
+
+
+def _initialized(
+    run: Run, bits: BitWidths, batch_size: int, rng: torch.Generator, checkpoint: Checkpoint
+) -> tuple[PrecisionPlan | None, Student, Initialization]:
+    """A student as fine-tuning begins with it, and the layers' widths in it if they are planned."""
+    max_drop, widths = run.config.max_drop, _widths(run)
+    kept = checkpoint.load("initialized")
+    plan = None
+    if kept is not None and kept["plan"] is not None:
+        plan = TypeAdapter(PrecisionPlan).validate_python(kept["plan"])
+    elif max_drop is not None and bits != BitWidths(8, 8):
+        plan = _plan(run, bits, max_drop)
+    if plan is not None:
+        widths["keep"] = plan.keep
+    student = make_student(run.model.module, bits, **widths)
+    if kept is not None:
+        started = Initialization.from_state(student, kept["state"])
+        rng.set_state(kept["rng"])
+        return plan, student, started
+    started = initialize(student, run.calibration.images, batch_size=batch_size, rng=rng, progress=run.progress)
+    checkpoint.save(
+        "initialized",
+        lambda: {
+            "plan": None if plan is None else asdict(plan),
+            "state": started.state_dict(student),
+            "rng": rng.get_state(),
+        },
+        now=True,
+    )
+    return plan, student, started
 
 
 def _judged_views(run: Run, rng: torch.Generator) -> torch.Tensor:

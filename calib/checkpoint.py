@@ -1,0 +1,31 @@
+"""How long-running work keeps what it has reached, without knowing where."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+State = dict[str, Any]
+"""Tensors, numbers, strings, and lists and dicts of them."""
+
+
+class Checkpoint(Protocol):
+    """Keeps the newest state of each phase of some work, for the same work after it was interrupted."""
+
+    def load(self, phase: str) -> State | None:
+        """The state that a phase was left in, its tensors on the CPU; None where it begins."""
+        ...
+
+    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
+        """Keep the state of a phase, if it is time to; `now` keeps it in any case."""
+        ...
+
+
+class _Nowhere:
+    def load(self, phase: str) -> State | None:
+        return None
+
+    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
+        pass
+
+
+NOWHERE: Checkpoint = _Nowhere()
+"""A checkpoint that keeps nothing."""

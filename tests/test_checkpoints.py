@@ -1,0 +1,220 @@
+"""Work that was interrupted goes on from its checkpoint, and ends as it would have ended."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import images, make_net
+
+from calib.calibration_set import CalibrationSet
+from calib.checkpoint import Checkpoint, State
+from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+from clusterq_deploy import checkpoint as files
+from clusterq_deploy.checkpoint import FileCheckpoint
+from clusterq_deploy.quantize import BitWidths, FinetuneConfig, Initialization, finetune, initialize, make_student
+from clusterq_deploy.rundir import RunDirectory, read_manifest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Interrupted(BaseException):
+    """What ends the work in the middle."""
+
+
+class Interrupting(FileCheckpoint):
+    """Keeps every state, and ends the work when it has kept some."""
+
+    def __init__(self, folder: Path, left: int) -> None:
+        super().__init__(folder, "work")
+        self._remaining = left
+
+    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
+        """As in the base class, every time."""
+        super().save(phase, state, now=True)
+        self._remaining -= 1
+        if self._remaining == 0:
+            raise Interrupted
+
+
+def interrupted(work: Callable[[Checkpoint], object], folder: Path, after: list[int]) -> None:
+    """Begin some work again and again, each time until it has kept that many states."""
+    for left in after:
+        with pytest.raises(Interrupted):
+            work(Interrupting(folder, left))
+
+
+def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
+    config = SynthesisConfig.model_validate(
+        {
+            "images": 40,
+            "generator": {"steps": 9, "warmup_steps": 4, "batch_size": 16},
+            "refine": {"steps": 5, "batch_size": 16},
+        }
+    )
+
+    def work(checkpoint: Checkpoint) -> Synthesis:
+        return synthesize(
+            make_net("residual"),
+            classes=10,
+            size=(3, 16, 16),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            config=config,
+            device=torch.device("cpu"),
+            rng=torch.Generator().manual_seed(3),
+            checkpoint=checkpoint,
+        )
+
+    whole = work(FileCheckpoint(tmp_path / "none", "work"))
+    # in the warm-up, after it, in the first, the second and the third batch of the refinement
+    interrupted(work, tmp_path / "kept", [3, 4, 6, 5, 6])
+    last = work(FileCheckpoint(tmp_path / "kept", "work"))
+    assert torch.equal(last.calibration.images, whole.calibration.images)
+    assert torch.equal(last.calibration.labels, whole.calibration.labels)
+    assert last.losses == whole.losses
+    assert (last.teacher_top1, last.within_class_diversity, last.flip) == (
+        whole.teacher_top1,
+        whole.within_class_diversity,
+        whole.flip,
+    )
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+def test_fine_tuning_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> None:
+    net, data = make_net("residual"), images(64, seed=3)
+    calibration = CalibrationSet(data, net(data).argmax(1))
+    config = FinetuneConfig(steps=60, batch_size=16, checkpoints=4)
+    fresh = make_student(net, BitWidths.parse(bits))
+    start = copy.deepcopy(fresh)
+    rng = torch.Generator().manual_seed(0)
+    started = initialize(start, data, batch_size=16, rng=rng)
+    kept, after = copy.deepcopy(started.state_dict(start)), rng.get_state()
+
+    def work(checkpoint: Checkpoint) -> tuple[State, object]:
+        student, rng = copy.deepcopy(fresh), torch.Generator()
+        rng.set_state(after)
+        again = Initialization.from_state(student, kept)
+        assert (again.equalized, again.errors, again.shifts) == (started.equalized, started.errors, started.shifts)
+        tuning = finetune(
+            student, again.reference, calibration, config=config, flip=True, rng=rng, checkpoint=checkpoint
+        )
+        return student.state_dict(), tuning
+
+    tuning = finetune(start, started.reference, calibration, config=config, flip=True, rng=rng)
+    interrupted(work, tmp_path / "kept", [1, 6])
+    state, other = work(FileCheckpoint(tmp_path / "kept", "work"))
+    assert other == tuning
+    for name, value in start.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_states_of_other_work_and_altered_ones_count_as_none(tmp_path: Path) -> None:
+    checkpoint = FileCheckpoint(tmp_path, "work")
+    assert checkpoint.load("phase") is None
+    checkpoint.save("phase", lambda: {"value": 1})
+    assert checkpoint.load("phase") is None, "it was not time to"
+    checkpoint.save("phase", lambda: {"value": torch.ones(3)}, now=True)
+    assert torch.equal(FileCheckpoint(tmp_path, "work").load("phase")["value"], torch.ones(3))  # type: ignore[index]
+    assert FileCheckpoint(tmp_path, "other work").load("phase") is None
+    content = bytearray((tmp_path / "phase").read_bytes())
+    for broken in (content[:-1], content[:10], b"", content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
+        (tmp_path / "phase").write_bytes(broken)
+        assert checkpoint.load("phase") is None
+
+
+def test_a_disk_that_takes_no_checkpoint_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    FileCheckpoint(tmp_path / "file", "work").save("phase", dict, now=True)
+    assert [r.message.partition(": ")[0] for r in caplog.records] == ["no checkpoint was kept"]
+
+
+def test_it_is_time_again_after_a_while_and_less_often_where_writing_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    checkpoint, kept = FileCheckpoint(tmp_path, "work"), []
+
+    def state() -> State:
+        kept.append(clock[0])
+        clock[0] += 5  # what writing takes
+        return {}
+
+    while clock[0] < 140:
+        checkpoint.save("phase", state)
+        clock[0] += 1
+    assert kept == [30, 85]
+
+
+SMALL = """
+[synthesis]
+images = 128
+generator = {steps = 40, warmup_steps = 10, batch_size = 32}
+refine = {steps = 40, batch_size = 32}
+[finetune]
+steps = 120
+checkpoints = 4
+"""
+OFTEN = """
+import sys
+from clusterq_deploy import checkpoint
+checkpoint._EVERY, checkpoint._LARGEST_SHARE = 0.1, 1.0
+from cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
+    settings, out, whole = tmp_path / "small.toml", tmp_path / "killed", tmp_path / "whole"
+    settings.write_text(SMALL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+
+    def killed_in(phase: str, *command: str) -> None:
+        with subprocess.Popen([sys.executable, "-c", OFTEN, *command], **options) as process:
+            try:
+                while not (out / ".checkpoints" / phase).is_file():
+                    assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+                    time.sleep(0.02)
+            finally:
+                process.send_signal(signal.SIGKILL)
+
+    def finished(*command: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "cli", "--verbose", *command], check=False, **options)
+        assert done.returncode == 0, done.stderr
+        return str(done.stderr)
+
+    def synthesis(folder: Path) -> list[str]:
+        return ["synthesize", "digits", "--config", str(settings), "--out", str(folder)]
+
+    for phase in ("generator", "refine"):
+        killed_in(f"synthesize/1-1/{phase}", *synthesis(out))
+    assert "goes on from its checkpoint" in finished(*synthesis(out))
+    killed_in("quantize/w4a4/1-1/tuning", "quantize", str(out), "--bits", "w4a4")
+    assert "goes on from its checkpoint" in finished("quantize", str(out), "--bits", "w4a4")
+    assert not (out / ".checkpoints").exists()
+    log = finished(*synthesis(whole)) + finished("quantize", str(whole), "--bits", "w4a4")
+    assert "goes on from its checkpoint" not in log
+    stages = [(read_manifest(folder) or {})["stages"] for folder in (out, whole)]
+    for stage in ("synthesize", "quantize/w4a4"):
+        assert stages[0][stage]["files"] == stages[1][stage]["files"]
+        assert stages[0][stage]["result"] == stages[1][stage]["result"]
+
+
+def test_checkpoints_are_removed_with_the_folders_that_held_nothing_else(tmp_path: Path) -> None:
+    out = RunDirectory(tmp_path, {"name": "net", "weights_sha256": "0"})
+    out.begin("")
+    for bits in ("w4a4", "w8a8"):
+        out.checkpoint(f"quantize/{bits}", "1-1", {}).save("tuning", dict, now=True)
+    out.perform("quantize/w4a4", {}, lambda: ({}, []))
+    assert sorted(p.name for p in (tmp_path / ".checkpoints" / "quantize").iterdir()) == ["w8a8"]
+    out.perform("quantize/w8a8", {}, lambda: ({}, []))
+    assert not (tmp_path / ".checkpoints").exists()

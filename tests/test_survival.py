@@ -1,6 +1,8 @@
 """Runs that are killed, and runs that meet in one folder: real processes, real signals."""
 
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -150,3 +152,52 @@ def test_other_errors_and_too_small_a_memory_are_raised() -> None:
     with pytest.raises(OutOfMemoryError, match="work: the memory does not suffice for batches of 1/64 either"):
         in_memory(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
     assert calls == [1, 1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_told_to_end_leaves_whole_files_alone(tmp_path: Path, number: int) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "cli", "synthesize", "digits", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not (out / "run.toml").is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, log = process.communicate()
+    assert process.returncode != 0
+    assert "Traceback" not in log
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "manifest.json", "run.toml"]
+    assert json.loads((out / "manifest.json").read_text())["stages"] == {}
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_finished_stage_stands(tmp_path: Path) -> None:
+    settings, out = tmp_path / "small.toml", tmp_path / "run"
+    settings.write_text(
+        "[synthesis]\nimages = 32\ngenerator = {steps = 8, warmup_steps = 4}\nrefine = {steps = 4}\n"
+        "[finetune]\nsteps = 0\n"
+    )
+
+    def clusterq(*command: str, largest: int = resource.RLIM_INFINITY) -> "subprocess.CompletedProcess[str]":
+        """Run a command that can write no file of more bytes."""
+        return subprocess.run(
+            [sys.executable, "-m", "cli", "--quiet", *command],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY)),
+        )
+
+    synthesis = ["synthesize", "digits", "--config", str(settings), "--out", str(out)]
+    assert clusterq(*synthesis).returncode == 0
+    before = (out / "calibration" / "images.safetensors").read_bytes()
+    full = clusterq("quantize", str(out), "--bits", "w4a4", largest=16_384)
+    assert full.returncode == 2
+    *_, last = full.stderr.strip().splitlines()
+    assert last == f"Error: cannot write {out / 'w4a4' / 'quantized.safetensors'}: File too large"
+    assert (out / "calibration" / "images.safetensors").read_bytes() == before
+    assert not list(out.rglob("*.tmp"))
+    assert clusterq("quantize", str(out), "--bits", "w4a4").returncode == 0
+    assert (out / "w4a4" / "quantized.safetensors").is_file()

@@ -15,7 +15,7 @@ from clusterq_deploy.quantize.student import Student
 
 _IMAGES = 64
 _ACTIVATIONS = 1 << 16  # values of a layer's input that are looked at
-_WEIGHTS = 1 << 18  # and of its weight: all of most layers'
+_WEIGHTS = 1 << 18  # and of its weight: most layers have fewer
 _BINS = 64
 _BEYOND = 0.5  # of the grid's width: how far the bins follow the values past each of its ends
 
@@ -28,7 +28,7 @@ class Histogram:
         low, high: the ends of the grid.
         steps: the smallest and the largest step of an output channel; equal where the tensor has one step.
         start, width: bin i of `counts` begins at start + i * width, in steps. A bin lies in one step or covers whole
-            ones, and never crosses an end of the range that is not clipped. The outermost two hold what lies beyond.
+            ones; none holds clipped values beside others. The outermost two hold what lies beyond.
         counts: the number of values in each bin.
         clipped: share of the values, in [0, 1], that are rounded to an integer past an end, and cut off there.
     """

@@ -199,8 +199,8 @@ def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str
 def histogram_charts(titled: Sequence[tuple[str, Histogram]], name: str) -> list[str]:
     """A chart for each titled histogram: counts on a logarithmic scale, behind the values of their grid.
 
-    The ends of a grid are stronger lines, with their integers. Small, for a page has two charts of each layer, and
-    drawn on one figure, for to make one takes longer than to draw.
+    The ends of a grid are stronger lines, with their integers. A page has two charts of each layer, so they are
+    small, and drawn on one figure, since making a figure takes longer than drawing.
     """
     charts = []
     with _style(name):

@@ -20,7 +20,7 @@ def notes() -> list[str]:
     """How to read the histograms of layers."""
     return [
         "What fp32 has at each quantized layer, in the variant's channels where these were equalized: its weight, each "
-        "output channel in steps of its own, and what it reads when 64 synthetic images pass through the model.",
+        "output channel in steps of its own, and what it reads when up to 64 synthetic images pass through the model.",
         "Vertical lines are values of the grid (of every eighth one with 8 bits); what lies more than half a step past "
         "the outer two is clipped. Heights are logarithmic. The outermost bins hold what lies beyond the picture, too.",
     ]

@@ -18,6 +18,7 @@ from clusterq_deploy.engine import unavailable_reason
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models.digits import HELD_OUT
+from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report import Artifact
 from clusterq_deploy.run import resolve_device
 from clusterq_deploy.rundir import RunDirectory
@@ -97,6 +98,32 @@ def test_the_report_holds_measurements_of_every_graph(finished: Path) -> None:
     assert raw["calibration"].keys() >= {"images", "seconds", "teacher_top1"}
 
 
+def test_the_report_has_histograms_of_every_quantized_layer(finished: Path) -> None:
+    report, pipeline = read_report(finished / "report.json"), Pipeline(config(), finished)
+    layers = pipeline.student(BitWidths(4, 4)).layers()
+    fp32, *variants = report.variants
+    assert fp32.histograms == []
+    for variant, narrow in zip(variants, (8, 4), strict=True):
+        assert [own.layer for own in variant.histograms] == list(layers)
+        for own in variant.histograms:
+            assert sum(own.weight.counts) == layers[own.layer].weight.numel()
+            assert own.weight.low in {-(1 << narrow - 1), -128}
+            assert 0 <= own.activation.clipped < 0.05
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert text.count('<details class="layer">') == 2 * len(layers)
+
+
+def test_a_run_from_before_the_histograms_has_a_report_without_them(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    for name, stage in manifest["stages"].items():
+        if name.startswith("quantize/"):
+            del stage["result"]["histograms"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert [v.histograms for v in Pipeline(config(), out).report().variants] == [[], [], []]
+    assert 'id="histograms"' not in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_finished_run_is_not_done_again(finished: Path) -> None:
     before = (finished / "w4a4/model.ort.onnx").stat().st_mtime_ns
     assert run(finished) == []
@@ -159,7 +186,7 @@ def test_the_same_seed_gives_the_same_report(finished: Path, tmp_path: Path) -> 
     assert first.calibration.losses == again.calibration.losses
     assert first.features == again.features
     for a, b in zip(first.variants, again.variants, strict=True):
-        assert (a.accuracy, a.losses) == (b.accuracy, b.losses)
+        assert (a.accuracy, a.losses, a.histograms) == (b.accuracy, b.losses, b.histograms)
         assert [f.sha256 for f in a.artifacts] == [f.sha256 for f in b.artifacts]
 
 

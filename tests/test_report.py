@@ -21,7 +21,9 @@ from clusterq_deploy.report import (
     EvaluationInfo,
     FeatureInfo,
     FeatureSet,
+    Histogram,
     Latency,
+    LayerHistograms,
     LayerNote,
     ModelInfo,
     Points,
@@ -66,6 +68,18 @@ def latency(runtime: str, batch: int, median_ms: float, graph: str, variation: f
     )
 
 
+def histograms(bits: int) -> list[LayerHistograms]:
+    """Of two layers: weights of a signed grid, what they read of an unsigned one, of which a fifth is clipped."""
+    half, levels = 1 << bits - 1, 1 << bits
+    weight = Histogram(
+        low=-half, high=half - 1, steps=(0.01, 0.03), start=-half - 0.5, width=levels / 32, counts=[9] * 32, clipped=0.0
+    )
+    read = Histogram(
+        low=0, high=levels - 1, steps=(0.25, 0.25), start=-0.5, width=levels / 32, counts=[8] * 40, clipped=0.2
+    )
+    return [LayerHistograms(layer=name, weight=weight, activation=read) for name in ("conv1", "layer1.10.conv2")]
+
+
 def variant(name: str, scores: tuple[float, float], times: tuple[float, float], mb: float) -> Variant:
     """`scores` are top-1 and agreement in percent, `times` medians on CPU and in TensorRT in ms."""
     (top1, agreement), (cpu_ms, gpu_ms) = scores, times
@@ -104,6 +118,7 @@ def variant(name: str, scores: tuple[float, float], times: tuple[float, float], 
         quantized_layers=None if name == "fp32" else 21,
         skipped_layers=[LayerNote(layer="layer4.1.avgpool", reason="no weights")] if name == "w4a4" else [],
         losses=losses,
+        histograms=[] if name == "fp32" else histograms(int(name[1])),
     )
 
 
@@ -596,6 +611,72 @@ def test_a_report_from_before_the_features_still_reads(report: Report, tmp_path:
     assert "silhouette" not in to_markdown(old)
 
 
+def layers_of(text: str) -> list[tuple[str, list[str]]]:
+    """The line and the figures of each layer behind a disclosure of its own."""
+    section = text[text.index('id="histograms"') :].split("</section>", maxsplit=1)[0]
+    found = re.findall(r'<details class="layer">\s*<summary>(.*?)</summary>(.*?)</details>', section, flags=re.DOTALL)
+    return [(line, re.findall(r"<figure>.*?</figure>", body, flags=re.DOTALL)) for line, body in found]
+
+
+def lines(figure: str, colour: str) -> list[float]:
+    """Where the vertical lines of one colour stand."""
+    (path,) = re.findall(rf'<path d="([^"]*)" style="fill: none; stroke: var\(--{colour}\)', figure)
+    return [float(x) for x in re.findall(r"M (\S+)", path)]
+
+
+def test_every_layer_has_its_two_charts_on_demand(page: str) -> None:
+    assert re.findall(r"<summary>(w\w+: \d+ layers)</summary>", page) == ["w8a8: 2 layers", "w4a4: 2 layers"]
+    assert "<details open" not in page
+    found = layers_of(page)
+    assert [re.findall("<code>(.*)</code>", line)[0] for line, _ in found] == ["conv1", "layer1.10.conv2"] * 2
+    for bits, (line, figures) in zip((8, 8, 4, 4), found, strict=True):
+        assert f"weight {bits} bits, none clipped; input {bits} bits, 20.00 % clipped" in line
+        weight, read = figures
+        assert "<figcaption>Weight: steps of 0.01 to 0.03, none of 288 clipped</figcaption>" in weight
+        assert "<figcaption>Input: step 0.25, 20.00 % of 320 clipped</figcaption>" in read
+        ends = [f"\N{MINUS SIGN}{1 << bits - 1}", str((1 << bits - 1) - 1)]
+        assert re.findall(r">([^<>]+)</text>", weight) == ends
+        assert re.findall(r">([^<>]+)</text>", read) == ["0", str((1 << bits) - 1)]
+    assert 'aria-label="Weight of layer1.10.conv2: 288 values on the grid from -8 to 7"' in page
+
+
+def test_the_lines_of_a_histogram_are_the_values_of_its_grid(page: str) -> None:
+    for (_, figures), between in zip(layers_of(page)[1:3], (31, 14), strict=True):
+        for figure in figures:
+            (low, high), inner = lines(figure, "muted"), lines(figure, "rule")
+            assert len(inner) == between  # of eight bits every eighth
+            assert low < inner[0] < inner[-1] < high
+            gaps = [b - a for a, b in zip([low, *inner], inner, strict=False)]
+            assert max(gaps) - min(gaps) < 0.25  # drawn to a tenth of a point
+    weight, read = (lines(figure, "muted") for figure in layers_of(page)[2][1])
+    assert weight[1] - weight[0] > read[1] - read[0]  # a fifth of what is read lies beyond its grid
+
+
+def test_sixty_layers_add_some_hundred_kilobytes() -> None:
+    layers = [
+        LayerHistograms(
+            layer=f"blocks.{index}.conv",
+            weight=histograms(8)[0].weight.model_copy(update={"counts": [index * place for place in range(1, 65)]}),
+            activation=histograms(8)[0].activation.model_copy(update={"counts": list(range(1, 65))}),
+        )
+        for index in range(1, 61)
+    ]
+    bare = Variant(name="w8a8", seconds=1.0)
+    with_them = bare.model_copy(update={"histograms": layers})
+    assert len(to_html(build(variants=[with_them]))) - len(to_html(build(variants=[bare]))) < 500_000
+
+
+def test_a_report_from_before_the_histograms_still_reads(report: Report, tmp_path: Path) -> None:
+    content = json.loads(report.to_json())
+    for own in content["variants"]:
+        del own["histograms"]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    old = read_report(path)
+    assert all(own.histograms == [] for own in old.variants)
+    assert 'id="histograms"' not in to_html(old)
+
+
 @pytest.mark.parametrize("name", ["digits", "resnet20_cifar10"])
 def test_published_reports_still_read(name: str) -> None:
     published = read_report(Path(__file__).parents[1] / f"benchmarks/results/{name}.json")
@@ -615,12 +696,14 @@ def test_a_browser_shows_the_numbers(page: str, tmp_path: Path) -> None:
         "--no-sandbox",
         "--disable-gpu",
         f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
         "--dump-dom",
     ]
     shown = subprocess.run([browser, *arguments, path.as_uri()], capture_output=True, text=True, timeout=50, check=True)
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", shown.stdout)
     assert {"69.50 ± 0.65", "0.24 ± 0.19", "4.604", "~133.5", "11.8 MB"} <= set(cells)
-    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 14
+    assert len(re.findall(r"<svg class=\"chart\"", shown.stdout)) == 14 + 8  # two of each layer
+    assert "CONSOLE" not in shown.stderr
 
 
 # The environment

@@ -5,6 +5,7 @@ from clusterq_deploy.quantize.calibrate import calibrate
 from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.grid import BitWidths, Grid
+from clusterq_deploy.quantize.histogram import Histogram, LayerHistograms, histograms
 from clusterq_deploy.quantize.initialize import Initialization, initialize
 from clusterq_deploy.quantize.reconstruct import reconstruct
 from clusterq_deploy.quantize.reference import Reference
@@ -24,7 +25,9 @@ __all__ = [
     "Equalized",
     "FinetuneConfig",
     "Grid",
+    "Histogram",
     "Initialization",
+    "LayerHistograms",
     "PrecisionPlan",
     "Reference",
     "Sensitivity",
@@ -34,6 +37,7 @@ __all__ = [
     "correct_bias",
     "equalize",
     "finetune",
+    "histograms",
     "initialize",
     "judged_views",
     "load_student",

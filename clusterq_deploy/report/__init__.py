@@ -1,6 +1,7 @@
 """The report of a run: its schema, and the Markdown and HTML that people read."""
 
 from clusterq_deploy.report.engines import EngineInspection, EngineLayer, GpuTelemetry, MissedLayer, Reading, Spread
+from clusterq_deploy.report.histograms import Histogram, LayerHistograms
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
 from clusterq_deploy.report.schema import (
@@ -33,7 +34,9 @@ __all__ = [
     "FeatureInfo",
     "FeatureSet",
     "GpuTelemetry",
+    "Histogram",
     "Latency",
+    "LayerHistograms",
     "LayerNote",
     "MissedLayer",
     "ModelInfo",

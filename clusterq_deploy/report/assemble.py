@@ -10,6 +10,7 @@ from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.models import LoadedModel
 from clusterq_deploy.report.engines import EngineInspection
+from clusterq_deploy.report.histograms import LayerHistograms
 from clusterq_deploy.report.schema import (
     Accuracy,
     Artifact,
@@ -106,6 +107,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
         keep=tuned.get("keep", {}),
         expected_drop=tuned.get("expected_drop"),
         sensitivities=[LayerSensitivity(layer=c["layer"], bits=c["bits"], **c["cost"]) for c in costs],
+        histograms=[LayerHistograms.model_validate(own) for own in tuned.get("histograms", [])],
         losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},
         batch_divisor=tuned.get("batch_divisor", 1),
     )

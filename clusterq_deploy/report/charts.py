@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from clusterq_deploy.report.engine_wording import shortened
 from clusterq_deploy.report.engines import EngineLayer
 from clusterq_deploy.report.findings import FLOAT, LatencyRow, Point
+from clusterq_deploy.report.histograms import Histogram
 from clusterq_deploy.report.schema import LayerSensitivity, Points
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -30,6 +31,7 @@ _POINT = 1 / 72  # of an inch: figures are laid out in points, which become the 
 _CURVE_POINTS = 240
 _LAYER_WIDTH = 34  # characters of a layer's name beside its bar
 _NAME_WIDTH = 45.0  # points that a variant's name takes, about
+_GRID_LINES = 32  # a finer grid has a line at every second value, every fourth, and so on
 _LEAST_RANGE = 5.0  # percentage points: a smaller range would make noise look like a difference
 
 
@@ -194,6 +196,45 @@ def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str
     return charts
 
 
+def histogram_charts(titled: Sequence[tuple[str, Histogram]], name: str) -> list[str]:
+    """A chart for each titled histogram: counts on a logarithmic scale, behind the values of their grid.
+
+    The ends of a grid are stronger lines, with their integers. A page has two charts of each layer, so they are
+    small, and drawn on one figure, since making a figure takes longer than drawing.
+    """
+    charts = []
+    with _style(name):
+        figure, axes = _canvas(240, 84, left=0.03, right=0.97, bottom=0.16, top=0.99)
+        axes.axis("off")
+        for title, values in titled:
+            _draw(axes, values)
+            described = f"{title}: {sum(values.counts)} values on the grid from {values.low} to {values.high}"
+            charts.append(_compact(_svg(figure, name, described)))
+            for artist in (*axes.lines, *axes.patches, *axes.texts):
+                artist.remove()
+    return charts
+
+
+def _draw(axes: Axes, values: Histogram) -> None:
+    tops = [math.log1p(count) for count in values.counts]
+    edges = [values.start + index * values.width for index in range(len(tops) + 1)]
+    highest, every = max(tops), 1
+    while (values.high - values.low + 1) / every > _GRID_LINES:
+        every *= 2
+    axes.stairs(tops, edges, fill=True, facecolor=(_ACCENT, 0.2), edgecolor=_ACCENT, linewidth=0.8, clip_on=False)
+    for colour, width, marks in (
+        (_RULE, 0.6, range(values.low + every, values.high, every)),
+        (_MUTED, 1.1, (values.low, values.high)),
+    ):
+        xs = [x for mark in marks for x in (mark, mark, math.nan)]  # one path: the line breaks at NaN
+        axes.plot(xs, [0, highest, math.nan] * len(marks), color=colour, linewidth=width, clip_on=False)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 1.04 * highest)
+    for mark in (values.low, values.high):
+        number = str(mark).replace("-", "\N{MINUS SIGN}")
+        axes.text(mark, -0.04 * highest, number, color=_MUTED, fontsize=8, ha="center", va="top")
+
+
 def _central(places: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The place that is nearest to the median of all."""
     x, y = (statistics.median(column) for column in zip(*places, strict=True))
@@ -233,7 +274,8 @@ def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
 
 def _style(name: str) -> AbstractContextManager[None]:
     """matplotlib's own defaults, whatever the user's are; `name` seeds the ids in the SVG."""
-    return style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name}])
+    fonts = {"font.sans-serif": ["DejaVu Sans"]}  # which it brings along; the page has its own
+    return style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name, **fonts}])
 
 
 def _canvas(
@@ -268,3 +310,11 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     opening = f'<svg class="chart" role="img" aria-label="{escape(description)}" '
     svg = re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', lambda tag: f"{opening}{tag[1]}>", svg, count=1)
     return svg.strip()
+
+
+def _compact(svg: str) -> str:
+    """The same picture in fewer bytes: coordinates with one decimal, no line breaks, no ids of groups."""
+    opening, end, drawing = svg.partition(">")  # the description in the opening tag stays as it is
+    for pattern, shorter in ((r"(\d\.\d)\d+", r"\1"), (r"\s*\n\s*", " "), (r'<g id="[^"]*">', "<g>"), (r"> <", "><")):
+        drawing = re.sub(pattern, shorter, drawing)
+    return opening + end + drawing

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jinja2
 
-from clusterq_deploy.report import engine_wording, formats, wording
+from clusterq_deploy.report import engine_wording, formats, histogram_wording, wording
 from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
     BASELINE,
@@ -37,6 +37,15 @@ class _Panel:
 
     title: str
     chart: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A quantized layer: its widths and clipped shares in a line, and a panel of its weight and of what it reads."""
+
+    name: str
+    line: str
+    panels: list[_Panel]
 
 
 def to_html(report: Report, preview_png: bytes | None = None) -> str:
@@ -90,6 +99,8 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             panels=_panels(report),
             sensitivities=_sensitivities(report),
             sensitivity_notes=wording.sensitivity_notes(),
+            histograms=_histograms(report),
+            histogram_notes=histogram_wording.notes(),
             environment=wording.environment_facts(report.environment),
             command=shlex.join(report.command),
             config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
@@ -153,6 +164,30 @@ def _sensitivities(report: Report) -> list[_Panel]:
         for index, variant in enumerate(report.variants)
         if variant.sensitivities
     ]
+
+
+def _histograms(report: Report) -> list[tuple[str, list[_Layer]]]:
+    """Variant and layers, for each variant whose layers have histograms."""
+    from clusterq_deploy.report.charts import histogram_charts
+
+    found = []
+    for number, variant in enumerate(report.variants):
+        titled = [
+            (f"{name} of {own.layer}", values)
+            for own in variant.histograms
+            for name, values in (("Weight", own.weight), ("Input", own.activation))
+        ]
+        charts = histogram_charts(titled, f"histograms{number}") if titled else []
+        layers = []
+        for own, weight, activation in zip(variant.histograms, charts[::2], charts[1::2], strict=True):
+            panels = [
+                _Panel(f"Weight: {histogram_wording.caption(own.weight)}", weight),
+                _Panel(f"Input: {histogram_wording.caption(own.activation)}", activation),
+            ]
+            layers.append(_Layer(own.layer, histogram_wording.layer_line(own), panels))
+        if layers:
+            found.append((variant.name, layers))
+    return found
 
 
 def _slowest(report: Report) -> list[tuple[TextTable, str]]:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report.engines import EngineInspection, GpuTelemetry, Spread
+from clusterq_deploy.report.histograms import LayerHistograms
 from clusterq_deploy.report.record import Record as _Record
 
 
@@ -149,7 +150,7 @@ class Variant(_Record):
 
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
     expected of these widths before fine-tuning, where a bound was asked for. `batch_divisor` is what the batches of
-    fine-tuning were divided by, for want of memory.
+    fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of execution.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Variant(_Record):
     keep: dict[str, int] = Field(default_factory=dict)
     expected_drop: float | None = None
     sensitivities: list[LayerSensitivity] = Field(default_factory=list)
+    histograms: list[LayerHistograms] = Field(default_factory=list)
     losses: dict[str, list[float]] = Field(default_factory=dict)
     batch_divisor: int = 1
 

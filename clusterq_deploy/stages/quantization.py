@@ -17,6 +17,7 @@ from clusterq_deploy.quantize import (
     Student,
     Tuning,
     finetune,
+    histograms,
     initialize,
     judged_views,
     make_student,
@@ -125,6 +126,13 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
 
     def work() -> tuple[Result, list[str]]:
         (plan, student, started, tuning), divisor = in_memory(tuned, f"fine-tuning {bits}")
+        seen = histograms(
+            student,
+            started.reference,
+            run.calibration.images,
+            batch_size=max(1, settings.batch_size // divisor),
+            rng=run.rng(f"histograms/{bits}"),
+        )
         provenance = run.provenance(
             str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES]
         )
@@ -139,6 +147,7 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
             "expected_drop": None if plan is None else plan.estimate.expected_drop,
             "quantized_layers": len(student.placement.weights),
             "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
+            "histograms": [asdict(own) for own in seen],
         }
         return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
 

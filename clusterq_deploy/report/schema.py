@@ -61,12 +61,24 @@ class CalibrationInfo(_Record):
     batch_divisor: int = 1
 
 
+class ImageNote(_Record):
+    """An image that cannot be read, by its name in the data set, and why."""
+
+    file: str
+    reason: str
+
+
 class EvaluationInfo(_Record):
-    """What accuracy was measured on. `labelled` is False where only agreement has a meaning."""
+    """What accuracy was measured on: `images` of them. `labelled` is False where only agreement has a meaning.
+
+    `unreadable` images more could not be read and count nowhere; `unreadable_files` names the first of them.
+    """
 
     dataset: str
     images: int
     labelled: bool = True
+    unreadable: int = 0
+    unreadable_files: list[ImageNote] = Field(default_factory=list)
 
 
 class Accuracy(_Record):
@@ -253,7 +265,7 @@ def read_report(path: Path) -> Report:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without an end
         raise ReportError(f"{path} is not JSON ({error}): give the report.json of a run") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise ReportError(f'{path} is no report: it has no "schema"; give the report.json of a run')

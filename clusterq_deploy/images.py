@@ -120,8 +120,9 @@ class Unreadable:
         self._told = len(self)
 
     def summary(self) -> dict[str, Any]:
-        """JSON values for a stage's record: how many, and the names and reasons of the first in the set's order."""
-        return {"count": len(self), "files": [{"file": own.file, "reason": own.reason} for own in self._first()]}
+        """JSON values for a stage's record: how many of how many, and the first in the set's order with reasons."""
+        files = [{"file": own.file, "reason": own.reason} for own in self._first()]
+        return {"count": len(self), "total": self.total, "files": files}
 
     def _first(self) -> list[UnreadableImageError]:
         return [self._errors[row] for row in sorted(self._errors)[:_NAMED]]

@@ -267,6 +267,7 @@ def test_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, three: LoadedMo
 # ---- through a run ----
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_could_not_read(tmp_path: Path) -> None:
     for value in range(20):
         paint(tmp_path / "data" / str(value % 10) / f"{value:02}.png", 10 * value, (8, 8))

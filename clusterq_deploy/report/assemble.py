@@ -85,9 +85,10 @@ def assemble(
 
 
 def _evaluation(data: EvaluationSet, records: Mapping[str, StageRecord]) -> EvaluationInfo:
-    """What accuracy was measured on, less what could not be read: all stages read the same images, so any tells."""
-    found = [record.result.get("unreadable") for name, record in records.items() if name.startswith("evaluate/")]
-    count, files = max(((own["count"], own["files"]) for own in found if own), key=itemgetter(0), default=(0, []))
+    """What accuracy was measured on, less what could not be read, as any stage tells that read as many images."""
+    told = [record.result.get("unreadable") for name, record in records.items() if name.startswith("evaluate/")]
+    found = [(own["count"], own["files"]) for own in told if own and own["total"] == len(data)]
+    count, files = max(found, key=itemgetter(0), default=(0, []))
     return EvaluationInfo(
         dataset=data.name,
         images=len(data) - count,

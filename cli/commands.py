@@ -42,7 +42,7 @@ def run(
     again, a run goes on where it stopped, and a changed option redoes what depends on it.
     """
     from cli import render
-    from clusterq_deploy.report.wording import summary
+    from clusterq_deploy.report.wording import summary, unreadable_note
 
     config = options.config_of(ctx, config_file)
     out = out or _default_out(config.model)
@@ -56,6 +56,8 @@ def run(
         return
     render.print_table(render.report_table(report))
     render.print_line(summary(report))
+    if lost := unreadable_note(report):
+        render.print_line(lost)
     for skipped in report.skipped:
         render.print_line(f"Skipped {skipped.stage}: {skipped.reason}")
     render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")

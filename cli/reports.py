@@ -28,6 +28,7 @@ def report(ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json
     from cli import render
     from clusterq_deploy.report.compare import compare as compared
     from clusterq_deploy.report.compare import read_reports
+    from clusterq_deploy.report.wording import unreadable_note
 
     if as_json and form:
         raise click.UsageError(f"--json and --{form} exclude each other: give one", ctx)
@@ -44,6 +45,8 @@ def report(ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json
         _show(compared({runs[0].resolve().name: made}), form)
     else:
         render.print_table(render.report_table(made))
+        if lost := unreadable_note(made):
+            render.print_line(lost)
         render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
 
 

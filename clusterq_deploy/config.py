@@ -2,9 +2,10 @@
 
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
@@ -23,6 +24,8 @@ _Part = TypeVar("_Part", bound=StageConfig)
 
 _STANDARD_COST = 2e8
 _LEAST_SHARE = 0.25
+_SHOWN = 300
+"""Characters of a wrong value that a message quotes."""
 
 
 class RunConfig(StageConfig):
@@ -83,6 +86,15 @@ class RunConfig(StageConfig):
         if not bits:
             raise ValueError("give at least one variant, such as w8a8")
         return tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in bits))
+
+    @field_validator("data")
+    @classmethod
+    def _writable(cls, data: Path | None) -> Path | None:
+        try:
+            str(data).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the path is not UTF-8, so that run.toml cannot hold it; rename it") from None
+        return data
 
     @property
     def widths(self) -> list[BitWidths]:
@@ -145,6 +157,12 @@ def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunCo
     Raises:
         ConfigError: a name is unknown (with near matches), or a value is wrong.
     """
+    for where, number in _integers(values):
+        if not -(2**63) <= number < 2**63:
+            bits = number.bit_length()
+            raise ConfigError(
+                f"{where} in {origin}: got an integer of {bits} bits, expected at most 63, as TOML has them"
+            )
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -155,7 +173,17 @@ def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunCo
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown setting {'.'.join(path)!r} in {origin}{hint}") from error
         reason = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{'.'.join(path)} in {origin}: {reason}, got {first['input']!r}") from error
+        got = shorten(repr(first["input"]), _SHOWN, placeholder=" ...")
+        raise ConfigError(f"{'.'.join(path)} in {origin}: {reason}, got {got}") from error
+
+
+def _integers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """Every integer in nested dictionaries and lists, with the way to it."""
+    if isinstance(value, int):
+        yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, own in items:
+        yield from _integers(own, f"{path}.{key}" if path else str(key))
 
 
 def _names(path: Iterable[str]) -> list[str]:
@@ -177,5 +205,5 @@ def read_settings(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the parser recurses into nested arrays
         raise ConfigError(f"{path} is no TOML: {error}") from error

@@ -2,11 +2,9 @@
 
 import csv
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Protocol, Self
 
@@ -14,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clusterq_deploy.errors import DataError
+from clusterq_deploy.errors import DataError, UnreadableImageError
+from clusterq_deploy.images import SUFFIXES, Images, Unreadable, prepare_image, printable, read_image
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.models.weights import first_line
 
-Images = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _LABELS_FILE = "labels.csv"
 _FORMATS = f"a directory of class folders, a directory with {_LABELS_FILE} (file,label), or an .npz"
 _DECODERS = min(8, os.cpu_count() or 1)
@@ -45,16 +43,27 @@ class Classifier(Protocol):
 class EvaluationSet:
     """Images in a fixed order, with their labels where they have any.
 
+    Which images cannot be read shows as they are read. They are left out of every batch, and `kept` has the others.
+
     Attributes:
         name: what the report calls it.
+        rows: (N,) int64, the images' rows in the set that this one is a part of, or is.
         labels: (N,) int64, or None.
-        read: the image of an index: (C, H, W) float32, normalized. Called from several threads at once.
+        read: the image of a row: (C, H, W) float32, normalized, or an `UnreadableImageError`. Called from several
+            threads at once.
+        unreadable: the rows that cannot be read, as far as they were found.
     """
 
     name: str
-    count: int
+    rows: Rows
     labels: Labels | None
     read: Callable[[int], Images]
+    unreadable: Unreadable
+
+    @classmethod
+    def of(cls, name: str, count: int, labels: Labels | None, read: Callable[[int], Images]) -> Self:
+        """A set of so many images, of which none was read yet."""
+        return cls(name, np.arange(count, dtype=np.int64), labels, read, Unreadable(name, count))
 
     @classmethod
     def from_images(cls, name: str, images: Images, labels: npt.ArrayLike | None = None) -> Self:
@@ -65,7 +74,7 @@ class EvaluationSet:
         checked = None if labels is None else np.asarray(labels, dtype=np.int64)
         if checked is not None and checked.shape != (len(images),):
             raise DataError(f"{name}: labels have shape {checked.shape}; expected ({len(images)},)")
-        return cls(name, len(images), checked, lambda index: images[index])
+        return cls.of(name, len(images), checked, lambda row: images[row])
 
     @property
     def labelled(self) -> bool:
@@ -73,26 +82,48 @@ class EvaluationSet:
         return self.labels is not None
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
 
-    def subset(self, indices: npt.NDArray[np.int64]) -> "EvaluationSet":
+    @property
+    def kept(self) -> Rows:
+        """The indices (M,) int64 of the images that were not found to be unreadable; all are before they are read."""
+        return np.array([i for i, row in enumerate(self.rows) if int(row) not in self.unreadable], dtype=np.int64)
+
+    def subset(self, indices: Rows) -> "EvaluationSet":
         """The images of the given indices (M,) int64, in that order; none is read yet."""
         labels = None if self.labels is None else self.labels[indices]
-        return EvaluationSet(self.name, len(indices), labels, lambda index: self.read(int(indices[index])))
+        return replace(self, rows=self.rows[indices], labels=labels)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Images, Labels | None]]:
         """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None where there are none.
 
+        An unreadable image makes its batch smaller, in every pass, so that all passes have the same batches.
+
         Raises:
-            DataError: a file is not an image.
+            DataError: more images cannot be read than `unreadable` allows.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         with ThreadPoolExecutor(_DECODERS) as pool:
-            for start in range(0, self.count, batch_size):
-                indices = range(start, min(start + batch_size, self.count))
-                labels = None if self.labels is None else self.labels[indices.start : indices.stop]
-                yield np.stack(list(pool.map(self.read, indices))), labels
+            for start in range(0, len(self), batch_size):
+                indices = range(start, min(start + batch_size, len(self)))
+                wanted = [index for index in indices if int(self.rows[index]) not in self.unreadable]
+                images = {}
+                for index, found in zip(wanted, pool.map(self._read, wanted), strict=True):
+                    if isinstance(found, UnreadableImageError):
+                        self.unreadable.add(int(self.rows[index]), found)
+                    else:
+                        images[index] = found
+                if images:
+                    labels = None if self.labels is None else self.labels[list(images)]
+                    yield np.stack(list(images.values())), labels
+        self.unreadable.tell()
+
+    def _read(self, index: int) -> Images | UnreadableImageError:
+        try:
+            return self.read(int(self.rows[index]))
+        except UnreadableImageError as error:
+            return error
 
 
 def load_evaluation(path: Path | None, model: Classifier, limit: int | None = None) -> EvaluationSet:
@@ -148,7 +179,7 @@ def _read_class_folders(path: Path, classes: int) -> tuple[list[Path], list[int]
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
 
 
 def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
@@ -170,12 +201,22 @@ def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
         windows = PureWindowsPath(row[0])
         if windows.anchor or ".." in windows.parts:
             raise DataError(f"{where} names {row[0]!r}, outside of the folder; expected a path below it")
-        file = next((file for file in (path / row[0], path / "images" / row[0]) if file.is_file()), None)
+        file = next((file for file in (path / row[0], path / "images" / row[0]) if _is_file(file)), None)
         if file is None:
             raise DataError(f"{where} names {row[0]!r}, but there is no such file in the folder or its images folder")
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise DataError(f"{where} names {row[0]!r}, a link out of the folder; expected a file below it")
         files.append(file)
         labels.append(label)
     return files, labels
+
+
+def _is_file(file: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
 
 
 def _number(row: list[str]) -> int | None:
@@ -194,17 +235,11 @@ def _from_files(
     checked = _check_labels(path, labels, model.classes)
     chosen = _spread(len(files), limit)
     files, spec = [files[index] for index in chosen], model.input
-    return EvaluationSet(path.resolve().name, len(files), checked[chosen], lambda index: _decode(files[index], spec))
 
+    def read(row: int) -> Images:
+        return read_image(files[row], printable(files[row].relative_to(path).as_posix()), spec)
 
-def _decode(file: Path, spec: InputSpec) -> Images:
-    try:
-        with Image.open(file) as image:
-            return spec.preprocess(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"cannot read {str(file)!r} as an image ({first_line(error)}); replace it or leave it out"
-        ) from error
+    return EvaluationSet.of(printable(path.resolve().name), len(files), checked[chosen], read)
 
 
 def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> EvaluationSet:
@@ -213,8 +248,8 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
     except KeyError as error:
-        raise DataError(f"{str(path)!r} has no {error.args[0].split()[0]}; {expected}") from error
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{str(path)!r} has no {str(error.args[0]).split()[0]}; {expected}") from error
+    except Exception as error:  # damage shows wherever the parser meets it
         raise DataError(f"cannot read {str(path)!r} ({first_line(error)}); {expected}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(f"{str(path)!r} has images {images.shape} {images.dtype}; {expected}")
@@ -231,9 +266,11 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
     checked = _check_labels(path, labels, model.classes)
     chosen, spec = _spread(len(images), limit), model.input
     images = images[chosen, ..., 0] if images.ndim == 4 and channels == 1 else images[chosen]
-    return EvaluationSet(
-        name, len(images), checked[chosen], lambda index: spec.preprocess(Image.fromarray(images[index]))
-    )
+
+    def read(row: int) -> Images:
+        return prepare_image(Image.fromarray(images[row]), f"image {row}", spec)
+
+    return EvaluationSet.of(name, len(images), checked[chosen], read)
 
 
 def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> Labels:

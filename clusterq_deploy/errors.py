@@ -9,6 +9,7 @@
     ├── GraphError             the model cannot be traced or quantized
     ├── FeatureError           the model's penultimate features cannot be taken
     ├── DataError              the evaluation data cannot be used
+    │   └── UnreadableImageError  one image of it cannot be read: it is left out
     ├── RunDirectoryError      the run directory cannot be used or written
     ├── ReportError            a report.json cannot be read
     ├── SynthesisError         no usable calibration set came out
@@ -41,6 +42,7 @@ __all__ = [
     "TensorRTMissing",
     "TuningError",
     "UnknownModelError",
+    "UnreadableImageError",
     "VerificationError",
     "WeightsError",
 ]
@@ -80,6 +82,19 @@ class FeatureError(ClusterQError, ValueError):
 
 class DataError(ClusterQError, ValueError):
     """The evaluation data cannot be used."""
+
+
+class UnreadableImageError(DataError):
+    """One image of the evaluation data cannot be read: it is left out and counted, up to a limit.
+
+    Args:
+        file: the image's name in its set.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"cannot read {file!r} as an image ({reason}); replace it or leave it out")
+        self.file, self.reason = file, reason
 
 
 class RunDirectoryError(ClusterQError, OSError):

@@ -45,9 +45,12 @@ class BenchmarkConfig(StageConfig):
 
 
 def predictions(runner: Runner, data: EvaluationSet, batch_size: int, progress: Progress = SILENT) -> Predictions:
-    """The five most likely classes of each image, most likely first: (N, min(5, classes)) int64.
+    """The five most likely classes of each image that can be read, most likely first: (N, min(5, classes)) int64.
 
     Ties go to the lower class.
+
+    Raises:
+        DataError: too many images cannot be read.
     """
     found = []
     with progress.task(f"Evaluating on {runner.runtime}", len(data)) as advance:
@@ -61,7 +64,7 @@ def predictions(runner: Runner, data: EvaluationSet, batch_size: int, progress: 
 def score(
     runtime: str, own: Predictions, teacher: Predictions, data: EvaluationSet, graph: str | None = None
 ) -> Accuracy:
-    """Percentages from `predictions` of a model and of its teacher on the same images.
+    """Percentages from `predictions` of a model and of its teacher on the same images, those that can be read.
 
     Args:
         runtime: what executed the model.
@@ -72,12 +75,16 @@ def score(
     Raises:
         DataError: the counts differ.
     """
-    if len(own) != len(teacher) or len(own) != len(data):
-        raise DataError(f"{len(own)} predictions, {len(teacher)} of the teacher and {len(data)} images do not fit")
+    kept = data.kept
+    if len(own) != len(teacher) or len(own) != len(kept):
+        raise DataError(
+            f"{len(own)} predictions, {len(teacher)} of the teacher and {len(kept)} images do not fit: "
+            "leave the data as it is while it is evaluated"
+        )
     agreement = 100 * float((own[:, 0] == teacher[:, 0]).mean())
     if data.labels is None:
         return Accuracy(runtime=runtime, top1=None, top5=None, agreement=agreement, graph=graph)
-    hits = own == data.labels[:, None]
+    hits = own == data.labels[kept, None]
     return Accuracy(
         runtime=runtime,
         top1=100 * float(hits[:, 0].mean()),

@@ -235,7 +235,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return manifest if {"model", "stages"} <= manifest.keys() else _broken(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunDirectoryError(f"{path / MANIFEST} cannot be read: {error}") from error
 
 

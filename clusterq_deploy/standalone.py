@@ -56,7 +56,10 @@ def evaluate_file(path: Path, data: Path | None, limit: int | None, progress: Pr
         images = load_evaluation(data, graph, limit)
         own = predictions(runner, images, _BATCH, progress)
         found = score(runner.runtime, own, own, images, str(path))
-    return found.model_dump(mode="json", exclude={"agreement"}) | {"images": len(images)}
+    return found.model_dump(mode="json", exclude={"agreement"}) | {
+        "images": len(images.kept),
+        "unreadable": len(images.unreadable),
+    }
 
 
 def benchmark_file(path: Path, config: BenchmarkConfig, progress: Progress = SILENT) -> list[dict[str, Any]]:

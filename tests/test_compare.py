@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 from click.testing import CliRunner, Result
 from test_pipeline import SMALL
-from test_report import ENVIRONMENT, build
+from test_report import ENVIRONMENT, build, with_half
 
 from cli.main import main
 from clusterq_deploy.errors import ReportError
@@ -59,6 +59,11 @@ def test_rows_of_the_same_variant_and_file_are_neighbours(two: list[Path]) -> No
     assert timed == [(1, "a/resnet18"), (1, "b/resnet18"), (32, "a/resnet18"), (32, "b/resnet18")]
     assert [row["seed"] for row in found.runs] == [7, 8]
     assert [row["onnxruntime"] for row in found.machines] == ["1.31.1", "1.30.0"]
+
+
+def test_fp16_rows_stand_behind_those_of_fp32() -> None:
+    compared = compare({"gpu": with_half(build(), 0.55), "cpu": build()})
+    assert list(dict.fromkeys(row["variant"] for row in compared.latency)) == ["fp32", "fp16", "w8a8", "w4a4"]
 
 
 def test_numbers_are_those_of_the_reports(two: list[Path]) -> None:

@@ -1,7 +1,6 @@
 """Evaluation data in each of its forms, and what is said of data that does not fit."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -218,15 +217,18 @@ def test_a_labels_file_is_text(tmp_path: Path, colour: LoadedModel) -> None:
     assert "UnicodeDecodeError" in failure(tmp_path, colour)
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path: Path, colour: LoadedModel) -> None:
-    paint(tmp_path / "0" / "whole.png", 0, size=(64, 64))
-    (tmp_path / "1").mkdir()
-    cut = (tmp_path / "0" / "whole.png").read_bytes()[:60]
-    for name, data in (("text.png", b"not an image"), ("cut.png", cut), ("empty.jpg", b"")):
-        file = tmp_path / "1" / name
-        file.write_bytes(data)
-        assert re.search(rf"cannot read '.*{name}' as an image", failure(tmp_path, colour))
-        file.unlink()
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, colour: LoadedModel) -> None:
+    paint(tmp_path / "other.png", 0)
+    paint(tmp_path / "set" / "own.png", 7)
+    table = tmp_path / "set" / "labels.csv"
+    (tmp_path / "set" / "within.png").symlink_to("own.png")
+    (tmp_path / "set" / "out.png").symlink_to(tmp_path / "other.png")
+    (tmp_path / "set" / "folder").symlink_to(tmp_path)
+    for name in ("out.png", "folder/other.png"):
+        table.write_text(f"{name},0\n")
+        assert "a link out of the folder" in failure(tmp_path / "set", colour)
+    table.write_text("within.png,1\n")
+    assert contents(load_evaluation(tmp_path / "set", colour)) == ([7], [1])
 
 
 IMAGES = np.zeros((2, 16, 16, 3), np.uint8)

@@ -144,11 +144,17 @@ def test_without_a_resize_the_image_is_squeezed() -> None:
     assert found[0, 0, 3] == 1
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_any_mode(mode: str, channels: int) -> None:
+def test_images_of_any_mode_whose_range_is_known(mode: str, channels: int) -> None:
     spec = InputSpec(size=(channels, 4, 4), mean=(0.0,) * channels, std=(1.0,) * channels)
     assert spec.preprocess(Image.new(mode, (4, 4))).shape == (channels, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_no_known_range_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode {mode}.*no known range"):
+        InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,)).preprocess(Image.new(mode, (4, 4)))
 
 
 def test_a_palette_with_transparency() -> None:

@@ -73,7 +73,7 @@ def _over_space(x: Tensor) -> Tensor:
 
 
 def capture(network: nn.Module, data: EvaluationSet, progress: Progress = SILENT) -> Array:
-    """Features (N, F) float32 of all images of a set, in its order.
+    """Features (N, F) float32 of all images of a set that can be read, in its order.
 
     Args:
         network: as `penultimate` gives it.
@@ -81,14 +81,16 @@ def capture(network: nn.Module, data: EvaluationSet, progress: Progress = SILENT
         progress: shows how far it is.
 
     Raises:
-        FeatureError: there are values that are not finite.
-        DataError: a file is not an image.
+        FeatureError: there are values that are not finite, or no image can be read.
+        DataError: more images cannot be read than the set allows.
     """
     found = []
     with TorchRunner(network) as runner, progress.task("Features", len(data)) as advance:
         for images, _ in data.batches(_BATCH):
             found.append(runner.infer(images))
             advance(len(images))
+    if not found:
+        raise FeatureError(f"none of the {len(data)} images of {data.name} that are compared can be read")
     features = np.concatenate(found)
     if not np.isfinite(features).all():
         raise FeatureError(f"the teacher's features of {data.name} hold values that are not finite")

@@ -48,7 +48,7 @@ def compare_features(
 
     Raises:
         FeatureError: the teacher's features cannot be taken.
-        DataError: a file is not an image, or a set has no labels.
+        DataError: too many images cannot be read, or a set has no labels.
     """
     network = penultimate(teacher, classes)
     compared = most_frequent(_labels(synthetic), _MOST_CLASSES)
@@ -102,7 +102,8 @@ class _Captured:
 
 def _captured(network: nn.Module, data: EvaluationSet, classes: Labels, progress: Progress) -> _Captured:
     chosen = data.subset(evenly(_labels(data), classes, _MOST_IMAGES))
-    return _Captured(data.name, _labels(chosen), capture(network, chosen, progress))
+    features = capture(network, chosen, progress)
+    return _Captured(data.name, _labels(chosen)[chosen.kept], features)
 
 
 def _labels(data: EvaluationSet) -> Labels:

@@ -17,6 +17,8 @@ from clusterq_deploy.errors import ModelError
 _SMALL = 64
 """Models for images smaller than this see the whole image, with nothing cropped off."""
 _CROP_FRACTION = 0.875
+_WIDE_FORMATS = {"PNG", "PPM"}
+"""Formats in which Pillow's 32-bit mode holds 16 bits."""
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _EXPECTED = {
     "size": "(channels, height, width)",
@@ -67,11 +69,19 @@ class InputSpec(StageConfig):
         """Turn one image of any size and mode into (channels, height, width) float32, normalized.
 
         An image whose shorter side already lies between the crop and `resize` is only cropped: enlarging it
-        would blur it for nothing. Any other is first resized, to the same pixels as torchvision's transforms.
+        would blur it for nothing. Any other is first resized, to the same pixels as torchvision's transforms. 16 bits
+        become 8; transparency is dropped.
+
+        Raises:
+            ValueError: its mode says no range of pixels, as floats do, or it is so long and narrow that resized it
+                would have more pixels than Pillow opens.
         """
         channels, height, width = self.size
         image = _convert(image, "L" if channels == 1 else "RGB")
-        image = image.resize(self._resized(*image.size), _RESAMPLING[self.interpolation])
+        to = self._resized(*image.size)
+        if to[0] * to[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels would be resized to {to[0]}x{to[1]}")
+        image = image.resize(to, _RESAMPLING[self.interpolation])
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
@@ -164,6 +174,13 @@ def _entry(cfg: object, key: str) -> Any:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WIDE_FORMATS):
+        pixels = np.asarray(image).astype(np.float32) / 257  # Pillow itself would clip them at 255
+        image = Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32 bits wide (mode {image.mode}), of no known range; save it with 8 or 16")
+    elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where such a palette is converted directly
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow knows no other way to grey
     return image if image.mode == mode else image.convert(mode)

@@ -106,11 +106,16 @@ def user_model(path: Path, factory: str) -> Draft:
     """Import a file and call a function of it that takes no argument and returns a model.
 
     Raises:
-        ModelError: the file is missing or does not run; the factory is missing or makes no model.
+        ModelError: the file is missing or does not run; the factory is missing or makes no model. The file is not run
+            where no factory is named.
     """
     spec = f"{path}:{factory}"
     if not path.is_file():
         raise ModelError(f"model {spec!r}: there is no such file; expected path/to/module.py:factory")
+    if not factory.isidentifier():
+        raise ModelError(
+            f"model {spec!r}: {factory!r} names no function of the file; expected path/to/module.py:factory"
+        )
     module = _import(path)
     make = getattr(module, factory, None)
     if not callable(make):

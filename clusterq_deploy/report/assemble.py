@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Mapping
+from operator import itemgetter
 
 import torch
 
@@ -18,6 +19,7 @@ from clusterq_deploy.report.schema import (
     Environment,
     EvaluationInfo,
     FeatureInfo,
+    ImageNote,
     Latency,
     LayerNote,
     LayerSensitivity,
@@ -75,11 +77,25 @@ def assemble(
             name=model.name, parameters=model.parameters, input_size=model.input.size, classes=model.classes
         ),
         calibration=calibration,
-        evaluation=EvaluationInfo(dataset=data.name, images=len(data), labelled=data.labelled),
+        evaluation=_evaluation(data, records),
         variants=[_variant(name, records) for name in ("fp32", *config.bits) if f"export/{name}" in records],
         skipped=skipped,
         features=features,
         config=config.model_dump(mode="json"),
+    )
+
+
+def _evaluation(data: EvaluationSet, records: Mapping[str, StageRecord]) -> EvaluationInfo:
+    """What accuracy was measured on, less what could not be read, as any stage tells that read as many images."""
+    told = [record.result.get("unreadable") for name, record in records.items() if name.startswith("evaluate/")]
+    found = [(own["count"], own["files"]) for own in told if own and own["total"] == len(data)]
+    count, files = max(found, key=itemgetter(0), default=(0, []))
+    return EvaluationInfo(
+        dataset=data.name,
+        images=len(data) - count,
+        labelled=data.labelled,
+        unreadable=count,
+        unreadable_files=[ImageNote.model_validate(own) for own in files],
     )
 
 

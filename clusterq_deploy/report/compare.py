@@ -9,7 +9,7 @@ from typing import Any
 
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report import formats, wording
-from clusterq_deploy.report.findings import AccuracyRow, accuracy_rows, latency_rows
+from clusterq_deploy.report.findings import BASELINE, HALF, AccuracyRow, accuracy_rows, latency_rows
 from clusterq_deploy.report.schema import Report, read_report
 from clusterq_deploy.report.tables import escaped, markdown_table
 
@@ -66,7 +66,9 @@ def compare(reports: Mapping[str, Report]) -> Comparison:
     Args:
         reports: by the name that a run has in the tables.
     """
-    order = list(dict.fromkeys(variant.name for report in reports.values() for variant in report.variants))
+    variants = [variant.name for report in reports.values() for variant in report.variants]
+    # fp32's rows on its files in FP16 are called fp16
+    order = list(dict.fromkeys(n for name in variants for n in ((BASELINE, HALF) if name == BASELINE else (name,))))
 
     def sorted_rows(rows: list[Row], *keys: str) -> list[Row]:
         """Rows of the same variant, runtime and file next to each other, in the order in which each came first."""

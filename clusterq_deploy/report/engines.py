@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from clusterq_deploy.report.record import Record
+from clusterq_deploy.report.record import Duration, Finite, Record
 
 
 class Spread(Record):
@@ -13,12 +13,12 @@ class Spread(Record):
     `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %.
     """
 
-    mean_ms: float
-    median_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    coefficient_of_variation: float
+    mean_ms: Duration
+    median_ms: Duration
+    p90_ms: Duration
+    p95_ms: Duration
+    p99_ms: Duration
+    coefficient_of_variation: Finite
 
 
 class Reading(Record):

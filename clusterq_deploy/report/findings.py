@@ -252,7 +252,7 @@ def _speedup(reference: Variant | None, latency: Latency, over: str = BASELINE) 
     for other in reference.latency if reference else ():
         same = (other.runtime, other.batch, other.threads) == setting
         if same and reference and name_of(reference, other.graph) == over:
-            return other.median_ms / latency.median_ms
+            return other.median_ms / latency.median_ms if latency.median_ms else None
     return None
 
 

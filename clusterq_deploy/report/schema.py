@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report.engines import EngineInspection, GpuTelemetry, Spread
 from clusterq_deploy.report.histograms import LayerHistograms
+from clusterq_deploy.report.record import Count, Duration, Finite, Percent
 from clusterq_deploy.report.record import Record as _Record
+
+_QUANTILES = 21
+_MOST_DIGITS = 20
 
 
 class Environment(_Record):
@@ -30,8 +34,8 @@ class Environment(_Record):
     gpu: str | None = None
     cpu: str
     cpu_int8: list[str] | None = None
-    cores: int
-    memory_bytes: int
+    cores: Count
+    memory_bytes: Count
     platform: str
 
 
@@ -39,9 +43,9 @@ class ModelInfo(_Record):
     """The teacher: `input_size` is (channels, height, width)."""
 
     name: str
-    parameters: int
+    parameters: Count
     input_size: tuple[int, int, int]
-    classes: int
+    classes: Count
 
 
 class CalibrationInfo(_Record):
@@ -52,9 +56,9 @@ class CalibrationInfo(_Record):
     value a recorded step. `batch_divisor` is what the batches of synthesis were divided by, for want of memory.
     """
 
-    images: int
-    seconds: float
-    teacher_top1: float
+    images: Count
+    seconds: Duration
+    teacher_top1: Percent
     recipe: str
     within_class_diversity: float | None = None
     silhouette: float | None = None
@@ -62,12 +66,24 @@ class CalibrationInfo(_Record):
     batch_divisor: int = 1
 
 
+class ImageNote(_Record):
+    """An image that cannot be read, by its name in the data set, and why."""
+
+    file: str
+    reason: str
+
+
 class EvaluationInfo(_Record):
-    """What accuracy was measured on. `labelled` is False where only agreement has a meaning."""
+    """What accuracy was measured on: `images` of them. `labelled` is False where only agreement has a meaning.
+
+    `unreadable` images more could not be read and count nowhere; `unreadable_files` names the first of them.
+    """
 
     dataset: str
-    images: int
+    images: Count
     labelled: bool = True
+    unreadable: Count = 0
+    unreadable_files: list[ImageNote] = Field(default_factory=list)
 
 
 class Accuracy(_Record):
@@ -78,9 +94,9 @@ class Accuracy(_Record):
     """
 
     runtime: str
-    top1: float | None
-    top5: float | None
-    agreement: float
+    top1: Percent | None
+    top5: Percent | None
+    agreement: Percent
     graph: str | None = None
 
 
@@ -93,7 +109,7 @@ class Artifact(_Record):
     kind: Literal["onnx", "engine"]
     target: Literal["onnxruntime", "tensorrt", "int4"]
     path: str
-    size_bytes: int
+    size_bytes: Count
     fp16: bool = False
     sha256: str | None = None
     notes: list[str] = Field(default_factory=list)
@@ -112,12 +128,12 @@ class Latency(Spread):
     """
 
     runtime: str
-    batch: int
+    batch: Count
     threads: int | None = None
-    runs: int
-    images_per_second: float
+    runs: Count
+    images_per_second: Duration
     graph: str | None = None
-    quantiles_ms: list[float] = Field(default_factory=list)
+    quantiles_ms: list[Duration] = Field(default_factory=list)
     host_to_device: Spread | None = None
     compute: Spread | None = None
     device_to_host: Spread | None = None
@@ -126,6 +142,13 @@ class Latency(Spread):
     wall_seconds: float | None = None
     trtexec: str | None = None
     gpu: GpuTelemetry | None = None
+
+    @field_validator("quantiles_ms")
+    @classmethod
+    def _all_or_none(cls, quantiles_ms: list[float]) -> list[float]:
+        if len(quantiles_ms) not in (0, _QUANTILES):
+            raise ValueError(f"there are {len(quantiles_ms)} quantiles; expected {_QUANTILES} or none")
+        return quantiles_ms
 
 
 class LayerNote(_Record):
@@ -154,7 +177,7 @@ class Variant(_Record):
     """
 
     name: str
-    seconds: float
+    seconds: Duration
     accuracy: list[Accuracy] = Field(default_factory=list)
     artifacts: list[Artifact] = Field(default_factory=list)
     latency: list[Latency] = Field(default_factory=list)
@@ -179,9 +202,15 @@ class Skipped(_Record):
 class Points(_Record):
     """Projected images: image i of class `labels[i]` lies at (`x[i]`, `y[i]`), rounded to two decimals."""
 
-    x: list[float] = Field(default_factory=list)
-    y: list[float] = Field(default_factory=list)
+    x: list[Finite] = Field(default_factory=list)
+    y: list[Finite] = Field(default_factory=list)
     labels: list[int] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        if not len(self.x) == len(self.y) == len(self.labels):
+            raise ValueError(f"{len(self.x)} x, {len(self.y)} y and {len(self.labels)} labels do not fit")
+        return self
 
 
 class FeatureSet(_Record):
@@ -252,10 +281,10 @@ def read_report(path: Path) -> Report:
         ReportError: the file cannot be read, is no JSON, or is no report of schema 1.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without an end
         raise ReportError(f"{path} is not JSON ({error}): give the report.json of a run") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise ReportError(f'{path} is no report: it has no "schema"; give the report.json of a run')
@@ -270,3 +299,10 @@ def read_report(path: Path) -> Report:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ReportError(f"{path} is no report of schema 1: {field}: {first['msg']}") from error
+
+
+def _integer(digits: str) -> int:
+    """An integer of JSON that other readers take too, and that fits a float."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits")
+    return int(digits)

@@ -60,7 +60,8 @@ def verdict_sentence(verdict: Verdict, labelled: bool) -> str:
 
 def notes(report: Report) -> list[str]:
     """How to read the numbers, and what they do not say."""
-    found = [*_accuracy_notes(report), *_grid_notes(report)]
+    lost = unreadable_note(report)
+    found = [*_accuracy_notes(report), *([lost] if lost else []), *_grid_notes(report)]
     rows = latency_rows(report)
     if rows:
         found.append(
@@ -87,6 +88,21 @@ def notes(report: Report) -> list[str]:
         "One that is no faster than fp32 by more than that is not suggested."
     )
     return found
+
+
+def unreadable_note(report: Report) -> str | None:
+    """How many images could not be read, and which; None where all could."""
+    evaluation = report.evaluation
+    if not evaluation.unreadable:
+        return None
+    total = evaluation.images + evaluation.unreadable
+    named = [f"{own.file} ({own.reason})" for own in evaluation.unreadable_files]
+    more = evaluation.unreadable - len(named)
+    listed = "; ".join([*named, *([f"{more:,} more"] if named and more > 0 else [])])
+    return (
+        f"{evaluation.unreadable:,} of {total:,} images of {evaluation.dataset} could not be read and count nowhere"
+        + (f": {listed}." if listed else ".")
+    )
 
 
 def environment_facts(environment: Environment) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ def measure_accuracy(run: Run, variant: str) -> StageRecord:
         for own in provider_runners(run, {variant: source}, []):  # the benchmark says which are left out
             with own.runner as runner:
                 found.append(_accuracy(run, runner, own.graph))
-        return {"accuracy": [a.model_dump(mode="json") for a in found]}, []
+        return {"accuracy": [a.model_dump(mode="json") for a in found], "unreadable": data.unreadable.summary()}, []
 
     upstream = [f"export/{variant}", *([] if run.has_own_data else ["synthesize"])]
     upstream += engine_stage(variant, built)

@@ -1,0 +1,296 @@
+"""Images of evaluation data that cannot be read, or are of odd modes: converted, or left out, counted and named."""
+
+import io
+import json
+import logging
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from test_data import contents, failure, paint
+from test_pipeline import config
+
+from calib.progress import SILENT
+from cli.main import main
+from clusterq_deploy.data import load_evaluation
+from clusterq_deploy.errors import DataError, UnreadableImageError
+from clusterq_deploy.images import read_image
+from clusterq_deploy.measure import predictions, score
+from clusterq_deploy.models import InputSpec, LoadedModel, load_model
+from clusterq_deploy.pipeline import Pipeline
+from clusterq_deploy.report import read_report
+from clusterq_deploy.runners import TorchRunner
+
+RGB = InputSpec(size=(3, 4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
+GREY = InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,))
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model of RGB images with three classes."""
+    file = tmp_path_factory.mktemp("three") / "net.py"
+    file.write_text(
+        "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"
+        "def make():\n"
+        "    return Sequential(Conv2d(3, 3, 1), BatchNorm2d(3), AdaptiveAvgPool2d(1), Flatten())\n"
+    )
+    settings = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return load_model(f"{file}:make", device=torch.device("cpu"), **settings)
+
+
+def encoded(form: str, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A file of noise, which no format packs away."""
+    stream = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(stream, form)
+    return stream.getvalue()
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A whole and valid PNG of black pixels, small on disk."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "text.png": (b"not an image", "no image of these formats"),
+    "empty.jpg": (b"", "no image of these formats"),
+    "header.png": (encoded("PNG")[:60], "OSError"),
+    "cut.png": (encoded("PNG")[:-4000], "truncated"),
+    "cut.jpg": (encoded("JPEG")[:-800], "truncated"),
+    "cut.bmp": (encoded("BMP")[:-800], "truncated"),
+    "cut.tif": (encoded("TIFF")[:-4000], ""),
+    "cut.webp": (encoded("WEBP")[:-800], ""),
+    "warned.png": (huge_png(10_000, 9_000), "decompression bomb"),  # Pillow alone warns of it
+    "refused.png": (huge_png(20_000, 9_000), "decompression bomb"),
+    "ghostscript.png": (encoded("EPS"), "no image of these formats"),
+    "thread.png": (huge_png(1, 12_000), "would be resized to"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_says_why_in_one_line(tmp_path: Path, name: str) -> None:
+    content, said = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    spec = InputSpec(size=(3, 224, 224), mean=(0.0,) * 3, std=(1.0,) * 3, resize=256)
+    with pytest.raises(UnreadableImageError) as caught:
+        read_image(tmp_path / name, f"0/{name}", spec)
+    assert caught.value.file == f"0/{name}"
+    assert said in caught.value.reason
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_the_filter_of_warnings_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "warned.png").write_bytes(huge_png(10_000, 9_000))
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        read_image(tmp_path / "warned.png", "warned.png", RGB)
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(tmp_path / "warned.png").close()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UnreadableImageError, match="not a plain file"):
+        read_image(tmp_path / "pipe.png", "pipe.png", RGB)
+    with pytest.raises(UnreadableImageError, match="No such file"):
+        read_image(tmp_path / "absent.png", "absent.png", RGB)
+
+
+# ---- modes ----
+
+
+def shades(mode: str) -> Image.Image:
+    """Left half black, right half white, in a mode."""
+    half = Image.fromarray(np.array([[0, 0, 255, 255]] * 4, np.uint8))
+    return half.convert("RGB").convert(mode) if mode in ("CMYK", "P") else half.convert(mode)
+
+
+@pytest.mark.parametrize("spec", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("P", "png"), ("RGBA", "png"), ("CMYK", "tif")],
+)
+def test_a_mode_with_a_meaning_is_converted(tmp_path: Path, spec: InputSpec, mode: str, suffix: str) -> None:
+    file = tmp_path / f"x.{suffix}"
+    shades(mode).save(file)
+    assert np.rint(read_image(file, "x", spec)[0]).tolist() == [[0, 0, 1, 1]] * 4
+
+
+@pytest.mark.parametrize("spec", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path, spec: InputSpec, suffix: str) -> None:
+    levels = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
+    Image.fromarray(levels).save(tmp_path / f"x.{suffix}")
+    found = np.rint(read_image(tmp_path / f"x.{suffix}", "x", spec) * 255)
+    assert found[0, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_no_known_range_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32).astype(dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(UnreadableImageError, match="no known range"):
+        read_image(tmp_path / "x.tif", "x.tif", RGB)
+
+
+# ---- counted and named, up to a limit ----
+
+
+def spoil(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(encoded("PNG")[:-4000])
+
+
+def test_unreadable_images_are_left_out_with_their_labels(
+    tmp_path: Path, three: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    for value in range(200):
+        paint(tmp_path / str(value % 3) / f"{value:03}.png", value)
+    for name in ("0/003.png", "1/100.png"):
+        spoil(tmp_path / name)
+    data = load_evaluation(tmp_path, three)
+    names = sorted(f"{value % 3}/{value:03}" for value in range(200) if value not in (3, 100))
+    expected = [int(name[2:]) for name in names], [int(name[0]) for name in names]
+    with caplog.at_level(logging.WARNING):
+        assert contents(data, batch_size=7) == expected
+        assert contents(data, batch_size=200) == expected
+    assert (len(data), len(data.kept), len(data.unreadable)) == (200, 198, 2)
+    assert data.labels is not None
+    assert data.labels[data.kept].tolist() == expected[1]
+    (told,) = caplog.messages
+    assert "2 of the 200 images" in told
+    assert "0/003.png (OSError: image file is truncated" in told
+    assert data.unreadable.summary()["count"] == 2
+    assert [own["file"] for own in data.unreadable.summary()["files"]] == ["0/003.png", "1/100.png"]
+
+
+def test_more_than_one_in_a_hundred_ends_it(tmp_path: Path, three: LoadedModel) -> None:
+    for value in range(200):
+        paint(tmp_path / "0" / f"{value:03}.png", value)
+    for name in ("005", "006", "007"):
+        spoil(tmp_path / "0" / f"{name}.png")
+    message = failure(tmp_path, three)
+    assert "more than 2 of the 200 images" in message
+    assert all(f"0/{name}.png" in message for name in ("005", "006", "007"))
+
+
+@pytest.mark.parametrize(("whole", "spoilt", "fits"), [(1, 1, True), (2, 2, False), (0, 1, False), (98, 1, True)])
+def test_a_small_set_may_lose_one_image_but_never_all(
+    tmp_path: Path, three: LoadedModel, whole: int, spoilt: int, fits: bool
+) -> None:
+    for value in range(whole):
+        paint(tmp_path / "0" / f"whole{value}.png", value)
+    for value in range(spoilt):
+        spoil(tmp_path / "0" / f"cut{value}.png")
+    if fits:
+        assert len(contents(load_evaluation(tmp_path, three))[0]) == whole
+    else:
+        assert "cannot be read" in failure(tmp_path, three)
+
+
+def test_the_first_names_and_then_a_count(tmp_path: Path, three: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    for value in range(700):
+        paint(tmp_path / "0" / f"{value:03}.png", 0)
+    for value in range(7):
+        spoil(tmp_path / "0" / f"{value:03}.png")
+    data = load_evaluation(tmp_path, three)
+    list(data.batches(50))
+    assert caplog.messages[0].endswith("; 2 more")
+    assert "0/004.png" in caplog.messages[0]
+    assert "0/005.png" not in caplog.messages[0]
+    assert len(data.unreadable.summary()["files"]) == 5
+
+
+def test_a_part_of_a_set_has_the_limit_of_the_whole(tmp_path: Path, three: LoadedModel) -> None:
+    for value in range(300):
+        paint(tmp_path / "0" / f"{value:03}.png", value % 256)
+    for name in ("000", "001"):
+        spoil(tmp_path / "0" / f"{name}.png")
+    data = load_evaluation(tmp_path, three)
+    part = data.subset(np.array([4, 1, 2, 0]))
+    assert contents(part) == ([4, 2], [0, 0])
+    assert part.kept.tolist() == [0, 2]
+    assert len(data.kept) == 298  # what the part found, the whole set knows
+
+
+def test_accuracy_counts_what_was_read(tmp_path: Path, three: LoadedModel) -> None:
+    for value in range(4):
+        paint(tmp_path / str(value % 3) / f"{value}.png", 60 * value)
+    data = load_evaluation(tmp_path, three)
+    with TorchRunner(three.module) as runner:
+        every = predictions(runner, data, 2)
+        spoil(tmp_path / "0" / "3.png")  # the second file of four
+        again = load_evaluation(tmp_path, three)
+        own = predictions(runner, again, 2, SILENT)
+    np.testing.assert_array_equal(own, every[[0, 2, 3]])
+    assert data.labels is not None
+    right = 100 * float((every[[0, 2, 3], 0] == data.labels[[0, 2, 3]]).mean())
+    assert score("torch", own, own, again).top1 == pytest.approx(right)
+    with pytest.raises(DataError, match="do not fit"):
+        score("torch", own, every, again)
+
+
+def test_a_name_that_does_not_print_is_escaped(tmp_path: Path, three: LoadedModel) -> None:
+    paint(tmp_path / "0" / "a.png", 1)
+    try:
+        spoil(tmp_path / "0" / os.fsdecode(b"\x1b[31m\n\xff.png"))
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    data = load_evaluation(tmp_path, three)
+    list(data.batches(2))
+    (own,) = data.unreadable.summary()["files"]
+    assert own["file"] == r"0/\x1b[31m\n\udcff.png"
+    json.dumps(own, ensure_ascii=False).encode()
+
+
+def test_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, three: LoadedModel) -> None:
+    file = tmp_path / "set.npz"
+    np.savez(file, images=np.zeros((2, 6_000_000, 1, 3), np.uint8), labels=np.zeros(2, int))
+    assert "would be resized" in failure(file, three)
+
+
+# ---- through a run ----
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_could_not_read(tmp_path: Path) -> None:
+    for value in range(20):
+        paint(tmp_path / "data" / str(value % 10) / f"{value:02}.png", 10 * value, (8, 8))
+    spoil(tmp_path / "data" / "7" / "17.png")
+    report = Pipeline(config(data=str(tmp_path / "data"), bits=["w8a8"]), tmp_path / "out").run()
+    assert (report.evaluation.images, report.evaluation.unreadable) == (19, 1)
+    (note,) = report.evaluation.unreadable_files
+    assert note.file == "7/17.png"
+    assert "truncated" in note.reason
+    assert read_report(tmp_path / "out/report.json") == report
+    for own in (entry for variant in report.variants for entry in variant.accuracy):
+        assert own.top1 is not None
+        assert own.top1 * 19 / 100 == pytest.approx(round(own.top1 * 19 / 100))  # a share of 19 images
+    for page in ("report.md", "report.html"):
+        assert "1 of 20 images of data could not be read and count nowhere: 7/17.png" in (
+            tmp_path / "out" / page
+        ).read_text(encoding="utf-8")
+    told = CliRunner().invoke(main, ["report", str(tmp_path / "out")])  # its stages are finished: nothing is read
+    assert told.exit_code == 0, told.output
+    assert "1 of 20 images of data could not be read" in " ".join(told.stdout.split())
+    alone = CliRunner().invoke(
+        main, ["evaluate", str(tmp_path / "out/fp32/model.onnx"), "--data", str(tmp_path / "data"), "--json"]
+    )
+    assert alone.exit_code == 0, alone.output
+    (found,) = json.loads(alone.stdout)
+    assert (found["images"], found["unreadable"]) == (19, 1)

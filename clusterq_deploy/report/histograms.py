@@ -1,6 +1,12 @@
 """How a layer's values lie on their grids, as `report.json` has it."""
 
-from clusterq_deploy.report.record import Record
+from typing import Annotated
+
+from pydantic import Field
+
+from clusterq_deploy.report.record import Count, Finite, Record
+
+_Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Histogram(Record):
@@ -11,13 +17,13 @@ class Histogram(Record):
     share of the values, in [0, 1], that the grid cuts off.
     """
 
-    low: int
-    high: int
-    steps: tuple[float, float]
-    start: float
-    width: float
-    counts: list[int]
-    clipped: float
+    low: int = Field(ge=-128, le=0)
+    high: int = Field(ge=1, le=255)
+    steps: tuple[_Step, _Step]
+    start: Finite = Field(ge=-1024, le=1024)
+    width: _Step = Field(le=1024)
+    counts: list[Count] = Field(min_length=1, max_length=1024)
+    clipped: float = Field(ge=0, le=1)
 
 
 class LayerHistograms(Record):

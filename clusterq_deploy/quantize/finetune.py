@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from calib.calibration_set import CalibrationSet
 from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
+from calib.leaves import leaves_beside
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
 from calib.recovery import Recovery
@@ -32,6 +33,8 @@ divergence is luck (on a CIFAR-10 ResNet-20 one of step 75 of 600 cost 0.7 point
 _JUDGED_VIEWS = 2
 """Of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a CIFAR-10
 ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
+
+_NO_CLASS = -1
 
 _MEASURED_ON = 128  # images that say what a layer's inputs and outputs are like
 
@@ -52,6 +55,9 @@ class FinetuneConfig(StageConfig):
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
         feature_weight: of `matching.feature_loss`.
+        procedural: share of `dead_leaves`, images of no class, among those that a student is initialized and tuned on.
+            Synthetic images show what the teacher knows a class by and are more alike than photographs: a student that
+            agrees on them alone is free where photographs go. Selection is by synthetic images alone.
         augment: the views of the images that are tuned on.
         held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints, in views
             that are drawn once.
@@ -67,6 +73,7 @@ class FinetuneConfig(StageConfig):
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(2.0, gt=0)
     feature_weight: float = Field(1.0, ge=0)
+    procedural: float = Field(0.5, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
     held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)
@@ -99,7 +106,7 @@ class Tuning:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
-    """CE(Q(x), y) + gamma KL, from logits (N, classes) and labels (N,).  # (11) in arXiv 2205.00179
+    """CE(Q(x), y) + gamma KL, from logits (N, classes) and labels (N,), -1 for no class.  # (11) in arXiv 2205.00179
 
     The divergence is that of the student from the teacher, KL(teacher || student), as in distillation: it asks the
     student to give weight wherever the teacher does. It is taken at a temperature T and multiplied by T squared,
@@ -108,7 +115,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: 
     t = config.temperature
     kl = F.kl_div((student / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True)
     loss = config.kl_weight * t * t * kl
-    return loss + config.ce_weight * F.cross_entropy(student, labels) if config.ce_weight else loss
+    if not config.ce_weight:
+        return loss
+    ce = F.cross_entropy(student, labels, ignore_index=_NO_CLASS, reduction="sum")
+    return loss + config.ce_weight * ce / (labels != _NO_CLASS).sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -160,6 +170,10 @@ def finetune(
     tune, held_out = calibration.split(config.held_out)
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     judged = torch.cat([view(held_out.images) for _ in range(_JUDGED_VIEWS)])
+    measured = tune.images[:_MEASURED_ON].to(device)
+    leaves = leaves_beside(tune.images, config.procedural, rng)
+    none = tune.labels.new_full((len(leaves),), _NO_CLASS)
+    tune = CalibrationSet(torch.cat([tune.images, leaves]), torch.cat([tune.labels, none]))
     teacher = reference.net.to(memory_format=torch.channels_last)
     student.to(memory_format=torch.channels_last)
     with teacher.in_float(), student.in_int8():
@@ -172,7 +186,7 @@ def finetune(
     precision = mixed_precision(device) if widest < 8 else nullcontext()
     with (
         student.in_int8(),
-        normalized(student, tune.images[:_MEASURED_ON].to(device)) as parameters,
+        normalized(student, measured) as parameters,
         progress.task(f"Fine-tuning {student.bits}", steps) as advance,
         teacher.in_float(),
         matched_features(student, reference, judged[:_MEASURED_ON].to(device)) as feature_loss,

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from calib.calibration_set import CalibrationSet
 from calib.checkpoint import Checkpoint
+from calib.leaves import with_leaves
 from calib.synthesis import Synthesis, synthesize
 from clusterq_deploy.quantize import (
     BitWidths,
@@ -82,7 +83,7 @@ def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
         rng = run.rng(f"sensitivity/{bits}")
         found = sensitivities(
             make_student(run.model.module, bits, **_widths(run)),
-            run.calibration.images,
+            _shown(run),
             judged=_judged_views(run, rng),
             batch_size=batch_size,
             rng=rng,
@@ -90,7 +91,8 @@ def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
         )
         return {"layers": [asdict(own) for own in found]}, []
 
-    inputs = {"bits": str(bits), "batch_size": batch_size, **_widths(run)}
+    share = run.config.finetune.procedural
+    inputs = {"bits": str(bits), "batch_size": batch_size, "procedural": share, **_widths(run)}
     return run.perform(f"sensitivity/{bits}", inputs, work, upstream=["synthesize"])
 
 
@@ -172,7 +174,7 @@ def _initialized(
         started = Initialization.from_state(student, kept["state"])
         rng.set_state(kept["rng"])
         return plan, student, started
-    started = initialize(student, run.calibration.images, batch_size=batch_size, rng=rng, progress=run.progress)
+    started = initialize(student, _shown(run), batch_size=batch_size, rng=rng, progress=run.progress)
     checkpoint.save(
         "initialized",
         lambda: {
@@ -183,6 +185,11 @@ def _initialized(
         now=True,
     )
     return plan, student, started
+
+
+def _shown(run: Run) -> torch.Tensor:
+    """The images that a student is initialized on, the same for all variants."""
+    return with_leaves(run.calibration.images, run.config.finetune.procedural, run.rng("leaves"))
 
 
 def _judged_views(run: Run, rng: torch.Generator) -> torch.Tensor:
@@ -205,7 +212,7 @@ def _plan(run: Run, bits: BitWidths, max_drop: float) -> PrecisionPlan:
         **_widths(run),
         costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
         max_drop=max_drop,
-        images=run.calibration.images,
+        images=_shown(run),
         judged=_judged_views(run, rng),
         batch_size=run.config.finetune.batch_size,
         rng=rng,

@@ -14,8 +14,8 @@ class Checkpoint(Protocol):
         """The state that a phase was left in, its tensors on the CPU; None where it begins."""
         ...
 
-    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
-        """Keep the state of a phase, if it is time to; `now` keeps it in any case."""
+    def save(self, phase: str, state: Callable[[], State]) -> None:
+        """Keep the state of a phase, if it is time to. What comes before a phase may have to be done again, alike."""
         ...
 
 
@@ -23,7 +23,7 @@ class _Nowhere:
     def load(self, phase: str) -> State | None:
         return None
 
-    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State]) -> None:
         pass
 
 

@@ -35,12 +35,12 @@ def dead_leaves(shape: tuple[int, int, int, int], rng: torch.Generator) -> Tenso
         large = dead_leaves((count, channels, 4 * height, 4 * width), rng)
         return torch.nn.functional.avg_pool2d(large, 4)
     draws = np.random.default_rng(seeded(rng))
-    images = []
-    for first in range(0, count, _AT_ONCE):
-        part = torch.Size((min(_AT_ONCE, count - first), channels, height, width))
-        textures = natural_noise(part, rng).cpu().numpy()
-        images += [_drawn(textures[i], textures[i - 1], draws) for i in range(len(textures))]
-    return torch.from_numpy(np.stack(images))
+    images = torch.empty(shape)
+    for part in images.split(_AT_ONCE):
+        textures = natural_noise(part.shape, rng).cpu().numpy()
+        for index, place in enumerate(part):
+            place.copy_(torch.from_numpy(_drawn(textures[index], textures[index - 1], draws)))
+    return images
 
 
 def leaves_beside(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
@@ -53,7 +53,7 @@ def leaves_beside(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
         return images[:0]
     black, white = (edge.view(1, -1, 1, 1) for edge in (images.amin((0, 2, 3)), images.amax((0, 2, 3))))
     _, channels, height, width = images.shape
-    return black + (white - black) * dead_leaves((count, channels, height, width), rng)
+    return dead_leaves((count, channels, height, width), rng).mul_(white - black).add_(black)
 
 
 def with_leaves(images: Tensor, share: float, rng: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from calib.statistics import count_executed, tap_batchnorm
 from calib.training import History
 
 _SHARED_NOISE = 0.8  # of the noise's variance
-_GOOD_EVERY = 50  # steps, between the states that a loss which is not finite goes back to
+_GOOD_EVERY = 10  # steps, between the states that a loss which is not finite goes back to
 
 
 class RefineConfig(StageConfig):
@@ -140,7 +140,8 @@ def refine(
     if kept is not None:
         refined, history = kept["refined"], kept["history"]
     with progress.task("Refinement", len(parts) * config.steps) as advance:
-        advance(len(refined) * config.steps)
+        if refined:
+            advance(len(refined) * config.steps)
         for part, own in parts[len(refined) :]:
             batch = _Batch(part, config, limits, rng)
             if kept is not None:
@@ -148,13 +149,14 @@ def refine(
                 rng.set_state(kept["rng"])
                 kept = None
                 advance(batch.done)
-            for step in range(batch.done, config.steps):
+            while (step := batch.done) < config.steps:
                 figures = batch.step(teacher, own, weights, flip)
-                for name, value in figures.items():
-                    history[name][step] += value / len(parts)
-                advance(1, **figures)
+                advance(batch.done - step, **figures)
                 checkpoint.save("refine", partial(_reached, refined, history, batch, rng))
             refined.append(batch.pixels.detach().half().cpu())
+            for step, figures in enumerate(batch.losses):
+                for name, value in figures.items():
+                    history[name][step] += value / len(parts)
     return torch.cat(refined).to(images.device).float(), history
 
 
@@ -167,7 +169,7 @@ class _Batch:
 
     Attributes:
         pixels: (N, C, H, W) float32, normalized.
-        done: steps taken.
+        losses: the value of each loss term by step.
     """
 
     def __init__(
@@ -186,10 +188,19 @@ class _Batch:
             error=SynthesisError,
             advice="try another --seed, or a smaller synthesis.refine.learning_rate in --config",
         )
-        self.done = 0
+        self.losses: list[dict[str, float]] = []
+        self._good = self.done, self._schedule.state_dict()
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.losses)
 
     def step(self, teacher: nn.Module, labels: Tensor, weights: list[float], flip: bool) -> dict[str, float]:
-        """One optimizer step; gives the value of each loss term."""
+        """One optimizer step; gives the value of each loss term.
+
+        Where the loss is not finite, the steps since the last good state are taken back, to be done with smaller ones.
+        """
         config, pixels = self._config, self.pixels
         down, right, mirror = _draw_move(config.shift, self._rng)
         with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
@@ -202,35 +213,43 @@ class _Batch:
         spread = spread_loss(tap, config.spread_mean, config.spread_std)
         loss = loss + config.spread_weight * spread
         value, *figures = torch.stack([loss, bns, ce, spread]).tolist()
-        self.done += 1
-        if not self._recovery.went_back(value):
+        terms = dict(zip(("bns", "ce", "spread"), figures, strict=True))
+        if self._recovery.went_back(value):
+            done, schedule = self._good
+            del self.losses[done:]
+            self._schedule.load_state_dict(schedule)
+        else:
+            if self.done % _GOOD_EVERY == 0:
+                self._recovery.save()
+                self._good = self.done, self._schedule.state_dict()
+            self.losses.append(terms)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self._optimizer.step()
             self._schedule.step()
             with torch.no_grad():
                 pixels.clamp_(*self._limits)
-            if self.done % _GOOD_EVERY == 0:
-                self._recovery.save()
-        return dict(zip(("bns", "ce", "spread"), figures, strict=True))
+        return terms
 
     def state_dict(self) -> State:
         """All that its steps go on from."""
         return {
-            "done": self.done,
+            "losses": self.losses,
             "pixels": self._module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "recovery": self._recovery.state_dict(),
+            "good": self._good,
         }
 
     def load_state_dict(self, state: State) -> None:
         """Go on from what `state_dict` gave."""
-        self.done = state["done"]
+        self.losses = state["losses"]
         self._module.load_state_dict(state["pixels"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._recovery.load_state_dict(state["recovery"])
+        self._good = state["good"]
 
 
 def _draw_move(shift: int, rng: torch.Generator) -> tuple[int, int, bool]:

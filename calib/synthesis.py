@@ -123,7 +123,8 @@ def synthesize(
         device: where to compute.
         rng: source of all randomness.
         progress: shows how far it is.
-        checkpoint: keeps what is reached. Work that goes on from it ends with the images that it would have ended with.
+        checkpoint: keeps what is reached. On a CPU, work that goes on from it ends with the images that it would have
+            ended with; on a GPU some gradients are summed in any order.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.

@@ -126,7 +126,7 @@ class GeneratorTrainer:
         self._sampler = ClassSampler(classes, rng)
         self._mixing = torch.empty(0, device=device)  # (latent, n): how a latent mixes n deviations
         self._deviations: list[tuple[Tensor, Tensor]] = []  # a layer: (n, C) of means and of deviations
-
+        self._steps = 0  # that were taken, not taken back
         self._recovery = Recovery(
             self.generator,
             self.optimizer,
@@ -145,6 +145,7 @@ class GeneratorTrainer:
             "labels": self._sampler.waiting,
             "mixing": self._mixing,
             "deviations": self._deviations,
+            "steps": self._steps,
             "rng": self._rng.get_state(),
         }
 
@@ -159,6 +160,7 @@ class GeneratorTrainer:
         self._sampler.waiting = state["labels"].to(self._rng.device)
         self._mixing = state["mixing"].to(self.device)
         self._deviations = [(mean.to(self.device), std.to(self.device)) for mean, std in state["deviations"]]
+        self._steps = state["steps"]
         self._rng.set_state(state["rng"])
 
     def latents(self, count: int) -> Tensor:
@@ -188,7 +190,7 @@ class GeneratorTrainer:
             "ce": (config.ce_weight, F.cross_entropy(logits, labels)),  # (8)
             "bns": (config.bns_weight, bns_loss(tap, relative=config.distance == "relative")),
         }
-        keep = logits.argmax(1) == labels
+        keep = (logits.argmax(1) == labels) & logits.isfinite().all(1)
         if not warmup and bool(keep.any()):
             moments = tap.moments[self.first_semantic :]
             present, shares = class_weights(labels, keep)
@@ -201,6 +203,9 @@ class GeneratorTrainer:
         total = torch.stack([weight * value for weight, value in losses.values()]).sum()  # (10)
         *values, loss = torch.stack([*(value.detach() for _, value in losses.values()), total.detach()]).tolist()
         if not self._recovery.went_back(loss):
+            if self._steps % _GOOD_EVERY == 0:
+                self._recovery.save()
+            self._steps += 1
             self.optimizer.zero_grad(set_to_none=True)
             total.backward()
             self.optimizer.step()
@@ -247,7 +252,8 @@ class GeneratorTrainer:
         for _ in range(max(rounds, _DEVIATION_BATCHES)):
             labels = self.batch_labels()
             with tap_batchnorm(self.teacher) as tap, mixed_precision(self.device):
-                keep = self.teacher(self.generator(self.latents(len(labels)), labels)).argmax(1) == labels
+                logits = self.teacher(self.generator(self.latents(len(labels)), labels))
+            keep = (logits.argmax(1) == labels) & logits.isfinite().all(1)
             if not bool(keep.any()):
                 continue
             moments = tap.moments[self.first_semantic :]
@@ -277,9 +283,11 @@ class GeneratorTrainer:
         if (kept := checkpoint.load("generator")) is not None:
             history = kept["history"]
             self.load_state_dict(kept)
+            del kept
         done = len(history["ce"])
         with progress.task("Generator", config.steps) as advance:
-            advance(done)
+            if done:
+                advance(done)
             for index in range(done, config.steps):
                 if index == config.warmup_steps:
                     self.initialize_centroids()
@@ -287,10 +295,7 @@ class GeneratorTrainer:
                 for name, values in history.items():
                     values.append(losses.get(name, 0.0))
                 advance(1, **losses)
-                if index % _GOOD_EVERY == 0 and math.isfinite(losses["ce"]):
-                    self._recovery.save()
                 checkpoint.save("generator", lambda: {**self.state_dict(), "history": history})
-        checkpoint.save("generator", lambda: {**self.state_dict(), "history": history}, now=done < config.steps)
         return history
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ class FileCheckpoint:
     """Keeps states in files, one a phase: the digest of the rest, then torch's format.
 
     Files of other work, of another state than they were written in, or that cannot be read count as none. A state that
-    cannot be written, for a full disk, is reported and costs nothing but itself.
+    cannot be written, for a full disk or memory, is reported and costs nothing but itself.
 
     Args:
         folder: where the files are; made when something is first kept.
@@ -41,11 +41,12 @@ class FileCheckpoint:
     def load(self, phase: str) -> State | None:
         """As `calib.checkpoint.Checkpoint.load`; reading runs no code."""
         try:
-            content = memoryview((self._folder / phase).read_bytes())
-            if hashlib.sha256(content[32:]).digest() != content[:32]:
+            with (self._folder / phase).open("rb") as file:
+                digest, content = file.read(hashlib.sha256().digest_size), io.BytesIO(file.read())
+            if hashlib.sha256(content.getbuffer()).digest() != digest:
                 return None
-            kept = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+            kept = torch.load(content, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, MemoryError, RuntimeError, pickle.UnpicklingError):
             return None
         if kept["key"] != self._key:
             return None
@@ -53,17 +54,17 @@ class FileCheckpoint:
         state: State = kept["state"]
         return state
 
-    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State]) -> None:
         """As `calib.checkpoint.Checkpoint.save`: it is time to every 30 seconds."""
         start = time.monotonic()
-        if start < self._due and not now:
+        if start < self._due:
             return
         buffer = io.BytesIO()
-        torch.save({"key": self._key, "state": state()}, buffer)
-        content = buffer.getbuffer()
         try:
-            write_bytes(self._folder / phase, hashlib.sha256(content).digest() + content)
-        except RunDirectoryError as error:
-            logger.warning("no checkpoint was kept: %s", error)
+            torch.save({"key": self._key, "state": state()}, buffer)
+            content = buffer.getbuffer()
+            write_bytes(self._folder / phase, hashlib.sha256(content).digest(), content)
+        except (RunDirectoryError, MemoryError) as error:
+            logger.warning("no checkpoint was kept: %s", error or "the memory does not suffice")
         end = time.monotonic()
         self._due = end + max(_EVERY, (end - start) / _LARGEST_SHARE)

@@ -9,8 +9,8 @@ from pathlib import Path
 from clusterq_deploy.errors import RunDirectoryError
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to `path` as one atomic step; missing parent directories are made.
+def write_bytes(path: Path, *data: bytes | memoryview) -> None:
+    """Write `data`, one after the other, to `path` as one atomic step; missing parent directories are made.
 
     The data goes to a temporary file beside `path`, reaches the disk, and takes the name `path` by a rename.
     On any failure `path` is left as it was, and the temporary file is gone.
@@ -22,7 +22,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -4,6 +4,7 @@ A file is decoded by the formats that evaluation data may have alone: Pillow han
 it. What Pillow warns of or refuses as a decompression bomb is not decoded.
 """
 
+import errno
 import logging
 import stat
 import threading
@@ -29,6 +30,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 MAX_UNREADABLE = 0.01
 """The share of a set that may be unreadable; of a small set one image, of a single image none."""
 _NAMED = 5
+_OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no file is at fault
 _OPENING = threading.Lock()
 """Filters of warnings belong to the process: one thread at a time opens a file, any number decode."""
 
@@ -49,7 +51,11 @@ def read_image(file: Path, name: str, spec: InputSpec) -> Images:
             raise ValueError("it is not a plain file")
         with _open(file) as image:
             return spec.preprocess(image)
+    except MemoryError:
+        raise
     except Exception as error:  # damage shows wherever the parser meets it
+        if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
+            raise
         raise UnreadableImageError(name, _reason(error)) from error
 
 

@@ -30,7 +30,7 @@ _FEWEST_IMAGES = 8
 _GENERATOR_STEPS, _REFINE_STEPS, _TUNING_STEPS = 3, 3, 8  # a student near its teacher takes a quarter of its steps
 _PASSES_OF_INITIALIZATION = 4  # over each image: equalisation, calibration, and both models side by side
 _TENSORS_OF_RECONSTRUCTION = 5  # of the widest layer's values, alive at a time
-_COPIES_OF_IMAGES = 2  # before and after refinement
+_COPIES_OF_IMAGES = 2  # of all that a student is shown, beside the synthetic ones: before and after they are mixed
 _GRADIENTS = 1.5  # what a backward pass holds, over what the forward pass kept for it
 
 
@@ -195,7 +195,12 @@ def _variant(run: Run, bits: BitWidths, calibration: CalibrationSet, most: int, 
 
 def _images_initialized(run: Run) -> int:
     """How many images the scales and the reconstruction of a variant read."""
-    return min(run.config.synthesis.images, images_read(_widest(run)))
+    return min(_images_shown(run), images_read(_widest(run)))
+
+
+def _images_shown(run: Run) -> int:
+    """The synthetic images and those of no class."""
+    return round(run.config.synthesis.images / (1 - run.config.finetune.procedural))
 
 
 def _widest(run: Run) -> int:
@@ -215,7 +220,8 @@ def _memory(run: Run, variants: Sequence[BitWidths]) -> int:
     if any(bits.weights < 8 for bits in variants):
         held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * _images_initialized(run) * _widest(run))
     process = psutil.Process().memory_info().rss if run.device.type == "cpu" else 0
-    return int(process + held + _COPIES_OF_IMAGES * 4 * synthesis.images * values)
+    images = _COPIES_OF_IMAGES * _images_shown(run) + synthesis.images
+    return int(process + held + 4 * images * values)
 
 
 def _saved_for_gradients(run: Run) -> float:

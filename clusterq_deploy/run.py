@@ -6,10 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
 import torch
 
 from calib.calibration_set import CalibrationSet
 from calib.cost import pass_cost
+from calib.precision import has_fast_bfloat16
 from calib.progress import SILENT, Progress
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.config import RunConfig
@@ -161,8 +164,9 @@ class Run:
             stage, inputs, upstream: as for `perform`.
             divisor: of its batches.
         """
-        own = {**self.own_inputs(inputs), "torch": torch.__version__}
-        return self.directory.checkpoint(stage, f"1-{divisor}", own, upstream)
+        libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+        own = {**self.own_inputs(inputs), **libraries, "bfloat16": has_fast_bfloat16(self.device)}
+        return self.directory.checkpoint(stage, f"batches-by-{divisor}", own, upstream)
 
     def own_inputs(self, inputs: Result) -> Result:
         """A stage's inputs with what every stage depends on."""

@@ -34,7 +34,7 @@ class StageRecord:
         upstream: digest of each stage that it built on, by name.
         files: SHA-256 of each file that it wrote, by path relative to the run directory.
         result: what the report needs of it, JSON values only.
-        seconds: how long it took.
+        seconds: how long it took; where it went on from a checkpoint, from there on.
     """
 
     inputs: str
@@ -82,7 +82,7 @@ class RunDirectory:
         if manifest is None:
             if path.exists() and not path.is_dir():
                 raise RunDirectoryError(f"{path} is a file; choose a folder with --out")
-            if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
+            if path.is_dir() and any(file.name not in {LOCK, CHECKPOINTS} for file in path.iterdir()):
                 raise RunDirectoryError(f"{path} holds files that are no run's; choose an empty folder with --out")
             return
         if manifest["model"] != self._model:
@@ -163,7 +163,7 @@ class RunDirectory:
             record = StageRecord(own, sources, files, result, time.perf_counter() - start)
             self._stages[stage] = record
             self._save()
-            self._forget(self.path / CHECKPOINTS / stage)
+        self._forget(self.path / CHECKPOINTS / stage)
         return record
 
     def _forget(self, checkpoints: Path) -> None:
@@ -182,7 +182,7 @@ class RunDirectory:
 
         Args:
             stage, inputs, upstream: as for `perform`.
-            part: tells what goes on from one checkpoint from what goes on from another.
+            part: the name of this way of doing it among others of the same stage.
         """
         key = self._digests(inputs, upstream)[0]
         return FileCheckpoint(self.path / CHECKPOINTS / stage / part, key)

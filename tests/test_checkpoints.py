@@ -1,6 +1,7 @@
 """Work that was interrupted goes on from its checkpoint, and ends as it would have ended."""
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +26,13 @@ from clusterq_deploy.rundir import RunDirectory, read_manifest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is always time to keep a state."""
+    monkeypatch.setattr(files, "_EVERY", 0.0)
+    monkeypatch.setattr(files, "_LARGEST_SHARE", math.inf)
+
+
 class Interrupted(BaseException):
     """What ends the work in the middle."""
 
@@ -36,9 +44,9 @@ class Interrupting(FileCheckpoint):
         super().__init__(folder, "work")
         self._remaining = left
 
-    def save(self, phase: str, state: Callable[[], State], *, now: bool = False) -> None:
-        """As in the base class, every time."""
-        super().save(phase, state, now=True)
+    def save(self, phase: str, state: Callable[[], State]) -> None:
+        """As in the base class."""
+        super().save(phase, state)
         self._remaining -= 1
         if self._remaining == 0:
             raise Interrupted
@@ -51,6 +59,7 @@ def interrupted(work: Callable[[Checkpoint], object], folder: Path, after: list[
             work(Interrupting(folder, left))
 
 
+@pytest.mark.usefixtures("always")
 def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
     config = SynthesisConfig.model_validate(
         {
@@ -75,7 +84,7 @@ def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
 
     whole = work(FileCheckpoint(tmp_path / "none", "work"))
     # in the warm-up, after it, in the first, the second and the third batch of the refinement
-    interrupted(work, tmp_path / "kept", [3, 4, 6, 5, 6])
+    interrupted(work, tmp_path / "kept", [3, 4, 6, 5, 5])
     last = work(FileCheckpoint(tmp_path / "kept", "work"))
     assert torch.equal(last.calibration.images, whole.calibration.images)
     assert torch.equal(last.calibration.labels, whole.calibration.labels)
@@ -88,6 +97,7 @@ def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+@pytest.mark.usefixtures("always")
 def test_fine_tuning_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> None:
     net, data = make_net("residual"), images(64, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
@@ -116,12 +126,11 @@ def test_fine_tuning_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> N
         assert torch.equal(value, state[name]), name
 
 
+@pytest.mark.usefixtures("always")
 def test_states_of_other_work_and_altered_ones_count_as_none(tmp_path: Path) -> None:
     checkpoint = FileCheckpoint(tmp_path, "work")
     assert checkpoint.load("phase") is None
-    checkpoint.save("phase", lambda: {"value": 1})
-    assert checkpoint.load("phase") is None, "it was not time to"
-    checkpoint.save("phase", lambda: {"value": torch.ones(3)}, now=True)
+    checkpoint.save("phase", lambda: {"value": torch.ones(3)})
     assert torch.equal(FileCheckpoint(tmp_path, "work").load("phase")["value"], torch.ones(3))  # type: ignore[index]
     assert FileCheckpoint(tmp_path, "other work").load("phase") is None
     content = bytearray((tmp_path / "phase").read_bytes())
@@ -130,9 +139,10 @@ def test_states_of_other_work_and_altered_ones_count_as_none(tmp_path: Path) -> 
         assert checkpoint.load("phase") is None
 
 
+@pytest.mark.usefixtures("always")
 def test_a_disk_that_takes_no_checkpoint_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    FileCheckpoint(tmp_path / "file", "work").save("phase", dict, now=True)
+    FileCheckpoint(tmp_path / "file", "work").save("phase", dict)
     assert [r.message.partition(": ")[0] for r in caplog.records] == ["no checkpoint was kept"]
 
 
@@ -196,9 +206,9 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(tmp_path: Pat
         return ["synthesize", "digits", "--config", str(settings), "--out", str(folder)]
 
     for phase in ("generator", "refine"):
-        killed_in(f"synthesize/1-1/{phase}", *synthesis(out))
+        killed_in(f"synthesize/batches-by-1/{phase}", *synthesis(out))
     assert "goes on from its checkpoint" in finished(*synthesis(out))
-    killed_in("quantize/w4a4/1-1/tuning", "quantize", str(out), "--bits", "w4a4")
+    killed_in("quantize/w4a4/batches-by-1/tuning", "quantize", str(out), "--bits", "w4a4")
     assert "goes on from its checkpoint" in finished("quantize", str(out), "--bits", "w4a4")
     assert not (out / ".checkpoints").exists()
     log = finished(*synthesis(whole)) + finished("quantize", str(whole), "--bits", "w4a4")
@@ -209,11 +219,12 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(tmp_path: Pat
         assert stages[0][stage]["result"] == stages[1][stage]["result"]
 
 
+@pytest.mark.usefixtures("always")
 def test_checkpoints_are_removed_with_the_folders_that_held_nothing_else(tmp_path: Path) -> None:
     out = RunDirectory(tmp_path, {"name": "net", "weights_sha256": "0"})
     out.begin("")
     for bits in ("w4a4", "w8a8"):
-        out.checkpoint(f"quantize/{bits}", "1-1", {}).save("tuning", dict, now=True)
+        out.checkpoint(f"quantize/{bits}", "1-1", {}).save("tuning", dict)
     out.perform("quantize/w4a4", {}, lambda: ({}, []))
     assert sorted(p.name for p in (tmp_path / ".checkpoints" / "quantize").iterdir()) == ["w8a8"]
     out.perform("quantize/w8a8", {}, lambda: ({}, []))

@@ -158,7 +158,7 @@ def finetune(
         flip: mirror images at random.
         rng: source of all randomness.
         progress: shows how far it is.
-        checkpoint: keeps what is reached; the student must come as it came the first time.
+        checkpoint: keeps what is reached, should the process end; the student must come as it came the first time.
 
     Raises:
         TuningError: the loss is not finite, and stays so from the last good state and at smaller learning rates.
@@ -174,6 +174,7 @@ def finetune(
     leaves = leaves_beside(tune.images, config.procedural, rng)
     none = tune.labels.new_full((len(leaves),), _NO_CLASS)
     tune = CalibrationSet(torch.cat([tune.images, leaves]), torch.cat([tune.labels, none]))
+    del leaves
     teacher = reference.net.to(memory_format=torch.channels_last)
     student.to(memory_format=torch.channels_last)
     with teacher.in_float(), student.in_int8():
@@ -194,7 +195,9 @@ def finetune(
         course = _Course(student, parameters, config, steps, rng, losses, best)
         if (reached := checkpoint.load("tuning")) is not None:
             course.load_state_dict(reached)
-        advance(course.done)
+            del reached
+        if course.done:
+            advance(course.done)
         for step in range(course.done + 1, steps + 1):
             images, labels = (part.to(device) for part in _drawn(tune, config.batch_size, rng))
             images = view(images).contiguous(memory_format=torch.channels_last)
@@ -209,11 +212,10 @@ def finetune(
                 matching = feature_loss()
                 course.losses["features"].append(matching.item())
                 loss = loss + config.feature_weight * matching
-            if course.follow(loss, value := loss.item()):
-                advance(1, loss=value)
-                if step % every == 0 or step == steps:
-                    now = divergence(student, teacher, judged, config.batch_size, config.temperature)
-                    course.judge(now, may_keep=step >= _SETTLED * steps)
+            advance(1, loss=(value := loss.item()))
+            if course.follow(loss, value) and (step % every == 0 or step == steps):
+                now = divergence(student, teacher, judged, config.batch_size, config.temperature)
+                course.judge(now, may_keep=step >= _SETTLED * steps)
             checkpoint.save("tuning", course.state_dict)
         student.load_state_dict(course.kept)
     student.to(memory_format=torch.contiguous_format).settle()

@@ -18,10 +18,11 @@ _T = TypeVar("_T")
 def in_memory(work: Callable[[int], _T], what: str) -> tuple[_T, int]:
     """The result of `work(divisor)`, and the divisor of its batches that the memory sufficed for: 1, 2, 4, and so on.
 
-    Work begins anew with each, so that its result is the same as if such batches had been asked for.
+    Work begins anew with each, or where it was interrupted at the same one, so that its result is the same as if such
+    batches had been asked for.
 
     Args:
-        work: raises torch's error where memory does not suffice; it must leave nothing behind then.
+        work: raises torch's error where memory does not suffice; what it leaves behind then is of that divisor alone.
         what: what messages call it.
 
     Raises:

@@ -182,7 +182,6 @@ def _initialized(
             "state": started.state_dict(student),
             "rng": rng.get_state(),
         },
-        now=True,
     )
     return plan, student, started
 

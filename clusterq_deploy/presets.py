@@ -34,7 +34,6 @@ _PAPER: Settings = {
         "kl_weight": 1.0,
         "temperature": 1.0,
         "feature_weight": 0.0,
-        "procedural": 0.0,
         "augment": {"zoom": 0.0, "rotation": 0.0, "translation": 0.0, "jitter": 0.0, "cutmix": 0.0},
     }
 }

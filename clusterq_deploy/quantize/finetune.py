@@ -56,8 +56,7 @@ class FinetuneConfig(StageConfig):
         temperature: of the KL term; 1 is the paper's.
         feature_weight: of `matching.feature_loss`.
         procedural: share of `dead_leaves`, images of no class, among those that a student is initialized and tuned on.
-            Synthetic images show what the teacher knows a class by and are more alike than photographs: a student that
-            agrees on them alone is free where photographs go. Selection is by synthetic images alone.
+            None by default: whole runs did not gain by them. Selection is by synthetic images alone.
         augment: the views of the images that are tuned on.
         held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints, in views
             that are drawn once.
@@ -73,7 +72,7 @@ class FinetuneConfig(StageConfig):
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(2.0, gt=0)
     feature_weight: float = Field(1.0, ge=0)
-    procedural: float = Field(0.5, ge=0, lt=1)
+    procedural: float = Field(0.0, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
     held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)

@@ -30,7 +30,7 @@ _FEWEST_IMAGES = 8
 _GENERATOR_STEPS, _REFINE_STEPS, _TUNING_STEPS = 3, 3, 8  # a student near its teacher takes a quarter of its steps
 _PASSES_OF_INITIALIZATION = 4  # over each image: equalisation, calibration, and both models side by side
 _TENSORS_OF_RECONSTRUCTION = 5  # of the widest layer's values, alive at a time
-_COPIES_OF_IMAGES = 2  # of all that a student is shown, beside the synthetic ones: before and after they are mixed
+_COPIES_OF_IMAGES = 2  # before and after refinement
 _GRADIENTS = 1.5  # what a backward pass holds, over what the forward pass kept for it
 
 
@@ -220,7 +220,9 @@ def _memory(run: Run, variants: Sequence[BitWidths]) -> int:
     if any(bits.weights < 8 for bits in variants):
         held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * _images_initialized(run) * _widest(run))
     process = psutil.Process().memory_info().rss if run.device.type == "cpu" else 0
-    images = _COPIES_OF_IMAGES * _images_shown(run) + synthesis.images
+    images = _COPIES_OF_IMAGES * synthesis.images
+    if tuning.procedural:  # all that a student is shown, before and after it is mixed, beside the synthetic ones
+        images = synthesis.images + 2 * _images_shown(run)
     return int(process + held + 4 * images * values)
 
 

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tensorrt_double import World, install
+
+from clusterq_deploy.models import LoadedModel, load_model
 
 
 @pytest.fixture
@@ -18,3 +21,16 @@ def graph(tmp_path: Path) -> Path:
     path = tmp_path / "model.trt.onnx"
     path.write_bytes(b"a graph")
     return path
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model of RGB images with three classes."""
+    file = tmp_path_factory.mktemp("colour") / "net.py"
+    file.write_text(
+        "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"
+        "def make():\n"
+        "    return Sequential(Conv2d(3, 3, 1), BatchNorm2d(3), AdaptiveAvgPool2d(1), Flatten())\n"
+    )
+    size, mean, std = (3, 16, 16), (0.0,) * 3, (1.0,) * 3
+    return load_model(f"{file}:make", input_size=size, mean=mean, std=std, device=torch.device("cpu"))

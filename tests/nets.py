@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.checkpoint import NOWHERE, Checkpoint
+from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+
 
 def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Conv without bias, and BatchNorm."""
@@ -95,3 +98,18 @@ def make_net(name: str) -> nn.Module:
 def images(count: int = 32, seed: int = 1) -> Tensor:
     """Standard normal images (count, 3, 16, 16)."""
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE) -> Synthesis:
+    """Images of 16 x 16 pixels for the net with residuals, with one seed."""
+    return synthesize(
+        make_net("residual"),
+        classes=10,
+        size=(3, 16, 16),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        config=SynthesisConfig.model_validate(settings),
+        device=torch.device("cpu"),
+        rng=torch.Generator().manual_seed(3),
+        checkpoint=checkpoint,
+    )

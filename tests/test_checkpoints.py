@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from nets import images, make_net
+from nets import images, make_net, synthesis
 
 from calib.calibration_set import CalibrationSet
 from calib.checkpoint import Checkpoint, State
-from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+from calib.synthesis import Synthesis
 from clusterq_deploy import checkpoint as files
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.quantize import BitWidths, FinetuneConfig, Initialization, finetune, initialize, make_student
@@ -61,26 +61,14 @@ def interrupted(work: Callable[[Checkpoint], object], folder: Path, after: list[
 
 @pytest.mark.usefixtures("always")
 def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
-    config = SynthesisConfig.model_validate(
-        {
-            "images": 40,
-            "generator": {"steps": 9, "warmup_steps": 4, "batch_size": 16},
-            "refine": {"steps": 5, "batch_size": 16},
-        }
-    )
+    settings: dict[str, object] = {
+        "images": 40,
+        "generator": {"steps": 9, "warmup_steps": 4, "batch_size": 16},
+        "refine": {"steps": 5, "batch_size": 16},
+    }
 
     def work(checkpoint: Checkpoint) -> Synthesis:
-        return synthesize(
-            make_net("residual"),
-            classes=10,
-            size=(3, 16, 16),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            config=config,
-            device=torch.device("cpu"),
-            rng=torch.Generator().manual_seed(3),
-            checkpoint=checkpoint,
-        )
+        return synthesis(settings, checkpoint)
 
     whole = work(FileCheckpoint(tmp_path / "none", "work"))
     # in the warm-up, after it, in the first, the second and the third batch of the refinement

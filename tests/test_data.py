@@ -23,19 +23,6 @@ def digits() -> LoadedModel:
     return load_model("digits", device=CPU)
 
 
-@pytest.fixture(scope="module")
-def colour(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A model of RGB images with three classes."""
-    file = tmp_path_factory.mktemp("colour") / "net.py"
-    file.write_text(
-        "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"
-        "def make():\n"
-        "    return Sequential(Conv2d(3, 3, 1), BatchNorm2d(3), AdaptiveAvgPool2d(1), Flatten())\n"
-    )
-    size, mean, std = (3, 16, 16), (0.0,) * 3, (1.0,) * 3
-    return load_model(f"{file}:make", input_size=size, mean=mean, std=std, device=CPU)
-
-
 def paint(file: Path, value: int, size: tuple[int, int] = (16, 16)) -> None:
     """Write a PNG of one grey value, which is how tests tell images apart."""
     file.parent.mkdir(parents=True, exist_ok=True)

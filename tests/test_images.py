@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image
 from test_data import contents, failure, paint
@@ -22,7 +21,7 @@ from clusterq_deploy.data import load_evaluation
 from clusterq_deploy.errors import DataError, UnreadableImageError
 from clusterq_deploy.images import read_image
 from clusterq_deploy.measure import predictions, score
-from clusterq_deploy.models import InputSpec, LoadedModel, load_model
+from clusterq_deploy.models import InputSpec, LoadedModel
 from clusterq_deploy.pipeline import Pipeline
 from clusterq_deploy.report import read_report
 from clusterq_deploy.runners import TorchRunner
@@ -30,19 +29,6 @@ from clusterq_deploy.runners import TorchRunner
 RGB = InputSpec(size=(3, 4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
 GREY = InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,))
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A model of RGB images with three classes."""
-    file = tmp_path_factory.mktemp("three") / "net.py"
-    file.write_text(
-        "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"
-        "def make():\n"
-        "    return Sequential(Conv2d(3, 3, 1), BatchNorm2d(3), AdaptiveAvgPool2d(1), Flatten())\n"
-    )
-    settings = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return load_model(f"{file}:make", device=torch.device("cpu"), **settings)
 
 
 def encoded(form: str, size: tuple[int, int] = (64, 64)) -> bytes:
@@ -157,13 +143,13 @@ def spoil(file: Path) -> None:
 
 
 def test_unreadable_images_are_left_out_with_their_labels(
-    tmp_path: Path, three: LoadedModel, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, colour: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     for value in range(200):
         paint(tmp_path / str(value % 3) / f"{value:03}.png", value)
     for name in ("0/003.png", "1/100.png"):
         spoil(tmp_path / name)
-    data = load_evaluation(tmp_path, three)
+    data = load_evaluation(tmp_path, colour)
     names = sorted(f"{value % 3}/{value:03}" for value in range(200) if value not in (3, 100))
     expected = [int(name[2:]) for name in names], [int(name[0]) for name in names]
     with caplog.at_level(logging.WARNING):
@@ -179,36 +165,38 @@ def test_unreadable_images_are_left_out_with_their_labels(
     assert [own["file"] for own in data.unreadable.summary()["files"]] == ["0/003.png", "1/100.png"]
 
 
-def test_more_than_one_in_a_hundred_ends_it(tmp_path: Path, three: LoadedModel) -> None:
+def test_more_than_one_in_a_hundred_ends_it(tmp_path: Path, colour: LoadedModel) -> None:
     for value in range(200):
         paint(tmp_path / "0" / f"{value:03}.png", value)
     for name in ("005", "006", "007"):
         spoil(tmp_path / "0" / f"{name}.png")
-    message = failure(tmp_path, three)
+    message = failure(tmp_path, colour)
     assert "more than 2 of the 200 images" in message
     assert all(f"0/{name}.png" in message for name in ("005", "006", "007"))
 
 
 @pytest.mark.parametrize(("whole", "spoilt", "fits"), [(1, 1, True), (2, 2, False), (0, 1, False), (98, 1, True)])
 def test_a_small_set_may_lose_one_image_but_never_all(
-    tmp_path: Path, three: LoadedModel, whole: int, spoilt: int, fits: bool
+    tmp_path: Path, colour: LoadedModel, whole: int, spoilt: int, fits: bool
 ) -> None:
     for value in range(whole):
         paint(tmp_path / "0" / f"whole{value}.png", value)
     for value in range(spoilt):
         spoil(tmp_path / "0" / f"cut{value}.png")
     if fits:
-        assert len(contents(load_evaluation(tmp_path, three))[0]) == whole
+        assert len(contents(load_evaluation(tmp_path, colour))[0]) == whole
     else:
-        assert "cannot be read" in failure(tmp_path, three)
+        assert "cannot be read" in failure(tmp_path, colour)
 
 
-def test_the_first_names_and_then_a_count(tmp_path: Path, three: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_names_and_then_a_count(
+    tmp_path: Path, colour: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
     for value in range(700):
         paint(tmp_path / "0" / f"{value:03}.png", 0)
     for value in range(7):
         spoil(tmp_path / "0" / f"{value:03}.png")
-    data = load_evaluation(tmp_path, three)
+    data = load_evaluation(tmp_path, colour)
     list(data.batches(50))
     assert caplog.messages[0].endswith("; 2 more")
     assert "0/004.png" in caplog.messages[0]
@@ -216,26 +204,26 @@ def test_the_first_names_and_then_a_count(tmp_path: Path, three: LoadedModel, ca
     assert len(data.unreadable.summary()["files"]) == 5
 
 
-def test_a_part_of_a_set_has_the_limit_of_the_whole(tmp_path: Path, three: LoadedModel) -> None:
+def test_a_part_of_a_set_has_the_limit_of_the_whole(tmp_path: Path, colour: LoadedModel) -> None:
     for value in range(300):
         paint(tmp_path / "0" / f"{value:03}.png", value % 256)
     for name in ("000", "001"):
         spoil(tmp_path / "0" / f"{name}.png")
-    data = load_evaluation(tmp_path, three)
+    data = load_evaluation(tmp_path, colour)
     part = data.subset(np.array([4, 1, 2, 0]))
     assert contents(part) == ([4, 2], [0, 0])
     assert part.kept.tolist() == [0, 2]
     assert len(data.kept) == 298  # what the part found, the whole set knows
 
 
-def test_accuracy_counts_what_was_read(tmp_path: Path, three: LoadedModel) -> None:
+def test_accuracy_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> None:
     for value in range(4):
         paint(tmp_path / str(value % 3) / f"{value}.png", 60 * value)
-    data = load_evaluation(tmp_path, three)
-    with TorchRunner(three.module) as runner:
+    data = load_evaluation(tmp_path, colour)
+    with TorchRunner(colour.module) as runner:
         every = predictions(runner, data, 2)
         spoil(tmp_path / "0" / "3.png")  # the second file of four
-        again = load_evaluation(tmp_path, three)
+        again = load_evaluation(tmp_path, colour)
         own = predictions(runner, again, 2, SILENT)
     np.testing.assert_array_equal(own, every[[0, 2, 3]])
     assert data.labels is not None
@@ -245,23 +233,23 @@ def test_accuracy_counts_what_was_read(tmp_path: Path, three: LoadedModel) -> No
         score("torch", own, every, again)
 
 
-def test_a_name_that_does_not_print_is_escaped(tmp_path: Path, three: LoadedModel) -> None:
+def test_a_name_that_does_not_print_is_escaped(tmp_path: Path, colour: LoadedModel) -> None:
     paint(tmp_path / "0" / "a.png", 1)
     try:
         spoil(tmp_path / "0" / os.fsdecode(b"\x1b[31m\n\xff.png"))
     except OSError:
         pytest.skip("the file system takes no such name")
-    data = load_evaluation(tmp_path, three)
+    data = load_evaluation(tmp_path, colour)
     list(data.batches(2))
     (own,) = data.unreadable.summary()["files"]
     assert own["file"] == r"0/\x1b[31m\n\udcff.png"
     json.dumps(own, ensure_ascii=False).encode()
 
 
-def test_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, three: LoadedModel) -> None:
+def test_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, colour: LoadedModel) -> None:
     file = tmp_path / "set.npz"
     np.savez(file, images=np.zeros((2, 6_000_000, 1, 3), np.uint8), labels=np.zeros(2, int))
-    assert "would be resized" in failure(file, three)
+    assert "would be resized" in failure(file, colour)
 
 
 # ---- through a run ----

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nets import make_net
+from nets import synthesis
 from torch import Tensor
 
 from calib.errors import SynthesisError
-from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+from calib.synthesis import Synthesis
 from calib.training import GeneratorTrainer
 
-CONFIG = {
+CONFIG: dict[str, object] = {
     "images": 32,
     "generator": {"steps": 40, "warmup_steps": 10, "batch_size": 16},
     "refine": {"steps": 40, "batch_size": 32},
@@ -32,16 +32,7 @@ def made_with_bad_steps(monkeypatch: pytest.MonkeyPatch, module: str, bad: Calla
         return value * (math.nan if bad(calls) else 1)
 
     monkeypatch.setattr(own, "bns_loss", loss)
-    return synthesize(
-        make_net("residual"),
-        classes=10,
-        size=(3, 16, 16),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        config=SynthesisConfig.model_validate(CONFIG),
-        device=torch.device("cpu"),
-        rng=torch.Generator().manual_seed(3),
-    )
+    return synthesis(CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -211,22 +211,24 @@ def test_any_bytes_as_a_report(tmp_path: Path, content: bytes) -> None:
     is_ours(ReportError, lambda: read_reports([tmp_path]))
 
 
+def made_of(content: Any, file: Path, make: Callable[[Report], object]) -> None:
+    """Make something of a report with this content, if it is read."""
+    file.write_text(json.dumps(content), encoding="utf-8")
+    report = is_ours(ReportError, lambda: read_report(file))
+    if isinstance(report, Report):
+        make(report)
+
+
 @quick
 @given(content=changes(REPORT))
 def test_a_report_with_another_value_in_one_place(tmp_path: Path, content: Any) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
-    report = is_ours(ReportError, lambda: read_report(tmp_path / "report.json"))
-    if isinstance(report, Report):
-        shown(report)
+    made_of(content, tmp_path / "report.json", shown)
 
 
 @few
 @given(content=changes(REPORT))
 def test_the_page_of_such_a_report(tmp_path: Path, content: Any) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
-    report = is_ours(ReportError, lambda: read_report(tmp_path / "report.json"))
-    if isinstance(report, Report):
-        to_html(report)
+    made_of(content, tmp_path / "report.json", to_html)
 
 
 # ---- code ----

@@ -170,9 +170,9 @@ def finetune(
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     judged = torch.cat([view(held_out.images) for _ in range(_JUDGED_VIEWS)])
     measured = tune.images[:_MEASURED_ON].to(device)
-    leaves = leaves_beside(tune.images, config.procedural, rng)
-    none = tune.labels.new_full((len(leaves),), _NO_CLASS)
-    tune = CalibrationSet(torch.cat([tune.images, leaves]), torch.cat([tune.labels, none]))
+    if len(leaves := leaves_beside(tune.images, config.procedural, rng)):
+        none = tune.labels.new_full((len(leaves),), _NO_CLASS)
+        tune = CalibrationSet(torch.cat([tune.images, leaves]), torch.cat([tune.labels, none]))
     del leaves
     teacher = reference.net.to(memory_format=torch.channels_last)
     student.to(memory_format=torch.channels_last)

@@ -5,12 +5,15 @@ Every squared norm is a mean over channels: a weight then means the same for a l
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from calib.statistics import Centroids, Moments, Tap, running_statistics
+
+_CACHED = 8  # images whose total variation is taken together on a CPU: what they need stays in its cache
 
 
 def _distance(own: Tensor, target: Tensor, spread: Tensor | None) -> Tensor:
@@ -123,8 +126,34 @@ def spread_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
     return total
 
 
+class _TotalVariation(torch.autograd.Function):
+    """As `total_variation`, with the gradient made beside the value, some images at a time.
+
+    Left to autograd, slices and signs of whole batches took a fifth of a step of refinement on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        gradient, total = torch.zeros_like(images), images.new_zeros(())
+        at_once = _CACHED if images.device.type == "cpu" else len(images)
+        for part, slope in zip(images.split(at_once), gradient.split(at_once), strict=True):
+            for dim in (2, 3):
+                steps = part.diff(dim=dim)
+                count = max(1, steps.numel() // len(part) * len(images))
+                total += steps.abs().sum() / count
+                signs = steps.sign_().div_(count)
+                slope.narrow(dim, 1, signs.shape[dim]).add_(signs)
+                slope.narrow(dim, 0, signs.shape[dim]).sub_(signs)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gradient,) = ctx.saved_tensors
+        return cast(Tensor, gradient * grads[0])
+
+
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels of images (N, C, H, W), both directions summed."""
-    down = (images[:, :, 1:] - images[:, :, :-1]).abs().mean()
-    right = (images[..., 1:] - images[..., :-1]).abs().mean()
-    return down + right
+    """Mean absolute difference of neighbouring pixels of images (N, C, H, W), both directions summed, ()."""
+    total: Tensor = _TotalVariation.apply(images)
+    return total

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from calib.errors import NoBatchNormError
 
+_CACHED = 1 << 18  # values that a processor's cache holds in float32
 _VARIANCE_FLOOR = 1e-8  # keeps the gradient of sqrt finite where a channel is constant
 
 
@@ -23,11 +24,16 @@ class _SpatialMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        exact, space = x.float(), tuple(range(2, x.dim()))
-        mean = exact.mean(space)
+        mean, var = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
+        space = tuple(range(2, x.dim()))
+        at_once = max(1, _CACHED * len(x) // x.numel()) if x.device.type == "cpu" else len(x)
+        for part, first, second in zip(x.split(at_once), mean.split(at_once), var.split(at_once), strict=True):
+            exact = part.float()
+            first.copy_(exact.mean(space))
+            # two plain means cost half of var_mean; what cancels is far below a BatchNorm's eps
+            second.copy_(exact.square().mean(space) - first.square()).clamp_min_(0)
         ctx.save_for_backward(x, mean)
-        # two plain means cost half of var_mean; what cancels is far below a BatchNorm's eps
-        return mean, (exact.square().mean(space) - mean.square()).clamp_min_(0)
+        return mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

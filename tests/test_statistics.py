@@ -138,6 +138,19 @@ def test_total_variation_of_a_ramp() -> None:
     assert float(total_variation(ramp)) == 1.0
 
 
+@pytest.mark.parametrize("shape", [(19, 3, 7, 9), (2, 1, 2, 5), (1, 1, 1, 1)])
+def test_total_variation_has_the_gradient_of_its_equation(shape: tuple[int, ...]) -> None:
+    pixels = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(total_variation, pixels)
+
+
+def test_moments_of_more_than_is_looked_at_together_are_those_of_each_image() -> None:
+    x = images(300).repeat(1, 1, 4, 4)
+    whole, apart = Moments.of(x), [Moments.of(one) for one in x.split(1)]
+    torch.testing.assert_close(whole.mean, torch.cat([own.mean for own in apart]))
+    torch.testing.assert_close(whole.var, torch.cat([own.var for own in apart]))
+
+
 def test_spread_is_missed_by_images_that_are_alike_and_costs_nothing_once_there() -> None:
     net = make_net("residual")
     one = images(1)

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from nets import images, make_net, synthesis
+from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
-from calib.checkpoint import Checkpoint, State
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
 from clusterq_deploy import checkpoint as files
 from clusterq_deploy.checkpoint import FileCheckpoint
@@ -59,6 +60,13 @@ def interrupted(work: Callable[[Checkpoint], object], folder: Path, after: list[
             work(Interrupting(folder, left))
 
 
+def flat(state: Any) -> Any:
+    """A state whose tensors are lists, which can be compared."""
+    if isinstance(state, dict):
+        return {name: flat(value) for name, value in state.items()}
+    return state.tolist() if isinstance(state, Tensor) else state
+
+
 @pytest.mark.usefixtures("always")
 def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
     settings: dict[str, object] = {
@@ -82,6 +90,24 @@ def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
         whole.within_class_diversity,
         whole.flip,
     )
+
+
+@pytest.mark.parametrize(("bits", "after"), [("w4a4", [1, 1, 3, 2]), ("w8a8", [1])])
+@pytest.mark.usefixtures("always")
+def test_initialization_goes_on_to_the_same_student(tmp_path: Path, bits: str, after: list[int]) -> None:
+    net, data = make_net("mobile"), images(48, seed=3)
+    fresh = make_student(net, BitWidths.parse(bits))
+
+    def work(checkpoint: Checkpoint) -> tuple[State, Tensor]:
+        student, rng = copy.deepcopy(fresh), torch.Generator().manual_seed(0)
+        started = initialize(student, data, batch_size=16, rng=rng, checkpoint=checkpoint)
+        return started.state_dict(student), rng.get_state()
+
+    whole, drawn = work(NOWHERE)
+    interrupted(work, tmp_path, after)  # before the first layer, and then behind others of them
+    state, rng = work(FileCheckpoint(tmp_path, "work"))
+    assert flat(state) == flat(whole)
+    assert torch.equal(rng, drawn)
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8"])

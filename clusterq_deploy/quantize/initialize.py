@@ -1,12 +1,12 @@
 """The best student that needs no gradient: where fine-tuning starts, and all that `--effort fast` does."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from calib.checkpoint import State
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.bias import correct_bias
 from clusterq_deploy.quantize.calibrate import calibrate
@@ -63,7 +63,13 @@ def _teacher(student: Student) -> Student:
 
 
 def initialize(
-    student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
+    student: Student,
+    images: Tensor,
+    *,
+    batch_size: int,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> Initialization:
     """Equalize, set all scales, and mend what rounding does to weights and biases, in place, for INT8's grids.
 
@@ -72,10 +78,20 @@ def initialize(
         images: (N, C, H, W) float32, normalized.
         batch_size: images a forward pass.
         rng: source of all randomness.
+        progress: shows how far it is.
+        checkpoint: keeps what is reached.
     """
-    equalized, reference = equalize_and_calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
-    errors, shifts = mend(student, images, reference, rng=rng, progress=progress)
-    return Initialization(reference, equalized, errors, shifts)
+    if (kept := checkpoint.load("calibration")) is None:
+        equalized, reference = equalize_and_calibrate(
+            student, images, batch_size=batch_size, rng=rng, progress=progress
+        )
+        begun = Initialization(reference, equalized, {}, {})
+        checkpoint.save("calibration", lambda: {"state": begun.state_dict(student), "rng": rng.get_state()})
+    else:
+        begun = Initialization.from_state(student, kept["state"])
+        rng.set_state(kept["rng"])
+    errors, shifts = mend(student, images, begun.reference, rng=rng, progress=progress, checkpoint=checkpoint)
+    return replace(begun, errors=errors, shifts=shifts)
 
 
 def equalize_and_calibrate(
@@ -90,10 +106,19 @@ def equalize_and_calibrate(
 
 
 def mend(
-    student: Student, images: Tensor, reference: Reference, *, rng: torch.Generator, progress: Progress = SILENT
+    student: Student,
+    images: Tensor,
+    reference: Reference,
+    *,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """The second half: what rounding does to weights and biases; gives `errors` and `shifts` of `Initialization`."""
     with student.in_int8():
         if student.bits.weights < 8:
-            return reconstruct(student, images, rng=rng, reference=reference, progress=progress), {}
+            errors = reconstruct(
+                student, images, rng=rng, reference=reference, progress=progress, checkpoint=checkpoint
+            )
+            return errors, {}
         return {}, correct_bias(student, images, reference=reference)

@@ -7,11 +7,13 @@ Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import weight_scales
 from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, padded, pooled_dims
@@ -39,6 +41,7 @@ def reconstruct(
     count: int | None = None,
     damping: float = _DAMPING,
     progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> dict[str, tuple[float, float]]:
     """Fit weights, their scales and biases of a calibrated student, layer by layer in order of execution, in place.
 
@@ -59,6 +62,7 @@ def reconstruct(
         count: how many images; None for 1,024, fewer if they are large.
         damping: how strongly a weight is held near the teacher's, as a share of the inputs' mean variance. Fitted
             freely (0.01) it follows synthetic images too closely where activations have four bits.
+        checkpoint: keeps the layers that are fitted; the student must come as it came the first time.
 
     Returns:
         For each layer the squared error of its outputs relative to their variance, with plain rounding and after.
@@ -68,10 +72,10 @@ def reconstruct(
         count = images_read(widest_layer(student, images[:1].to(device)))
     batch = images[:count].to(device)
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
-        pass_ = _Reconstructor(student, reference, rng, damping, advance)
+        pass_ = _Reconstructor(student, reference, rng, damping, advance, checkpoint)
         pass_.compare(batch)
     student.settle()
-    return pass_.errors
+    return {name: own.errors for name, own in pass_.fitted.items()}
 
 
 def images_read(widest: int) -> int:
@@ -92,7 +96,23 @@ def widest_layer(student: Student, image: Tensor) -> int:
     return max(sizes)
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A layer that is done.
+
+    Attributes:
+        errors: before and after.
+        bias, shift: the bias (O,) before it was corrected, and what was taken from it; None where it has no bias.
+    """
+
+    errors: tuple[float, float]
+    bias: Tensor | None
+    shift: Tensor | None
+
+
 class _Reconstructor(SideBySide):
+    """Fits each layer on the way through the graph, but those that a checkpoint has."""
+
     def __init__(
         self,
         student: Student,
@@ -100,25 +120,57 @@ class _Reconstructor(SideBySide):
         rng: torch.Generator,
         damping: float,
         advance: Callable[..., None],
+        checkpoint: Checkpoint,
     ) -> None:
         super().__init__(student, reference)
-        self._rng, self._damping, self._advance = rng, damping, advance
-        self.errors: dict[str, tuple[float, float]] = {}
+        self._student, self._rng, self._damping, self._advance = student, rng, damping, advance
+        self._checkpoint = checkpoint
+        self.fitted: dict[str, _Fitted] = {}
+        if (kept := checkpoint.load("reconstruction")) is not None:
+            student.load_state_dict(kept["student"])
+            rng.set_state(kept["rng"])
+            self.fitted = {name: _Fitted(**own) for name, own in kept["fitted"].items()}
 
     def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
         """The layer's answer after it was fitted."""
-        before = _distance(by_parts(layer, x), wanted, layer)
+        if (done := self.fitted.get(name)) is None:
+            answer = self._fit(name, layer, x, wanted)
+        else:
+            if done.bias is not None and layer.bias is not None:
+                layer.bias.copy_(done.bias)
+            answer = by_parts(layer, x)
+            _shift(layer, answer, done.shift)
+        self._advance(1)
+        if done is None:
+            self._checkpoint.save("reconstruction", self._state)
+        return answer
+
+    def _fit(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
+        before, bias, shift = _distance(by_parts(layer, x), wanted, layer), None, None
         if layer.weight[0].numel() <= _WIDEST:
             _fit(layer, x, wanted, self._damping, self._rng)
         answer = by_parts(layer, x)
         if layer.bias is not None:
             dims = pooled_dims(layer, answer)
-            shift = answer.mean(dims) - wanted.mean(dims)
-            layer.bias.sub_(shift)
-            answer.sub_(by_channel(shift, layer, answer))
-        self.errors[name] = (before, _distance(answer, wanted, layer))
-        self._advance(1)
+            bias, shift = layer.bias.clone(), answer.mean(dims) - wanted.mean(dims)
+        _shift(layer, answer, shift)
+        self.fitted[name] = _Fitted((before, _distance(answer, wanted, layer)), bias, shift)
         return answer
+
+    def _state(self) -> State:
+        return {
+            "student": self._student.state_dict(),
+            "rng": self._rng.get_state(),
+            "fitted": {name: vars(own) for name, own in self.fitted.items()},
+        }
+
+
+def _shift(layer: QuantizedLayer, answer: Tensor, shift: Tensor | None) -> None:
+    """Take a shift (O,) from a layer's bias, and from its answer, in place."""
+    if layer.bias is not None and shift is not None:
+        shift = shift.to(answer.device)
+        layer.bias.sub_(shift)
+        answer.sub_(by_channel(shift, layer, answer))
 
 
 def _distance(found: Tensor, wanted: Tensor, layer: QuantizedLayer) -> float:

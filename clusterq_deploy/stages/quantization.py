@@ -174,7 +174,9 @@ def _initialized(
         started = Initialization.from_state(student, kept["state"])
         rng.set_state(kept["rng"])
         return plan, student, started
-    started = initialize(student, _shown(run), batch_size=batch_size, rng=rng, progress=run.progress)
+    started = initialize(
+        student, _shown(run), batch_size=batch_size, rng=rng, progress=run.progress, checkpoint=checkpoint
+    )
     checkpoint.save(
         "initialized",
         lambda: {

@@ -24,12 +24,9 @@ from torch import Tensor, fx, nn
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantize.grid import Grid
-from clusterq_deploy.quantize.ops import Homogeneity, homogeneity, is_rectifier, moves_values
+from clusterq_deploy.quantize.pairs import Pair, find_pairs
 from clusterq_deploy.quantize.quantizer import (
-    QuantizedConv2d,
     QuantizedLayer,
-    QuantizedLinear,
     Quantizer,
     padded,
     pooled_dims,
@@ -75,18 +72,6 @@ class Equalized:
     error_after: float
 
 
-@dataclass(frozen=True)
-class _Pair:
-    producer: QuantizedLayer
-    consumer: QuantizedLayer
-    names: tuple[str, str]
-    node: fx.Node  # the consumer's call
-    clip: fx.Node | None  # a ReLU6 between them
-    made: fx.Node | None  # where a shift shows: the rectified tensor in front of pads and pools; None without one
-    site: str  # of the quantizer that the consumer reads
-    grid: Grid
-
-
 def equalize(
     student: Student, images: Tensor, *, rng: torch.Generator, shifts: bool = True, progress: Progress = SILENT
 ) -> tuple[list[Equalized], dict[str, ChannelMap]]:
@@ -107,12 +92,12 @@ def equalize(
         What was done at each pair, in order of execution (a tensor with other readers is in no pair), and for each
         layer whose outputs are others now, the map from the teacher's to the student's.
     """
-    pairs = _pairs(student)
+    pairs = find_pairs(student)
     if not pairs:
         return [], {}
     device = next(student.parameters()).device
     done: list[Equalized] = []
-    maps: list[tuple[_Pair, ChannelMap]] = []
+    maps: list[tuple[Pair, ChannelMap]] = []
     by_input = {p.node.all_input_nodes[0]: p for p in pairs}
     watched = {node for p in pairs for node in (p.node.all_input_nodes[0], p.clip, p.made) if node is not None}
     seen: dict[fx.Node, list[Tensor]] = {node: [] for node in watched}
@@ -155,53 +140,6 @@ class _Watcher(fx.Interpreter):
         return value
 
 
-def _pairs(student: Student) -> list[_Pair]:
-    """Every layer whose input comes from one other layer, through homogeneous operations and to no other reader."""
-    quantizers, net = student.quantizers(), student.net
-    layers = student.layers()
-    pairs = []
-    for site in student.placement.weights:
-        node = next(n for n in net.graph.nodes if n.op == "call_module" and n.target == site.layer)
-        if (found := _source(net, node)) is None:
-            continue
-        source, clip, made = found
-        producer, consumer = layers.get(str(source.target)), layers[site.layer]
-        if producer is not None:
-            names, grid = (str(source.target), site.layer), quantizers[site.input_site].grid
-            pairs.append(_Pair(producer, consumer, names, node, clip, made, site.input_site, grid))
-    return pairs
-
-
-def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
-    """The layer that makes a layer's input, the ReLU6 between them, and the tensor that a shift would show in.
-
-    None where the two are no pair.
-    """
-    linear = isinstance(net.get_submodule(str(consumer.target)), nn.Linear)
-    clip, made, flat, spatial, shiftable = None, None, False, False, True
-    at = consumer.all_input_nodes[0]
-    while len(at.users) == 1:
-        if at.op == "call_module" and isinstance(net.get_submodule(str(at.target)), QuantizedConv2d | QuantizedLinear):
-            from_linear = isinstance(net.get_submodule(str(at.target)), nn.Linear)
-            fits = linear and not flat and not spatial if from_linear else linear == flat
-            return (at, clip, made if shiftable else None) if fits else None
-        kind = Homogeneity.ELEMENTWISE if _is_quantizer(net, at) else homogeneity(net, at)
-        if kind is None or (kind is Homogeneity.CLIPPED and clip is not None):
-            return None
-        flat, spatial = flat or kind is Homogeneity.FLATTENING, spatial or kind is Homogeneity.SPATIAL
-        clip = at if kind is Homogeneity.CLIPPED else clip
-        if is_rectifier(net, at):
-            made = made or at
-        elif kind is Homogeneity.ELEMENTWISE and not _is_quantizer(net, at) and not moves_values(net, at):
-            shiftable = False  # a slope or a sign would be another one after a shift
-        at = at.all_input_nodes[0]
-    return None
-
-
-def _is_quantizer(net: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(net.get_submodule(str(node.target)), Quantizer)
-
-
 def _extremes(value: Tensor) -> Tensor:
     """Of each image and channel the low end, the largest magnitude and the share at a ReLU6's clip, (N, 3, C)."""
     flat = value.flatten(2) if value.dim() > 2 else value[..., None]
@@ -218,7 +156,7 @@ def _lowest(flat: Tensor) -> Tensor:
 
 
 def _choose(
-    pair: _Pair, x: Tensor, extremes: Tensor, at_clip: Tensor, rectified: Tensor | None, rng: torch.Generator
+    pair: Pair, x: Tensor, extremes: Tensor, at_clip: Tensor, rectified: Tensor | None, rng: torch.Generator
 ) -> tuple[Equalized, ChannelMap]:
     """The map of the channels that costs the consumer least, and what it brings.
 
@@ -269,7 +207,7 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
     return values.view(channels, -1).amax(1)
 
 
-def _low(pair: _Pair, rectified: Tensor) -> Tensor:
+def _low(pair: Pair, rectified: Tensor) -> Tensor:
     """What each channel (C,) hardly falls below and may be shifted by; 0 where a shift is not possible."""
     channels = len(pair.producer.weight)
     low = torch.quantile(rectified[:, 0], _LOW, dim=0).clamp_min(0).view(channels, -1).amin(1)
@@ -293,7 +231,7 @@ def _spread(reach: Tensor) -> float:
     return float(reach.max() / reach.median().clamp_min(1e-12))
 
 
-def _errors(pair: _Pair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, rng: torch.Generator) -> Tensor:
+def _errors(pair: Pair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, rng: torch.Generator) -> Tensor:
     """Squared error of the consumer's outputs with quantized input and weight, relative to their variance, (O,).
 
     A constant error does not count, for it is the bias's to mend, and one at the border of a map counts little.
@@ -349,7 +287,7 @@ def _columns_scaled(layer: QuantizedLayer, factor: Tensor) -> Tensor:
     return (grouped * factor.view(groups, 1, -1, 1)).view_as(weight)
 
 
-def _apply(pair: _Pair, found: ChannelMap) -> None:
+def _apply(pair: Pair, found: ChannelMap) -> None:
     producer, consumer = pair.producer, pair.consumer
     columns = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
     k = columns // len(found.scale)

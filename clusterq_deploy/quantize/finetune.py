@@ -1,6 +1,5 @@
 """Fine-tuning: the student learns from the teacher's answers to synthetic images."""
 
-import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from calib.calibration_set import CalibrationSet
-from calib.checkpoint import NOWHERE, Checkpoint, State
+from calib.checkpoint import NOWHERE, Checkpoint
 from calib.config import StageConfig
 from calib.leaves import leaves_beside
 from calib.precision import mixed_precision
 from calib.progress import SILENT, Progress
-from calib.recovery import Recovery
-from clusterq_deploy.errors import TuningError
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
+from clusterq_deploy.quantize.course import Course
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.matching import matched_features
 from clusterq_deploy.quantize.normalize import NormalizedParameters, normalized
@@ -191,7 +189,7 @@ def finetune(
         teacher.in_float(),
         matched_features(student, reference, judged[:_MEASURED_ON].to(device)) as feature_loss,
     ):
-        course = _Course(student, parameters, config, steps, rng, losses, best)
+        course = Course(student, _optimizer(parameters, config), steps, rng, losses, best)
         if (reached := checkpoint.load("tuning")) is not None:
             course.load_state_dict(reached)
             del reached
@@ -221,100 +219,18 @@ def finetune(
     return Tuning(course.losses, course.kept_step)
 
 
-class _Course:
-    """Where fine-tuning is: optimizer, what was best so far, and the losses.
-
-    Attributes:
-        done: steps taken.
-        losses: as in `Tuning`.
-        kept, kept_step: the best state of the student, and its step.
-    """
-
-    def __init__(
-        self,
-        student: Student,
-        parameters: NormalizedParameters,
-        config: FinetuneConfig,
-        steps: int,
-        rng: torch.Generator,
-        losses: dict[str, list[float]],
-        start: float,
-    ) -> None:
-        self._student, self._rng, self._best = student, rng, start
-        self._optimizer, self._schedule = _optimizer(parameters, config, steps)
-        self._recovery = Recovery(
-            student,
-            self._optimizer,
-            f"fine-tuning {student.bits}",
-            error=TuningError,
-            advice="try other images (--seed), or --effort fast, which does without",
-        )
-        self.done, self.losses = 0, losses
-        self.kept, self.kept_step = copy.deepcopy(student.state_dict()), 0
-
-    def follow(self, loss: Tensor, value: float) -> bool:
-        """One optimizer step down a loss of this value; False where it is not finite, and the last good state is back.
-
-        Raises:
-            TuningError: as for `finetune`.
-        """
-        self.done += 1
-        if self._recovery.went_back(value):
-            return False
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._optimizer.step()
-        self._schedule.step()
-        self._student.project()
-        return True
-
-    def judge(self, divergence: float, *, may_keep: bool) -> None:
-        """Take note of the student's divergence on held-out images."""
-        self.losses["held_out_kl"].append(divergence)
-        if math.isfinite(divergence):
-            self._recovery.save()
-        if divergence < self._best and may_keep:
-            self._best, self.kept, self.kept_step = divergence, copy.deepcopy(self._student.state_dict()), self.done
-
-    def state_dict(self) -> State:
-        """All that the next step goes on from."""
-        return {
-            "done": self.done,
-            "student": self._student.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "recovery": self._recovery.state_dict(),
-            "kept": (self._best, self.kept_step, self.kept),
-            "losses": self.losses,
-            "rng": self._rng.get_state(),
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from what `state_dict` gave."""
-        self.done, self.losses = state["done"], state["losses"]
-        self._student.load_state_dict(state["student"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._recovery.load_state_dict(state["recovery"])
-        self._best, self.kept_step, self.kept = state["kept"]
-        self._rng.set_state(state["rng"])
-
-
 def _drawn(images: CalibrationSet, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """So many images of a set, and their labels, with repetition."""
     picked = torch.randint(len(images), (count,), generator=rng, device=rng.device).cpu()
     return images.images[picked], images.labels[picked]
 
 
-def _optimizer(
-    parameters: NormalizedParameters, config: FinetuneConfig, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam with a learning rate for each kind of parameter, all of which fall to zero on a cosine."""
-    optimizer = torch.optim.Adam(
+def _optimizer(parameters: NormalizedParameters, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """Adam with a learning rate for each kind of parameter."""
+    return torch.optim.Adam(
         [
             {"params": parameters.rows, "lr": config.learning_rate},
             {"params": parameters.biases, "lr": config.bias_learning_rate},
             {"params": parameters.log_scales, "lr": config.scale_learning_rate},
         ]
     )
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -23,6 +23,7 @@ from clusterq_deploy.measure import Predictions, predictions
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, load_student
 from clusterq_deploy.quantize.graph import folded_teacher
+from clusterq_deploy.quantize.placement import place
 from clusterq_deploy.rundir import Result, RunDirectory, StageRecord, digest
 from clusterq_deploy.runners import TorchRunner
 from clusterq_deploy.version import __version__
@@ -92,10 +93,12 @@ class Run:
         """Find what can be found wrong with model or data before any work.
 
         Raises:
-            GraphError: the model cannot be traced.
+            GraphError: the model cannot be traced, or has no layer of a name that is to keep other bits.
             DataError: the evaluation data does not fit.
         """
-        folded_teacher(self.model.module)
+        traced = folded_teacher(self.model.module)
+        for bits in self.config.widths:
+            place(traced, bits, first_last=self.config.first_last, keep=self.config.keep)
         if self.has_own_data:
             _ = self.evaluation
 

@@ -245,6 +245,12 @@ def test_an_untraceable_model_is_refused_before_any_work(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_a_layer_to_keep_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match=r"did you mean .*layer1\.0\.conv1"):
+        run(tmp_path / "out", keep={"layer1.0.cnv1": 8})
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_recipe_is_what_it_says(tmp_path: Path) -> None:
     paper = make_config({"model": "digits", "synthesis": {"recipe": "paper", "generator": {"steps": 900}}}).synthesis
     assert (paper.generator.icv_noise, paper.generator.lambda_std, paper.generator.steps) == ("class", 1.0, 900)

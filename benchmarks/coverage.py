@@ -41,7 +41,7 @@ file: ONNX Runtime's graph, TensorRT's, INT4. Every TensorRT graph keeps the rul
 ONNX Runtime's graphs are stands below, where it was measured.
 
 The weights are random, so this says that graphs are right, and nothing of accuracy: at four bits most of these nets no
-longer answer as they did, and a single tie can change an answer. What is not in the table was not measured yet.
+longer answer as they did, and a single tie can change an answer.
 
 | model | quantized layers | left in float | integers | ties / others | size |
 |---|---|---|---|---|---|"""
@@ -108,8 +108,13 @@ def table(results: dict[str, Any]) -> str:
         sizes = " / ".join(f"{graphs[s]['size_bytes'] / own['fp32_size_bytes']:.3f}" for s in SPELLINGS)
         cells = (name, own["quantized_layers"], skipped, f"{integers:,}", f"{ties:,} / {parted}", sizes)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    found = results["environment"]
-    versions = f"{found['cpu']}, torch {found['torch']}, ONNX Runtime {found['onnxruntime']}, seed {SEED}."
+    machines: dict[str, list[str]] = {}
+    for name, own in results["models"].items():
+        found = own["environment"]
+        versions = f"{found['cpu']}, torch {found['torch']}, ONNX Runtime {found['onnxruntime']}"
+        machines.setdefault(versions, []).append(name)
+    (usual, _), *others = sorted(machines.items(), key=lambda own: -len(own[1]))
+    versions = "; ".join([usual, *(f"{', '.join(names)}: {own}" for own, names in others)]) + f"; seed {SEED}."
     return "\n".join([_INTRODUCTION, *lines, "", versions, "", *latency.section()])
 
 
@@ -135,8 +140,8 @@ def main(models: tuple[str, ...], bits: str, images: int, out: Path, write_table
             found = measure(name, BitWidths.parse(bits), images)
         except ClusterQError as error:
             found = {"error": str(error), "images": images}
-        results["models"][name] = {**found, "bits": bits, "code": code}
-        results["environment"] = collect_environment(torch.device("cpu")).model_dump(mode="json")
+        environment = collect_environment(torch.device("cpu")).model_dump(mode="json")
+        results["models"][name] = {**found, "bits": bits, "code": code, "environment": environment}
         write(out, json.dumps(results, indent=1) + "\n")
         print(f"{name}: {found.get('error') or {s: g['agreement'] for s, g in found['graphs'].items()}}", flush=True)
 

@@ -1,5 +1,6 @@
 """Fixtures of several test modules."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ import torch
 from tensorrt_double import World, install
 
 from clusterq_deploy.models import LoadedModel, load_model
+
+
+def pytest_configure() -> None:
+    """Of the cores, a worker of pytest-xdist takes its share, and so do the processes that its tests start."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -124,8 +124,9 @@ class RunConfig(StageConfig):
         return self.model_copy(update={"synthesis": synthesis, "finetune": finetune})
 
     def to_toml(self) -> str:
-        """The text of `run.toml`; what is None is left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        """The text of `run.toml`; what is None is left out, and paths are absolute: it holds from any folder."""
+        settings = self.model_dump(mode="json", exclude_none=True)
+        return tomli_w.dumps(_with_paths(settings, lambda _, path: path.absolute()))
 
 
 def _usual(recipe: str, effort: str) -> RunConfig:
@@ -194,16 +195,48 @@ def _names(path: Iterable[str]) -> list[str]:
     return list(kind.model_fields)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, unchecked, for `make_config`.
+def read_settings(path: Path) -> Settings:
+    """The settings of a TOML file for `make_config`, unchecked but for paths: relative ones are those of its folder.
 
     Raises:
-        ConfigError: it cannot be read, or is no TOML.
+        ConfigError: it cannot be read, is no TOML, or has a relative path that leads out of its folder, by `..` or
+            through a link.
     """
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            settings = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # the parser recurses into nested arrays
         raise ConfigError(f"{path} is no TOML: {error}") from error
+
+    def within(name: str, own: Path) -> Path:
+        if own.is_absolute():
+            return own
+        found = path.parent / own
+        try:
+            leaves = not found.resolve().is_relative_to(path.parent.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
+            raise ConfigError(f"{name} in {path}: {str(own)!r} is no path: {error}") from error
+        if leaves:
+            raise ConfigError(
+                f"{name} in {path}: {str(own)!r} leads out of the file's folder; write it as an absolute path"
+            )
+        return found
+
+    return _with_paths(settings, within)
+
+
+def _with_paths(settings: Settings, change: Callable[[str, Path], Path]) -> Settings:
+    """Nested settings in which each path, with its name, was changed; what is of another type stays as it is."""
+    changed = dict(settings)
+    if isinstance(model := settings.get("model"), str):
+        file, colon, factory = model.rpartition(":")
+        if file.endswith(".py"):
+            changed["model"] = f"{change('model', Path(file))}{colon}{factory}"
+    if isinstance(build := settings.get("build"), dict):
+        changed["build"] = dict(build)
+    for table, name in ((changed, "weights"), (changed, "data"), (changed.get("build"), "timing_cache")):
+        if isinstance(table, dict) and isinstance(value := table.get(name), str) and value != "none":
+            table[name] = str(change(name, Path(value)))
+    return changed

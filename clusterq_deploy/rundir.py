@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.errors import RunDirectoryError
@@ -20,7 +22,6 @@ MANIFEST = "manifest.json"
 CONFIG = "run.toml"
 LOCK = ".lock"
 CHECKPOINTS = ".checkpoints"
-_SCHEMA = 1
 
 Result = dict[str, Any]
 
@@ -47,6 +48,30 @@ class StageRecord:
     def digest(self) -> str:
         """Identifies what the stage made, for the stages that build on it."""
         return digest({"inputs": self.inputs, "files": self.files})
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds.
+
+    Attributes:
+        form: the version of its form.
+        model: name and weights digest of the model whose run it is.
+        stages: the finished stages, by name.
+
+    Raises:
+        pydantic.ValidationError: something is missing, of another type, or a stage builds on itself.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    form: Literal[1] = Field(alias="schema")
+    model: dict[str, str]
+    stages: dict[str, StageRecord]
+
+    @model_validator(mode="after")
+    def _no_stage_builds_on_itself(self) -> Self:
+        TopologicalSorter({name: record.upstream for name, record in self.stages.items()}).prepare()
+        return self
 
 
 def digest(value: Any) -> str:
@@ -85,12 +110,12 @@ class RunDirectory:
             if path.is_dir() and any(file.name not in {LOCK, CHECKPOINTS} for file in path.iterdir()):
                 raise RunDirectoryError(f"{path} holds files that are no run's; choose an empty folder with --out")
             return
-        if manifest["model"] != self._model:
+        if manifest.model != self._model:
             raise RunDirectoryError(
-                f"{path} holds a run of {_describe(manifest['model'])}, not of {_describe(self._model)}; "
+                f"{path} holds a run of {_describe(manifest.model)}, not of {_describe(self._model)}; "
                 "choose another folder with --out"
             )
-        self._stages = {name: StageRecord(**record) for name, record in manifest["stages"].items()}
+        self._stages = dict(manifest.stages)
 
     def _hold(self) -> None:
         """Take the folder for this process, if it has not got it yet; another one may have worked there meanwhile."""
@@ -199,9 +224,12 @@ class RunDirectory:
     def _sha256(self, name: str) -> str | None:
         """Digest of a file of the run, or None where there is none; read once for each state of the file."""
         path = self.path / name
-        if not path.is_file():
+        try:
+            if not path.is_file():
+                return None
+            state = path.stat()
+        except OSError:  # a manifest that was altered may name what no file system has
             return None
-        state = path.stat()
         key = (path, state.st_mtime_ns, state.st_size)
         if key not in self._hashes:
             self._hashes[key] = sha256_file(path)
@@ -218,29 +246,29 @@ class RunDirectory:
 
     def _save(self) -> None:
         stages = {name: vars(record) for name, record in self._stages.items()}
-        text = json.dumps({"schema": _SCHEMA, "model": self._model, "stages": stages}, indent=1)
+        text = json.dumps({"schema": 1, "model": self._model, "stages": stages}, indent=1)
         self.write(MANIFEST, text + "\n")
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Manifest | None:
     """The manifest of a run directory, or None where there is none.
 
     Raises:
-        RunDirectoryError: it cannot be read.
+        RunDirectoryError: it cannot be read, or is no manifest.
     """
+    file = path / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        if manifest["schema"] != _SCHEMA:
-            raise RunDirectoryError(f"{path / MANIFEST} has schema {manifest['schema']}, expected {_SCHEMA}")
-        return manifest if {"model", "stages"} <= manifest.keys() else _broken(path)
+        return Manifest.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunDirectoryError(f"{path / MANIFEST} cannot be read: {error}") from error
-
-
-def _broken(path: Path) -> dict[str, Any]:
-    raise RunDirectoryError(f"{path / MANIFEST} is no manifest of a run; choose another folder with --out")
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([*(".".join(map(str, first["loc"])),) * bool(first["loc"]), first["msg"]])
+        raise RunDirectoryError(
+            f"{file} is no manifest of a run ({reason}); choose another folder with --out"
+        ) from error
 
 
 def _describe(model: Mapping[str, str]) -> str:

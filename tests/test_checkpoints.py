@@ -227,10 +227,11 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(tmp_path: Pat
     assert not (out / ".checkpoints").exists()
     log = finished(*synthesis(whole)) + finished("quantize", str(whole), "--bits", "w4a4")
     assert "goes on from its checkpoint" not in log
-    stages = [(read_manifest(folder) or {})["stages"] for folder in (out, whole)]
+    manifests = [manifest for folder in (out, whole) if (manifest := read_manifest(folder))]
     for stage in ("synthesize", "quantize/w4a4"):
-        assert stages[0][stage]["files"] == stages[1][stage]["files"]
-        assert stages[0][stage]["result"] == stages[1][stage]["result"]
+        resumed, uninterrupted = (manifest.stages[stage] for manifest in manifests)
+        assert resumed.files == uninterrupted.files
+        assert resumed.result == uninterrupted.result
 
 
 @pytest.mark.usefixtures("always")

@@ -272,7 +272,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="holds files that are no run's"):
         Pipeline(config(), tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match="cannot be read"):
+    with pytest.raises(RunDirectoryError, match=r"is no manifest of a run \(schema: Field required\)"):
         RunDirectory(tmp_path, {})
 
 

@@ -1,6 +1,7 @@
 """What comes in files of unknown origin: whatever stands in them, a valid result or one of our own errors."""
 
 import json
+import math
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ from test_report import build
 
 from clusterq_deploy.config import RunConfig, make_config, read_settings
 from clusterq_deploy.data import load_evaluation
-from clusterq_deploy.errors import ConfigError, DataError, ModelError, ReportError, WeightsError
+from clusterq_deploy.errors import ConfigError, DataError, ModelError, ReportError, RunDirectoryError, WeightsError
 from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
 from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
+from clusterq_deploy.rundir import RunDirectory
 from clusterq_deploy.standalone import Graph
 
 quick = settings(
@@ -32,6 +34,16 @@ REPORT: dict[str, Any] = json.loads(build().to_json())
 CONFIG: dict[str, Any] = RunConfig(model="digits", data=Path("data"), keep={"fc": 8}, max_drop=1.0).model_dump(
     mode="json", exclude_none=True
 )
+MODEL = {"name": "digits", "weights_sha256": "0" * 64}
+STAGE = {
+    "inputs": "1" * 64,
+    "upstream": {},
+    "files": {"images": "2" * 64},
+    "result": {"loss": math.nan},
+    "seconds": 1.5,
+}
+TUNED = {**STAGE, "upstream": {"synthesize": "3" * 64}, "files": {}}
+MANIFEST = {"schema": 1, "model": MODEL, "stages": {"synthesize": STAGE, "quantize/w4a4": TUNED}}
 
 text = st.text(max_size=8) | st.sampled_from(["", "nan", "-1", "1e999", "\0", "\ud800", "9" * 5000, "../x", "w8a8"])
 numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 10**30, 10**400, 2**63, 1e308, -1e308])
@@ -193,6 +205,37 @@ def test_run_toml_holds_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monk
     plain = make_config({"model": "timm:resnet18", "weights": "none", "build": {"timing_cache": "none"}})
     (tmp_path / "run/run.toml").write_text(plain.to_toml())
     assert make_config(read_settings(Path("run.toml"))) == plain
+
+
+# ---- manifest.json ----
+
+
+def opened(folder: Path) -> None:
+    """Read a run directory, and look at all that it says is finished."""
+    run = RunDirectory(folder, MODEL)
+    for stage in ("synthesize", "quantize/w4a4"):
+        run.finished(stage)
+
+
+@quick
+@given(
+    content=changes(MANIFEST).map(lambda value: json.dumps(value).encode()) | bytes_near(json.dumps(MANIFEST).encode())
+)
+@example(content=b"[" * 20_000)
+@example(content=b'{"schema": 2}')
+@example(content=json.dumps(replaced(MANIFEST, ("stages", "synthesize", "files"), {"9" * 5000: "", "\0": ""})).encode())
+def test_any_bytes_as_a_manifest(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    is_ours(RunDirectoryError, lambda: opened(tmp_path))
+
+
+def test_a_manifest_that_is_whole_and_one_whose_stage_builds_on_itself(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    opened(tmp_path)
+    circle = replaced(MANIFEST, ("stages", "synthesize", "upstream"), {"quantize/w4a4": ""})
+    (tmp_path / "manifest.json").write_text(json.dumps(circle))
+    with pytest.raises(RunDirectoryError, match="is no manifest of a run"):
+        opened(tmp_path)
 
 
 # ---- labels.csv ----

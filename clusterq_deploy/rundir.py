@@ -1,7 +1,9 @@
 """The run directory: its files, and the manifest that says which stages are finished."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -131,6 +133,8 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunDirectoryError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        if not os.access(self.path, os.W_OK):  # before the work, whose result could not be kept
+            raise RunDirectoryError(f"cannot write to {self.path}: {os.strerror(errno.EACCES)}")
         self._lock = lock
         self._read()
 

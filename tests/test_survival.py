@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,33 +174,62 @@ def test_a_command_that_is_told_to_end_leaves_whole_files_alone(tmp_path: Path, 
     assert json.loads((out / "manifest.json").read_text())["stages"] == {}
 
 
-def test_a_disk_that_is_full_is_one_line_and_the_finished_stage_stands(tmp_path: Path) -> None:
-    settings, out = tmp_path / "small.toml", tmp_path / "run"
-    settings.write_text(
+def clusterq(
+    *command: str, largest: int = resource.RLIM_INFINITY, as_owner: bool = False
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command that can write no file of more bytes; `as_owner` has root keep to the permissions of files."""
+    prefix = ["setpriv", "--bounding-set=-dac_override"] if as_owner and os.geteuid() == 0 else []
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "cli", "--quiet", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY)),
+    )
+
+
+@pytest.fixture(scope="module")
+def synthesized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its first stage done."""
+    folder = tmp_path_factory.mktemp("synthesized")
+    (folder / "small.toml").write_text(
         "[synthesis]\nimages = 32\ngenerator = {steps = 8, warmup_steps = 4}\nrefine = {steps = 4}\n"
         "[finetune]\nsteps = 0\n"
     )
+    made = clusterq("synthesize", "digits", "--config", str(folder / "small.toml"), "--out", str(folder / "run"))
+    assert made.returncode == 0, made.stderr
+    return folder / "run"
 
-    def clusterq(*command: str, largest: int = resource.RLIM_INFINITY) -> "subprocess.CompletedProcess[str]":
-        """Run a command that can write no file of more bytes."""
-        return subprocess.run(
-            [sys.executable, "-m", "cli", "--quiet", *command],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY)),
-        )
 
-    synthesis = ["synthesize", "digits", "--config", str(settings), "--out", str(out)]
-    assert clusterq(*synthesis).returncode == 0
-    before = (out / "calibration" / "images.safetensors").read_bytes()
+def test_a_disk_that_is_full_is_one_line_and_the_finished_stage_stands(synthesized: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(synthesized, tmp_path / "run"))
     full = clusterq("quantize", str(out), "--bits", "w4a4", largest=16_384)
     assert full.returncode == 2
     *_, last = full.stderr.strip().splitlines()
     assert last == f"Error: cannot write {out / 'w4a4' / 'quantized.safetensors'}: File too large"
-    assert (out / "calibration" / "images.safetensors").read_bytes() == before
+    images = "calibration/images.safetensors"
+    assert (out / images).read_bytes() == (synthesized / images).read_bytes()
     assert not list(out.rglob("*.tmp"))
     assert clusterq("quantize", str(out), "--bits", "w4a4").returncode == 0
     assert (out / "w4a4" / "quantized.safetensors").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root writes to read-only folders")
+def test_a_folder_that_is_read_only_is_one_line_and_its_files_stand(synthesized: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(synthesized, tmp_path / "run"))
+    files = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    folders = [out, *(file for file in out.rglob("*") if file.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        refused = clusterq("quantize", str(out), "--bits", "w4a4", as_owner=True)
+        shown = clusterq("run", "digits", "--out", str(out), "--dry-run", as_owner=True)
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines() == [f"Error: cannot write to {out}: Permission denied"]
+    assert shown.returncode == 0, shown.stderr
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == files

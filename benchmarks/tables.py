@@ -174,10 +174,12 @@ def ablation_section(planned: Sequence[Cell], cells: Sequence[Record], failed: S
     labels = {**dict.fromkeys(cell.label for cell in planned), **dict.fromkeys(cell["label"] for cell in cells)}
     for label in labels:
         own = [cell for cell in cells if cell["label"] == label]
+        several = len({record["code"] for record in own}) > 1
         for group in grouped(own, "model", "bits", "first_last", "effort", "code", "config_digest").values():
             first, steps = group[0], group[0]["settings"]["synthesis"]["generator"]
             shares = [100 * r["within_class_diversity"] for r in group if r["within_class_diversity"] is not None]
-            row = [label, f"{first['model']}, {setting(first['bits'], first['first_last'])}"]
+            by = f" (commit {first['commit']})" if several else ""
+            row = [label + by, f"{first['model']}, {setting(first['bits'], first['first_last'])}"]
             row += [f"{steps['steps']:,} ({steps['warmup_steps']:,})", *figures(group)[:5]]
             row += [mean_and_spread(shares, 1) if shares else _DASH]
             rows.append([*row, mean_and_spread([r["teacher_top1"] for r in group], 1)])

@@ -158,19 +158,21 @@ def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunCo
     Raises:
         ConfigError: a name is unknown (with near matches), or a value is wrong.
     """
-    for where, number in _integers(values):
-        if not -(2**63) <= number < 2**63:
-            bits = number.bit_length()
-            raise ConfigError(
-                f"{where} in {origin}: got an integer of {bits} bits, expected at most 63, as TOML has them"
-            )
     try:
+        for where, number in _integers(values):
+            if not -(2**63) <= number < 2**63:
+                bits = number.bit_length()
+                raise ConfigError(
+                    f"{where} in {origin}: got an integer of {bits} bits, expected at most 63, as TOML has them"
+                )
         return RunConfig.model_validate(values)
+    except RecursionError as error:
+        raise ConfigError(f"the tables in {origin} are nested too deeply") from error
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
         if first["type"] == "extra_forbidden":
-            near = get_close_matches(path[-1], _names(path[:-1]))
+            near = get_close_matches(path[-1], _names(path[:-1])) or _places(path[-1])
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown setting {'.'.join(path)!r} in {origin}{hint}") from error
         reason = str(first["msg"]).removeprefix("Value error, ")
@@ -193,6 +195,16 @@ def _names(path: Iterable[str]) -> list[str]:
     for part in path:
         kind = kind.model_fields[part].annotation
     return list(kind.model_fields)
+
+
+def _places(name: str, table: type[StageConfig] = RunConfig) -> list[str]:
+    """Where a setting of such a name is, or of a near one, in the tables of the file: the options are not nested."""
+    inner = {key: field.annotation for key, field in table.model_fields.items()}
+    tables = {key: kind for key, kind in inner.items() if isinstance(kind, type) and issubclass(kind, StageConfig)}
+    found = [
+        f"{key}.{near}" for key, kind in tables.items() for near in get_close_matches(name, list(kind.model_fields))
+    ]
+    return found + [f"{key}.{place}" for key, kind in tables.items() for place in _places(name, kind)]
 
 
 def read_settings(path: Path) -> Settings:

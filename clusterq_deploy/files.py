@@ -8,6 +8,9 @@ from pathlib import Path
 
 from clusterq_deploy.errors import RunDirectoryError
 
+TEMPORARY = ".*.tmp"
+"""What files are called while they are written."""
+
 
 def write_bytes(path: Path, *data: bytes | memoryview) -> None:
     """Write `data`, one after the other, to `path` as one atomic step; missing parent directories are made.

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
@@ -31,8 +32,8 @@ class BenchmarkConfig(StageConfig):
         rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them.
     """
 
-    batches: tuple[PositiveInt, ...] = Field((1, 32), min_length=1)
-    threads: int | None = Field(None, ge=1)
+    batches: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field((1, 32), min_length=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     warmup_ms: float = Field(200, ge=0)
     min_runs: int = Field(10, ge=1)
     min_seconds: float = Field(3, ge=0)

@@ -81,7 +81,7 @@ class Run:
         if self.device.type == "cpu":
             self.config = config.scaled_to(pass_cost(self.model.module, self.model.input.size))
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
-        self.directory = RunDirectory(out, identity)
+        self.directory = RunDirectory(out, identity, self.command)
         self._identity = {
             **identity,
             "code_sha256": self.model.code_sha256,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.files import sha256_file, write_bytes, write_text
+from clusterq_deploy.files import TEMPORARY, sha256_file, write_bytes, write_text
 
 MANIFEST = "manifest.json"
 CONFIG = "run.toml"
@@ -38,6 +38,7 @@ class StageRecord:
         files: SHA-256 of each file that it wrote, by path relative to the run directory.
         result: what the report needs of it, JSON values only.
         seconds: how long it took; where it went on from a checkpoint, from there on.
+        result_sha256: digest of the result; None in manifests from before there was one.
     """
 
     inputs: str
@@ -45,6 +46,12 @@ class StageRecord:
     files: dict[str, str]
     result: Result
     seconds: float
+    result_sha256: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the result is the one that the stage gave."""
+        return self.result_sha256 in {None, digest(json.loads(json.dumps(self.result)))}
 
     @property
     def digest(self) -> str:
@@ -59,6 +66,7 @@ class Manifest(BaseModel):
         form: the version of its form.
         model: name and weights digest of the model whose run it is.
         stages: the finished stages, by name.
+        command: the command line that did the last of them.
 
     Raises:
         pydantic.ValidationError: something is missing, of another type, or a stage builds on itself.
@@ -69,6 +77,7 @@ class Manifest(BaseModel):
     form: Literal[1] = Field(alias="schema")
     model: dict[str, str]
     stages: dict[str, StageRecord]
+    command: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _no_stage_builds_on_itself(self) -> Self:
@@ -90,14 +99,19 @@ class RunDirectory:
     Args:
         path: the folder; made when something is first written.
         model: name and weights digest of the model.
+        command: the command line of this process.
+
+    Attributes:
+        made_by: the command line that did the last stage that was done; empty where that is not known.
 
     Raises:
         RunDirectoryError: the folder holds another model's run, or files that are no run's, or cannot be read.
     """
 
-    def __init__(self, path: Path, model: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, model: Mapping[str, str], command: Iterable[str] = ()) -> None:
         self.path = path
-        self._model = dict(model)
+        self.made_by: list[str] = []
+        self._model, self._command = dict(model), list(command)
         self._stages: dict[str, StageRecord] = {}
         self._hashes: dict[tuple[Path, int, int], str] = {}
         self._lock: FileLock | None = None
@@ -109,7 +123,8 @@ class RunDirectory:
         if manifest is None:
             if path.exists() and not path.is_dir():
                 raise RunDirectoryError(f"{path} is a file; choose a folder with --out")
-            if path.is_dir() and any(file.name not in {LOCK, CHECKPOINTS} for file in path.iterdir()):
+            own = {LOCK, CHECKPOINTS, *(file.name for file in path.glob(TEMPORARY))}
+            if path.is_dir() and any(file.name not in own for file in path.iterdir()):
                 raise RunDirectoryError(f"{path} holds files that are no run's; choose an empty folder with --out")
             return
         if manifest.model != self._model:
@@ -117,7 +132,8 @@ class RunDirectory:
                 f"{path} holds a run of {_describe(manifest.model)}, not of {_describe(self._model)}; "
                 "choose another folder with --out"
             )
-        self._stages = dict(manifest.stages)
+        self._stages = {name: record for name, record in manifest.stages.items() if record.is_whole}
+        self.made_by = manifest.command
 
     def _hold(self) -> None:
         """Take the folder for this process, if it has not got it yet; another one may have worked there meanwhile."""
@@ -136,6 +152,8 @@ class RunDirectory:
         if not os.access(self.path, os.W_OK):  # before the work, whose result could not be kept
             raise RunDirectoryError(f"cannot write to {self.path}: {os.strerror(errno.EACCES)}")
         self._lock = lock
+        for left in self.path.rglob(TEMPORARY):  # by a process that was killed as it wrote
+            left.unlink(missing_ok=True)
         self._read()
 
     def begin(self, config: str) -> None:
@@ -189,8 +207,9 @@ class RunDirectory:
             start = time.perf_counter()
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
-            record = StageRecord(own, sources, files, result, time.perf_counter() - start)
-            self._stages[stage] = record
+            seconds, sha256 = time.perf_counter() - start, digest(json.loads(json.dumps(result)))
+            record = StageRecord(own, sources, files, result, seconds, sha256)
+            self._stages[stage], self.made_by = record, self._command
             self._save()
         self._forget(self.path / CHECKPOINTS / stage)
         return record
@@ -250,7 +269,7 @@ class RunDirectory:
 
     def _save(self) -> None:
         stages = {name: vars(record) for name, record in self._stages.items()}
-        text = json.dumps({"schema": 1, "model": self._model, "stages": stages}, indent=1)
+        text = json.dumps({"schema": 1, "model": self._model, "command": self.made_by, "stages": stages}, indent=1)
         self.write(MANIFEST, text + "\n")
 
 

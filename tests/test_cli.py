@@ -144,6 +144,19 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
     assert "weights" in fails("run", "digits", "--weights", weights, *out)
     (tmp_path / "wrong.toml").write_text("modle = 'digits'")
     assert "did you mean 'model'" in fails("run", "digits", "--config", tmp_path / "wrong.toml", *out)
+    assert "did you mean 'model'" in fails("run", "--config", tmp_path / "wrong.toml", *out)
+    assert "does not exist" in fails("benchmark", tmp_path / "none.onnx")
+    for text, said in {
+        "synthesis = 3": "synthesis in",
+        "images = 64": "did you mean 'synthesis.images'",
+        "effort = 'bogus'": "effort in",
+        "finetune." + ".".join("a" * 3000) + " = 1": "nested too deeply",
+        "[synthesis]\nrecipe = 'papr'": "synthesis.recipe in",
+    }.items():
+        (tmp_path / "wrong.toml").write_text(text)
+        given = ("run", "digits", "--config", tmp_path / "wrong.toml", *out)
+        assert said in fails(*given, "--images", "64", "--effort", "fast")
+        assert said in fails(*given, "--recipe", "paper")
     assert not (tmp_path / "out").exists()
 
 

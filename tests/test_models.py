@@ -487,3 +487,10 @@ def test_published_nets_as_a_users_module(factory: str, classes: int, size: int)
 
 def test_digits_cfg_is_what_it_was_trained_with() -> None:
     assert load("digits").module.pretrained_cfg == PRETRAINED_CFG
+
+
+@pytest.mark.parametrize("code", ["sys.exit(0)", "def make():\n    sys.exit('no arguments')"])
+def test_a_module_that_ends_the_process_is_an_error(code: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"import sys\n{code}\n")
+    with pytest.raises(ModelError, match="raised SystemExit"):
+        load_model(f"{tmp_path}/net.py:make", device=torch.device("cpu"))

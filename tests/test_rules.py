@@ -245,15 +245,42 @@ def _half_layer(graph: onnx.ModelProto) -> str:
     return name_of(first(graph, "Gemm"))
 
 
+def _integer_operator(graph: onnx.ModelProto) -> str:
+    node = helper.make_node("DynamicQuantizeLinear", [graph.graph.input[0].name], ["q", "s", "z"], name="dynamic")
+    graph.graph.node.insert(0, node)
+    return "dynamic"
+
+
+def _unsigned_in_a_branch(graph: onnx.ModelProto) -> str:
+    image, scale = graph.graph.input[0].name, store(graph, np.array(0.1, np.float32), "hidden_scale")
+    nodes = [
+        helper.make_node("QuantizeLinear", [image, scale], ["then"], name="hidden"),
+        helper.make_node("Cast", [image], ["else"], to=TensorProto.UINT8),
+    ]
+    branches = [
+        helper.make_graph(
+            [node], node.output[0], [], [helper.make_tensor_value_info(node.output[0], TensorProto.UINT8, None)]
+        )
+        for node in nodes
+    ]
+    condition = store(graph, np.array(True), "condition")
+    graph.graph.node.insert(
+        0, helper.make_node("If", [condition], ["either"], then_branch=branches[0], else_branch=branches[1])
+    )
+    return "hidden"
+
+
 MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("opset", "residual", _old_opset),
     ("version", "residual", _new_ir),
     ("domain", "residual", _foreign_operator),
+    ("operator", "residual", _integer_operator),
     ("scale", "residual", _dead_scale),
     ("scale", "residual", _computed_scale),
     ("zero-point", "residual", _zero_point),
     ("activation-type", "residual", _unsigned),
     ("activation-type", "residual", _no_zero_point),
+    ("activation-type", "residual", _unsigned_in_a_branch),
     ("weight-type", "residual", _four_bit_convolution),
     ("weight-type", "residual", _unsigned_weight),
     ("weight-type", "residual", _unsigned_float_weight),
@@ -319,6 +346,16 @@ def test_the_command_checks_any_file(tmp_path: Path) -> None:
     machine = CliRunner().invoke(main, ["check", str(tmp_path / "bad.onnx"), "--json"])
     assert machine.exit_code == 1
     assert [(b["rule"], b["node"]) for b in json.loads(machine.stdout)] == [("scale", blamed)]
+
+
+def test_a_graph_that_is_no_valid_onnx_is_said_in_one_line(tmp_path: Path) -> None:
+    graph = graph_of("residual")
+    del quantizer(graph).input[1:]
+    with pytest.raises(ExportError, match=r"the graph is no valid ONNX: .*QuantizeLinear"):
+        check_tensorrt(graph)
+    onnx.save(graph, tmp_path / "file.onnx")
+    result = CliRunner().invoke(main, ["check", str(tmp_path / "file.onnx")])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x08\x0a"])

@@ -103,6 +103,7 @@ def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synthesize, finetune, seen = quantization.synthesize, quantization.finetune, []
+    sensitivities = quantization.sensitivities
 
     def images(*args: object, config: SynthesisConfig, **more: object) -> object:
         seen.append((config.generator.batch_size, config.refine.batch_size))
@@ -116,7 +117,14 @@ def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_
             torch.empty(1 << 60)  # more than any machine has: torch's own error of a CPU
         return finetune(*args, config=config, **more)
 
+    def costs(*args: object, batch_size: int, **more: object) -> object:
+        seen.append(batch_size)
+        if batch_size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return sensitivities(*args, batch_size=batch_size, **more)
+
     monkeypatch.setattr(quantization, "synthesize", images)
+    monkeypatch.setattr(quantization, "sensitivities", costs)
     monkeypatch.setattr(quantization, "finetune", tuned)
     settings = tmp_path / "small.toml"
     settings.write_text(
@@ -126,12 +134,13 @@ def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_
     for command in (
         ["synthesize", "digits", "--config", settings, "--out", tmp_path / "out"],
         ["quantize", tmp_path / "out", "--bits", "w4a4"],
+        ["sensitivity", tmp_path / "out", "--bits", "w4a4"],
         ["export", tmp_path / "out"],
         ["report", tmp_path / "out"],
     ):
         result = CliRunner().invoke(main, [str(part) for part in command])
         assert result.exit_code == 0, result.output
-    assert seen == [(64, 64), (32, 32), (16, 16), 16, 8, 4]
+    assert seen == [(64, 64), (32, 32), (16, 16), 16, 8, 4, 16, 8]
     report = read_report(tmp_path / "out" / "report.json")
     assert report.calibration.batch_divisor == 4
     assert [n for n in notes(report) if "the memory did not suffice" in n] == [

@@ -238,6 +238,25 @@ def test_a_manifest_that_is_whole_and_one_whose_stage_builds_on_itself(tmp_path:
         opened(tmp_path)
 
 
+def test_a_result_that_was_altered_is_made_again(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, MODEL, ["clusterq", "run"])
+    run.perform("evaluate", {}, lambda: ({"top1": {1: 70.0, 10: 90.0}}, []))
+    again = RunDirectory(tmp_path, MODEL)
+    assert again.finished("evaluate") is not None
+    assert again.made_by == ["clusterq", "run"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["stages"]["evaluate"]["result"]["top1"]["1"] = 99.0
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert RunDirectory(tmp_path, MODEL).finished("evaluate") is None
+
+
+def test_what_a_killed_write_left_is_no_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / ".manifest.json.deadbeef.tmp").write_text("half")
+    run = RunDirectory(tmp_path, MODEL)
+    run.begin("")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "manifest.json", "run.toml"]
+
+
 # ---- labels.csv ----
 
 

@@ -84,6 +84,7 @@ _LIST = (
     Rule("opset", "error", "before opset 13 quantizers have no scale a channel, which weights need"),
     Rule("version", "warning", "opsets up to 21 and IR up to 10 are read by every TensorRT from 10.3 on"),
     Rule("domain", "warning", "operators that are not ONNX's own need a plugin in TensorRT"),
+    Rule("operator", "error", "integer operators are not read: quantizers stand around float ones"),
     Rule("scale", "error", "scales are constants, positive and finite"),
     Rule("zero-point", "error", "quantizers are symmetric: every zero-point is 0"),
     Rule("activation-type", "error", "activations are INT8 or FP8; there is no UINT8"),
@@ -103,6 +104,7 @@ _ACTIVATIONS = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}
 _WEIGHTS = _ACTIVATIONS | {ir.DataType.INT4}
 _HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_INTEGER_OPERATORS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
 _COMPUTING = _LAYERS | {"Add", "Mul", "Relu", "Clip", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"}
 
 
@@ -110,10 +112,22 @@ def check_tensorrt(model: onnx.ModelProto) -> list[Break]:
     """Every break of TensorRT's rules in a graph, in its order.
 
     Args:
-        model: any exporter's; a graph without quantizers breaks none of the rules on them.
+        model: any exporter's; a graph without quantizers breaks none of the rules on them. Of one whose opset is too
+            old nothing else is said.
+
+    Raises:
+        ExportError: it is no valid ONNX.
     """
-    inferred = onnx.shape_inference.infer_shapes(model)
-    return list(_Checker(ir.from_proto(inferred)).breaks())
+    opset = next((own.version for own in model.opset_import if own.domain in {"", "ai.onnx"}), 0)
+    if 0 < opset < _LEAST_OPSET:
+        message = f"opset {opset}; expected {_LEAST_OPSET} or later: convert the file"
+        return [Break("opset", RULES["opset"].severity, "", message)]
+    try:
+        onnx.checker.check_model(model)
+        read = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ir.serde.SerdeError) as error:
+        raise ExportError(f"the graph is no valid ONNX: {str(error).strip().splitlines()[0]}") from error
+    return list(_Checker(read).breaks())
 
 
 def require_tensorrt(model: onnx.ModelProto, *, name: str) -> list[Break]:
@@ -150,12 +164,23 @@ class _Checker:
             "Concat": self._concatenation,
             "MaxPool": self._pool,
         }
-        for node in self._model.graph:
+        for node in self._nodes():
+            if node.op_type in _INTEGER_OPERATORS and not node.domain:
+                message = (
+                    f"{node.op_type} computes on integers; export QuantizeLinear and DequantizeLinear (QDQ) instead"
+                )
+                yield self._break("operator", node, message)
             if node.op_type in checks and not node.domain:
                 yield from checks[node.op_type](node)
             if node.op_type in _LAYERS and not node.domain:
                 yield from self._layer(node)
         yield from self._one_float_type()
+
+    def _nodes(self) -> Iterator[ir.Node]:
+        """All nodes, those of subgraphs and of the file's own functions too."""
+        yield from ir.traversal.RecursiveGraphIterator(self._model.graph)
+        for function in self._model.functions.values():
+            yield from ir.traversal.RecursiveGraphIterator(function.graph)
 
     @staticmethod
     def _break(rule: str, node: ir.Node | None, message: str) -> Break:
@@ -163,12 +188,10 @@ class _Checker:
 
     def _version(self) -> Iterator[Break]:
         opset, ir_version = self._model.opset_imports.get("", 0), self._model.ir_version
-        if 0 < opset < _LEAST_OPSET:
-            yield self._break("opset", None, f"opset {opset}; expected {_LEAST_OPSET} or later: convert the file")
         if opset > _MOST_OPSET or ir_version > _MOST_IR:
             found, most = f"opset {opset}, IR {ir_version}", f"opset {_MOST_OPSET}, IR {_MOST_IR}"
             yield self._break("version", None, f"{found}; older parsers expect at most {most}")
-        for domain in dict.fromkeys(n.domain for n in self._model.graph if n.domain):
+        for domain in dict.fromkeys(n.domain for n in self._nodes() if n.domain):
             yield self._break("domain", None, f"operators of {domain!r}; load the library that has their plugins")
 
     def _quantizer(self, node: ir.Node) -> Iterator[Break]:

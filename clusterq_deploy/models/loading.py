@@ -172,7 +172,7 @@ def _count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
     try:
         with torch.no_grad():
             logits: object = module(torch.zeros(shape))
-    except Exception as error:  # it may be the user's code
+    except (Exception, SystemExit) as error:  # it may be the user's code
         raise ModelError(
             f"model {name!r} fails on an input of shape {shape} ({first_line(error)}); check --input-size"
         ) from error

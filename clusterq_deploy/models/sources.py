@@ -124,7 +124,7 @@ def user_model(path: Path, factory: str) -> Draft:
         raise ModelError(f"model {spec!r}: the file has no {factory!r}; {near}expected a function of it")
     try:
         made = make()
-    except Exception as error:  # it is the user's code
+    except (Exception, SystemExit) as error:  # it is the user's code
         raise ModelError(
             f"model {spec!r}: the factory, called without arguments, raised {first_line(error)}"
         ) from error
@@ -154,7 +154,7 @@ def _import(path: Path) -> ModuleType:
     sys.modules[unique] = module  # dataclasses and pickle look a class's module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it is the user's code
+    except (Exception, SystemExit) as error:  # it is the user's code
         sys.modules.pop(unique)
         if before is not None:
             sys.modules[unique] = before

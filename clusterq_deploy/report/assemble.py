@@ -122,6 +122,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
         skipped_layers=[LayerNote.model_validate(note) for note in tuned.get("skipped_layers", [])],
         keep=tuned.get("keep", {}),
         expected_drop=tuned.get("expected_drop"),
+        max_drop=tuned.get("max_drop"),
         sensitivities=[LayerSensitivity(layer=c["layer"], bits=c["bits"], **c["cost"]) for c in costs],
         histograms=[LayerHistograms.model_validate(own) for own in tuned.get("histograms", [])],
         losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},

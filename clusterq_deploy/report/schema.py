@@ -172,8 +172,9 @@ class Variant(_Record):
     """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
 
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
-    expected of these widths before fine-tuning, where a bound was asked for. `batch_divisor` is what the batches of
-    fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of execution.
+    expected of these widths before fine-tuning, where a bound, `max_drop`, was asked for. `batch_divisor` is what the
+    batches of fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of
+    execution.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Variant(_Record):
     skipped_layers: list[LayerNote] = Field(default_factory=list)
     keep: dict[str, int] = Field(default_factory=dict)
     expected_drop: float | None = None
+    max_drop: float | None = None
     sensitivities: list[LayerSensitivity] = Field(default_factory=list)
     histograms: list[LayerHistograms] = Field(default_factory=list)
     losses: dict[str, list[float]] = Field(default_factory=dict)

@@ -266,11 +266,10 @@ def _memory_notes(report: Report) -> list[str]:
 def _kept(variant: Variant) -> str:
     """Which layers have bits of their own, and why."""
     layers = _listed([f"{layer} ({bits})" for layer, bits in variant.keep.items()])
-    why = (
-        f", for an expected drop before fine-tuning of {number(variant.expected_drop)} points"
-        if variant.expected_drop is not None
-        else ""
-    )
+    why = ""
+    if (expected := variant.expected_drop) is not None:
+        missed = f", more than the {variant.max_drop:g} asked for" if expected > (variant.max_drop or expected) else ""
+        why = f", for an expected drop before fine-tuning of {number(expected)} points{missed}"
     count = "one layer has" if len(variant.keep) == 1 else f"{len(variant.keep)} layers have"
     return f"{count} bits of {'its' if len(variant.keep) == 1 else 'their'} own{why}: {layers}."
 

@@ -151,7 +151,7 @@ def write_report(run: Run) -> Report:
         model=run.model,
         data=run.evaluation,
         device=run.device,
-        command=run.command,
+        command=run.directory.made_by or run.command,
         skipped=_skipped(records),
     )
     preview = run.directory.path / PREVIEW

@@ -1,6 +1,7 @@
 """Images and quantized variants: synthesis, sensitivities, scales and fine-tuning."""
 
 import io
+import logging
 from dataclasses import asdict
 
 import torch
@@ -29,6 +30,8 @@ from clusterq_deploy.quantize.student import FORMAT
 from clusterq_deploy.run import IMAGES, PREVIEW, Run, student_file
 from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.stages.memory import in_memory
+
+logger = logging.getLogger(__name__)
 
 
 def make_images(run: Run) -> StageRecord:
@@ -79,16 +82,19 @@ def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
     run.done("synthesize")
     batch_size = run.config.finetune.batch_size
 
-    def work() -> tuple[Result, list[str]]:
+    def costs(divisor: int) -> list[Sensitivity]:
         rng = run.rng(f"sensitivity/{bits}")
-        found = sensitivities(
+        return sensitivities(
             make_student(run.model.module, bits, **_widths(run)),
             _shown(run),
             judged=_judged_views(run, rng),
-            batch_size=batch_size,
+            batch_size=max(1, batch_size // divisor),
             rng=rng,
             progress=run.progress,
         )
+
+    def work() -> tuple[Result, list[str]]:
+        found, _ = in_memory(costs, f"sensitivities of {bits}")
         return {"layers": [asdict(own) for own in found]}, []
 
     share = run.config.finetune.procedural
@@ -128,6 +134,8 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
 
     def work() -> tuple[Result, list[str]]:
         (plan, student, started, tuning), divisor = in_memory(tuned, f"fine-tuning {bits}")
+        if plan is not None and max_drop is not None and plan.estimate.expected_drop > max_drop:
+            logger.warning("%s: no widths are expected to keep the drop within %g points", bits, max_drop)
         seen = histograms(
             student,
             started.reference,
@@ -147,6 +155,7 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
             "batch_divisor": divisor,
             "keep": student.keep,
             "expected_drop": None if plan is None else plan.estimate.expected_drop,
+            "max_drop": None if plan is None else max_drop,
             "quantized_layers": len(student.placement.weights),
             "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
             "histograms": [asdict(own) for own in seen],
@@ -166,7 +175,7 @@ def _initialized(
     if kept is not None and kept["plan"] is not None:
         plan = TypeAdapter(PrecisionPlan).validate_python(kept["plan"])
     elif max_drop is not None and bits != BitWidths(8, 8):
-        plan = _plan(run, bits, max_drop)
+        plan = _plan(run, bits, max_drop, batch_size)
     if plan is not None:
         widths["keep"] = plan.keep
     student = make_student(run.model.module, bits, **widths)
@@ -204,7 +213,7 @@ def _widths(run: Run) -> Result:
     return {"first_last": run.config.first_last, "keep": run.config.keep}
 
 
-def _plan(run: Run, bits: BitWidths, max_drop: float) -> PrecisionPlan:
+def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int) -> PrecisionPlan:
     """The layers that have to be raised for a variant to lose no more."""
     costs, rng = measure_sensitivity(run, bits).result["layers"], run.rng(f"precision/{bits}")
     return plan_precision(
@@ -215,7 +224,7 @@ def _plan(run: Run, bits: BitWidths, max_drop: float) -> PrecisionPlan:
         max_drop=max_drop,
         images=_shown(run),
         judged=_judged_views(run, rng),
-        batch_size=run.config.finetune.batch_size,
+        batch_size=batch_size,
         rng=rng,
         progress=run.progress,
     )

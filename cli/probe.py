@@ -5,6 +5,7 @@ ONNX Runtime's log on stderr says why a provider does not load; the exit code is
 """
 
 import sys
+from contextlib import suppress
 
 import numpy as np
 import onnx
@@ -32,6 +33,9 @@ def graph() -> bytes:
 
 def main(provider: str) -> None:
     """Run the graph on `provider`; ends the process with a message where that does not work."""
+    if provider.startswith("Tensorrt"):
+        with suppress(ImportError, OSError):  # as in a run: it loads the libraries that its wheel has
+            import tensorrt  # noqa: F401
     session = onnxruntime.InferenceSession(graph(), providers=[provider], enable_fallback=0)
     if provider not in session.get_providers():
         sys.exit(f"ONNX Runtime fell back to {session.get_providers()[0]}")

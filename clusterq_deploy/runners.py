@@ -1,6 +1,6 @@
 """One way to run a model, whatever executes it: images in, logits out."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -35,6 +35,9 @@ def _session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, 
     if provider not in onnxruntime.get_available_providers():
         raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
     on_gpu = runtime != "onnxruntime-cpu"
+    if runtime == "onnxruntime-tensorrt":
+        with suppress(ImportError, OSError):  # it loads the libraries that the provider looks for, and its wheel has
+            import tensorrt  # noqa: F401
     try:
         with quiet_logger() if on_gpu else nullcontext():
             # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.

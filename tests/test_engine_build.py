@@ -18,6 +18,7 @@ from tensorrt_double import World
 
 from calib.progress import SILENT, Progress
 from clusterq_deploy.engine import BuildConfig, build_engine, read_sidecar, sidecar_path
+from clusterq_deploy.engine import build as builder_module
 from clusterq_deploy.engine import timing as timing_module
 from clusterq_deploy.engine.sidecar import Machine
 from clusterq_deploy.engine.timing import timing_cache_path
@@ -90,6 +91,17 @@ def test_reports_an_invalid_profile(world: World, graph: Path, way: str) -> None
         world.profile_index = -1
     with pytest.raises(EngineError, match=r"inconsistent|refuses the batch sizes \(1, 8, 32\)"):
         build(graph)
+
+
+def test_an_engine_whose_sidecar_cannot_be_written_is_not_left(
+    world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(graph)  # an earlier one
+    with monkeypatch.context() as patch:
+        patch.setattr(builder_module, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(graph)
+    assert left(graph.parent) == [graph.name]
 
 
 def test_a_missing_graph_is_named(world: World, tmp_path: Path) -> None:

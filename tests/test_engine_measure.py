@@ -132,7 +132,18 @@ class TestTrtexec:
             "--useCudaGraph",
         ]
 
-    def test_a_fixed_batch_has_no_shapes_and_odd_paths_are_quoted(self) -> None:
+    @pytest.mark.parametrize(
+        ("tensorrt", "cuda_graph", "flags"),
+        [
+            ("10.16.1", False, "--useSpinWait"),
+            ("10.16.1", True, "--useSpinWait --useCudaGraph"),
+            ("11.0.0", False, "--includeDataTransfers --noCudaGraph"),
+            ("11.4.0", True, "--includeDataTransfers"),
+        ],
+    )
+    def test_a_fixed_batch_has_no_shapes_and_odd_paths_are_quoted(
+        self, tensorrt: str, cuda_graph: bool, flags: str
+    ) -> None:
         command = trtexec_command(
             "my runs/model.engine",
             input_name="images",
@@ -141,12 +152,13 @@ class TestTrtexec:
             warmup_ms=200,
             min_runs=10,
             min_seconds=2.5,
-            cuda_graph=False,
+            cuda_graph=cuda_graph,
             version_compatible=True,
+            tensorrt=tensorrt,
         )
         assert command == (
             "trtexec '--loadEngine=my runs/model.engine' --warmUp=200 --duration=2.5 --iterations=10 "
-            "--percentile=50,90,95,99 --useSpinWait --versionCompatible"
+            f"--percentile=50,90,95,99 {flags} --versionCompatible"
         )
 
     def test_the_runner_knows_whether_the_batch_is_open(self, world: World, tmp_path: Path) -> None:

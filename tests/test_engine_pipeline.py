@@ -1,6 +1,7 @@
 """Engines in a run, from the build to the report, with a double in the place of TensorRT and of torch's CUDA."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -63,3 +64,16 @@ def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: p
     page = (tmp_path / "run" / "report.html").read_text()
     assert 'id="engines"' in page
     assert "trtexec --loadEngine=w8a8/model.engine --shapes=" in page
+
+
+def test_engines_of_another_release_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
+    pipeline.begin()
+    pipeline.export("fp32")
+    install(monkeypatch)
+    first, again = (pipeline.build("fp32") for _ in range(2))
+    assert first is not None
+    assert again == first
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "10.16.1")
+    assert pipeline.build("fp32") != first
+    assert engine.read_sidecar(tmp_path / "run/fp32/model.engine").built_on.tensorrt == "10.16.1"

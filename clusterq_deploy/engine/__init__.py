@@ -12,7 +12,7 @@ from clusterq_deploy.engine.config import BuildConfig
 from clusterq_deploy.engine.inspection import summarize_layers
 from clusterq_deploy.engine.layers import EngineLayers, Layer, parse_layers
 from clusterq_deploy.engine.runner import TensorRTRunner
-from clusterq_deploy.engine.sidecar import EngineInfo, Machine, read_sidecar, sidecar_path
+from clusterq_deploy.engine.sidecar import EngineInfo, Machine, read_sidecar, sidecar_path, this_machine
 from clusterq_deploy.engine.trtexec import trtexec_command
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "read_sidecar",
     "sidecar_path",
     "summarize_layers",
+    "this_machine",
     "trtexec_command",
     "unavailable_reason",
 ]

@@ -84,8 +84,13 @@ def build_engine(onnx_path: Path, engine_path: Path, config: BuildConfig, progre
         seconds=time.perf_counter() - started,
         created=datetime.now(UTC).replace(microsecond=0),
     )
+    sidecar_path(engine_path).unlink(missing_ok=True)  # that of an earlier engine
     write_bytes(engine_path, engine)
-    write_text(sidecar_path(engine_path), info.model_dump_json(indent=2) + "\n")
+    try:
+        write_text(sidecar_path(engine_path), info.model_dump_json(indent=2) + "\n")
+    except BaseException:
+        engine_path.unlink(missing_ok=True)
+        raise
     if cache_path is not None:
         keep_timing_cache(options, cache, cache_path)
     return info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -192,9 +193,12 @@ class TensorRTRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.synchronize()
-        self._context = self._engine = None
-        self._input = self._output = torch.empty(0)
+        try:
+            with nullcontext() if kind is None else suppress(RuntimeError):  # CUDA repeats an error that is being told
+                self._stream.synchronize()
+        finally:
+            self._context = self._engine = None
+            self._input = self._output = torch.empty(0)
 
     def _require_open(self) -> None:
         if self._context is None:

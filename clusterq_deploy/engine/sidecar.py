@@ -28,6 +28,11 @@ class Machine(BaseModel):
     cuda: str | None
     tensorrt: str
 
+    def binding(self, config: BuildConfig) -> dict[str, str]:
+        """What an engine that is built so cannot do without, by the name of the field."""
+        wanted = {"gpu", "compute_capability"} if not config.hardware_compatible else set()
+        return self.model_dump(include=wanted | ({"tensorrt"} if not config.version_compatible else set()))
+
 
 class EngineInfo(BaseModel):
     """Content of the sidecar. Digests are SHA-256; `source` is the file name of the ONNX graph."""

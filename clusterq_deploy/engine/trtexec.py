@@ -15,8 +15,10 @@ def trtexec_command(
     min_seconds: float,
     cuda_graph: bool,
     version_compatible: bool,
+    tensorrt: str,
 ) -> str:
-    """One line for a shell.
+    """One line for a shell. trtexec 11 copies nothing and replays a CUDA graph unless it is told otherwise; 10 the
+    other way round, and neither knows the flags of the other.
 
     Args:
         engine: the engine's path, as the line is to have it.
@@ -25,14 +27,17 @@ def trtexec_command(
         warmup_ms, min_runs, min_seconds: how it is measured.
         cuda_graph: whether a CUDA graph is replayed.
         version_compatible: whether the engine carries a runtime of its own, which trtexec loads when it is told to.
+        tensorrt: the release whose trtexec it is.
     """
     flags = [f"--loadEngine={engine}"]
     if dynamic:
         flags.append(f"--shapes={input_name}:{'x'.join(map(str, shape))}")
     flags += [f"--warmUp={warmup_ms:g}", f"--duration={min_seconds:g}", f"--iterations={min_runs}"]
-    flags += ["--percentile=50,90,95,99", "--useSpinWait"]  # torch's events are waited for without sleep
-    if cuda_graph:
-        flags.append("--useCudaGraph")
+    flags.append("--percentile=50,90,95,99")
+    if int(tensorrt.partition(".")[0]) >= 11:
+        flags += ["--includeDataTransfers", *([] if cuda_graph else ["--noCudaGraph"])]
+    else:  # torch's events are waited for without sleep
+        flags += ["--useSpinWait", *(["--useCudaGraph"] if cuda_graph else [])]
     if version_compatible:
         flags.append("--versionCompatible")
     return shlex.join(["trtexec", *flags])

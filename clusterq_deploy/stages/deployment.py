@@ -90,7 +90,10 @@ def build_engine(run: Run, variant: str) -> StageRecord | None:
         return {"artifacts": made}, [file for a in made for file in (a["path"], f"{a['path']}.json")]
 
     # where measurements are kept decides nothing about the engine
-    inputs = {"settings": settings.model_dump(mode="json", exclude={"timing_cache"})}
+    inputs = {
+        "settings": settings.model_dump(mode="json", exclude={"timing_cache"}),
+        "machine": engine.this_machine().binding(settings),
+    }
     return run.perform(f"build/{variant}", inputs, work, upstream=[f"export/{variant}"])
 
 

@@ -1,6 +1,7 @@
 """What is measured of what was made, and the report on it."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from clusterq_deploy import engine
@@ -84,8 +85,11 @@ def measure_latency(run: Run) -> StageRecord:
     def work() -> tuple[Result, list[str]]:
         skipped: list[Skipped] = []
         latency: dict[str, list[Result]] = {v: [] for v in variants}
-        timed = {own.key: own for own in _timed(run, sources, skipped)}
-        found = benchmark({key: own.runner for key, own in timed.items()}, size, settings, run.progress)
+        with ExitStack() as opened:  # closed before TensorRT loads engines: sessions hold its logger and the memory
+            timed = {own.key: own for own in _timed(run, sources, skipped)}
+            for own in timed.values():
+                opened.enter_context(own.runner)
+            found = benchmark({key: own.runner for key, own in timed.items()}, size, settings, run.progress)
         for key, records in found.items():
             own = timed[key]
             latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]

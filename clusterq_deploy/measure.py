@@ -32,7 +32,7 @@ class BenchmarkConfig(StageConfig):
         rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them.
     """
 
-    batches: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field((1, 32), min_length=1)
+    batches: tuple[Annotated[int, Field(gt=0, le=65_536)], ...] = Field((1, 32), min_length=1)
     threads: int | None = Field(None, ge=1, le=1024)
     warmup_ms: float = Field(200, ge=0)
     min_runs: int = Field(10, ge=1)

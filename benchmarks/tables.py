@@ -102,10 +102,8 @@ def model_section(
     rows = []
     for first_last, bits in {**wanted, **extra}:
         here = [c for c in own if (c["first_last"], c["bits"]) == (first_last, bits)]
-        several = len({record["code"] for record in here}) > 1
         for group in grouped(here, "recipe", "effort", "label", "code", "config_digest").values():
-            by = f" (commit {group[0]['commit']})" if several else ""
-            rows.append([setting(bits, first_last), recipe(group[0]) + by, *figures(group)])
+            rows.append([setting(bits, first_last), recipe(group[0]) + by_commit(group[0], here), *figures(group)])
         if not here:
             rows.append([setting(bits, first_last), _UNMEASURED, *[_DASH] * len(FIGURES)])
     parts = [f"## {model.title}\n", measured_on(own), table(["setting", "recipe", *FIGURES], rows)]
@@ -126,6 +124,11 @@ def failures(failed: Sequence[Record]) -> str:
         what = f"{setting(record['bits'], record['first_last'])}{label}, {recipe(record)}, seed {record['seed']}"
         items.append(f"- failed: {what}: `{record['error']}`\n")
     return "".join(items)
+
+
+def by_commit(record: Record, others: Iterable[Record]) -> str:
+    """A clause that says by which commit a record is, where others of the same setting are by another."""
+    return f" (commit {record['commit']})" if len({other["code"] for other in others}) > 1 else ""
 
 
 def recipe(record: Record) -> str:
@@ -174,12 +177,10 @@ def ablation_section(planned: Sequence[Cell], cells: Sequence[Record], failed: S
     labels = {**dict.fromkeys(cell.label for cell in planned), **dict.fromkeys(cell["label"] for cell in cells)}
     for label in labels:
         own = [cell for cell in cells if cell["label"] == label]
-        several = len({record["code"] for record in own}) > 1
         for group in grouped(own, "model", "bits", "first_last", "effort", "code", "config_digest").values():
             first, steps = group[0], group[0]["settings"]["synthesis"]["generator"]
             shares = [100 * r["within_class_diversity"] for r in group if r["within_class_diversity"] is not None]
-            by = f" (commit {first['commit']})" if several else ""
-            row = [label + by, f"{first['model']}, {setting(first['bits'], first['first_last'])}"]
+            row = [label + by_commit(first, own), f"{first['model']}, {setting(first['bits'], first['first_last'])}"]
             row += [f"{steps['steps']:,} ({steps['warmup_steps']:,})", *figures(group)[:5]]
             row += [mean_and_spread(shares, 1) if shares else _DASH]
             rows.append([*row, mean_and_spread([r["teacher_top1"] for r in group], 1)])

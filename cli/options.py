@@ -127,7 +127,8 @@ def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "Run
     from clusterq_deploy.errors import ConfigError
 
     settings = read_settings(file) if file else {}
-    make_config({"model": "", **settings}, origin=str(file))  # what is wrong by itself, before options lie on top
+    if file:  # what is wrong by itself is found before options lie on top
+        make_config({"model": "", **settings}, origin=str(file))
     if any(ctx.params.get(name) for name in ("recipe", "effort")):
         settings = without_presets(settings)
     settings = overlay({**settings, **more}, ctx)

@@ -33,9 +33,9 @@ def resume(ctx: click.Context, run: Path) -> "Pipeline":
     from clusterq_deploy.errors import RunDirectoryError
     from clusterq_deploy.rundir import CONFIG
 
-    if run.suffix == ".onnx":
-        raise RunDirectoryError(f"{run} does not exist")
     if not (run / CONFIG).is_file():
+        if run.suffix == ".onnx":
+            raise RunDirectoryError(f"{run} does not exist")
         raise RunDirectoryError(f"{run} is no run directory: it has no {CONFIG}; start one with clusterq synthesize")
     settings = read_settings(run / CONFIG)
     chosen = ctx.params.get("bits") or ()

@@ -199,12 +199,13 @@ def _names(path: Iterable[str]) -> list[str]:
 
 def _places(name: str, table: type[StageConfig] = RunConfig) -> list[str]:
     """Where a setting of such a name is, or of a near one, in the tables of the file: the options are not nested."""
-    inner = {key: field.annotation for key, field in table.model_fields.items()}
-    tables = {key: kind for key, kind in inner.items() if isinstance(kind, type) and issubclass(kind, StageConfig)}
-    found = [
-        f"{key}.{near}" for key, kind in tables.items() for near in get_close_matches(name, list(kind.model_fields))
-    ]
-    return found + [f"{key}.{place}" for key, kind in tables.items() for place in _places(name, kind)]
+    found, deeper = [], []
+    for key, field in table.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, StageConfig):
+            found += [f"{key}.{near}" for near in get_close_matches(name, list(kind.model_fields))]
+            deeper += [f"{key}.{place}" for place in _places(name, kind)]
+    return found + deeper
 
 
 def read_settings(path: Path) -> Settings:

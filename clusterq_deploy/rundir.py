@@ -51,7 +51,7 @@ class StageRecord:
     @property
     def is_whole(self) -> bool:
         """Whether the result is the one that the stage gave."""
-        return self.result_sha256 in {None, digest(json.loads(json.dumps(self.result)))}
+        return self.result_sha256 in {None, result_digest(self.result)}
 
     @property
     def digest(self) -> str:
@@ -88,6 +88,11 @@ class Manifest(BaseModel):
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def result_digest(result: Result) -> str:
+    """SHA-256 of a result as it comes back from the manifest, where all keys are strings."""
+    return digest(json.loads(json.dumps(result)))
 
 
 class RunDirectory:
@@ -207,8 +212,8 @@ class RunDirectory:
             start = time.perf_counter()
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
-            seconds, sha256 = time.perf_counter() - start, digest(json.loads(json.dumps(result)))
-            record = StageRecord(own, sources, files, result, seconds, sha256)
+            seconds = time.perf_counter() - start
+            record = StageRecord(own, sources, files, result, seconds, result_digest(result))
             self._stages[stage], self.made_by = record, self._command
             self._save()
         self._forget(self.path / CHECKPOINTS / stage)
@@ -288,7 +293,8 @@ def read_manifest(path: Path) -> Manifest | None:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        reason = ": ".join([*(".".join(map(str, first["loc"])),) * bool(first["loc"]), first["msg"]])
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
         raise RunDirectoryError(
             f"{file} is no manifest of a run ({reason}); choose another folder with --out"
         ) from error

@@ -177,21 +177,22 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
 @options.json_option
 @click.pass_context
 def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
-    """Build TensorRT engines: of RUN's variants and baselines, or of one ONNX file (next to it).
+    """Build TensorRT engines: of RUN's variants and baselines, or of one ONNX file, of any exporter (next to it).
 
+    A file's engine is built once more in FP16 without quantizers, as MODEL.fp16.engine: what INT8 is compared with.
     Ctrl-C cancels a build; finished engines stay.
     """
     from cli import render
     from clusterq_deploy import engine
     from clusterq_deploy.errors import TensorRTMissing
     from clusterq_deploy.run import FP32
+    from clusterq_deploy.standalone import build_file
 
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
     if target.suffix == ".onnx":
-        path = target.with_suffix(".engine")
-        info = engine.build_engine(target, path, _options_alone(ctx).build, render.LiveProgress(ctx.obj["quiet"]))
-        render.show([{"engine": str(path), "size_bytes": info.size_bytes, "seconds": info.seconds}], as_json)
+        built = build_file(target, _options_alone(ctx).build, render.LiveProgress(ctx.obj["quiet"]))
+        render.show(built, as_json)
         return
     with _resumed(ctx, target) as pipeline:
         records = {v: pipeline.build(v) for v in [FP32, *_variants(ctx, pipeline, "export")]}
@@ -210,7 +211,7 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE")
 @options.data_options
 @options.bits_option
 @options.json_option
@@ -218,14 +219,17 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
 def evaluate(
     ctx: click.Context, /, target: Path, data: Path | None, limit: int | None, as_json: bool, **_: Any
 ) -> None:
-    """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file."""
+    """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file or engine.
+
+    With a file the engines beside it that were built from it are measured too.
+    """
     from cli import render
     from clusterq_deploy.run import FP32
     from clusterq_deploy.standalone import evaluate_file
 
     if target.is_file():
         found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
-        render.show([found], as_json)
+        render.show(found, as_json)
         return
     with _resumed(ctx, target) as pipeline:
         rows = [
@@ -259,17 +263,20 @@ def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE.onnx")
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE")
 @options.benchmark_options
 @options.json_option
 @click.pass_context
 def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
-    """Measure latency: of RUN's variants in turn, or of one ONNX file."""
+    """Measure latency: of RUN's variants in turn, or of one ONNX file or engine.
+
+    With a file the engines beside it that were built from it are timed too.
+    """
     from cli import render
     from clusterq_deploy.standalone import benchmark_file
 
     if target.is_file():
-        rows = benchmark_file(target, _options_alone(ctx).benchmark, render.LiveProgress(ctx.obj["quiet"]))
+        rows = benchmark_file(target, _options_alone(ctx), render.LiveProgress(ctx.obj["quiet"]))
     else:
         with _resumed(ctx, target) as pipeline:
             record = pipeline.benchmark()

@@ -3,7 +3,9 @@
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -15,6 +17,9 @@ PROVIDERS = {
 """ONNX Runtime's name of the provider that a runtime of the report is."""
 
 _WARNING, _FATAL = 2, 4  # of ONNX Runtime's levels of logging; the first is its default
+
+RECORD_PLACES = "session.record_ep_graph_assignment_info"
+"""Entry of a session's configuration, "1" makes it remember which provider took which node (ONNX Runtime 1.24)."""
 
 Provider = str | tuple[str, dict[str, str]]
 
@@ -53,6 +58,33 @@ def batch_profile(graph: Path | bytes, batch: tuple[int, int, int]) -> dict[str,
         f"trt_profile_{which}_shapes": f"{images.name}:{'x'.join(map(str, (size, *sides)))}"
         for which, size in zip(("min", "opt", "max"), batch, strict=True)
     }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many nodes of a graph a provider took, of how many, and the operators that it left to others."""
+
+    taken: int
+    nodes: int
+    left: tuple[str, ...]
+
+
+def placement(session: Any, provider: str) -> Placement | None:
+    """How much of its graph a provider took; None where ONNX Runtime is too old to tell.
+
+    Args:
+        session: an InferenceSession made with `RECORD_PLACES`.
+        provider: ONNX Runtime's name of it.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    by_provider = [
+        (part.ep_name == provider, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    left = sorted({operator for taken, operator in by_provider if not taken})
+    return Placement(sum(taken for taken, _ in by_provider), len(by_provider), tuple(left))
 
 
 def load_problem(provider: str) -> str | None:

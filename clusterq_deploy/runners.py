@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.onnx_providers import PROVIDERS, load_problem, provider_list, quiet_logger
+from clusterq_deploy.onnx_providers import (
+    PROVIDERS,
+    RECORD_PLACES,
+    Placement,
+    load_problem,
+    placement,
+    provider_list,
+    quiet_logger,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -132,6 +140,8 @@ class OnnxRunner:
             options.intra_op_num_threads = threads
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if runtime != "onnxruntime-cpu":
+            options.add_session_config_entry(RECORD_PLACES, "1")
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
             options.log_severity_level = 4  # it warns that the file is for this machine alone
@@ -159,6 +169,10 @@ class OnnxRunner:
         """What the exporter wrote into the graph."""
         found: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         return found
+
+    def placement(self) -> Placement | None:
+        """How much of the graph the GPU provider of this runner took; None where ONNX Runtime does not tell."""
+        return placement(self._session, PROVIDERS[self.runtime])
 
     @property
     def classes(self) -> int:

@@ -5,20 +5,40 @@ import json
 import tomllib
 from pathlib import Path
 
+import onnx
 import pytest
 import tomli_w
+import torch
 from click.testing import CliRunner, Result
+from onnx import TensorProto
 from tensorrt_double import World, install
 from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy import engine
+from clusterq_deploy.export import annotate, export_graph, spell
+from clusterq_deploy.models import load_model
+from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+
+BOTH = (".engine", ".fp16.engine")
+
+
+@pytest.fixture(scope="module")
+def exported() -> bytes:
+    """The bundled model in W8A8, spelled for TensorRT."""
+    model = load_model("digits", device=torch.device("cpu"))
+    student = make_student(model.module, BitWidths(8, 8))
+    images = torch.randn(32, *model.input.size, generator=torch.Generator().manual_seed(0))
+    calibrate(student, images, batch_size=16, rng=torch.Generator().manual_seed(0))
+    made = spell(export_graph(student, model.input.size), student, "tensorrt")
+    named = {"model": model.slug, "source": model.source, "variant": "w8a8", "inputs": model.input}
+    return annotate(made, **named, provenance={}).SerializeToString()
 
 
 @pytest.fixture
-def graph(tmp_path: Path) -> Path:
+def graph(exported: bytes, tmp_path: Path) -> Path:
     path = tmp_path / "net.onnx"
-    path.write_bytes(b"a graph")
+    path.write_bytes(exported)
     return path
 
 
@@ -29,10 +49,84 @@ def call(*args: object) -> Result:
 def test_a_files_engine_lies_beside_it(world: World, graph: Path) -> None:
     done = call("build", graph, "--json")
     assert done.exit_code == 0, done.output
-    (row,) = json.loads(done.stdout)
+    row, _ = json.loads(done.stdout)
     assert row["engine"] == str(graph.with_suffix(".engine"))
     assert row["size_bytes"] == graph.with_suffix(".engine").stat().st_size
     assert engine.read_sidecar(graph.with_suffix(".engine")).options == engine.BuildConfig()
+
+
+def test_a_files_engine_has_its_fp16_baseline_beside_it(world: World, graph: Path) -> None:
+    done = call("build", graph, "--json")
+    assert [row["engine"] for row in json.loads(done.stdout)] == [str(graph.with_suffix(s)) for s in BOTH]
+    quantized, baseline = (engine.read_sidecar(graph.with_suffix(suffix)) for suffix in BOTH)
+    assert (baseline.source, baseline.source_sha256) == (quantized.source, quantized.source_sha256)
+    assert (quantized.derived, baseline.derived) == (False, True)
+    assert world.parsed[0] == graph.read_bytes()
+    built = onnx.load_model_from_string(world.parsed[1]).graph
+    assert "QuantizeLinear" not in {node.op_type for node in built.node}
+    assert {own.data_type for own in built.initializer} <= {TensorProto.FLOAT16, TensorProto.INT64}
+    assert sorted(own.name for own in graph.parent.iterdir() if own.suffix == ".onnx") == ["net.onnx"]
+
+
+def test_a_file_that_has_no_fp16_baseline_has_its_engine(
+    world: World, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = onnx.load(graph)
+    first = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    model.graph.node.append(onnx.helper.make_node("Cast", [first.output[0]], ["seen"], to=TensorProto.FLOAT))
+    onnx.save(model, graph)
+    done = call("build", graph, "--json")
+    assert [row["engine"] for row in json.loads(done.stdout)] == [str(graph.with_suffix(".engine"))]
+    assert f"{graph} has no FP16 baseline: the integers of" in caplog.text
+
+
+def test_a_file_is_timed_and_evaluated_with_the_engines_that_were_built_from_it(
+    world: World, graph: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine, "TensorRTRunner", functools.partial(engine.TensorRTRunner, device="cpu"))
+    world.input_shape, world.classes = (-1, 1, 32, 32), 10
+    assert call("build", graph).exit_code == 0
+    graph.with_name("other.onnx").write_bytes(graph.read_bytes())
+    assert call("build", graph.with_name("other.onnx")).exit_code == 0
+    engines = [str(graph.with_suffix(suffix)) for suffix in sorted(BOTH)]
+
+    timed = json.loads(call("benchmark", graph, "--batches", "2", "--threads", "1", "--json").stdout)
+    cpu = ("onnxruntime-cpu", str(graph), 1)
+    assert [(row["runtime"], row["graph"], row.get("threads")) for row in timed] == [
+        cpu,
+        *[("tensorrt", own, None) for own in engines],
+    ]
+    assert all(f"--loadEngine={row['graph']}" in row["trtexec"] for row in timed[1:])
+    assert "onnxruntime-cuda is left out: " in caplog.text  # torch believes in a GPU, ONNX Runtime does not
+    alone = json.loads(call("benchmark", engines[0], "--batches", "2", "--json").stdout)
+    assert [row["graph"] for row in alone] == engines[:1]
+
+    own = str(graph.with_suffix(".engine"))
+    found = json.loads(call("evaluate", graph, "--limit", "60", "--json").stdout)
+    assert [(row["runtime"], row["graph"]) for row in found] == [("onnxruntime-cpu", str(graph)), ("tensorrt", own)]
+    assert all(row["images"] == 60 for row in found)
+    assert found[0]["top1"] > 95 > found[1]["top1"]  # the double knows no digits
+    assert json.loads(call("evaluate", own, "--limit", "60", "--json").stdout) == found[1:]
+
+    graph.write_bytes(graph.read_bytes() + b"\x0a\x00")  # an unknown field: the same graph, another file
+    assert call("evaluate", own).exit_code == 2
+    caplog.clear()
+    timed = json.loads(call("benchmark", graph, "--batches", "2", "--threads", "1", "--json").stdout)
+    assert [row["runtime"] for row in timed] == ["onnxruntime-cpu"]
+    assert f"{own} was built from an earlier net.onnx; build it again" in caplog.text
+
+
+def test_batch_sizes_do_not_count_for_a_graph_that_fixes_its_batch(
+    world: World, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.input_shape = (4, 3, 4, 4)
+    assert call("build", graph, "--batch", "1:2:16").exit_code == 0
+    assert f"{graph} fixes the batch at 4; the batch sizes (1, 2, 16) do not count" in caplog.text
+    assert engine.read_sidecar(graph.with_suffix(".engine")).options.batch == (4, 4, 4)
+    assert world.profiles == {}
+    caplog.clear()
+    assert call("build", graph).exit_code == 0
+    assert "fixes the batch" not in caplog.text
 
 
 def test_options_become_the_configuration(world: World, graph: Path, tmp_path: Path) -> None:

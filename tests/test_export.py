@@ -23,6 +23,7 @@ from clusterq_deploy.export import (
     compare_integers,
     export_graph,
     float_graphs,
+    half_baseline,
     require_same_integers,
     spell,
     student_graphs,
@@ -147,6 +148,38 @@ def test_the_float_model_in_fp16_is_the_teacher(name: str) -> None:
     batch = images(64, seed=7)
     with OnnxRunner(made.half.SerializeToString(), optimized=False) as runner:
         np.testing.assert_allclose(runner.infer(batch.numpy()), make_net(name)(batch).numpy(), atol=0.03)
+
+
+@pytest.mark.parametrize(("spelling", "fp16"), [*((own, False) for own in SPELLINGS), ("tensorrt", True)], ids=str)
+@pytest.mark.parametrize("name", NETS)
+def test_the_fp16_baseline_of_a_quantized_graph_is_the_same_network_without_quantizers(
+    name: str, spelling: Spelling, fp16: bool
+) -> None:
+    _, graph = graph_of(name, spelling, "w8a8")
+    baseline = half_baseline(to_half(graph) if fp16 else graph)
+    assert baseline is not None
+    onnx.checker.check_model(baseline)
+    operators = [own.op_type for own in baseline.graph.node]
+    assert not {"QuantizeLinear", "DequantizeLinear"}.intersection(operators)
+    count = Counter(own.op_type for own in graph.graph.node)
+    assert operators.count("Conv") == count["Conv"]
+    assert TensorProto.FLOAT not in {own.data_type for own in baseline.graph.initializer}
+    batch = images(64, seed=7)
+    with OnnxRunner(baseline.SerializeToString(), optimized=False) as runner:
+        found = runner.infer(batch.numpy())
+    expected = make_net(name)(batch).numpy()
+    assert np.abs(found - expected).mean() <= 0.05 * expected.std()  # its weights are on the grid of 8 bits
+    assert half_baseline(baseline) is None
+
+
+def test_integers_that_go_elsewhere_have_no_fp16_baseline() -> None:
+    _, graph = graph_of("residual", "tensorrt", "w8a8")
+    changed = onnx.ModelProto()
+    changed.CopyFrom(graph)
+    first = next(own for own in changed.graph.node if own.op_type == "QuantizeLinear")
+    changed.graph.node.append(onnx.helper.make_node("Cast", [first.output[0]], ["seen"], to=TensorProto.FLOAT))
+    with pytest.raises(ExportError, match="go on into other operators than DequantizeLinear"):
+        half_baseline(changed)
 
 
 def test_an_fp16_graph_of_another_model_is_refused() -> None:

@@ -11,15 +11,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from clusterq_deploy import onnx_providers
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.onnx_providers import batch_profile, provider_list
+from clusterq_deploy.onnx_providers import RECORD_PLACES, Placement, batch_profile, placement, provider_list
 from clusterq_deploy.report.schema import Skipped
 from clusterq_deploy.run import EVALUATION_BATCH
 from clusterq_deploy.rundir import StageRecord
 from clusterq_deploy.runners import OnnxRunner
 from clusterq_deploy.stages import providers
-from clusterq_deploy.stages.providers import provider_runners
+from clusterq_deploy.stages.providers import open_provider, provider_runners
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
 
@@ -121,6 +122,42 @@ def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytes
     assert [options["runtime"] for _, options in asked] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
     assert [options["optimized"] for _, options in asked] == [True, False]
     assert {options["batch"] for _, options in asked} == {(1, 8, EVALUATION_BATCH)}
+
+
+def test_onnx_runtime_tells_which_nodes_a_provider_took() -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(RECORD_PLACES, "1")
+    session = onnxruntime.InferenceSession(graph().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        pytest.skip("ONNX Runtime tells of it from 1.24 on")
+    assert placement(session, "CPUExecutionProvider") == Placement(1, 1, ())
+    assert placement(session, "TensorrtExecutionProvider") == Placement(0, 1, ("Flatten",))
+    assert placement(object(), "CPUExecutionProvider") is None
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (None, None),
+        (Placement(9, 9, ()), None),
+        (Placement(7, 9, ("Shape", "Gather")), None),
+        (Placement(5, 9, ("Add", "Conv")), "it takes 5 of the 9 nodes of model.trt.onnx, and leaves Conv to others"),
+        (Placement(0, 9, ("Add",)), "onnxruntime-cuda takes none of the 9 nodes of model.trt.onnx"),
+    ],
+)
+def test_a_provider_that_leaves_the_work_to_others_is_named(
+    place: Placement | None, said: str | None, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(onnx_providers.PROVIDERS, "onnxruntime-cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(OnnxRunner, "placement", lambda _: place)
+    if place is not None and not place.taken:
+        with pytest.raises(ExportError, match=said):
+            open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
+        return
+    runner, shared = open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
+    assert shared == said
+    with runner:
+        assert runner.infer(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 60)
 
 
 @needs_no_gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from datetime import UTC, datetime
@@ -25,10 +26,14 @@ from clusterq_deploy.files import sha256_file, write_bytes, write_text
 if TYPE_CHECKING:
     import tensorrt as trt
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["BuildConfig", "EngineInfo", "build_engine"]
 
 
-def build_engine(onnx_path: Path, engine_path: Path, config: BuildConfig, progress: Progress) -> EngineInfo:
+def build_engine(
+    onnx_path: Path, engine_path: Path, config: BuildConfig, progress: Progress, *, derived_from: Path | None = None
+) -> EngineInfo:
     """Build an engine for the current CUDA device, and write it with its sidecar.
 
     The network is strongly typed: every precision is the graph's own. Both files appear whole or not at all;
@@ -40,6 +45,8 @@ def build_engine(onnx_path: Path, engine_path: Path, config: BuildConfig, progre
         config: how to build.
         progress: shows one task of two steps, parsing and building, and in it TensorRT's own phases, which nest; tasks
             are opened and closed in several threads.
+        derived_from: the file that the graph was made of, such as a quantized one whose FP16 baseline it is; the
+            sidecar names it in the graph's place.
 
     Raises:
         TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
@@ -51,7 +58,8 @@ def build_engine(onnx_path: Path, engine_path: Path, config: BuildConfig, progre
     import tensorrt as trt
 
     started = time.perf_counter()
-    source_sha256, machine = sha256_file(onnx_path), this_machine()
+    source, machine = derived_from or onnx_path, this_machine()
+    source_sha256 = sha256_file(source)
     with (
         progress.task(f"build {engine_path.name}", total=2) as advance,
         Phases(progress) as phases,
@@ -64,7 +72,8 @@ def build_engine(onnx_path: Path, engine_path: Path, config: BuildConfig, progre
         # The parser owns the weights that the network points to: it has to live until the engine is built.
         parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
         parse(parser, onnx_path)
-        options: trt.IBuilderConfig = _builder_config(builder, network, config, onnx_path)
+        options: trt.IBuilderConfig
+        options, config = _builder_config(builder, network, config, onnx_path)
         cache_path = timing_cache_path(config, machine)
         cache = None if cache_path is None else use_timing_cache(options, cache_path)
         advance()
@@ -76,8 +85,9 @@ def build_engine(onnx_path: Path, engine_path: Path, config: BuildConfig, progre
     engine = memoryview(plan)
     info = EngineInfo(
         built_on=machine,
-        source=onnx_path.name,
+        source=source.name,
         source_sha256=source_sha256,
+        derived=derived_from is not None,
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         size_bytes=engine.nbytes,
         options=config,
@@ -113,7 +123,8 @@ def _build(
 
 def _builder_config(
     builder: trt.Builder, network: trt.INetworkDefinition, config: BuildConfig, onnx_path: Path
-) -> trt.IBuilderConfig:
+) -> tuple[trt.IBuilderConfig, BuildConfig]:
+    """TensorRT's own configuration, and ours with the batch sizes that the engine will take."""
     import tensorrt as trt
 
     options: trt.IBuilderConfig = builder.create_builder_config()
@@ -124,20 +135,22 @@ def _builder_config(
         options.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if config.hardware_compatible:
         options.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    _add_batch_profile(builder, network, options, config, onnx_path)
-    return options
+    return options, _with_batch(builder, network, options, config, onnx_path)
 
 
-def _add_batch_profile(
+def _with_batch(
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     options: trt.IBuilderConfig,
     config: BuildConfig,
     onnx_path: Path,
-) -> None:
-    """Give every dynamic input its smallest, tuned-for and largest shape; without one there is no profile."""
+) -> BuildConfig:
+    """Give every dynamic input its smallest, tuned-for and largest shape; a graph that fixes the batch has no profile.
+
+    The configuration with the batch sizes that the engine takes.
+    """
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
-    dynamic = False
+    batches = []
     for index in range(network.num_inputs):
         tensor: trt.ITensor = network.get_input(index)
         batch, *rest = tensor.shape
@@ -148,6 +161,12 @@ def _add_batch_profile(
             )
         if batch == -1:
             profile.set_shape(tensor.name, *((size, *rest) for size in config.batch))
-            dynamic = True
-    if dynamic and options.add_optimization_profile(profile) < 0:
-        raise failure(f"TensorRT refuses the batch sizes {config.batch} for {onnx_path}")
+        batches.append(batch)
+    if -1 in batches:
+        if options.add_optimization_profile(profile) < 0:
+            raise failure(f"TensorRT refuses the batch sizes {config.batch} for {onnx_path}")
+        return config
+    taken = (batches[0],) * 3
+    if "batch" in config.model_fields_set and config.batch != taken:
+        logger.warning("%s fixes the batch at %d; the batch sizes %s do not count", onnx_path, taken[0], config.batch)
+    return config.model_copy(update={"batch": taken})

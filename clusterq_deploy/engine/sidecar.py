@@ -35,13 +35,17 @@ class Machine(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    """Content of the sidecar. Digests are SHA-256; `source` is the file name of the ONNX graph."""
+    """Content of the sidecar. Digests are SHA-256.
+
+    `source` is the file name of the ONNX graph; where `derived` says so, of the one that the engine's was made of.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     built_on: Machine
     source: str
     source_sha256: str
+    derived: bool = False
     engine_sha256: str
     size_bytes: int
     options: BuildConfig

@@ -10,7 +10,7 @@ from clusterq_deploy.export.graphs import (
     float_graphs,
     student_graphs,
 )
-from clusterq_deploy.export.half import to_half
+from clusterq_deploy.export.half import half_baseline, to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
 from clusterq_deploy.export.origins import quantized_layers
 from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
@@ -35,6 +35,7 @@ __all__ = [
     "compare_integers",
     "export_graph",
     "float_graphs",
+    "half_baseline",
     "quantized_layers",
     "read_graph",
     "require_same_integers",

@@ -4,9 +4,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir import convenience
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.export.origins import constant, name_of
+from clusterq_deploy.export.origins import constant, dequantized, name_of
 
 _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).tiny)  # below it digits are lost
@@ -56,6 +58,75 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     proto = ir.to_proto(made)
     proto.graph.ClearField("value_info")  # the types in between are inferred anew
     return onnx.shape_inference.infer_shapes(proto)
+
+
+def half_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The same network in FP16 throughout, which an INT8 engine is compared with: its time, not its accuracy.
+
+    Quantizers are taken out, and stored integers become the numbers that they stand for.
+
+    Args:
+        model: a graph with explicit Q/DQ, or a float one; it is not changed.
+
+    Returns:
+        The graph; None for one that computes in FP16 and has no quantizers.
+
+    Raises:
+        ExportError: integers go on into other operators than DequantizeLinear, or a number has no half.
+    """
+    made = ir.from_proto(model)
+    quantizers = [node for node in made.graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]
+    half = computes_in_half(model)
+    if half and not quantizers:
+        return None
+    for node in quantizers:
+        if node.op_type == "DequantizeLinear":
+            _take_out(made.graph, node)
+    for node in quantizers:
+        if node.op_type == "QuantizeLinear":
+            if node.outputs[0].uses() or node.outputs[0].is_graph_output():
+                raise ExportError(f"the integers of {name_of(node)} go on into other operators than DequantizeLinear")
+            made.graph.remove(node, safe=True)
+    for name, value in list(made.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del made.graph.initializers[name]
+    proto = ir.to_proto(made)
+    return proto if half else to_half(proto)
+
+
+def _take_out(graph: ir.Graph, node: ir.Node) -> None:
+    """Put what a DequantizeLinear's numbers stand for in its place: what was quantized, or the stored numbers."""
+    output, found = node.outputs[0], dequantized(node.outputs[0])
+    if found is None:
+        raise ExportError(f"{name_of(node)} has no input")
+    if found.source is not node.inputs[0]:
+        instead = found.source
+    elif found.constant:
+        numbers = _evaluate(graph, node)
+        instead = ir.Value(name=f"{output.name}.float", const_value=ir.tensor(numbers), shape=ir.Shape(numbers.shape))
+        instead.dtype = ir.DataType.from_numpy(numbers.dtype)
+        graph.register_initializer(instead)
+    else:
+        raise ExportError(f"{name_of(node)} reads integers that no QuantizeLinear makes")
+    output.replace_all_uses_with(instead, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _evaluate(graph: ir.Graph, node: ir.Node) -> npt.NDArray[np.float32 | np.float16]:
+    """The output of a node whose inputs are stored."""
+    inputs = [value for value in node.inputs if value is not None]
+    stored = []
+    for value in inputs:
+        tensor = convenience.get_const_tensor(value)
+        if tensor is None:
+            raise ExportError(f"{name_of(node)} reads {value.name}, which is not stored in the graph")
+        stored.append(ir.to_proto(tensor))
+        stored[-1].name = str(value.name)
+    output = onnx.helper.make_empty_tensor_value_info(str(node.outputs[0].name))
+    alone = onnx.helper.make_graph([ir.to_proto(node)], "stored", [], [output], initializer=stored)
+    opset = onnx.helper.make_opsetid("", graph.opset_imports[""])
+    (numbers,) = list(ReferenceEvaluator(onnx.helper.make_model(alone, opset_imports=[opset])).run(None, {}))
+    return np.asarray(numbers)
 
 
 def computes_in_half(model: onnx.ModelProto) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import onnx
 
 from clusterq_deploy import engine, export
+from clusterq_deploy.config import RunConfig
 from clusterq_deploy.export.integers import SiteComparison
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.schema import Artifact
@@ -119,13 +120,13 @@ def _engine_name(graph: str) -> str:
 
 def _build_config(run: Run) -> engine.BuildConfig:
     """The build settings, with a profile that holds the batches to be timed."""
-    return run.config.build.model_copy(update={"batch": tuned_batches(run)})
+    return run.config.build.model_copy(update={"batch": tuned_batches(run.config)})
 
 
-def tuned_batches(run: Run) -> tuple[int, int, int]:
+def tuned_batches(config: RunConfig) -> tuple[int, int, int]:
     """The smallest, the tuned-for and the largest batch of what TensorRT builds; the batches to be timed are in it."""
-    low, best, high = run.config.build.batch
-    timed = run.config.benchmark.batches
+    low, best, high = config.build.batch
+    timed = config.benchmark.batches
     return min(low, *timed), best, max(high, *timed)
 
 

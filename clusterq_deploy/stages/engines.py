@@ -57,7 +57,7 @@ def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: 
         The record, and the JSON of TensorRT's inspector for other tools, empty where there is none.
     """
     graph = path.with_name(runner.info.source)
-    quantized = quantized_layers(read_graph(graph)) if graph.is_file() else {}
+    quantized = quantized_layers(read_graph(graph)) if graph.is_file() and not runner.info.derived else {}
     text = ""
     try:
         text = runner.layer_information(batch)

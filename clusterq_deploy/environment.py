@@ -17,12 +17,12 @@ _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp"
 
 
 def collect_environment(device: torch.device) -> Environment:
-    """Describe this machine; the GPU, its driver and CUDA only where `device` is a GPU.
+    """Describe this machine. The GPU is `device`, or the one that engines run on beside a run on the CPU.
 
     Takes about a second, most of it to ask the CPU what it is. What cannot be found out is None.
     """
     cpu, cpu_int8 = describe_cpu()
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     return Environment(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -32,7 +32,7 @@ def collect_environment(device: torch.device) -> Environment:
         tensorrt=_version("tensorrt"),
         cuda=torch.version.cuda if on_gpu else None,
         driver=driver_version() if on_gpu else None,
-        gpu=torch.cuda.get_device_name(device) if on_gpu else None,
+        gpu=torch.cuda.get_device_name(device if device.type == "cuda" else None) if on_gpu else None,
         cpu=cpu,
         cpu_int8=cpu_int8,
         cores=available_cores(),

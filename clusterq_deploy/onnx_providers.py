@@ -1,6 +1,7 @@
 """ONNX Runtime's execution providers: their names in the report, their options, and why one does not load."""
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def load_problem(provider: str) -> str | None:
     try:
         ctypes.CDLL(str(library))
     except OSError as error:
+        if own := re.search(r"libnvinfer\.so\.(\d+)", str(error)):  # another major release does not do
+            return f"{error}; it needs TensorRT {own[1]}: pip install 'tensorrt=={own[1]}.*'"
         return f"{error}; install what it needs (onnxruntime.ai, Execution Providers)"
     return None
 

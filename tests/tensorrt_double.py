@@ -142,6 +142,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
         "set_device": set_device,
         "current_device": lambda: 0,
         "get_device_properties": properties,
+        "get_device_name": lambda _: world.gpu,
         "Stream": Stream,
         "stream": stream,
         "Event": partial(Event, world),

@@ -63,6 +63,15 @@ def test_passes_the_options_on(world: World, graph: Path) -> None:
     assert world.options._workspace == 2**29
 
 
+def test_a_gpu_older_than_the_compatible_ones_is_refused(world: World, graph: Path) -> None:
+    world.gpu, world.capability = "Tesla T4", (7, 5)
+    build(graph)
+    with pytest.raises(
+        EngineError, match=r"Tesla T4 has compute capability 7\.5; --hardware-compatible .* leave it away"
+    ):
+        build(graph, hardware_compatible=True)
+
+
 def test_builds_on_the_callers_device_in_another_thread(
     world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

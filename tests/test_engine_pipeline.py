@@ -46,6 +46,7 @@ def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: p
     pipeline.benchmark()
     report = pipeline.report()
 
+    assert report.environment.gpu == world.gpu  # the run is on the CPU, its engines are not
     for variant in report.variants:
         engines = [artifact.path for artifact in variant.artifacts if artifact.kind == "engine"]
         assert engines[0] == f"{variant.name}/model.engine"

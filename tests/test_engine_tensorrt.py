@@ -1,11 +1,17 @@
 """The engine package with TensorRT itself and a GPU: a small graph, held against torch."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from nets import images, make_net
 
 from calib.progress import SILENT
 from clusterq_deploy.engine import (
@@ -13,9 +19,13 @@ from clusterq_deploy.engine import (
     TensorRTRunner,
     build_engine,
     sidecar_path,
+    summarize_layers,
     unavailable_reason,
 )
 from clusterq_deploy.errors import EngineError
+from clusterq_deploy.export import export_graph, quantized_layers, spell, to_half
+from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.runners import TorchRunner
 
 pytestmark = pytest.mark.tensorrt
 
@@ -86,6 +96,71 @@ def test_tells_of_its_layers(graph: Path) -> None:
         assert {layer.name for layer in found.layers} >= set(times_ms)
         assert min(times_ms.values()) >= 0
         assert sum(times_ms.values()) > 0
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_quantized_graph_runs_in_integers_and_agrees_with_torch(tmp_path: Path, fp16: bool) -> None:
+    student = make_student(make_net("residual"), BitWidths(8, 8))
+    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    made = spell(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    path = tmp_path / "model.trt.onnx"
+    onnx.save(to_half(made) if fp16 else made, path)
+    batch = images(64, seed=7).numpy()
+    with student.spelled("tensorrt"):
+        expected = TorchRunner(student).infer(batch)
+    with TensorRTRunner(build(path, BuildConfig())) as runner:
+        found = runner.infer(batch)
+        layers = runner.layers(8)
+        inspected = summarize_layers(
+            layers, runner.layer_times(8, runs=5), quantized_layers(made), engine="model.engine", batch=8
+        )
+    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.95
+    assert inspected.quantized_layers == len(quantized_layers(made))
+    assert inspected.precisions.get("INT8", 0) > 0
+
+
+def test_a_second_build_reads_what_the_first_measured(graph: Path) -> None:
+    cache = graph.with_name("timing.cache")
+    build(graph, BuildConfig(timing_cache=cache))
+    kept = cache.read_bytes()
+    build(graph, BuildConfig(timing_cache=cache))
+    assert cache.read_bytes() == kept  # nothing was left to measure
+
+
+def test_a_signal_cancels_a_build_and_leaves_nothing(graph: Path) -> None:
+    script = (
+        "import sys, signal; from pathlib import Path; from calib.progress import SILENT; "
+        "from clusterq_deploy.engine import BuildConfig, build_engine; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); print('at work', flush=True); "
+        "graph = Path(sys.argv[1]); "
+        "config = BuildConfig(optimization_level=5, timing_cache='none'); "
+        "[build_engine(graph, graph.with_name('model.engine'), config, SILENT) for _ in range(1000)]"
+    )
+    command = [sys.executable, "-c", script, str(graph)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(5)  # TensorRT's libraries are loaded, and it builds
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    left = {own.name for own in graph.parent.iterdir()} - {"model.engine", "model.engine.json"}  # of a build before
+    assert left == {graph.name}
+    assert sidecar_path(graph.with_name("model.engine")).exists() is graph.with_name("model.engine").exists()
+
+
+def test_an_operator_that_tensorrt_lacks_is_named(tmp_path: Path) -> None:
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
+    node = onnx.helper.make_node(
+        "NoSuchOperator", ["images"], ["logits"], name="odd", domain="example.org", doc_string="x"
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("example.org", 1)]
+    path = tmp_path / "odd.onnx"
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "net", ends[:1], ends[1:]), opset_imports=opsets), path
+    )
+    with pytest.raises(EngineError, match=r'odd \(NoSuchOperator, "x"\): .*an operator is neither TensorRT'):
+        build(path, BuildConfig())
 
 
 def test_a_compatible_engine_loads(graph: Path) -> None:

@@ -118,6 +118,18 @@ def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: S
     assert readers == ["b2.0"]
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_nodes_doc_string_is_the_module_that_it_is_of(spelling: Spelling) -> None:
+    _, quantized = graph_of("residual", spelling)
+    single = export_graph(make_net("residual"), (3, 16, 16))
+    for graph, convolution in ((quantized, "b1.0 (QuantizedConv2d)"), (single, "b1.1 (BatchNorm2d)")):  # folded into it
+        docs = {node.doc_string for node in graph.graph.node if node.op_type == "Conv"}
+        assert convolution in docs
+        assert len(docs) == sum(node.op_type == "Conv" for node in graph.graph.node)
+        assert "site-packages" not in str(graph)
+        assert str(Path(__file__).parents[1]) not in str(graph)
+
+
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
 @pytest.mark.parametrize("name", NETS)
 def test_fp16_is_what_is_not_quantized(name: str, bits: str) -> None:

@@ -78,6 +78,16 @@ def test_a_provider_without_its_libraries_is_an_error_that_names_them(
     assert capfd.readouterr() == ("", "")  # neither ONNX Runtime's fallback nor its logger says it again
 
 
+def test_the_release_of_tensorrt_that_a_provider_wants_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> None:
+        raise OSError("libnvinfer.so.10: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(onnx_providers.ctypes, "CDLL", refuse)
+    said = onnx_providers.load_problem("TensorrtExecutionProvider")
+    assert said is not None
+    assert said.endswith("directory; it needs TensorRT 10: pip install 'tensorrt==10.*'")
+
+
 def test_a_build_without_the_provider_is_told_from_missing_libraries(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

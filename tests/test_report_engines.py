@@ -175,6 +175,10 @@ def test_without_engines_there_is_no_section() -> None:
         ({"compute": part(1.25, 0.041)}, "is 4.1 % of its mean, more than 2.5 %. The GPU's clocks were floating."),
         ({"host_to_device": part(1.3)}, "copying to the GPU takes longer than the computation (1.300 ms against"),
         (
+            {"wall_seconds": 3.2},
+            "a call came every 1.600 ms, though no part of it takes the GPU longer than 1.250 ms: the host,",
+        ),
+        (
             {"gpu": GPU.model_copy(update={"throttling": {"power limit": 0.4}})},
             "the GPU lowered its clocks: power limit (40 % of the time).",
         ),

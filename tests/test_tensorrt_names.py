@@ -24,6 +24,20 @@ def test_engine_package_uses_only_names_of_every_release() -> None:
     assert problems == []
 
 
+def test_tensorrt_is_asked_for_names_by_the_engine_package_alone() -> None:
+    """Elsewhere it is imported for what its import does; as `trt` everywhere, which is what the check looks for."""
+    root = SOURCES[0].parents[2]
+    for source in [path for package in ("calib", "cli", "clusterq_deploy") for path in (root / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] != "tensorrt", source
+            elif isinstance(node, ast.Import):
+                names = [own.asname for own in node.names if own.name.partition(".")[0] == "tensorrt"]
+                assert set(names) <= ({None, "trt"} if source in SOURCES else {None}), source
+            elif isinstance(node, ast.Name):
+                assert node.id != "trt" or source in SOURCES, source
+
+
 def test_the_check_sees_the_names_that_it_is_for() -> None:
     text = "\n".join(source.read_text() for source in SOURCES)
     asked = {name for tree in [ast.parse(text)] for _, name in asked_names(tree)}

@@ -18,7 +18,7 @@ from clusterq_deploy.engine.config import BuildConfig
 from clusterq_deploy.engine.log import explained, failure, tensorrt_log
 from clusterq_deploy.engine.monitor import Phases, interruptible, progress_monitor
 from clusterq_deploy.engine.parse import parse
-from clusterq_deploy.engine.sidecar import EngineInfo, sidecar_path, this_machine
+from clusterq_deploy.engine.sidecar import EngineInfo, require_compatible, sidecar_path, this_machine
 from clusterq_deploy.engine.timing import keep_timing_cache, timing_cache_path, use_timing_cache
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.files import sha256_file, write_bytes, write_text
@@ -50,7 +50,7 @@ def build_engine(
 
     Raises:
         TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
-        EngineError: TensorRT cannot parse the graph, or cannot build it.
+        EngineError: TensorRT cannot parse the graph, or cannot build it; or not as this GPU allows.
         RunDirectoryError: the graph cannot be read, or the engine cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed; so does any exception of a signal handler end a build.
     """
@@ -59,6 +59,7 @@ def build_engine(
 
     started = time.perf_counter()
     source, machine = derived_from or onnx_path, this_machine()
+    require_compatible(machine, config)
     source_sha256 = sha256_file(source)
     with (
         progress.task(f"build {engine_path.name}", total=2) as advance,

@@ -67,6 +67,19 @@ def this_machine() -> Machine:
     )
 
 
+def require_compatible(machine: Machine, config: BuildConfig) -> None:
+    """Return if a machine can build what is asked for.
+
+    Raises:
+        EngineError: an engine for other GPUs is asked of one that is older than they.
+    """
+    if config.hardware_compatible and _numbers(machine.compute_capability) < AMPERE:
+        raise EngineError(
+            f"{machine.gpu} has compute capability {machine.compute_capability}; --hardware-compatible engines are for "
+            "8.0 (Ampere) and later, and built there: leave it away"
+        )
+
+
 def sidecar_path(engine_path: Path) -> Path:
     """`model.engine.json` for `model.engine`."""
     return engine_path.with_name(f"{engine_path.name}.json")

@@ -1,5 +1,6 @@
 """From torch to ONNX: the float graph, and the student's graph with markers where its quantizers are."""
 
+import ast
 import copy
 import json
 import logging
@@ -23,7 +24,8 @@ def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProt
     """The ONNX graph of a model, `images` (batch, C, H, W) float32 to `logits` (batch, classes) float32.
 
     Quantizers come out as one `clusterq::FakeQuantize` node each, named by their site; `spell` turns them into
-    operators. Traces of the source (paths, line numbers) are taken out.
+    operators. A node's doc string says which module it is of, such as `layer1.0.relu (ReLU)`; traces of the source
+    (paths, line numbers) are taken out.
 
     Args:
         model: in eval mode; a copy on the CPU is traced.
@@ -65,11 +67,26 @@ def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProt
 def _strip(proto: onnx.ModelProto) -> None:
     """Remove what the exporter noted of this machine's source files."""
     del proto.metadata_props[:]
-    for message in [proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer]:
+    for node in proto.graph.node:
+        node.doc_string = _module_of(node)
+        del node.metadata_props[:]
+    for message in [proto.graph, *proto.graph.value_info, *proto.graph.initializer]:
         message.ClearField("doc_string")
         del message.metadata_props[:]
     for value in [*proto.graph.input, *proto.graph.output]:
         del value.metadata_props[:]
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    """The name and the class of the module that a node is of; empty for the model itself, and where torch is silent."""
+    notes = {own.key: own.value for own in node.metadata_props}
+    try:  # each is a list of the modules from the model down, and of the call
+        *_, name, _ = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
+        *_, kind, _ = ast.literal_eval(notes["pkg.torch.onnx.class_hierarchy"])
+    except (KeyError, ValueError, SyntaxError):
+        return ""
+    own_name = name.removeprefix("net.")  # of a student
+    return f"{own_name} ({kind.rpartition('.')[2]})" if own_name else ""
 
 
 def annotate(

@@ -10,6 +10,8 @@ from clusterq_deploy.report.schema import Latency, Report
 
 ENQUEUE_BOUND = 0.8
 """Enqueue time over compute time above which the host may hold the GPU back; trtexec warns at the same share."""
+HOST_BOUND = 1.2
+"""Time between calls over their longest part on the GPU above which the host's pace is what the throughput shows."""
 _SHOWN = 48  # characters of a layer's name
 _LISTED = 10  # layers in a sentence
 
@@ -190,6 +192,14 @@ def _warnings(latency: Latency) -> Iterator[str]:
     if upload and upload.median_ms >= compute.median_ms:
         times = f"{milliseconds(upload.median_ms)} ms against {milliseconds(compute.median_ms)} ms"
         yield f"copying to the GPU takes longer than the computation ({times}), and bounds the throughput."
+    if latency.wall_seconds and upload and latency.device_to_host:
+        between = 1000 * latency.wall_seconds / latency.runs
+        longest = max(part.mean_ms for part in (upload, compute, latency.device_to_host))
+        if between > HOST_BOUND * longest:
+            yield (
+                f"a call came every {milliseconds(between)} ms, though no part of it takes the GPU longer than "
+                f"{milliseconds(longest)} ms: the host, which starts the calls, bounds the throughput."
+            )
     if gpu and gpu.throttling:
         listed = ", ".join(f"{reason} ({100 * share:.0f} % of the time)" for reason, share in gpu.throttling.items())
         yield f"the GPU lowered its clocks: {listed}."

@@ -175,6 +175,19 @@ class OnnxRunner:
         return placement(self._session, PROVIDERS[self.runtime])
 
     @property
+    def input_shape(self) -> tuple[int | None, int, int, int]:
+        """(batch, channels, height, width) of the input; the batch is None where any does.
+
+        Raises:
+            ExportError: the graph leaves more open, or takes no images.
+        """
+        shape = self._session.get_inputs()[0].shape
+        if len(shape) != 4 or not all(isinstance(side, int) for side in shape[1:]):
+            raise ExportError(f"the input {self._input} has shape {shape}; expected images whose batch alone is open")
+        batch, channels, height, width = shape
+        return batch if isinstance(batch, int) else None, channels, height, width
+
+    @property
     def classes(self) -> int:
         """The width of the logits."""
         return int(self._session.get_outputs()[0].shape[-1])

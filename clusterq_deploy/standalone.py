@@ -1,8 +1,8 @@
-"""Building and measuring from a single file that this project exported, away from its run directory."""
+"""Building and measuring from a single file, away from a run directory."""
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from clusterq_deploy.data import load_evaluation
 from clusterq_deploy.errors import DataError, EngineError, ExportError
 from clusterq_deploy.export import half_baseline, read_graph
 from clusterq_deploy.files import sha256_file
-from clusterq_deploy.measure import benchmark, predictions, score
+from clusterq_deploy.measure import BenchmarkConfig, benchmark, predictions, score
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.run import EVALUATION_BATCH
 from clusterq_deploy.runners import OnnxRunner, Runner
@@ -68,16 +68,30 @@ def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILE
     Raises:
         EngineError: TensorRT cannot build the graph.
     """
-    built = [(own := path.with_suffix(ENGINE), engine.build_engine(path, own, config, progress))]
+    engine_path, baseline_path = path.with_suffix(ENGINE), path.with_suffix(f".fp16{ENGINE}")
+    built = {engine_path: engine.build_engine(path, engine_path, config, progress)}
     try:
         if baseline := half_baseline(read_graph(path)):
+            _require_own(baseline_path, path)
             with TemporaryDirectory() as folder:
-                graph, own = Path(folder) / f"{path.stem}.fp16.onnx", path.with_suffix(f".fp16{ENGINE}")
+                graph = Path(folder) / baseline_path.with_suffix(".onnx").name
                 onnx.save(baseline, graph)
-                built.append((own, engine.build_engine(graph, own, config, progress, derived_from=path)))
+                built[baseline_path] = engine.build_engine(graph, baseline_path, config, progress, derived_from=path)
     except (EngineError, ExportError) as error:
         logger.warning("%s has no FP16 baseline: %s", path, error)
-    return [{"engine": str(own), "size_bytes": info.size_bytes, "seconds": info.seconds} for own, info in built]
+    return [{"engine": str(own), "size_bytes": info.size_bytes, "seconds": info.seconds} for own, info in built.items()]
+
+
+def _require_own(engine_path: Path, source: Path) -> None:
+    """Return if there is no engine yet, or one that was derived from that graph.
+
+    Raises:
+        EngineError: another one lies there.
+    """
+    if engine_path.exists():
+        info = engine.read_sidecar(engine_path)
+        if not (info.derived and info.source == source.name):
+            raise EngineError(f"{engine_path} was built from {info.source}, and stays; move it away")
 
 
 def evaluate_file(
@@ -107,17 +121,18 @@ def evaluate_file(
 
     rows = []
     if source == path:
-        for opened in _sessions(path, graph.input.size, (1, EVALUATION_BATCH, EVALUATION_BATCH)):
+        for opened in _sessions(path, (1, EVALUATION_BATCH, EVALUATION_BATCH)):
             with opened:
                 rows.append(measured(opened, path))
-    for own in [path] if path.suffix == ENGINE else _engines_of(path, baselines=False):
-        with engine.TensorRTRunner(own) as running:
-            rows.append(measured(running, own))
+    for engine_path in _engines_of(path, baselines=False):
+        with _told_of(engine_path, path), engine.TensorRTRunner(engine_path) as running:
+            rows.append(measured(running, engine_path))
     return rows
 
 
 def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -> list[dict[str, Any]]:
-    """Latency records: of an ONNX file in every runtime that is here, with the engines beside it, or of an engine.
+    """Latency records: of an ONNX file, of any exporter, in every runtime that is here, with the engines beside it; or
+    of an engine.
 
     Args:
         path: the file.
@@ -131,31 +146,51 @@ def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -
     settings, rows = config.benchmark, []
     if path.suffix != ENGINE:
         with ExitStack() as opened:  # closed before TensorRT loads engines: sessions hold its logger and the memory
-            first = opened.enter_context(OnnxRunner(path))
-            size = describe(first, path).input.size
-            sessions = _sessions(path, size, tuned_batches(config), threads=settings.cpu_threads)
+            sessions = _sessions(path, tuned_batches(config), threads=settings.cpu_threads)
             runners = {own.runtime: opened.enter_context(own) for own in sessions}
-            timed = benchmark(runners, size, settings, progress)
+            fixed, channels, height, width = runners["onnxruntime-cpu"].input_shape
+            settings = _with_batch(settings, fixed, path)
+            timed = benchmark(runners, (channels, height, width), settings, progress)
         for runtime, records in timed.items():
             threads = settings.cpu_threads if runtime == "onnxruntime-cpu" else None
             rows += [{**own.model_dump(mode="json", exclude_none=True), "threads": threads} for own in records]
         for row in rows:
             row["graph"] = str(path)
-    for own in [path] if path.suffix == ENGINE else _engines_of(path):
-        with engine.TensorRTRunner(own) as running:
-            found = time_engine(running, str(own), settings)
-        rows += [record.model_dump(mode="json", exclude_none=True) for record in found]
+    for engine_path in _engines_of(path):
+        with _told_of(engine_path, path), engine.TensorRTRunner(engine_path) as running:
+            found = time_engine(running, str(engine_path), settings)
+            rows += [record.model_dump(mode="json", exclude_none=True) for record in found]
     return rows
 
 
-def _sessions(
-    path: Path, size: tuple[int, int, int], batch: tuple[int, int, int], threads: int | None = None
-) -> Iterator[OnnxRunner]:
+def _with_batch(settings: BenchmarkConfig, fixed: int | None, path: Path) -> BenchmarkConfig:
+    """The settings for a graph that may fix its batch."""
+    if fixed is None or settings.batches == (fixed,):
+        return settings
+    logger.warning("%s fixes the batch at %d, which alone is timed", path, fixed)
+    return settings.model_copy(update={"batches": (fixed,)})
+
+
+@contextmanager
+def _told_of(engine_path: Path, target: Path) -> Iterator[None]:
+    """An engine that cannot be measured is a warning, unless it is the target itself."""
+    try:
+        yield
+    except EngineError as error:
+        if engine_path == target:
+            raise
+        logger.warning("%s is left out: %s", engine_path, error)
+
+
+def _sessions(path: Path, batch: tuple[int, int, int], threads: int | None = None) -> Iterator[OnnxRunner]:
     """The graph in ONNX Runtime on the CPU, and, where there is a GPU, in its providers that load."""
-    yield OnnxRunner(path, threads=threads)
+    on_cpu = OnnxRunner(path, threads=threads)
+    fixed, channels, height, width = on_cpu.input_shape
+    batch = batch if fixed is None else (fixed, fixed, fixed)
+    yield on_cpu
     for runtime in GPU_RUNTIMES if torch.cuda.is_available() else ():
         try:
-            runner, shared = open_provider(path, runtime, size, batch)
+            runner, shared = open_provider(path, runtime, (channels, height, width), batch)
         except ExportError as error:
             logger.warning("%s is left out: %s", runtime, error)
             continue
@@ -165,12 +200,19 @@ def _sessions(
 
 
 def _engines_of(path: Path, *, baselines: bool = True) -> Iterator[Path]:
-    """The engines beside a graph that were built from it as it is, where engines run here."""
+    """An engine itself; the engines beside a graph that were built from it as it is, where engines run here."""
+    if path.suffix == ENGINE:
+        yield path
+        return
     if engine.unavailable_reason():
         return
     digest = sha256_file(path)
     for own in sorted(path.parent.glob(f"*{ENGINE}")):
-        info = engine.read_sidecar(own)
+        try:
+            info = engine.read_sidecar(own)
+        except EngineError as error:  # of another tool, for one
+            logger.warning("%s is left out: %s", own, error)
+            continue
         if info.source != path.name or (info.derived and not baselines):
             continue
         if info.source_sha256 != digest:
@@ -183,9 +225,11 @@ def _source_of(path: Path) -> Path:
     """The graph beside an engine that it was built from: it says how images are prepared.
 
     Raises:
-        EngineError: there is none, or another.
+        EngineError: there is none, or another; or the engine is a baseline, which is no model to evaluate.
     """
     info = engine.read_sidecar(path)
+    if info.derived:
+        raise EngineError(f"{path} is the FP16 baseline of {info.source}, to compare times with; evaluate that")
     source = path.with_name(info.source)
     if not source.is_file() or sha256_file(source) != info.source_sha256:
         raise EngineError(

@@ -116,6 +116,46 @@ def test_a_file_is_timed_and_evaluated_with_the_engines_that_were_built_from_it(
     assert f"{own} was built from an earlier net.onnx; build it again" in caplog.text
 
 
+def test_an_engine_that_cannot_be_measured_is_left_out_of_its_graphs_measurements(
+    world: World, graph: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine, "TensorRTRunner", functools.partial(engine.TensorRTRunner, device="cpu"))
+    world.input_shape = (-1, 1, 32, 32)
+    assert call("build", graph, "--batch", "1:1:1").exit_code == 0
+    graph.with_name("foreign.engine").write_bytes(b"of another tool")
+    timed = call("benchmark", graph, "--batches", "2", "--threads", "1", "--json")
+    assert [row["runtime"] for row in json.loads(timed.stdout)] == ["onnxruntime-cpu"]
+    assert "foreign.engine is left out: cannot read" in caplog.text
+    assert f"{graph.with_suffix('.engine')} is left out: batch is 2; the engine takes 1 to 1 images" in caplog.text
+    assert call("benchmark", graph.with_suffix(".engine"), "--batches", "2").exit_code == 2
+
+
+def test_the_baseline_does_not_take_the_place_of_another_engine(
+    world: World, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = graph.with_name("net.fp16.onnx")
+    other.write_bytes(graph.read_bytes())
+    assert call("build", other).exit_code == 0
+    done = call("build", graph, "--json")
+    assert [row["engine"] for row in json.loads(done.stdout)] == [str(graph.with_suffix(".engine"))]
+    assert "net.fp16.engine was built from net.fp16.onnx, and stays; move it away" in caplog.text
+    assert call("evaluate", graph.with_name("net.fp16.fp16.engine")).exit_code == 2
+
+
+def test_a_graph_that_fixes_its_batch_is_timed_at_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ends = [
+        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("images", [4, 3, 2, 2]), ("logits", [4, 12]))
+    ]
+    node = onnx.helper.make_node("Flatten", ["images"], ["logits"])
+    made = onnx.helper.make_graph([node], "foreign", ends[:1], ends[1:])
+    path = tmp_path / "foreign.onnx"
+    onnx.save(onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+    (row,) = json.loads(call("benchmark", path, "--json").stdout)
+    assert row["batch"] == 4
+    assert f"{path} fixes the batch at 4, which alone is timed" in caplog.text
+
+
 def test_batch_sizes_do_not_count_for_a_graph_that_fixes_its_batch(
     world: World, graph: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,7 +1,10 @@
 """Known failures of TensorRT, CUDA and torch are told by what they say, in their own words."""
 
+import sys
+
 import pytest
 import torch
+from tensorrt_double import install
 
 from clusterq_deploy.engine import failures, unavailable_reason
 from clusterq_deploy.engine.failures import KNOWN, KnownFailure, diagnose
@@ -92,3 +95,10 @@ def test_an_old_driver_is_told_from_no_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert reason is not None
     assert failures.DRIVER_TOO_OLD.remedy in reason
     assert "\n" not in reason
+
+
+def test_a_release_without_strongly_typed_networks_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert unavailable_reason() is None
+    monkeypatch.delattr(sys.modules["tensorrt"], "IProgressMonitor")
+    assert unavailable_reason() == "tensorrt 10.9.0 is too old: install 10.3 or later"

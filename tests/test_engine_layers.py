@@ -102,6 +102,33 @@ def read(content: object) -> EngineLayers:
     return parse_layers(json.dumps(content))
 
 
+def test_types_in_a_field_of_their_own_are_read() -> None:
+    """As TensorRT 11 tells of tensors."""
+
+    def apart(own: dict[str, object]) -> dict[str, object]:
+        return {
+            "Name": own["Name"],
+            "Format": "Linear",
+            "DataType": {INT8: "Int8", FP32: "Float", FP16: "Half"}[own["Format/Datatype"]],
+        }
+
+    layers = [
+        {**own, "Inputs": [apart(i) for i in own["Inputs"]], "Outputs": []}
+        for own in DETAILED["Layers"]
+        if own["LayerType"] == "CaskConvolution"
+    ]
+    assert [own.precision for own in read({"Layers": layers}).layers] == ["INT8", "FP16"]
+
+
+def test_a_type_that_the_engine_does_not_tell_is_a_note_and_no_miss() -> None:
+    silent = {"Name": "node_conv2d", "LayerType": "CaskConvolution", "Inputs": [{"Name": "x"}], "Outputs": []}
+    found = summarize_layers(
+        read({"Layers": [silent]}), {}, {"node_conv2d": "conv.weight"}, engine="model.engine", batch=1
+    )
+    assert found.missed == []
+    assert found.notes == ["Of which type these layers are the engine does not tell: node_conv2d."]
+
+
 def test_detailed_layers_have_kind_type_and_nodes() -> None:
     found = read(DETAILED)
     assert found.detailed

@@ -184,6 +184,44 @@ def test_the_fp16_baseline_of_a_quantized_graph_is_the_same_network_without_quan
     assert half_baseline(baseline) is None
 
 
+def foreign(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """A graph of another exporter, `images` (1, 3, 8, 8) to `logits`, with a float weight of its own."""
+    weight = numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "weight")
+    convolution = onnx.helper.make_node("Conv", ["images", "weight"], ["map"])
+    ends = [onnx.helper.make_tensor_value_info(own, TensorProto.FLOAT, None) for own in ("images", "logits")]
+    ends[0] = onnx.helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])
+    graph = onnx.helper.make_graph([convolution, *nodes], "net", ends[:1], ends[1:], [weight])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_numbers_in_constant_nodes_are_halved_as_their_readers_want_them() -> None:
+    node = onnx.helper.make_node
+    model = foreign(
+        node("Constant", [], ["factors"], value_floats=[1.0, 1.0, 2.0, 2.0]),
+        node("Resize", ["map", "", "factors"], ["larger"], mode="nearest"),
+        node("Constant", [], ["two"], value_float=2.0),
+        node("Mul", ["larger", "two"], ["logits"]),
+    )
+    baseline = half_baseline(model)
+    assert baseline is not None
+    batch = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    answers = []
+    for graph in (model, baseline):
+        with OnnxRunner(graph.SerializeToString(), optimized=False) as runner:
+            answers.append(runner.infer(batch))
+    np.testing.assert_allclose(answers[1], answers[0], atol=0.02)
+    kinds = {name: own.data_type for name, own in initializers(baseline).items()}
+    assert kinds == {"weight": TensorProto.FLOAT16, "two": TensorProto.FLOAT16, "factors": TensorProto.FLOAT}
+
+
+def test_a_graph_that_mixes_types_has_no_fp16_baseline() -> None:
+    zeros = onnx.helper.make_node("ConstantOfShape", ["sides"], ["zeros"])  # in float32, by its default
+    model = foreign(zeros, onnx.helper.make_node("Add", ["map", "zeros"], ["logits"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 8, 8]), "sides"))
+    with pytest.raises(ExportError, match="do not fit together in FP16"):
+        half_baseline(model)
+
+
 def test_integers_that_go_elsewhere_have_no_fp16_baseline() -> None:
     _, graph = graph_of("residual", "tensorrt", "w8a8")
     changed = onnx.ModelProto()

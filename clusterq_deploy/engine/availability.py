@@ -36,11 +36,13 @@ def _gpu_problem() -> str | None:
 
 def _tensorrt_problem() -> str | None:
     try:
-        import tensorrt  # noqa: F401
+        import tensorrt as trt
     except ModuleNotFoundError as error:
         if error.name == "tensorrt":
             return "tensorrt is not installed: pip install 'clusterq-deploy[tensorrt]'"
         return f"tensorrt is installed but cannot be imported: {error}"
     except (ImportError, OSError, RuntimeError) as error:  # a shared library is missing, or of another CUDA
         return f"tensorrt is installed but cannot be imported: {' '.join(str(error).split())}"
+    if not hasattr(trt, "IProgressMonitor") or not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+        return f"tensorrt {trt.__version__} is too old: install 10.3 or later"
     return None

@@ -64,7 +64,7 @@ def build_engine(
     with (
         progress.task(f"build {engine_path.name}", total=2) as advance,
         Phases(progress) as phases,
-        explained(f"build {onnx_path}"),
+        explained(f"build {source}"),
     ):
         builder: trt.Builder = trt.Builder(tensorrt_log())
         network: trt.INetworkDefinition = builder.create_network(
@@ -72,17 +72,21 @@ def build_engine(
         )
         # The parser owns the weights that the network points to: it has to live until the engine is built.
         parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
-        parse(parser, onnx_path)
+        parse(parser, onnx_path, source)
         options: trt.IBuilderConfig
-        options, config = _builder_config(builder, network, config, onnx_path)
+        options, taken = _builder_config(builder, network, config, source)
         cache_path = timing_cache_path(config, machine)
         cache = None if cache_path is None else use_timing_cache(options, cache_path)
         advance()
         plan: trt.IHostMemory | None = _build(builder, network, options, phases)
         if not plan:
-            raise failure(f"TensorRT cannot build {onnx_path}")
+            raise failure(f"TensorRT cannot build {source}")
         advance()
 
+    if taken != config and "batch" in config.model_fields_set and derived_from is None:
+        logger.warning(
+            "%s fixes the batch at %d; the batch sizes %s do not count", source, taken.batch[0], config.batch
+        )
     engine = memoryview(plan)
     info = EngineInfo(
         built_on=machine,
@@ -91,7 +95,7 @@ def build_engine(
         derived=derived_from is not None,
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         size_bytes=engine.nbytes,
-        options=config,
+        options=taken,
         seconds=time.perf_counter() - started,
         created=datetime.now(UTC).replace(microsecond=0),
     )
@@ -167,7 +171,6 @@ def _with_batch(
         if options.add_optimization_profile(profile) < 0:
             raise failure(f"TensorRT refuses the batch sizes {config.batch} for {onnx_path}")
         return config
-    taken = (batches[0],) * 3
-    if "batch" in config.model_fields_set and config.batch != taken:
-        logger.warning("%s fixes the batch at %d; the batch sizes %s do not count", onnx_path, taken[0], config.batch)
-    return config.model_copy(update={"batch": taken})
+    if not batches:
+        raise EngineError(f"{onnx_path} has no input")
+    return config.model_copy(update={"batch": (batches[0],) * 3})

@@ -96,15 +96,21 @@ def _missed(node: str, found: EngineLayers) -> str | None:
     own = [layer for layer in found.layers if layer.computes and node in layer.nodes]
     if not own:
         return "is named by no layer of the engine"
-    if any(layer.precision == "INT8" for layer in own):
+    if any(layer.precision in ("INT8", None) for layer in own):
         return None
-    layer = own[0]
-    return f"reads {layer.precision or 'an unknown type'} in {layer.name} ({layer.kind})"
+    return f"reads {own[0].precision} in {own[0].name} ({own[0].kind})"
+
+
+def _is_silent(node: str, found: EngineLayers) -> bool:
+    """Whether the engine has a node, and tells of no layer of it in which type it computes."""
+    own = [layer for layer in found.layers if layer.computes and node in layer.nodes]
+    return bool(own) and all(layer.precision is None for layer in own)
 
 
 def _notes(found: EngineLayers, quantized: Mapping[str, str]) -> list[str]:
     if found.detailed:
-        return []
+        silent = [node for node in quantized if _is_silent(node, found)]
+        return [f"Of which type these layers are the engine does not tell: {', '.join(silent)}."] if silent else []
     what = "only the names of its layers" if found.layers else "nothing of its layers"
     unknown = "which of them run in INT8" if quantized else "in which types they run"
     return [f"The engine tells {what}: build it with detailed profiling verbosity to see {unknown}."]

@@ -80,9 +80,9 @@ def parse_layers(text: str) -> EngineLayers:
     """Read what `EngineInspector.get_engine_information` gives in JSON.
 
     An engine that is built with detailed profiling verbosity has an object for each layer, any other a name, or nothing
-    at all. Types stand in words (`Row major Int8 format`, TensorRT 8 and later) or alone (`Half`, layers that TensorRT
-    10 and later compile themselves). `Metadata` names the ONNX nodes from TensorRT 8.6 on; before that only the layer's
-    own name does.
+    at all. Types stand in words (`Row major Int8 format`, TensorRT 8 and later), alone (`Half`, layers that TensorRT 10
+    and later compile themselves), or in a field of their own (TensorRT 11). `Metadata` names the ONNX nodes from
+    TensorRT 8.6 on; before that only the layer's own name does.
 
     Args:
         text: the JSON.
@@ -141,4 +141,7 @@ def _precision(entry: dict[str, Any]) -> str | None:
 
 
 def _format(tensor: Any) -> str:
-    return str(tensor.get("Format/Datatype", "")) if isinstance(tensor, dict) else ""
+    """What the inspector says of a tensor's type: with its format in TensorRT 10, alone where 11 tells both apart."""
+    if not isinstance(tensor, dict):
+        return ""
+    return str(next((tensor[key] for key in ("DataType", "Datatype", "Format/Datatype") if key in tensor), ""))

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 _DOC_LENGTH = 160
 
 
-def parse(parser: trt.OnnxParser, onnx_path: Path) -> None:
+def parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
     """Parse the graph into the parser's network.
+
+    Args:
+        parser: of the network.
+        onnx_path: the graph.
+        source: the file that the user knows, where the graph was made of it.
 
     Raises:
         EngineError: TensorRT cannot; the message has every problem with its node, its operator and the node's doc
@@ -36,8 +41,8 @@ def parse(parser: trt.OnnxParser, onnx_path: Path) -> None:
         parts = [operator or "no operator", *([f'"{docs[name]}"'] if name in docs else [])]
         problems.append(f"{name or 'unnamed node'} ({', '.join(parts)}): {said[-1]}")
     found = diagnose(said)
-    advice = found.advice if found else f"clusterq check {onnx_path} says which of TensorRT's rules the graph breaks"
-    raise EngineError(f"TensorRT cannot parse {onnx_path}: {'; '.join(problems) or 'no reason given'}; {advice}")
+    advice = found.advice if found else f"clusterq check {source} says which of TensorRT's rules the graph breaks"
+    raise EngineError(f"TensorRT cannot parse {source}: {'; '.join(problems) or 'no reason given'}; {advice}")
 
 
 def _doc_strings(onnx_path: Path) -> dict[str, str]:

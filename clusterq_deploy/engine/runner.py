@@ -245,6 +245,7 @@ class TensorRTRunner:
                 self._enqueue(self._context)
         except RuntimeError as error:
             logger.warning("no CUDA graph can be captured, each call is enqueued: %s", error)
+            tensorrt_log().errors.clear()  # a later failure is another
             return None
         return graph
 

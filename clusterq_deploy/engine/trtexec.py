@@ -18,7 +18,7 @@ def trtexec_command(
     tensorrt: str,
 ) -> str:
     """One line for a shell. trtexec 11 copies nothing and replays a CUDA graph unless it is told otherwise; 10 the
-    other way round, and neither knows the flags of the other.
+    other way round, and does not know the flags of 11.
 
     Args:
         engine: the engine's path, as the line is to have it.
@@ -27,7 +27,7 @@ def trtexec_command(
         warmup_ms, min_runs, min_seconds: how it is measured.
         cuda_graph: whether a CUDA graph is replayed.
         version_compatible: whether the engine carries a runtime of its own, which trtexec loads when it is told to.
-        tensorrt: the release whose trtexec it is.
+        tensorrt: the release whose trtexec it is: that which measured.
     """
     flags = [f"--loadEngine={engine}"]
     if dynamic:

@@ -6,6 +6,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir import convenience
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.export.origins import constant, dequantized, name_of
@@ -75,8 +76,9 @@ def half_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
         ExportError: integers go on into other operators than DequantizeLinear, or a number has no half.
     """
     made = ir.from_proto(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(made)
     quantizers = [node for node in made.graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]
-    half = computes_in_half(model)
+    half = computes_in_half(ir.to_proto(made))
     if half and not quantizers:
         return None
     for node in quantizers:
@@ -90,8 +92,16 @@ def half_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     for name, value in list(made.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del made.graph.initializers[name]
+    if not len(made.graph):
+        raise ExportError("nothing but quantizers is in the graph")
     proto = ir.to_proto(made)
-    return proto if half else to_half(proto)
+    proto = proto if half else to_half(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = next(iter(str(error).split("\n")))
+        raise ExportError(f"its types do not fit together in FP16: {reason}") from error
+    return proto
 
 
 def _take_out(graph: ir.Graph, node: ir.Node) -> None:
@@ -130,8 +140,15 @@ def _evaluate(graph: ir.Graph, node: ir.Node) -> npt.NDArray[np.float32 | np.flo
 
 
 def computes_in_half(model: onnx.ModelProto) -> bool:
-    """Whether a graph is one that `to_half` made."""
-    return any(own.data_type == onnx.TensorProto.FLOAT16 for own in model.graph.initializer)
+    """Whether a graph stores numbers in FP16, and none but what operators want so in float32."""
+    wanted = {
+        node.input[index]
+        for node in model.graph.node
+        for index in _FLOAT32_INPUTS.get(node.op_type, ())
+        if index < len(node.input)
+    }
+    kinds = {own.data_type for own in model.graph.initializer if own.name not in wanted}
+    return onnx.TensorProto.FLOAT16 in kinds and onnx.TensorProto.FLOAT not in kinds
 
 
 def _scales(graph: ir.Graph) -> dict[str, npt.NDArray[np.bool_] | None]:

@@ -35,7 +35,7 @@ def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkCon
             min_seconds=min_seconds,
             cuda_graph=times.cuda_graph,
             version_compatible=runner.info.options.version_compatible,
-            tensorrt=runner.info.built_on.tensorrt,
+            tensorrt=engine.this_machine().tensorrt,
         )
         record = summarize_engine(runner.runtime, batch, times)
         found.append(record.model_copy(update={"graph": name, "trtexec": command}))

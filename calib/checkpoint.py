@@ -14,8 +14,8 @@ class Checkpoint(Protocol):
         """The state that a phase was left in, its tensors on the CPU; None where it begins."""
         ...
 
-    def save(self, phase: str, state: Callable[[], State]) -> None:
-        """Keep the state of a phase, if it is time to. What comes before a phase may have to be done again, alike."""
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
+        """Keep the state of a phase, if it is time to, or `at_once`, as at the end of a phase that others follow."""
         ...
 
 
@@ -23,9 +23,35 @@ class _Nowhere:
     def load(self, phase: str) -> State | None:
         return None
 
-    def save(self, phase: str, state: Callable[[], State]) -> None:
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
         pass
 
 
 NOWHERE: Checkpoint = _Nowhere()
 """A checkpoint that keeps nothing."""
+
+
+class Turn:
+    """The checkpoint of one of several turns of the same work, which keep their states in one place, one by one.
+
+    Args:
+        checkpoint: of the whole.
+        phase: stands in front of the names of the turns' phases.
+        number: of the turn; a state that another one left counts as none.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, phase: str, number: int) -> None:
+        self._checkpoint, self._phase, self._number = checkpoint, phase, number
+
+    def load(self, phase: str) -> State | None:
+        """As `Checkpoint.load`."""
+        kept = self._checkpoint.load(f"{self._phase}-{phase}")
+        if kept is None or kept["turn"] != self._number:
+            return None
+        state: State = kept["state"]
+        return state
+
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
+        """As `Checkpoint.save`."""
+        name = f"{self._phase}-{phase}"
+        self._checkpoint.save(name, lambda: {"turn": self._number, "state": state()}, at_once=at_once)

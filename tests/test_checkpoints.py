@@ -21,7 +21,18 @@ from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
 from clusterq_deploy import checkpoint as files
 from clusterq_deploy.checkpoint import FileCheckpoint
-from clusterq_deploy.quantize import BitWidths, FinetuneConfig, Initialization, finetune, initialize, make_student
+from clusterq_deploy.quantize import (
+    BitWidths,
+    FinetuneConfig,
+    Initialization,
+    PrecisionPlan,
+    Sensitivity,
+    finetune,
+    initialize,
+    make_student,
+    plan_precision,
+    sensitivities,
+)
 from clusterq_deploy.rundir import RunDirectory, read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +56,9 @@ class Interrupting(FileCheckpoint):
         super().__init__(folder, "work")
         self._remaining = left
 
-    def save(self, phase: str, state: Callable[[], State]) -> None:
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
         """As in the base class."""
-        super().save(phase, state)
+        super().save(phase, state, at_once=at_once)
         self._remaining -= 1
         if self._remaining == 0:
             raise Interrupted
@@ -58,6 +69,18 @@ def interrupted(work: Callable[[Checkpoint], object], folder: Path, after: list[
     for left in after:
         with pytest.raises(Interrupted):
             work(Interrupting(folder, left))
+
+
+class Counting(FileCheckpoint):
+    """Keeps no state, and counts how often it could have."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "work")
+        self.count = 0
+
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
+        """As in the base class."""
+        self.count += 1
 
 
 def flat(state: Any) -> Any:
@@ -108,6 +131,35 @@ def test_initialization_goes_on_to_the_same_student(tmp_path: Path, bits: str, a
     state, rng = work(FileCheckpoint(tmp_path, "work"))
     assert flat(state) == flat(whole)
     assert torch.equal(rng, drawn)
+
+
+@pytest.mark.usefixtures("always")
+def test_sensitivities_and_a_plan_go_on_to_the_same_widths_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    net, data = make_net("residual"), images(32, seed=3)
+    widths: dict[str, Any] = {"first_last": True, "keep": {}}
+    options: dict[str, Any] = {"judged": images(32, seed=4), "batch_size": 16}
+
+    def work(checkpoint: Checkpoint) -> tuple[list[Sensitivity], PrecisionPlan]:
+        bits, rng = BitWidths(2, 3), torch.Generator().manual_seed(0)
+        student = make_student(net, bits, **widths)
+        costs = sensitivities(student, data, rng=rng, checkpoint=checkpoint, **options)
+        rng = torch.Generator().manual_seed(1)
+        plan = plan_precision(
+            net, bits, costs=costs, max_drop=1.5, images=data, rng=rng, checkpoint=checkpoint, **widths, **options
+        )
+        return costs, plan
+
+    counting = Counting(tmp_path)
+    whole = work(counting)
+    assert 0 < len(whole[1].keep) < len(whole[0]) - 1  # a count that was neither the first nor the last
+    left, after = counting.count, list[int]()
+    while left:
+        after.append(min(left, len(after) + 1))
+        left -= after[-1]
+    interrupted(work, tmp_path, after)
+    rest = Counting(tmp_path)
+    assert work(rest) == whole
+    assert rest.count == 0
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
@@ -219,16 +271,20 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(tmp_path: Pat
     def synthesis(folder: Path) -> list[str]:
         return ["synthesize", "digits", "--config", str(settings), "--out", str(folder)]
 
+    def quantization(folder: Path) -> list[str]:
+        return ["quantize", str(folder), "--bits", "w4a4", "--max-drop", "0.01"]
+
     for phase in ("generator", "refine"):
         killed_in(f"synthesize/batches-by-1/{phase}", *synthesis(out))
     assert "goes on from its checkpoint" in finished(*synthesis(out))
-    killed_in("quantize/w4a4/batches-by-1/tuning", "quantize", str(out), "--bits", "w4a4")
-    assert "goes on from its checkpoint" in finished("quantize", str(out), "--bits", "w4a4")
+    for phase in ("precision-reconstruction", "tuning"):
+        killed_in(f"quantize/w4a4/batches-by-1/{phase}", *quantization(out))
+    assert "goes on from its checkpoint" in finished(*quantization(out))
     assert not (out / ".checkpoints").exists()
-    log = finished(*synthesis(whole)) + finished("quantize", str(whole), "--bits", "w4a4")
+    log = finished(*synthesis(whole)) + finished(*quantization(whole))
     assert "goes on from its checkpoint" not in log
     manifests = [manifest for folder in (out, whole) if (manifest := read_manifest(folder))]
-    for stage in ("synthesize", "quantize/w4a4"):
+    for stage in ("synthesize", "sensitivity/w4a4", "quantize/w4a4"):
         resumed, uninterrupted = (manifest.stages[stage] for manifest in manifests)
         assert resumed.files == uninterrupted.files
         assert resumed.result == uninterrupted.result

@@ -81,44 +81,49 @@ def initialize(
         progress: shows how far it is.
         checkpoint: keeps what is reached.
     """
-    if (kept := checkpoint.load("calibration")) is None:
-        equalized, reference = equalize_and_calibrate(
-            student, images, batch_size=batch_size, rng=rng, progress=progress
-        )
-        begun = Initialization(reference, equalized, {}, {})
-        checkpoint.save("calibration", lambda: {"state": begun.state_dict(student), "rng": rng.get_state()})
-    else:
-        begun = Initialization.from_state(student, kept["state"])
-        rng.set_state(kept["rng"])
-    errors, shifts = mend(student, images, begun.reference, rng=rng, progress=progress, checkpoint=checkpoint)
-    return replace(begun, errors=errors, shifts=shifts)
+    begun = equalize_and_calibrate(
+        student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=checkpoint
+    )
+    return mend(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
 
 
 def equalize_and_calibrate(
-    student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
-) -> tuple[list[Equalized], Reference]:
+    student: Student,
+    images: Tensor,
+    *,
+    batch_size: int,
+    rng: torch.Generator,
+    progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
+) -> Initialization:
     """The first half of `initialize`: all scales; weights and biases are the teacher's, in the student's channels."""
+    if (kept := checkpoint.load("calibration")) is not None:
+        rng.set_state(kept["rng"])
+        return Initialization.from_state(student, kept["state"])
     teacher = _teacher(student)
     with student.in_int8():
         equalized, maps = equalize(student, images, rng=rng, progress=progress)
         calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
-    return equalized, Reference(teacher, maps)
+    begun = Initialization(Reference(teacher, maps), equalized, {}, {})
+    checkpoint.save("calibration", lambda: {"state": begun.state_dict(student), "rng": rng.get_state()}, at_once=True)
+    return begun
 
 
 def mend(
     student: Student,
     images: Tensor,
-    reference: Reference,
+    begun: Initialization,
     *,
     rng: torch.Generator,
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
-) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """The second half: what rounding does to weights and biases; gives `errors` and `shifts` of `Initialization`."""
+) -> Initialization:
+    """The second half: what rounding does to weights and biases."""
+    reference = begun.reference
     with student.in_int8():
         if student.bits.weights < 8:
             errors = reconstruct(
                 student, images, rng=rng, reference=reference, progress=progress, checkpoint=checkpoint
             )
-            return errors, {}
-        return {}, correct_bias(student, images, reference=reference)
+            return replace(begun, errors=errors)
+        return replace(begun, shifts=correct_bias(student, images, reference=reference))

@@ -1,12 +1,13 @@
 """What each layer's quantization costs, and which layers to raise to eight bits: mixed precision without data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.checkpoint import NOWHERE, Checkpoint, Turn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
@@ -87,6 +88,7 @@ def sensitivities(
     batch_size: int,
     rng: torch.Generator,
     progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> list[Sensitivity]:
     """Quantize one layer at a time, and see how far the answers move.
 
@@ -97,21 +99,29 @@ def sensitivities(
         judged: (M, C, H, W), such as `judged_views`, on which the answers are compared.
         batch_size: images a forward pass.
         rng: source of all randomness.
+        checkpoint: keeps what is reached; the student must come as it came the first time.
 
     Returns:
         One a quantized layer, in order of execution.
     """
-    _, reference = equalize_and_calibrate(student, images, batch_size=batch_size, rng=rng)
-    layers, quantizers, found = student.layers(), student.quantizers(), []
+    begun = equalize_and_calibrate(student, images, batch_size=batch_size, rng=rng, checkpoint=checkpoint)
+    layers, quantizers = student.layers(), student.quantizers()
     plain = _parameters(layers)
-    mend(student, images, reference, rng=rng)
+    if (kept := checkpoint.load("mended")) is None:
+        mend(student, images, begun, rng=rng, checkpoint=checkpoint)
+        checkpoint.save("mended", lambda: {"student": student.state_dict()}, at_once=True)
+    else:
+        student.load_state_dict(kept["student"])
     mended = _parameters(layers)
     for name, layer in layers.items():
         _put(layer, *plain[name])
     with student.in_float():
         teacher = answers(student, judged, batch_size)
+    kept = checkpoint.load("costs") or {"costs": []}
+    found = [Sensitivity(own["layer"], own["bits"], Divergence(**own["cost"])) for own in kept["costs"]]
     with progress.task(f"Sensitivity {student.bits}", len(student.placement.weights)) as advance:
-        for site in student.placement.weights:
+        advance(len(found))
+        for site in student.placement.weights[len(found) :]:
             _put(layers[site.layer], *mended[site.layer])
             with student.quantized_at(site.name, site.input_site):
                 cost = compare(answers(student, judged, batch_size), teacher)
@@ -119,6 +129,7 @@ def sensitivities(
             widths = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
             found.append(Sensitivity(site.layer, str(widths), cost))
             advance(1, kl=cost.kl)
+            checkpoint.save("costs", lambda: {"costs": [asdict(own) for own in found]})
     return found
 
 
@@ -152,6 +163,7 @@ def plan_precision(
     batch_size: int,
     rng: torch.Generator,
     progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> PrecisionPlan:
     """Raise the most sensitive layers to eight bits, as few as keep the expected drop within a bound.
 
@@ -165,26 +177,33 @@ def plan_precision(
         max_drop: the bound of `Divergence.expected_drop`, in points.
         keep: widths that stand already, and stay.
         images, judged, batch_size, rng: as for `sensitivities`.
+        checkpoint: keeps what is reached.
     """
     order = [c.layer for c in sorted(costs, key=lambda c: -c.cost.kl) if c.layer not in keep and c.bits != "w8a8"]
-    exact = answers(teacher, judged, batch_size)
     state = rng.get_state()
-    plans: dict[int, PrecisionPlan] = {}
+    kept = checkpoint.load("precision") or {"exact": None, "estimates": {}}
+    exact = answers(teacher, judged, batch_size) if kept["exact"] is None else kept["exact"]
+    estimates = {count: Divergence(**own) for count, own in kept["estimates"].items()}
+
+    def raised(count: int) -> dict[str, int]:
+        return {**keep, **dict.fromkeys(order[:count], RAISED)}
 
     def within(count: int) -> bool:
-        raised = {**keep, **dict.fromkeys(order[:count], RAISED)}
-        student = make_student(teacher, bits, first_last=first_last, keep=raised)
-        rng.set_state(state)  # counts differ in their layers alone
-        initialize(student, images, batch_size=batch_size, rng=rng)
-        plans[count] = PrecisionPlan(raised, compare(answers(student, judged, batch_size), exact))
-        return plans[count].estimate.expected_drop <= max_drop
+        if count not in estimates:
+            student = make_student(teacher, bits, first_last=first_last, keep=raised(count))
+            rng.set_state(state)  # counts differ in their layers alone
+            turn = Turn(checkpoint, "precision", count)
+            initialize(student, images, batch_size=batch_size, rng=rng, checkpoint=turn)
+            estimates[count] = compare(answers(student, judged, batch_size), exact)
+            done = {"exact": exact, "estimates": {own: asdict(estimate) for own, estimate in estimates.items()}}
+            checkpoint.save("precision", lambda: done, at_once=True)
+        return estimates[count].expected_drop <= max_drop
 
     with progress.task(f"Precision {bits}", max(1, len(order)).bit_length() + 1) as advance:
         low, high = (-1, 0) if within(0) else (0, len(order))  # `low` is too few; `high` is enough, or all there are
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if within(middle) else (middle, high)
-            advance(1, expected_drop=plans[middle].estimate.expected_drop)
-        if high not in plans:
-            within(high)
-    return plans[high]
+            advance(1, expected_drop=estimates[middle].expected_drop)
+        within(high)
+    return PrecisionPlan(raised(high), estimates[high])

@@ -81,6 +81,8 @@ def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
     """Measure what the quantization of each layer alone costs, on synthetic images."""
     run.done("synthesize")
     batch_size = run.config.finetune.batch_size
+    share = run.config.finetune.procedural
+    inputs = {"bits": str(bits), "batch_size": batch_size, "procedural": share, **_widths(run)}
 
     def costs(divisor: int) -> list[Sensitivity]:
         rng = run.rng(f"sensitivity/{bits}")
@@ -91,14 +93,13 @@ def measure_sensitivity(run: Run, bits: BitWidths) -> StageRecord:
             batch_size=max(1, batch_size // divisor),
             rng=rng,
             progress=run.progress,
+            checkpoint=run.checkpoint(f"sensitivity/{bits}", inputs, divisor, upstream=["synthesize"]),
         )
 
     def work() -> tuple[Result, list[str]]:
         found, _ = in_memory(costs, f"sensitivities of {bits}")
         return {"layers": [asdict(own) for own in found]}, []
 
-    share = run.config.finetune.procedural
-    inputs = {"bits": str(bits), "batch_size": batch_size, "procedural": share, **_widths(run)}
     return run.perform(f"sensitivity/{bits}", inputs, work, upstream=["synthesize"])
 
 
@@ -175,7 +176,7 @@ def _initialized(
     if kept is not None and kept["plan"] is not None:
         plan = TypeAdapter(PrecisionPlan).validate_python(kept["plan"])
     elif max_drop is not None and bits != BitWidths(8, 8):
-        plan = _plan(run, bits, max_drop, batch_size)
+        plan = _plan(run, bits, max_drop, batch_size, checkpoint)
     if plan is not None:
         widths["keep"] = plan.keep
     student = make_student(run.model.module, bits, **widths)
@@ -193,6 +194,7 @@ def _initialized(
             "state": started.state_dict(student),
             "rng": rng.get_state(),
         },
+        at_once=True,
     )
     return plan, student, started
 
@@ -213,7 +215,7 @@ def _widths(run: Run) -> Result:
     return {"first_last": run.config.first_last, "keep": run.config.keep}
 
 
-def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int) -> PrecisionPlan:
+def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int, checkpoint: Checkpoint) -> PrecisionPlan:
     """The layers that have to be raised for a variant to lose no more."""
     costs, rng = measure_sensitivity(run, bits).result["layers"], run.rng(f"precision/{bits}")
     return plan_precision(
@@ -227,4 +229,5 @@ def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int) -> Precis
         batch_size=batch_size,
         rng=rng,
         progress=run.progress,
+        checkpoint=checkpoint,
     )

@@ -2,11 +2,6 @@
 
 import copy
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +28,7 @@ from clusterq_deploy.quantize import (
     plan_precision,
     sensitivities,
 )
-from clusterq_deploy.rundir import RunDirectory, read_manifest
+from clusterq_deploy.rundir import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,9 +51,9 @@ class Interrupting(FileCheckpoint):
         super().__init__(folder, "work")
         self._remaining = left
 
-    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State], **options: Any) -> None:
         """As in the base class."""
-        super().save(phase, state, at_once=at_once)
+        super().save(phase, state, **options)
         self._remaining -= 1
         if self._remaining == 0:
             raise Interrupted
@@ -78,7 +73,7 @@ class Counting(FileCheckpoint):
         super().__init__(folder, "work")
         self.count = 0
 
-    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State], **options: Any) -> None:
         """As in the base class."""
         self.count += 1
 
@@ -228,66 +223,6 @@ def test_it_is_time_again_after_a_while_and_less_often_where_writing_takes_long(
         checkpoint.save("phase", state)
         clock[0] += 1
     assert kept == [30, 85]
-
-
-SMALL = """
-[synthesis]
-images = 128
-generator = {steps = 40, warmup_steps = 10, batch_size = 32}
-refine = {steps = 40, batch_size = 32}
-[finetune]
-steps = 120
-checkpoints = 4
-"""
-OFTEN = """
-import sys
-from clusterq_deploy import checkpoint
-checkpoint._EVERY, checkpoint._LARGEST_SHARE = 0.1, 1.0
-from cli.main import main
-main(sys.argv[1:])
-"""
-
-
-def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
-    settings, out, whole = tmp_path / "small.toml", tmp_path / "killed", tmp_path / "whole"
-    settings.write_text(SMALL)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
-
-    def killed_in(phase: str, *command: str) -> None:
-        with subprocess.Popen([sys.executable, "-c", OFTEN, *command], **options) as process:
-            try:
-                while not (out / ".checkpoints" / phase).is_file():
-                    assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-                    time.sleep(0.02)
-            finally:
-                process.send_signal(signal.SIGKILL)
-
-    def finished(*command: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "cli", "--verbose", *command], check=False, **options)
-        assert done.returncode == 0, done.stderr
-        return str(done.stderr)
-
-    def synthesis(folder: Path) -> list[str]:
-        return ["synthesize", "digits", "--config", str(settings), "--out", str(folder)]
-
-    def quantization(folder: Path) -> list[str]:
-        return ["quantize", str(folder), "--bits", "w4a4", "--max-drop", "0.01"]
-
-    for phase in ("generator", "refine"):
-        killed_in(f"synthesize/batches-by-1/{phase}", *synthesis(out))
-    assert "goes on from its checkpoint" in finished(*synthesis(out))
-    for phase in ("precision-reconstruction", "tuning"):
-        killed_in(f"quantize/w4a4/batches-by-1/{phase}", *quantization(out))
-    assert "goes on from its checkpoint" in finished(*quantization(out))
-    assert not (out / ".checkpoints").exists()
-    log = finished(*synthesis(whole)) + finished(*quantization(whole))
-    assert "goes on from its checkpoint" not in log
-    manifests = [manifest for folder in (out, whole) if (manifest := read_manifest(folder))]
-    for stage in ("synthesize", "sensitivity/w4a4", "quantize/w4a4"):
-        resumed, uninterrupted = (manifest.stages[stage] for manifest in manifests)
-        assert resumed.files == uninterrupted.files
-        assert resumed.result == uninterrupted.result
 
 
 @pytest.mark.usefixtures("always")

@@ -124,9 +124,24 @@ class RunConfig(StageConfig):
         return self.model_copy(update={"synthesis": synthesis, "finetune": finetune})
 
     def to_toml(self) -> str:
-        """The text of `run.toml`; what is None is left out, and paths are absolute: it holds from any folder."""
+        """The text of `run.toml`; what is None is left out, and paths are absolute: it holds from any folder.
+
+        Raises:
+            ConfigError: a path is not UTF-8, as TOML is.
+        """
         settings = self.model_dump(mode="json", exclude_none=True)
-        return tomli_w.dumps(_with_paths(settings, lambda _, path: path.absolute()))
+        return tomli_w.dumps(_with_paths(settings, _absolute))
+
+
+def _absolute(name: str, path: Path) -> Path:
+    """The absolute path, if a file of UTF-8 can hold it."""
+    try:
+        path.absolute().as_posix().encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{name}: the path {str(path.absolute())!r} is not UTF-8, so that run.toml cannot hold it; rename it"
+        ) from None
+    return path.absolute()
 
 
 def _usual(recipe: str, effort: str) -> RunConfig:

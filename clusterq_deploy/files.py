@@ -70,7 +70,7 @@ def fingerprint(path: Path) -> str:
     try:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             state = file.stat()
-            listing.update(f"{file.relative_to(path)}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+            listing.update(os.fsencode(f"{file.relative_to(path)}\0{state.st_size}\0{state.st_mtime_ns}\0"))
     except OSError as error:
         raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from error
     return listing.hexdigest()

@@ -202,6 +202,22 @@ def test_another_models_run_is_refused(settings: Path, tmp_path: Path) -> None:
     assert "holds a run of digits" in fails("run", "resnet18", "--weights", "none", "--out", out)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names of files are Unicode")
+def test_a_path_that_is_not_utf8_is_one_line_where_run_toml_would_hold_it(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "net.py").write_text("from clusterq_deploy.models.digits import DigitsNet\n")
+    spec, fed = f"{folder / 'net.py'}:DigitsNet", ("--input-size", "1,16,16", "--mean", "0", "--std", "1")
+    line = fails("run", spec, *fed, "--config", settings, "--out", tmp_path / "out")
+    path = str(folder / "net.py")
+    assert line == f"Error: model: the path {path!r} is not UTF-8, so that run.toml cannot hold it; rename it"
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(folder)
+    assert call("synthesize", "digits", "--config", settings, "--out", "out").exit_code == 0
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tmp_path: Path) -> None:
     """The kernel refuses to let files grow past 20 kB: the settings fit, the images do not."""
     code = (

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def _defined_in(module: ModuleType, value: object) -> bool:
 def _import(path: Path) -> ModuleType:
     """Run a Python file as a module of a name that nothing else has; `__file__` is its absolute path."""
     path = path.resolve()
-    unique = f"clusterq_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    unique = f"clusterq_user_{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None:
         raise ModelError(f"{str(path)!r} is not a Python file; expected path/to/module.py:factory")

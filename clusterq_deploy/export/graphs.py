@@ -1,6 +1,6 @@
 """Every graph of a model, held against torch before it may be written."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from torch import nn
 
+from calib.progress import SILENT, Advance, Progress
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.export.half import to_half
 from clusterq_deploy.export.integers import compare_integers, require_same_integers
@@ -64,7 +65,9 @@ class FloatGraphs:
     no_half: str | None
 
 
-def float_graphs(model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str) -> FloatGraphs:
+def float_graphs(
+    model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str, progress: Progress = SILENT
+) -> FloatGraphs:
     """The teacher's graphs, verified on noise.
 
     Args:
@@ -72,28 +75,41 @@ def float_graphs(model: nn.Module, size: tuple[int, int, int], *, seed: int, nam
         size: (channels, height, width).
         seed: of the noise.
         name: what messages call the teacher, such as fp32.
+        progress: shows how far it is.
 
     Raises:
         ExportError: torch cannot export the model.
         VerificationError: the FP32 graph does not compute what torch computes, or TensorRT would refuse it.
     """
     images = np.random.default_rng(seed).standard_normal((VERIFIED_IMAGES, *size), dtype=np.float32)
-    expected = TorchRunner(model).infer(images)
-    single = export_graph(model, size)
-    verify(single, images, expected, name=f"{name}/{FLOAT_FILE}", optimized=True)
-    require_tensorrt(single, name=f"{name}/{FLOAT_FILE}")
-    try:
-        half = to_half(single)
-        verify(half, images, expected, name=f"{name}/{HALF_FILE}", optimized=False)
-        require_tensorrt(half, name=f"{name}/{HALF_FILE}")
-    except ExportError as error:
-        return FloatGraphs(single, None, str(error))
+    with progress.task(f"Export {name}", 4) as advance:  # torch's answers, the graph, and its checks in both precisions
+        expected = TorchRunner(model).infer(images)
+        advance()
+        single = export_graph(model, size)
+        advance()
+        verify(single, images, expected, name=f"{name}/{FLOAT_FILE}", optimized=True)
+        require_tensorrt(single, name=f"{name}/{FLOAT_FILE}")
+        advance()
+        try:
+            half = to_half(single)
+            verify(half, images, expected, name=f"{name}/{HALF_FILE}", optimized=False)
+            require_tensorrt(half, name=f"{name}/{HALF_FILE}")
+        except ExportError as error:
+            return FloatGraphs(single, None, str(error))
+        finally:
+            advance()
     return FloatGraphs(single, half, None)
 
 
 def student_graphs(
-    student: Student, images: Array, *, size: tuple[int, int, int], name: str, fp16: bool = False
-) -> Iterator[VerifiedGraph]:
+    student: Student,
+    images: Array,
+    *,
+    size: tuple[int, int, int],
+    name: str,
+    fp16: bool = False,
+    progress: Progress = SILENT,
+) -> Generator[VerifiedGraph, None, None]:
     """A student's graphs, one after the other: INT4's where weights have at most four bits.
 
     Args:
@@ -102,37 +118,43 @@ def student_graphs(
         size: (channels, height, width).
         name: what messages call the student, such as w4a4.
         fp16: whether TensorRT's computes in FP16 what is not quantized.
+        progress: shows how far it is; its task is open until the last graph is taken, or the generator closed.
 
     Raises:
         ExportError: a graph cannot be written.
         VerificationError: a graph does not compute what torch computes, or TensorRT would refuse it.
     """
-    marked = export_graph(student, size)
+    files = {spelling: file for spelling, file in FILES.items() if spelling != "int4" or student.bits.weights <= _INT4}
     logits: dict[Target, Array] = {}
-    for target in TARGETS:
-        with student.spelled(target):
-            logits[target] = TorchRunner(student).infer(images)
 
-    def checked(graph: onnx.ModelProto, spelling: Spelling, name: str) -> dict[str, Any]:
+    def checked(graph: onnx.ModelProto, spelling: Spelling, name: str, advance: Advance) -> dict[str, Any]:
         found = verify(graph, images, logits[target_of(spelling)], name=name, optimized=spelling != "tensorrt")
+        advance()
         integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
         require_same_integers(integers, name=name)
+        advance()
         return {**asdict(found), "integers": [asdict(site) for site in integers]}
 
-    for spelling, file in FILES.items():
-        if spelling == "int4" and student.bits.weights > _INT4:
-            continue
-        graph = spell(marked, student, spelling)
-        checks = checked(graph, spelling, f"{name}/{file}")
-        if spelling == "tensorrt":
-            if fp16:
-                graph = _halved(graph)
-                checks["half"] = checked(graph, spelling, f"{name}/{file} in FP16")
-            checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
-        notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
-        if spelling == "onnxruntime":
-            notes += _float_layers(graph, student)
-        yield VerifiedGraph(spelling, file, graph, checks, notes)
+    with progress.task(f"Export {name}", 1 + len(TARGETS) + 3 * len(files) + 2 * fp16) as advance:
+        marked = export_graph(student, size)
+        advance()
+        for target in TARGETS:
+            with student.spelled(target):
+                logits[target] = TorchRunner(student).infer(images)
+            advance()
+        for spelling, file in files.items():
+            graph = spell(marked, student, spelling)
+            checks = checked(graph, spelling, f"{name}/{file}", advance)
+            if spelling == "tensorrt":
+                if fp16:
+                    graph = _halved(graph)
+                    checks["half"] = checked(graph, spelling, f"{name}/{file} in FP16", advance)
+                checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
+            notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
+            if spelling == "onnxruntime":
+                notes += _float_layers(graph, student)
+            advance()
+            yield VerifiedGraph(spelling, file, graph, checks, notes)
 
 
 def _halved(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -155,11 +177,20 @@ def _float_layers(graph: onnx.ModelProto, student: Student) -> list[str]:
     ]
 
 
-def agreement(runner: Runner, student: Student, images: Array, *, spelling: Spelling, batch_size: int) -> float:
+def agreement(
+    runner: Runner,
+    student: Student,
+    images: Array,
+    *,
+    spelling: Spelling,
+    batch_size: int,
+    progress: Progress = SILENT,
+) -> float:
     """Percentage of images (N, C, H, W) with the student's top-1, as a runner executes that spelling of it."""
     reference, same = TorchRunner(student), []
-    with student.spelled(target_of(spelling)):
+    with student.spelled(target_of(spelling)), progress.task("Agreement", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             same.append(runner.infer(batch).argmax(1) == reference.infer(batch).argmax(1))
+            advance(len(batch))
     return 100 * float(np.concatenate(same).mean())

@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from calib.progress import SILENT, Progress
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export.half import computes_in_half
 from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name, target_of
@@ -46,7 +47,13 @@ class SiteComparison:
 
 
 def compare_integers(
-    graph: onnx.ModelProto, student: Student, images: Array, *, spelling: Spelling, batch_size: int = 16
+    graph: onnx.ModelProto,
+    student: Student,
+    images: Array,
+    *,
+    spelling: Spelling,
+    batch_size: int = 16,
+    progress: Progress = SILENT,
 ) -> list[SiteComparison]:
     """Compare the integers at every quantizer of activations, in order of execution.
 
@@ -60,13 +67,15 @@ def compare_integers(
         images: (N, C, H, W) float32, normalized.
         spelling: which one `graph` is.
         batch_size: images a pass.
+        progress: shows how far it is.
     """
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
     follower = _Follower(student, spelling, _HALF_TIE if computes_in_half(graph) else _TIE)
-    with runner, student.spelled(target_of(spelling)):
+    with runner, student.spelled(target_of(spelling)), progress.task("Integers", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             follower.follow(batch, runner.outputs(batch))
+            advance(len(batch))
     return follower.found()
 
 

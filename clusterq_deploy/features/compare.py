@@ -59,14 +59,19 @@ def compare_features(
         notes.append(f"No image of {real.name} is of a class that is compared.")
     else:
         captured["real"] = _captured(network, real, compared, progress)
-    parts = {name: separation(own.features, own.labels) for name, own in captured.items()}
+    parts, overlap = {}, None
+    with progress.task("Geometry of features", len(captured) + 2) as advance:  # overlap and projection
+        for name, own in captured.items():
+            parts[name] = separation(own.features, own.labels)
+            advance()
+        if "real" in captured:
+            overlap = density_and_coverage(captured["real"].features, captured["synthetic"].features)
+        advance()
+        projection, places = _projected(list(captured.values()), seed)
+        advance()
     notes += [f"No silhouette and no diversity of {name} images: {p.reason}." for name, p in parts.items() if p.reason]
-    overlap = None
-    if "real" in captured:
-        overlap = density_and_coverage(captured["real"].features, captured["synthetic"].features)
-        if overlap is None:
-            notes.append(f"No density and no coverage: they need more than {NEIGHBOURS} real images.")
-    projection, places = _projected(list(captured.values()), seed)
+    if "real" in captured and overlap is None:
+        notes.append(f"No density and no coverage: they need more than {NEIGHBOURS} real images.")
     if projection is None:
         notes.append("No projection: there are too few images, or all have the same features.")
     found = {

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from calib.progress import SILENT, Advance, Progress
 from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, pooled_dims
 from clusterq_deploy.quantize.reference import Reference, SideBySide
 from clusterq_deploy.quantize.student import Student
@@ -12,7 +13,12 @@ _IMAGES = 128
 
 @torch.no_grad()
 def correct_bias(
-    student: Student, images: Tensor, *, reference: Reference | None = None, count: int = _IMAGES
+    student: Student,
+    images: Tensor,
+    *,
+    reference: Reference | None = None,
+    count: int = _IMAGES,
+    progress: Progress = SILENT,
 ) -> dict[str, float]:
     """Subtract each layer's mean shift from its bias, in place, in order of execution.
 
@@ -25,6 +31,7 @@ def correct_bias(
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         reference: what the layers ought to compute; None for what the student's own do in float.
         count: how many images.
+        progress: shows how far it is.
 
     Returns:
         The mean shift of each corrected layer, relative to its outputs' mean deviation. A layer without a bias
@@ -32,20 +39,23 @@ def correct_bias(
     """
     device = next(student.parameters()).device
     batch = images[:count].to(device)
-    corrector = _Corrector(student, reference)
-    corrector.compare(batch)
+    with progress.task("Bias correction", len(student.placement.weights)) as advance:
+        corrector = _Corrector(student, reference, advance)
+        corrector.compare(batch)
     return corrector.shifts
 
 
 class _Corrector(SideBySide):
-    def __init__(self, student: Student, reference: Reference | None) -> None:
+    def __init__(self, student: Student, reference: Reference | None, advance: Advance) -> None:
         super().__init__(student, reference)
+        self._advance = advance
         self._steps = student.accumulator_steps()
         self.shifts: dict[str, float] = {}
 
     def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
         """The layer's answer after its bias was corrected."""
         answer: Tensor = layer(x)
+        self._advance()
         if layer.bias is None:
             return answer
         dims = pooled_dims(layer, wanted)

@@ -126,4 +126,4 @@ def mend(
                 student, images, rng=rng, reference=reference, progress=progress, checkpoint=checkpoint
             )
             return replace(begun, errors=errors)
-        return replace(begun, shifts=correct_bias(student, images, reference=reference))
+        return replace(begun, shifts=correct_bias(student, images, reference=reference, progress=progress))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.checkpoint import NOWHERE, Checkpoint, Turn
-from calib.progress import SILENT, Progress
+from calib.progress import SILENT, Advance, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.grid import BitWidths
 from clusterq_deploy.quantize.initialize import equalize_and_calibrate, initialize, mend
@@ -104,11 +104,13 @@ def sensitivities(
     Returns:
         One a quantized layer, in order of execution.
     """
-    begun = equalize_and_calibrate(student, images, batch_size=batch_size, rng=rng, checkpoint=checkpoint)
+    begun = equalize_and_calibrate(
+        student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=checkpoint
+    )
     layers, quantizers = student.layers(), student.quantizers()
     plain = _parameters(layers)
     if (kept := checkpoint.load("mended")) is None:
-        mend(student, images, begun, rng=rng, checkpoint=checkpoint)
+        mend(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
         checkpoint.save("mended", lambda: {"student": student.state_dict()}, at_once=True)
     else:
         student.load_state_dict(kept["student"])
@@ -177,6 +179,7 @@ def plan_precision(
         max_drop: the bound of `Divergence.expected_drop`, in points.
         keep: widths that stand already, and stay.
         images, judged, batch_size, rng: as for `sensitivities`.
+        progress: shows how far it is, and within it how far each student is.
         checkpoint: keeps what is reached.
     """
     order = [c.layer for c in sorted(costs, key=lambda c: -c.cost.kl) if c.layer not in keep and c.bits != "w8a8"]
@@ -188,22 +191,26 @@ def plan_precision(
     def raised(count: int) -> dict[str, int]:
         return {**keep, **dict.fromkeys(order[:count], RAISED)}
 
-    def within(count: int) -> bool:
+    def within(count: int, advance: Advance) -> bool:
         if count not in estimates:
             student = make_student(teacher, bits, first_last=first_last, keep=raised(count))
             rng.set_state(state)  # counts differ in their layers alone
             turn = Turn(checkpoint, "precision", count)
-            initialize(student, images, batch_size=batch_size, rng=rng, checkpoint=turn)
+            initialize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=turn)
             estimates[count] = compare(answers(student, judged, batch_size), exact)
             done = {"exact": exact, "estimates": {own: asdict(estimate) for own, estimate in estimates.items()}}
             checkpoint.save("precision", lambda: done, at_once=True)
+        advance(1, expected_drop=estimates[count].expected_drop)
         return estimates[count].expected_drop <= max_drop
 
-    with progress.task(f"Precision {bits}", max(1, len(order)).bit_length() + 1) as advance:
-        low, high = (-1, 0) if within(0) else (0, len(order))  # `low` is too few; `high` is enough, or all there are
+    tried = 2 + max(0, len(order) - 1).bit_length()  # at most: none, a bisection, and all
+    with progress.task(f"Precision {bits}", tried) as advance:
+        # `low` is too few; `high` is enough, or all there are
+        low, high = (-1, 0) if within(0, advance) else (0, len(order))
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if within(middle) else (middle, high)
-            advance(1, expected_drop=estimates[middle].expected_drop)
-        within(high)
+            low, high = (low, middle) if within(middle, advance) else (middle, high)
+        if high not in estimates:
+            within(high, advance)
+        advance(tried - len(estimates))
     return PrecisionPlan(raised(high), estimates[high])

@@ -1,6 +1,7 @@
 """What is deployed: ONNX graphs, and the engines that TensorRT makes of them."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 import onnx
 
@@ -40,7 +41,7 @@ def write_graphs(run: Run, variant: str) -> StageRecord:
         return made.model_dump(mode="json")
 
     def work_float() -> tuple[Result, list[str]]:
-        made = export.float_graphs(run.model.module, size, seed=run.config.seed, name=FP32)
+        made = export.float_graphs(run.model.module, size, seed=run.config.seed, name=FP32, progress=run.progress)
         artifacts = [write(made.single, export.FLOAT_FILE, "onnxruntime")]
         if made.half is not None:
             artifacts.append(write(made.half, export.HALF_FILE, "tensorrt", fp16=True))
@@ -49,12 +50,15 @@ def write_graphs(run: Run, variant: str) -> StageRecord:
     def work() -> tuple[Result, list[str]]:
         student = run.student(BitWidths.parse(variant))
         images = run.calibration.images[: export.VERIFIED_IMAGES].numpy()
-        made = export.student_graphs(student, images, size=size, name=variant, fp16=run.config.fp16)
+        made = export.student_graphs(
+            student, images, size=size, name=variant, fp16=run.config.fp16, progress=run.progress
+        )
         artifacts, checks = [], {}
-        for own in made:
-            checks[own.file] = own.checks
-            fp16 = run.config.fp16 and own.spelling == "tensorrt"
-            artifacts.append(write(own.graph, own.file, own.spelling, own.notes, fp16=fp16))
+        with closing(made):  # ends its task where a file cannot be written
+            for own in made:
+                checks[own.file] = own.checks
+                fp16 = run.config.fp16 and own.spelling == "tensorrt"
+                artifacts.append(write(own.graph, own.file, own.spelling, own.notes, fp16=fp16))
         return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
 
     if variant == FP32:
@@ -72,12 +76,17 @@ def compare_graphs(run: Run, variant: str, images: int) -> Iterator[tuple[str, f
     of TensorRT with optimizations off), and the integers at every quantizer.
     """
     student, batch = run.student(BitWidths.parse(variant)), run.calibration.images[:images].numpy()
-    for artifact in run.done(f"export/{variant}").result["artifacts"]:
-        path, spelling = run.directory.path / artifact["path"], artifact["target"]
-        with runner_of(run, artifact) as own:
-            same = export.agreement(own, student, batch, spelling=spelling, batch_size=EVALUATION_BATCH)
-        found = export.compare_integers(onnx.load(path), student, batch, spelling=spelling)
-        yield artifact["path"], same, found
+    artifacts, progress = run.done(f"export/{variant}").result["artifacts"], run.progress
+    with progress.task(f"Verify {variant}", len(artifacts)) as advance:
+        for artifact in artifacts:
+            graph, spelling = onnx.load(run.directory.path / artifact["path"]), artifact["target"]
+            with runner_of(run, artifact) as own:
+                same = export.agreement(
+                    own, student, batch, spelling=spelling, batch_size=EVALUATION_BATCH, progress=progress
+                )
+            found = export.compare_integers(graph, student, batch, spelling=spelling, progress=progress)
+            advance()
+            yield artifact["path"], same, found
 
 
 def build_engine(run: Run, variant: str) -> StageRecord | None:

@@ -20,12 +20,13 @@ from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, predictions
+from clusterq_deploy.memory import in_memory
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, load_student
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.quantize.placement import place
 from clusterq_deploy.rundir import Result, RunDirectory, StageRecord, digest
-from clusterq_deploy.runners import TorchRunner
+from clusterq_deploy.runners import Runner, TorchRunner
 from clusterq_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,16 @@ class Run:
     def teacher_predictions(self) -> Predictions:
         """What the FP32 model answers on the evaluation images, (N, 5) int64."""
         with TorchRunner(self.model.module) as runner:
-            return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress)
+            return self.predictions(runner)
+
+    def predictions(self, runner: Runner) -> Predictions:
+        """What a runner answers on the evaluation images, (N, 5) int64, in smaller batches where memory asks for it."""
+
+        def answers(divisor: int) -> Predictions:
+            return predictions(runner, self.evaluation, max(1, EVALUATION_BATCH // divisor), self.progress)
+
+        found, _ = in_memory(answers, f"evaluation on {runner.runtime}")
+        return found
 
     def student(self, bits: BitWidths) -> Student:
         """A variant as the quantize stage left it."""

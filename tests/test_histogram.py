@@ -138,3 +138,16 @@ def test_batches_change_nothing_but_the_order_and_hooks_are_removed() -> None:
     assert found(student, reference, 16) == found(student, reference, 5)
     assert all(not layer._forward_pre_hooks for layer in reference.net.layers().values())
     assert all(quantizer.enabled for quantizer in reference.net.quantizers().values())
+
+
+def test_what_does_not_fit_the_memory_is_read_in_smaller_batches(caplog: pytest.LogCaptureFixture) -> None:
+    student, reference = initialized("residual", "w8a8")
+    whole = found(student, reference)
+
+    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    next(iter(reference.net.layers().values())).register_forward_pre_hook(narrow)
+    assert found(student, reference) == whole
+    assert [record.args[1] for record in caplog.records if record.args] == [2, 4]

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 from calib.synthesis import SynthesisConfig
 from cli.main import main
 from clusterq_deploy.errors import OutOfMemoryError, RunDirectoryError
+from clusterq_deploy.memory import in_memory
 from clusterq_deploy.quantize import FinetuneConfig
 from clusterq_deploy.report.schema import read_report
 from clusterq_deploy.report.wording import notes
 from clusterq_deploy.rundir import RunDirectory
 from clusterq_deploy.stages import quantization
-from clusterq_deploy.stages.memory import in_memory
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"name": "net", "weights_sha256": "0"}

@@ -13,7 +13,7 @@ from clusterq_deploy.errors import FeatureError
 from clusterq_deploy.quantize.graph import module_of, trace
 from clusterq_deploy.runners import Array, TorchRunner
 
-_BATCH = 50
+BATCH = 50
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"}
 
 
@@ -72,12 +72,13 @@ def _over_space(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def capture(network: nn.Module, data: EvaluationSet, progress: Progress = SILENT) -> Array:
+def capture(network: nn.Module, data: EvaluationSet, *, batch_size: int = BATCH, progress: Progress = SILENT) -> Array:
     """Features (N, F) float32 of all images of a set that can be read, in its order.
 
     Args:
         network: as `penultimate` gives it.
         data: the images.
+        batch_size: images a forward pass.
         progress: shows how far it is.
 
     Raises:
@@ -86,7 +87,7 @@ def capture(network: nn.Module, data: EvaluationSet, progress: Progress = SILENT
     """
     found = []
     with TorchRunner(network) as runner, progress.task("Features", len(data)) as advance:
-        for images, _ in data.batches(_BATCH):
+        for images, _ in data.batches(batch_size):
             found.append(runner.infer(images))
             advance(len(images))
     if not found:

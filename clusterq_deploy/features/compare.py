@@ -1,6 +1,7 @@
 """Synthetic images beside real ones, as the teacher's features have them."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.data import EvaluationSet, Labels
 from clusterq_deploy.errors import DataError
-from clusterq_deploy.features.capture import capture, penultimate
+from clusterq_deploy.features.capture import BATCH, capture, penultimate
 from clusterq_deploy.features.geometry import (
     NEIGHBOURS,
     density_and_coverage,
@@ -31,6 +32,7 @@ def compare_features(
     *,
     classes: int,
     seed: int,
+    batch_size: int = BATCH,
     progress: Progress = SILENT,
 ) -> FeatureInfo:
     """Measure and project the teacher's penultimate features of two sets of images.
@@ -44,6 +46,7 @@ def compare_features(
         real: images with their true labels, or None where there are none.
         classes: the width of the logits.
         seed: of the projection.
+        batch_size: images a forward pass.
         progress: shows how far it is.
 
     Raises:
@@ -52,13 +55,14 @@ def compare_features(
     """
     network = penultimate(teacher, classes)
     compared = most_frequent(_labels(synthetic), _MOST_CLASSES)
-    captured, notes = {"synthetic": _captured(network, synthetic, compared, progress)}, []
+    capturing = partial(_captured, network, compared, batch_size, progress)
+    captured, notes = {"synthetic": capturing(synthetic)}, []
     if real is None:
         notes.append("No labelled images were given: there are no real ones to compare with.")
     elif not np.isin(_labels(real), compared).any():
         notes.append(f"No image of {real.name} is of a class that is compared.")
     else:
-        captured["real"] = _captured(network, real, compared, progress)
+        captured["real"] = capturing(real)
     parts, overlap = {}, None
     with progress.task("Geometry of features", len(captured) + 2) as advance:  # overlap and projection
         for name, own in captured.items():
@@ -105,9 +109,11 @@ class _Captured:
     features: Array
 
 
-def _captured(network: nn.Module, data: EvaluationSet, classes: Labels, progress: Progress) -> _Captured:
+def _captured(
+    network: nn.Module, classes: Labels, batch_size: int, progress: Progress, data: EvaluationSet
+) -> _Captured:
     chosen = data.subset(evenly(_labels(data), classes, _MOST_IMAGES))
-    features = capture(network, chosen, progress)
+    features = capture(network, chosen, batch_size=batch_size, progress=progress)
     return _Captured(data.name, _labels(chosen)[chosen.kept], features)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clusterq_deploy.memory import in_memory
 from clusterq_deploy.quantize.grid import Grid
 from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer
 from clusterq_deploy.quantize.reference import ChannelMap, Reference
@@ -64,7 +65,7 @@ def histograms(
         student: as it will be exported.
         reference: what it was made from.
         images: (N, C, H, W) float32, normalized; 64 at random are looked at.
-        batch_size: images a forward pass.
+        batch_size: images a forward pass, fewer where memory asks for it.
         rng: chooses images and values, 65,536 of an activation and 262,144 of a weight at most.
 
     Returns:
@@ -74,7 +75,13 @@ def histograms(
     read = {site.layer: site.input_site for site in student.placement.weights}
     by_site = {own.site: own for own in reference.maps.values()}
     some = images[torch.randperm(len(images), generator=rng, device=rng.device)[:_IMAGES].cpu()]
-    inputs = _inputs(reference.net, some, batch_size, {name: by_site.get(site) for name, site in read.items()}, rng)
+    maps, state = {name: by_site.get(site) for name, site in read.items()}, rng.get_state()
+
+    def read_by(divisor: int) -> dict[str, Tensor]:
+        rng.set_state(state)
+        return _inputs(reference.net, some, max(1, batch_size // divisor), maps, rng)
+
+    inputs, _ = in_memory(read_by, "histograms")
     found = []
     for name, layer in layers.items():
         quantizer, site = layer.weight_quantizer, quantizers[read[name]]

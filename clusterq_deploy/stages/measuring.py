@@ -9,12 +9,13 @@ from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import FeatureError
 from clusterq_deploy.features import compare_features
-from clusterq_deploy.measure import benchmark, predictions, score
+from clusterq_deploy.measure import benchmark, score
+from clusterq_deploy.memory import in_memory
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
-from clusterq_deploy.report.schema import Accuracy, Latency, Report, Skipped
+from clusterq_deploy.report.schema import Accuracy, FeatureInfo, Latency, Report, Skipped
 from clusterq_deploy.run import EVALUATION_BATCH, FP32, PREVIEW, Run
 from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
@@ -57,15 +58,20 @@ def measure_features(run: Run) -> StageRecord:
     def work() -> tuple[Result, list[str]]:
         made = run.calibration
         synthetic = EvaluationSet.from_images("synthetic images", made.images.numpy(), made.labels.numpy())
-        try:
-            found = compare_features(
+
+        def compared(divisor: int) -> FeatureInfo:
+            return compare_features(
                 run.model.module,
                 synthetic,
                 run.evaluation if run.has_own_data else None,
                 classes=run.model.classes,
                 seed=run.config.seed,
+                batch_size=max(1, EVALUATION_BATCH // divisor),
                 progress=run.progress,
             )
+
+        try:
+            found, _ = in_memory(compared, "features")
         except FeatureError as error:
             return {"inputs": inputs, "skipped": str(error)}, []
         return {"inputs": inputs, "features": found.model_dump(mode="json")}, []
@@ -166,8 +172,7 @@ def write_report(run: Run) -> Report:
 
 
 def _accuracy(run: Run, runner: Runner, graph: str | None) -> Accuracy:
-    own = predictions(runner, run.evaluation, EVALUATION_BATCH, run.progress)
-    return score(runner.runtime, own, run.teacher_predictions, run.evaluation, graph)
+    return score(runner.runtime, run.predictions(runner), run.teacher_predictions, run.evaluation, graph)
 
 
 def _stage_names(run: Run) -> list[str]:

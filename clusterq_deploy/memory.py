@@ -1,6 +1,7 @@
 """Work whose batches do not fit the memory is done again in smaller ones."""
 
 import logging
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,7 +12,11 @@ from clusterq_deploy.errors import OutOfMemoryError
 logger = logging.getLogger(__name__)
 
 _LARGEST_DIVISOR = 64
-_CPU_MESSAGE = "memory: you tried to allocate"  # torch raises no kind of its own there
+# of torch on a CPU, where it has no kind of its own, of CUDA, and of runtimes, whose errors have the library's kinds
+_MESSAGE = re.compile(
+    r"memory: you tried to allocate|out of memory|OutOfMemory|bad_alloc|failed to allocate memory|memory ran out",
+    re.IGNORECASE,
+)
 _T = TypeVar("_T")
 
 
@@ -22,7 +27,8 @@ def in_memory(work: Callable[[int], _T], what: str) -> tuple[_T, int]:
     batches had been asked for.
 
     Args:
-        work: raises torch's error where memory does not suffice; what it leaves behind then is of that divisor alone.
+        work: raises what torch, Python or a runtime raises where memory does not suffice; what it leaves behind then
+            is of that divisor alone.
         what: what messages call it.
 
     Raises:
@@ -32,8 +38,8 @@ def in_memory(work: Callable[[int], _T], what: str) -> tuple[_T, int]:
     while True:
         try:
             return work(divisor), divisor
-        except RuntimeError as error:
-            if not _is_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_of_memory(error):
                 raise
             if divisor == _LARGEST_DIVISOR:
                 raise OutOfMemoryError(
@@ -45,5 +51,8 @@ def in_memory(work: Callable[[int], _T], what: str) -> tuple[_T, int]:
         logger.warning("%s: the memory does not suffice; again, with batches divided by %d", what, divisor)
 
 
-def _is_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_MESSAGE in str(error)
+def is_of_memory(error: Exception) -> bool:
+    """Whether an error, of whatever kind, says that memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None
+    )

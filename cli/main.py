@@ -8,6 +8,7 @@ import click
 from cli import commands
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_OUT_OF_MEMORY = "the memory does not suffice; end what else uses it, or use a machine with more"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
 
 
@@ -21,6 +22,13 @@ class _UserError(click.ClickException):
 
 
 class _Group(click.Group):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does it; an error in the options of the tool itself is one line too."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise _usage_error(error) from error
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -41,14 +49,32 @@ class _Group(click.Group):
                 raise _UserError(_one_line(error)) from error
             raise
         except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else "clusterq"
-            raise _UserError(f"{error.format_message()} (see {path} --help)") from error
+            raise _usage_error(error) from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             if _is_ours(error):
                 raise _UserError(_one_line(error)) from error
+            if isinstance(error, MemoryError | RuntimeError) and _is_of_memory(error):
+                raise _UserError(f"{_OUT_OF_MEMORY} ({_one_line(error) or 'MemoryError'})") from error
             raise
+
+
+def _usage_error(error: click.UsageError) -> _UserError:
+    """A wrong call in a line; of an option of the tool itself that stands behind a command it says where it goes."""
+    path, message = error.ctx.command_path if error.ctx else "clusterq", error.format_message()
+    if isinstance(error, click.NoSuchOption) and error.ctx and (parent := error.ctx.parent):
+        own = {name for param in parent.command.params for name in param.opts}
+        if error.option_name in own:
+            name, command = error.option_name, error.ctx.info_name
+            message = f"No such option {name!r} of {command}: it stands before the command, clusterq {name} {command}"
+    return _UserError(f"{message} (see {path} --help)")
+
+
+def _is_of_memory(error: Exception) -> bool:
+    from clusterq_deploy.memory import is_of_memory
+
+    return is_of_memory(error)
 
 
 def _is_ours(error: Exception) -> bool:

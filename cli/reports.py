@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--compare", is_flag=True, help="Lay the reports of several runs side by side; write nothing.")
 @options.json_option
-@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables, to paste.")
-@click.option("--csv", "form", flag_value="csv", help="Print CSV: a row a variant and file, every number with it.")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables, to paste.")
+@click.option("--csv", is_flag=True, help="Print CSV: a row a variant and file, every number with it.")
 @click.pass_context
-def report(ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json: bool, form: str | None) -> None:
+def report(
+    ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json: bool, markdown: bool, csv: bool
+) -> None:
     """Write report.json, report.md and report.html of RUN from what has been measured so far.
 
     With --compare the reports of several runs, written before, are laid side by side instead.
@@ -30,16 +32,18 @@ def report(ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json
     from clusterq_deploy.report.compare import read_reports
     from clusterq_deploy.report.wording import unreadable_note
 
-    if as_json and form:
-        raise click.UsageError(f"--json and --{form} exclude each other: give one", ctx)
+    forms = [name for name, given in (("json", as_json), ("markdown", markdown), ("csv", csv)) if given]
+    if len(forms) > 1:
+        raise click.UsageError(f"{' and '.join(f'--{name}' for name in forms)} exclude each other: give one", ctx)
+    form = forms[0] if forms else None
     if compare:
-        _show(compared(read_reports(list(runs))), "json" if as_json else form)
+        _show(compared(read_reports(list(runs))), form)
         return
     if len(runs) > 1:
         raise click.UsageError(f"got {len(runs)} runs, expected one: add --compare to lay them side by side", ctx)
     pipeline = stages.resume(ctx, runs[0])
     made = pipeline.report()
-    if as_json:
+    if form == "json":
         render.print_json(made.to_json())
     elif form:
         _show(compared({runs[0].resolve().name: made}), form)

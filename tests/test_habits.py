@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -53,6 +54,58 @@ def test_a_misspelled_name_is_answered_with_a_near_one(tmp_path: Path) -> None:
     assert "'standard'" in error("run", "digits", "--effort", "standart")
 
 
+def test_a_wrong_option_of_the_tool_itself_is_one_line() -> None:
+    assert error("--bogus").startswith("Error: No such option '--bogus'")
+    assert "'--verbose'" in error("--verbos", "models")
+    assert error("-x", "models").startswith("Error: No such option '-x'")
+
+
+def test_an_option_of_the_tool_behind_the_command_is_told_where_it_goes() -> None:
+    for name in ("--quiet", "-q", "--verbose", "--version"):
+        said = f"No such option '{name}' of run: it stands before the command, clusterq {name} run "
+        assert said in error("run", "digits", name)
+    assert "before the command" not in error("run", "digits", "--quite")
+
+
+@pytest.mark.parametrize("forms", [("--csv", "--markdown"), ("--json", "--csv"), ("--markdown", "--json")])
+@pytest.mark.parametrize("more", [(), ("--compare",)])
+def test_two_forms_of_a_report_exclude_each_other(forms: tuple[str, str], more: tuple[str, ...]) -> None:
+    line = error("report", "run", *more, *forms)
+    assert "exclude each other" in line
+    assert all(form in line for form in forms)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [MemoryError("Unable to allocate 9.31 GiB"), MemoryError(), RuntimeError("CUDA error: out of memory\nand more")],
+)
+def test_memory_that_does_not_suffice_is_one_line(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise failure
+
+    monkeypatch.setattr("clusterq_deploy.models.available_models", fail)
+    line = error("models")
+    assert line.startswith("Error: the memory does not suffice; ")
+    assert (str(failure).split("\n")[0] or "MemoryError") in line
+
+
+def test_an_unknown_failure_is_no_matter_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("clusterq_deploy.models.available_models", fail)
+    result = CliRunner().invoke(main, ["models"])
+    assert repr(result.exception) == "RuntimeError('shapes do not fit')"
+
+
+def test_a_plain_pickle_as_weights_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Path()}, protocol=4))
+    done = process("run", "digits", "--weights", tmp_path / "evil.pth", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: refused to load ")
+
+
 @pytest.mark.parametrize(
     ("text", "meant"), [("int4", "w4a4"), ("W8-A8", "w8a8"), ("a8w4", "w4a8"), ("w4", "w4a4"), ("4/8", "w4a8")]
 )
@@ -96,7 +149,7 @@ def test_verbose_logs_to_stderr_alone(tmp_path: Path) -> None:
 
 def test_every_option_with_a_value_says_its_default() -> None:
     """A file's settings stand under the options, so that click knows of none: the help text says them."""
-    without = {"config_file", "keep", "form", "input_size", "mean", "std"}
+    without = {"config_file", "keep", "input_size", "mean", "std"}
     for command in main.commands.values():
         for param in command.params:
             if isinstance(param, click.Option) and not param.is_flag and param.name not in without:

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of the protocol of a pickle that it goes on to refuse
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asks_for = re.search(r"GLOBAL (\S+)", str(error))
         what = f"its pickle asks for {asks_for[1]}" if asks_for else "it is not a plain torch file"

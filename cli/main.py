@@ -94,6 +94,15 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _print_any_path() -> None:
+    """Let stdout take paths that are not UTF-8, as the bytes that they are."""
+    import io
+    import sys
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def _set_up_logging(verbose: bool) -> None:
     """Warnings go to stderr, with --verbose more; without it not TensorRT's log, whose errors are in our messages."""
     import logging
@@ -123,6 +132,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """
     ctx.obj = {"quiet": quiet}
     _keep_freed_memory()
+    _print_any_path()
     _set_up_logging(verbose)
 
 

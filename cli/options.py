@@ -1,9 +1,8 @@
 """Options that commands share, and how they become a configuration."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -66,15 +65,14 @@ class MemorySize(click.ParamType[Any]):
     """A number of bytes."""
 
     name = "size"
-    _units: ClassVar = {"": 2**20, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([1-9]\d*)\s*([KMG]iB)?", str(value), re.IGNORECASE)
-        if match is None:
-            return self.fail(f"{value!r} is no size such as 4GiB, 512MiB or 512, in MiB", param, ctx)
-        return int(match[1]) * self._units[(match[2] or "").lower()]
+        from clusterq_deploy.engine.config import memory_size
+
+        try:
+            return memory_size(value)
+        except ValueError as error:
+            return self.fail(str(error), param, ctx)
 
 
 # name of the option's parameter -> place in the configuration

@@ -215,7 +215,9 @@ def test_a_path_that_is_not_utf8_is_one_line_where_run_toml_would_hold_it(
     assert line == f"Error: model: the path {path!r} is not UTF-8, so that run.toml cannot hold it; rename it"
     assert not (tmp_path / "out").exists()
     monkeypatch.chdir(folder)
-    assert call("synthesize", "digits", "--config", settings, "--out", "out").exit_code == 0
+    done = call("synthesize", "digits", "--config", settings, "--out", folder / "out")
+    assert done.exit_code == 0, done.stderr
+    assert os.fsencode(folder / "out") in done.stdout_bytes
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy import engine
+from clusterq_deploy.config import make_config
 from clusterq_deploy.export import annotate, export_graph, spell
 from clusterq_deploy.models import load_model
 from clusterq_deploy.quantize import BitWidths, calibrate, make_student
@@ -191,6 +192,7 @@ def test_options_become_the_configuration(world: World, graph: Path, tmp_path: P
 def test_sizes(world: World, graph: Path, size: str, expected: int) -> None:
     assert call("build", graph, "--workspace", size, "--timing-cache", "none").exit_code == 0
     assert world.options._workspace == expected
+    assert make_config({"model": "digits", "build": {"workspace_bytes": size}}).build.workspace_bytes == expected
     assert list(world.caches.iterdir()) == []
 
 

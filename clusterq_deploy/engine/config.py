@@ -1,11 +1,28 @@
 """How an engine is built."""
 
+import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from calib.config import StageConfig
+
+_UNITS = {"": 2**20, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def memory_size(value: object) -> object:
+    """Bytes of a size in words, `4GiB`, `512MiB` or `512`, which is in MiB; anything but text as it is.
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([1-9]\d*)\s*([KMG]iB)?", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{value!r} is no size such as 4GiB, 512MiB or 512, in MiB")
+    return int(match[1]) * _UNITS[(match[2] or "").lower()]
 
 
 class BuildConfig(StageConfig):
@@ -18,8 +35,8 @@ class BuildConfig(StageConfig):
     batch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 32)
     """Smallest, tuned-for and largest batch size of a graph with a dynamic batch dimension."""
 
-    workspace_bytes: PositiveInt = 4 * 2**30
-    """Most scratch memory on the GPU that a layer may use."""
+    workspace_bytes: Annotated[PositiveInt, BeforeValidator(memory_size)] = 4 * 2**30
+    """Most scratch memory on the GPU that a layer may use: a number of bytes, or a size in words, see `memory_size`."""
 
     optimization_level: int = Field(default=3, ge=0, le=5)
     """How long the builder searches: 0 takes the first implementation that works, 5 compares the most."""

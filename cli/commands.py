@@ -147,22 +147,31 @@ def models(as_json: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--require",
+    multiple=True,
+    type=click.Choice(["gpu", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt", "timm"]),
+    help="End with 1 where this does not work either; may be repeated.  [default: none]",
+)
 @options.json_option
 @click.pass_context
-def doctor(ctx: click.Context, /, as_json: bool) -> None:
+def doctor(ctx: click.Context, /, require: tuple[str, ...], as_json: bool) -> None:
     """Try out what a run needs on this machine, and say what mends what is missing.
 
-    Ends with 0 where runs work, on the CPU at least, and with 1 where something is broken that they cannot do without:
-    it can be a container's health check.
+    Ends with 0 where runs work, on the CPU at least, and with 1 where something is broken that they cannot do without,
+    or that --require names: it can be a container's health check.
     """
     from dataclasses import asdict
 
     from cli import render
-    from cli.diagnosis import diagnose, healthy
+    from cli.diagnosis import diagnose, healthy, unmet
 
     findings = diagnose(Path.cwd())
+    lacking = unmet(findings, require)
+    works = healthy(findings) and not lacking
     if as_json:
-        found = {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]}
+        required = {"required": list(require), "unmet": lacking}
+        found = {"healthy": works, **required, "findings": [asdict(finding) for finding in findings]}
         render.print_json(json.dumps(found, indent=2))
     else:
         render.print_table(render.findings_table(findings))
@@ -170,7 +179,9 @@ def doctor(ctx: click.Context, /, as_json: bool) -> None:
             if finding.remedy and finding.state != "ok":
                 render.print_line(f"{finding.name}: {finding.remedy}")
         render.print_line("Runs work here." if healthy(findings) else "Runs do not work here: mend what is broken.")
-    if not healthy(findings):
+        if lacking:
+            render.print_line(f"Required, and does not work: {', '.join(lacking)}.")
+    if not works:
         ctx.exit(1)
 
 

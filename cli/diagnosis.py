@@ -6,22 +6,24 @@ like any other.
 
 import importlib
 import importlib.util
+import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-_ENOUGH_MEMORY, _ENOUGH_DISK = 2e9, 2e9  # bytes; the bundled model's run takes 1.7 GB of memory
+from cli.machine import Finding, State, cpu, disk, gib, line, memory, temporary_disk
+
 _PROBE_SECONDS = 60
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 _REINSTALL_TORCH = "pip install --force-reinstall torch torchvision"
+_CUDA_TORCH = _REINSTALL_TORCH + " --index-url https://download.pytorch.org/whl/cu130"
+_GPU_RUNTIME = (
+    "pip uninstall --yes onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"  # two overwrite each other
+)
+_REINSTALL_TENSORRT = "pip install --force-reinstall 'tensorrt>=10.3,<11'"
 _PACKAGES = (
     ("torch", "synthesis and fine-tuning", _REINSTALL_TORCH),
     ("torchvision", "its classifiers, by name", _REINSTALL_TORCH),
@@ -41,42 +43,38 @@ _PROVIDERS = {
     "TensorrtExecutionProvider": ("TensorRT inside ONNX Runtime", "pip install 'tensorrt>=10.3,<11'"),
 }
 
+REQUIRABLE = {
+    "gpu": "GPU",
+    "tensorrt": "TensorRT",
+    "onnxruntime-cuda": "ONNX Runtime, CUDA",
+    "onnxruntime-tensorrt": "ONNX Runtime, Tensorrt",
+    "timm": "timm",
+}
+"""What a run can do without and a user may require, and how its findings' names begin."""
+
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
-
-State = Literal["ok", "low", "absent", "broken"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        state: `ok`; `low` where there is little of it; `absent`; `broken` where it is there and does not work.
-        found: a version or an amount, or why it is not there.
-        purpose: what it is for.
-        remedy: what mends it, a command where there is one; None where nothing has to be mended.
-        essential: whether nothing works without it, on the CPU either.
-    """
-
-    name: str
-    state: State
-    found: str
-    purpose: str
-    remedy: str | None = None
-    essential: bool = False
 
 
 def diagnose(folder: Path) -> list[Finding]:
     """Look at everything, on behalf of runs in `folder`. Takes some seconds, most of them to import torch."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _gpus, _providers, _tensorrt, _cpu)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _gpus, _providers, _tensorrt, cpu)
     found = [finding for check in checks for finding in _guarded(check)]
-    return [*found, *_guarded(_memory), _disk("disk here", folder), _temporary_disk()]
+    return [*found, *_guarded(memory), disk("disk here", folder), temporary_disk()]
 
 
 def healthy(findings: list[Finding]) -> bool:
     """Whether the tool can run here, on the CPU at least."""
     return all(finding.state in {"ok", "low"} for finding in findings if finding.essential)
+
+
+def unmet(findings: list[Finding], required: tuple[str, ...]) -> list[str]:
+    """Those of the required things, by their names in `REQUIRABLE`, that no finding says to work."""
+    working = [finding.name for finding in findings if finding.state == "ok"]
+    return [
+        name
+        for name in required
+        if not any(own == REQUIRABLE[name] or own.startswith(f"{REQUIRABLE[name]} ") for own in working)
+    ]
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -85,11 +83,7 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield from check()
     except Exception as error:  # a broken installation can fail in any way, and the doctor is for those
         name = check.__name__.strip("_").replace("_", " ")
-        yield Finding(name, "broken", f"could not be looked at: {_line(error)}", "", None)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        yield Finding(name, "broken", f"could not be looked at: {line(error)}", "", None)
 
 
 def _python() -> Iterator[Finding]:
@@ -107,7 +101,7 @@ def _packages() -> Iterator[Finding]:
         except Exception as error:  # a wheel whose libraries do not fit raises what it likes
             missing = isinstance(error, ModuleNotFoundError) and error.name == module
             state: State = "absent" if missing else "broken"
-            found = "not installed" if missing else _line(error)
+            found = "not installed" if missing else line(error)
             yield Finding(module, state, found, purpose, remedy, essential=not optional)
         else:
             yield Finding(module, "ok", version, purpose, essential=not optional)
@@ -121,7 +115,7 @@ def _library() -> Finding:
         version = importlib.import_module("clusterq_deploy.version").__version__
     except Exception as error:
         remedy = "pip install --upgrade --force-reinstall clusterq-deploy"
-        return Finding(name, "broken", f"does not import: {_line(error)}", purpose, remedy, essential=True)
+        return Finding(name, "broken", f"does not import: {line(error)}", purpose, remedy, essential=True)
     return Finding(name, "ok", version, purpose, essential=True)
 
 
@@ -146,10 +140,12 @@ def _gpus() -> Iterator[Finding]:
     else:
         remedy = "with an NVIDIA GPU, install its driver; start a container with docker run --gpus all"
         yield Finding("NVIDIA driver", "absent", "no nvidia-smi", "GPUs", remedy)
-    yield Finding("CUDA of torch", "ok" if torch.version.cuda else "absent", torch.version.cuda or "CPU build", "GPUs")
+    if torch.version.cuda:
+        yield Finding("CUDA of torch", "ok", torch.version.cuda, "GPUs")
+    else:
+        yield Finding("CUDA of torch", "absent", "CPU build", "GPUs", _CUDA_TORCH if driver else None)
     if not torch.cuda.is_available():
-        mends = None if not driver else _REINSTALL_TORCH if not torch.version.cuda else "update the NVIDIA driver"
-        yield Finding("GPU", "broken" if driver else "absent", "torch sees none", purpose, mends)
+        yield Finding("GPU", "broken" if driver else "absent", "torch sees none", purpose, _gpu_remedy(driver))
         return
     for index in range(torch.cuda.device_count()):
         name = f"GPU {index}"
@@ -157,16 +153,30 @@ def _gpus() -> Iterator[Finding]:
             _convolve(f"cuda:{index}")
             free, total = torch.cuda.mem_get_info(index)
         except Exception as error:  # a driver that is too old, a GPU that torch has no kernels for
-            yield Finding(name, "broken", _line(error), purpose, _REINSTALL_TORCH)
+            yield Finding(name, "broken", line(error), purpose, _REINSTALL_TORCH)
         else:
-            found = f"{torch.cuda.get_device_name(index)}, {_gib(free)} of {_gib(total)} free"
+            found = f"{torch.cuda.get_device_name(index)}, {gib(free)} of {gib(total)} free"
             yield Finding(name, "ok", found, purpose)
+
+
+def _gpu_remedy(driver: str | None) -> str:
+    """What gives torch a GPU that it does not see."""
+    import torch
+
+    if driver is None:
+        return "none is needed: runs compute on the CPU, in minutes with --effort fast; for a GPU see its driver's line"
+    if not torch.version.cuda:
+        return _CUDA_TORCH
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "update the NVIDIA driver" if hidden is None else f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
 
 
 def _providers() -> Iterator[Finding]:
     """Each provider that ONNX Runtime lists, tried out in a process of its own, all at once."""
     import onnxruntime
     import torch
+
+    from clusterq_deploy.environment import driver_version
 
     names = onnxruntime.get_available_providers()[::-1]  # the CPU's first
     probes = {
@@ -187,6 +197,10 @@ def _providers() -> Iterator[Finding]:
         else:
             found = reason if torch.cuda.is_available() else "listed, but there is no GPU for it"
             yield Finding(title, "absent", found, purpose)
+    if torch.cuda.is_available() or driver_version():
+        for name in _PROVIDERS.keys() - probes.keys():
+            title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
+            yield Finding(title, "absent", "not in this build of ONNX Runtime", _PROVIDERS[name][0], _GPU_RUNTIME)
 
 
 def _answer(probe: "subprocess.Popen[str]") -> str | None:
@@ -213,78 +227,16 @@ def _tensorrt() -> Iterator[Finding]:
     from clusterq_deploy.engine.availability import unavailable_reason
 
     name, purpose = "TensorRT", "engines"
+    if importlib.util.find_spec("tensorrt") is None:
+        yield Finding(name, "absent", "not installed", purpose, "pip install 'clusterq-deploy[tensorrt]'")
+        return
+    try:
+        version = str(importlib.import_module("tensorrt").__version__)
+    except Exception as error:  # a shared library is missing, or of another CUDA
+        yield Finding(name, "broken", f"does not import: {line(error)}", purpose, _REINSTALL_TENSORRT)
+        return
     reason = unavailable_reason()
     if reason is None:
-        yield Finding(name, "ok", str(importlib.import_module("tensorrt").__version__), purpose)
-    elif importlib.util.find_spec("tensorrt") is None:
-        yield Finding(name, "absent", "not installed", purpose, "pip install 'clusterq-deploy[tensorrt]'")
+        yield Finding(name, "ok", version, purpose)
     else:
         yield Finding(name, "broken", reason, purpose, "see the lines of the GPU and of its driver")
-
-
-def _cpu() -> Iterator[Finding]:
-    import torch
-
-    from calib.precision import has_fast_bfloat16
-    from clusterq_deploy.environment import available_cores, describe_cpu
-
-    name, instructions = describe_cpu()
-    yield Finding("CPU", "ok", f"{name}, {available_cores()} cores", "everything without a GPU")
-    purpose = "INT8 faster than FP32 on the CPU"
-    if instructions:
-        yield Finding("CPU INT8", "ok", ", ".join(instructions), purpose)
-    else:
-        found = "cannot be read" if instructions is None else "no VNNI, no AMX"
-        yield Finding("CPU INT8", "absent", found, purpose, "another CPU: Intel from Cascade Lake, AMD from Zen 4")
-    fast = has_fast_bfloat16(torch.device("cpu"))
-    yield Finding("CPU bfloat16", "ok" if fast else "absent", "yes" if fast else "no", "synthesis in half the time")
-
-
-def _memory() -> Iterator[Finding]:
-    import psutil
-
-    state, limit = psutil.virtual_memory(), memory_limit()
-    total = state.total if limit is None else min(state.total, limit)
-    free = min(state.available, total)
-    purpose = "2 GB for digits, 6 to 12 GB for an ImageNet model"
-    found = f"{_gib(free)} of {_gib(total)} free" + (" (the container's limit)" if total < state.total else "")
-    if free < _ENOUGH_MEMORY:
-        yield Finding("memory", "low", found, purpose, "end other programs, or raise the container's limit (-m)")
-    else:
-        yield Finding("memory", "ok", found, purpose)
-
-
-def memory_limit(files: tuple[str, ...] = _CGROUP_LIMITS) -> int | None:
-    """Bytes of memory that the container may use, None without a limit."""
-    for file in files:
-        try:
-            text = Path(file).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdecimal() else None  # "max" where there is none
-    return None
-
-
-def _temporary_disk() -> Finding:
-    try:
-        return _disk("disk for temporary files", Path(tempfile.gettempdir()), temporary=True)
-    except OSError as error:
-        remedy = "export TMPDIR=A_FOLDER_THAT_CAN_BE_WRITTEN"
-        return Finding("disk for temporary files", "broken", _line(error), "export", remedy, essential=True)
-
-
-def _disk(name: str, folder: Path, *, temporary: bool = False) -> Finding:
-    purpose = "graphs while they are verified" if temporary else "run directories: about 1 GB for an ImageNet model"
-    remedy = "export TMPDIR=ANOTHER_FOLDER" if temporary else "give --out a folder on another disk"
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-    except OSError as error:
-        found = f"{folder} cannot be written: {error.strerror or error}"
-        return Finding(name, "broken", found, purpose, remedy, essential=temporary)
-    state: State = "ok" if free >= _ENOUGH_DISK else "low"
-    return Finding(name, state, f"{_gib(free)} free", purpose, None if state == "ok" else remedy, essential=temporary)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

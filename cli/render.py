@@ -22,7 +22,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from calib.progress import Advance
-    from cli.diagnosis import Finding
+    from cli.machine import Finding
     from clusterq_deploy.models import ModelEntry
     from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report

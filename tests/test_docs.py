@@ -51,7 +51,8 @@ def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
     assert by_name["USER"] not in {"root", "0"}
     names = [name for name, _ in steps]
     assert names.index("USER") > max(i for i, name in enumerate(names) if name in {"RUN", "COPY"})
-    assert '["clusterq", "doctor", "--json"]' in by_name["HEALTHCHECK"]
+    required = ', "--require", "tensorrt"' if path.suffix == ".tensorrt" else ""
+    assert f'["clusterq", "doctor", "--json"{required}]' in by_name["HEALTHCHECK"]
     assert "PIP_NO_CACHE_DIR=1" in by_name["ENV"]
     for name, rest in steps:
         if name == "RUN" and "apt-get install" in rest:

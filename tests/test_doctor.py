@@ -10,8 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cli import diagnosis
-from cli.diagnosis import Finding, healthy, memory_limit, probe_reason
+from cli import diagnosis, machine
+from cli.diagnosis import healthy, probe_reason
+from cli.machine import Finding, memory_limit
 from cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -111,16 +112,80 @@ def test_a_missing_dependency_of_the_library_is_named(tmp_path: Path) -> None:
     assert "Runs do not work here" in done.stdout
 
 
+def beside_a_gpu(tmp_path: Path, *args: str, **environment: str) -> tuple[int, dict[str, dict[str, str]], list[str]]:
+    """Exit code, findings by name and what is unmet, on a machine whose nvidia-smi answers."""
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 580.65.06\n")
+    tool.chmod(0o755)
+    done = doctor("--json", *args, PATH=f"{tool.parent}{os.pathsep}{os.environ['PATH']}", **environment)
+    assert "Traceback" not in done.stderr
+    content = json.loads(done.stdout)
+    return done.returncode, {entry["name"]: entry for entry in content["findings"]}, content["unmet"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_builds_for_the_cpu_beside_a_gpu_are_told_with_what_mends_them(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import onnxruntime, torch\n"
+        "onnxruntime.get_available_providers = lambda: ['CPUExecutionProvider']\n"
+        "torch.version.cuda = None\n"
+    )
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')\n")
+    code, found, unmet = beside_a_gpu(tmp_path, "--require", "tensorrt", "--require", "gpu", PYTHONPATH=str(tmp_path))
+    assert (code, unmet) == (1, ["tensorrt", "gpu"])
+    for name in ("ONNX Runtime, CUDA", "ONNX Runtime, Tensorrt"):
+        assert found[name]["state"] == "absent"
+        assert found[name]["remedy"].endswith("pip install onnxruntime-gpu")
+    for name in ("CUDA of torch", "GPU"):
+        assert "torch torchvision --index-url https://download.pytorch.org/whl/cu" in found[name]["remedy"]
+    assert found["TensorRT"]["state"] == "broken"
+    assert "libnvinfer.so.10" in found["TensorRT"]["found"]
+    assert found["TensorRT"]["remedy"].startswith("pip install --force-reinstall 'tensorrt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not torch.version.cuda, reason="of a CUDA build that sees no GPU")
+def test_a_gpu_that_is_hidden_is_told(tmp_path: Path) -> None:
+    code, found, _ = beside_a_gpu(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert code == 0
+    assert found["GPU"]["remedy"] == "unset CUDA_VISIBLE_DEVICES, which is ''"
+
+
+def test_a_missing_gpu_says_what_can_be_done_without(found: dict[str, Finding]) -> None:
+    if found.get("GPU", Finding("", "ok", "", "")).state == "absent":
+        assert "--effort fast" in str(found["GPU"].remedy)
+
+
+def test_what_is_required_is_met_by_what_works_alone() -> None:
+    assert {f"--require={name}" for name in diagnosis.REQUIRABLE} == {
+        f"--require={name}"
+        for param in main.commands["doctor"].params
+        if param.name == "require"
+        for name in param.type.choices
+    }
+    there = [Finding("GPU 0", "broken", "", ""), Finding("GPU 1", "ok", "", ""), Finding("TensorRT", "broken", "", "")]
+    assert diagnosis.unmet(there, ("gpu", "tensorrt", "timm")) == ["tensorrt", "timm"]
+    assert diagnosis.unmet(there[:1], ("gpu",)) == ["gpu"]
+    assert diagnosis.unmet([], ()) == []
+
+
+def test_a_near_match_of_what_is_required_is_refused() -> None:
+    result = CliRunner().invoke(main, ["doctor", "--require", "tensort"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "'tensorrt'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    finding = diagnosis._disk("disk here", tmp_path)
+    finding = machine.disk("disk here", tmp_path)
     assert (finding.state, finding.essential) == ("broken", False)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    here = diagnosis._disk("disk here", tmp_path / "gone")
-    temporary = diagnosis._disk("temporary", tmp_path / "gone", temporary=True)
+    here = machine.disk("disk here", tmp_path / "gone")
+    temporary = machine.disk("temporary", tmp_path / "gone", temporary=True)
     assert here.state == temporary.state == "broken"
     assert "No such file" in here.found
     assert healthy([here])

@@ -15,6 +15,14 @@ from torch import Tensor
 
 from calib.errors import SynthesisError
 
+PREVIEWED = 10
+
+
+def previewed_classes(labels: Tensor, columns: int = PREVIEWED) -> Tensor:
+    """The classes (K,) int64 of a preview's columns, ascending: at most `columns`, evenly spread over all."""
+    present: Tensor = labels.unique()
+    return present[torch.linspace(0, len(present) - 1, min(columns, len(present))).round().long()]
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -61,6 +69,20 @@ class CalibrationSet:
             raise SynthesisError(f"{path} is no calibration set: {error}") from error
         return cls(images, labels, provenance)
 
+    @staticmethod
+    def read_labels(path: Path) -> Tensor:
+        """The labels (N,) int64 alone of what `to_bytes` wrote; its images may be gigabytes.
+
+        Raises:
+            SynthesisError: the file cannot be read, or is no calibration set.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                labels: Tensor = file.get_tensor("labels")
+        except (OSError, SafetensorError) as error:
+            raise SynthesisError(f"{path} is no calibration set: {error}") from error
+        return labels
+
     def split(self, held_out: float) -> tuple["CalibrationSet", "CalibrationSet"]:
         """A part to tune on and a part to select by; `held_out` is the latter's share, at least one image each.
 
@@ -76,16 +98,17 @@ class CalibrationSet:
             CalibrationSet(self.images[chosen], self.labels[chosen], self.provenance),
         )
 
-    def preview(self, mean: tuple[float, ...], std: tuple[float, ...], columns: int = 10, rows: int = 8) -> Image.Image:
+    def preview(
+        self, mean: tuple[float, ...], std: tuple[float, ...], columns: int = PREVIEWED, rows: int = 8
+    ) -> Image.Image:
         """A grid of images, one class a column, as a person would look at them.
 
         Args:
             mean, std: the normalization to undo.
-            columns: at most so many classes, evenly spread over all.
+            columns: at most so many classes, those of `previewed_classes`.
             rows: at most so many images of each.
         """
-        present = self.labels.unique()
-        picked = present[torch.linspace(0, len(present) - 1, min(columns, len(present))).round().long()]
+        picked = previewed_classes(self.labels, columns)
         shape = (1, -1, 1, 1)
         scale, offset = torch.tensor(std).view(shape), torch.tensor(mean).view(shape)
         height, width = self.images.shape[-2:]

@@ -23,7 +23,8 @@ from torchvision import transforms as T
 from clusterq_deploy.errors import ModelError, NoBatchNormError, UnknownModelError, WeightsError
 from clusterq_deploy.models import InputSpec, LoadedModel, available_models, load_model
 from clusterq_deploy.models.digits import ASSETS, PRETRAINED_CFG, WEIGHTS, DigitsNet
-from clusterq_deploy.models.inputs import input_spec
+from clusterq_deploy.models.inputs import input_spec, label_names
+from clusterq_deploy.models.registry import torchvision_cfg
 
 CPU = torch.device("cpu")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -494,3 +495,23 @@ def test_a_module_that_ends_the_process_is_an_error(code: str, tmp_path: Path) -
     (tmp_path / "net.py").write_text(f"import sys\n{code}\n")
     with pytest.raises(ModelError, match="raised SystemExit"):
         load_model(f"{tmp_path}/net.py:make", device=torch.device("cpu"))
+
+
+def test_classes_have_the_names_that_the_model_knows(tmp_path: Path) -> None:
+    """torchvision's come with its weights, a user's with `pretrained_cfg`; random weights know no class."""
+    assert label_names(torchvision_cfg("resnet18"), 1000)[:2] == ("tench", "goldfish")
+    assert label_names({"label_names": ["a", "b"]}, 3) == label_names({"label_names": "abc"}, 3) == ()
+    assert label_names(None, 3) == ()
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"
+        "def make():\n"
+        "    net = Sequential(Conv2d(3, 2, 1), BatchNorm2d(2), AdaptiveAvgPool2d(1), Flatten())\n"
+        "    net.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)\n"
+        "    net.pretrained_cfg['label_names'] = ['a  cat', '1']\n"
+        "    return net\n"
+    )
+    own = load_model(f"{file}:make", device=torch.device("cpu"))
+    assert [own.class_label(index) for index in (0, 1)] == ["0 a cat", "1"]
+    random = load_model("resnet18", weights="none", device=torch.device("cpu"))
+    assert (random.class_names, random.class_label(7)) == ((), "7")

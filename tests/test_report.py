@@ -682,6 +682,22 @@ def test_published_reports_still_read(name: str) -> None:
     assert to_markdown(published).startswith("# ")
 
 
+def test_the_preview_says_which_class_a_column_is(report: Report) -> None:
+    def shown(names: list[str], classes: int = 1000) -> tuple[list[str], str]:
+        calibration = report.calibration.model_copy(update={"preview_classes": names})
+        model = report.model.model_copy(update={"classes": classes})
+        page = to_html(report.model_copy(update={"calibration": calibration, "model": model}), PNG)
+        (figure,) = re.findall(r'<figure class="preview">(.*?)</figure>', page, re.S)
+        (caption,) = re.findall(r"<figcaption>(.*?)</figcaption>", figure)
+        return re.findall(r"<li>(.*?)</li>", figure), caption
+
+    names, caption = shown(["0 tench", "999 <b>paper</b>"])
+    assert names == ["0 tench", "999 &lt;b&gt;paper&lt;/b&gt;"]
+    assert caption.endswith("a class a column, under its number and name; 2 of the 1,000 classes.")
+    assert shown(["0", "1"], classes=2)[1].endswith("under its number; all 2 classes.")
+    assert shown([]) == ([], "Synthetic images, made from the model alone.")  # of a report from before
+
+
 # The environment
 
 

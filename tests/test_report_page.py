@@ -1,5 +1,6 @@
 """report.html in headless Chromium, driven by Playwright: its numbers, on a phone, in the dark, on paper."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -7,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
-from test_report import PNG, build
+from test_report import build
 
 from clusterq_deploy.report import to_html
 
@@ -47,9 +49,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report of three variants."""
+    """A report of three variants, and of ten classes with names as long as names can be."""
+    report, sheet = build(), io.BytesIO()
+    Image.new("RGB", (2258, 1806)).save(sheet, "PNG")
+    names = ["0 tench", *["111 nematode worm with a name that is long"] * 8, "999 incomprehensibilities"]
+    calibration = report.calibration.model_copy(update={"preview_classes": names})
+    report = report.model_copy(update={"calibration": calibration})
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(to_html(build(), PNG), encoding="utf-8")
+    path.write_text(to_html(report, sheet.getvalue()), encoding="utf-8")
     return path.as_uri()
 
 
@@ -85,6 +92,17 @@ def test_the_page_does_not_scroll_sideways(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     wide = "[...document.querySelectorAll('.scroll')].filter(node => node.scrollWidth > node.clientWidth).length"
     assert (page.evaluate(wide) > 0) == (width < 600)  # the tables do, by themselves
+
+
+@pytest.mark.parametrize("page", [(390, "light"), (1280, "light")], indirect=True, ids=["phone", "desk"])
+def test_a_name_stands_over_its_column_of_the_preview(page: Page) -> None:
+    picture = page.locator(".sheet img").bounding_box()
+    assert picture is not None
+    for column in (1, 10):
+        name = page.locator(f".sheet li:nth-child({column})").bounding_box()
+        assert name is not None
+        assert name["x"] == pytest.approx(picture["x"] + (column - 1) * picture["width"] / 10, abs=1.5)
+        assert name["width"] == pytest.approx(picture["width"] / 10, abs=1)
 
 
 @pytest.mark.parametrize("page", [(1280, "light"), (1280, "dark")], indirect=True, ids=["light", "dark"])

@@ -11,6 +11,7 @@ from nets import images, make_net
 from torch import nn
 
 from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig, SynthesisError, synthesize
+from calib.calibration_set import previewed_classes
 from calib.generator import Generator
 from calib.labels import ClassSampler
 from calib.refine import natural_noise, refine, shifted, survives_flip
@@ -333,6 +334,8 @@ def test_the_preview_shows_a_class_a_column() -> None:
     labels = torch.arange(20) % 5
     data[labels == 2] = 1.0
     grid = np.asarray(CalibrationSet(data, labels).preview((0.0,), (1.0,), columns=5, rows=3))
+    assert previewed_classes(labels, 5).tolist() == [0, 1, 2, 3, 4]
+    assert previewed_classes(labels, 3).tolist() == [0, 2, 4]
     assert grid.shape == (3 * 66 - 2, 5 * 66 - 2, 3)
     assert grid[10, 2 * 66 + 10].tolist() == [255] * 3
     assert grid[10, 10].tolist() == [0] * 3

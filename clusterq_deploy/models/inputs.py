@@ -158,6 +158,14 @@ def input_spec(
     )
 
 
+def label_names(cfg: object, classes: int) -> tuple[str, ...]:
+    """What a model's `pretrained_cfg` calls its classes, by timm's `label_names`: one each, or none at all."""
+    names = _entry(cfg, "label_names")
+    if not isinstance(names, list | tuple) or len(names) != classes:
+        return ()
+    return tuple(" ".join(str(name).split()) for name in names)
+
+
 def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
     """The shorter side to resize to; `resized` is true where the size is not the one of `cfg`."""
     shorter = min(spec.size[1:])

@@ -15,7 +15,7 @@ from calib.errors import NoBatchNormError
 from clusterq_deploy.errors import ModelError, UnknownModelError, WeightsError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import sources
-from clusterq_deploy.models.inputs import InputSpec, input_spec
+from clusterq_deploy.models.inputs import InputSpec, input_spec, label_names
 from clusterq_deploy.models.registry import BUNDLED, torchvision_names
 from clusterq_deploy.models.weights import State, digest, first_line, fit_state, read_state
 
@@ -36,6 +36,7 @@ class LoadedModel:
         weights: what its weights are, for a person.
         weights_sha256: digest over the tensors of its state_dict.
         code_sha256: digest of a user's file, None for models of a package.
+        class_names: one a class, or empty where they are not known.
     """
 
     name: str
@@ -46,11 +47,17 @@ class LoadedModel:
     weights: str
     weights_sha256: str
     code_sha256: str | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """How many parameters it has."""
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def class_label(self, index: int) -> str:
+        """A class by its number, and by its name where that is known and says more."""
+        name = self.class_names[index] if self.class_names else ""
+        return f"{index} {name}" if name not in ("", str(index)) else str(index)
 
     @property
     def slug(self) -> str:
@@ -93,7 +100,8 @@ def load_model(
         classes = _count_classes(name, module, spec)
     sha256 = digest(module)
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
-    return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256, code)
+    names = () if weights == _RANDOM else label_names(draft.cfg, classes)
+    return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256, code, names)
 
 
 @contextmanager

@@ -43,8 +43,9 @@ def torchvision_names() -> list[str]:
 
 
 def torchvision_cfg(name: str) -> dict[str, Any]:
-    """How torchvision's default weights want their input, as a `pretrained_cfg`."""
-    preset = tv.get_model_weights(name).DEFAULT.transforms()
+    """How torchvision's default weights want their input and what their classes are called, as a `pretrained_cfg`."""
+    weights = tv.get_model_weights(name).DEFAULT
+    preset = weights.transforms()
     crop, resize = preset.crop_size[0], preset.resize_size[0]
     return {
         "input_size": (3, crop, crop),
@@ -53,6 +54,7 @@ def torchvision_cfg(name: str) -> dict[str, Any]:
         "resize": resize,
         "crop_pct": crop / resize,
         "interpolation": preset.interpolation.value,
+        "label_names": weights.meta.get("categories"),
     }
 
 

@@ -43,6 +43,7 @@ def assemble(
     device: torch.device,
     command: list[str],
     skipped: list[Skipped],
+    preview_classes: list[str],
 ) -> Report:
     """The report of what has been done so far.
 
@@ -52,6 +53,7 @@ def assemble(
         config, model, data, device: of the run.
         command: the command line.
         skipped: stages that did not run, and why.
+        preview_classes: what the columns of the preview show.
     """
     made, timed = records.get("synthesize"), records.get("benchmark")
     compared = records["features"].result.get("features") if "features" in records else None
@@ -65,6 +67,7 @@ def assemble(
         silhouette=features.synthetic.silhouette if made and features else None,
         losses={name: thin(values) for name, values in made.result["losses"].items()} if made else {},
         batch_divisor=made.result.get("batch_divisor", 1) if made else 1,
+        preview_classes=preview_classes,
     )
     return Report(
         schema=1,

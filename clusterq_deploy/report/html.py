@@ -94,6 +94,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             engine_notes=engine_wording.engine_notes(report),
             notes=[*wording.notes(report), *engine_wording.provider_notes(report)],
             calibration=wording.calibration_facts(report),
+            preview_caption=wording.preview_caption(report),
             features=wording.feature_sentence(report),
             feature_notes=wording.feature_notes(report),
             panels=_panels(report),

@@ -54,6 +54,7 @@ class CalibrationInfo(_Record):
     `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
     coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
     value a recorded step. `batch_divisor` is what the batches of synthesis were divided by, for want of memory.
+    `preview_classes` are those of the preview's columns, by number and, where it is known, name.
     """
 
     images: Count
@@ -64,6 +65,7 @@ class CalibrationInfo(_Record):
     silhouette: float | None = None
     losses: dict[str, list[float]] = Field(default_factory=dict)
     batch_divisor: int = 1
+    preview_classes: list[str] = Field(default_factory=list)
 
 
 class ImageNote(_Record):

@@ -142,6 +142,17 @@ def calibration_facts(report: Report) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value]
 
 
+def preview_caption(report: Report) -> str:
+    """What the contact sheet of synthetic images shows."""
+    shown, classes = report.calibration.preview_classes, report.model.classes
+    text = "Synthetic images, made from the model alone"
+    if not shown:  # a report from before they were noted
+        return f"{text}."
+    named = "number and name" if any(" " in own for own in shown) else "number"
+    of = f"{len(shown)} of the {classes:,} classes" if len(shown) < classes else f"all {classes:,} classes"
+    return f"{text}: a class a column, under its {named}; {of}."
+
+
 def feature_sentence(report: Report) -> str | None:
     """What the teacher's penultimate features of synthetic and real images are like, in numbers."""
     found = report.features

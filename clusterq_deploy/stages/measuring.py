@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy import engine
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
@@ -16,7 +17,7 @@ from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
 from clusterq_deploy.report.schema import Accuracy, FeatureInfo, Latency, Report, Skipped
-from clusterq_deploy.run import EVALUATION_BATCH, FP32, PREVIEW, Run
+from clusterq_deploy.run import EVALUATION_BATCH, FP32, IMAGES, PREVIEW, Run
 from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
 from clusterq_deploy.stages.deployment import built_engine, engine_stage, executed_graphs, graph_for, runner_of
@@ -163,6 +164,7 @@ def write_report(run: Run) -> Report:
         device=run.device,
         command=run.directory.made_by or run.command,
         skipped=_skipped(records),
+        preview_classes=_preview_classes(run) if "synthesize" in records else [],
     )
     preview = run.directory.path / PREVIEW
     run.directory.write("report.json", report.to_json())
@@ -173,6 +175,11 @@ def write_report(run: Run) -> Report:
 
 def _accuracy(run: Run, runner: Runner, graph: str | None) -> Accuracy:
     return score(runner.runtime, run.predictions(runner), run.teacher_predictions, run.evaluation, graph)
+
+
+def _preview_classes(run: Run) -> list[str]:
+    labels = previewed_classes(CalibrationSet.read_labels(run.directory.path / IMAGES))
+    return [run.model.class_label(label) for label in labels.tolist()]
 
 
 def _stage_names(run: Run) -> list[str]:

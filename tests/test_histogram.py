@@ -7,7 +7,16 @@ import torch
 from nets import images, make_net
 from torch import Tensor, nn
 
-from clusterq_deploy.quantize import BitWidths, Grid, LayerHistograms, Reference, Student, histograms, make_student
+from clusterq_deploy.quantize import (
+    BitWidths,
+    Grid,
+    Initialization,
+    LayerHistograms,
+    Reference,
+    Student,
+    histograms,
+    make_student,
+)
 from clusterq_deploy.quantize.histogram import histogram
 from clusterq_deploy.quantize.initialize import equalize_and_calibrate, mend
 
@@ -31,8 +40,7 @@ def lifted() -> nn.Module:
 def initialized(name: str, bits: str) -> tuple[Student, Reference]:
     student = make_student(lifted() if name == "lifted" else make_net(name), BitWidths.parse(bits))
     rng = torch.Generator().manual_seed(0)
-    _, reference = equalize_and_calibrate(student, images(), batch_size=16, rng=rng)
-    return student, reference
+    return student, equalize_and_calibrate(student, images(), batch_size=16, rng=rng).reference
 
 
 def found(student: Student, reference: Reference, batch_size: int = IMAGES) -> list[LayerHistograms]:
@@ -124,7 +132,7 @@ def test_channels_were_mapped_in_what_was_compared() -> None:
 
 def test_a_reconstructed_weight_is_shown_before_its_rounding() -> None:
     student, reference = initialized("residual", "w4a4")
-    mend(student, images(), reference, rng=torch.Generator().manual_seed(0))
+    mend(student, images(), Initialization(reference, [], {}, {}), rng=torch.Generator().manual_seed(0))
     layer = student.layers()["b2.0"]
     steps = layer.weight.detach() / layer.weight_quantizer.scale.detach().view(-1, 1, 1, 1)
     assert float((steps - steps.round()).abs().max()) < 1e-3  # the student's own are on the grid

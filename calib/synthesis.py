@@ -141,10 +141,17 @@ def synthesize(
         device=device,
         rng=rng,
     )
-    history = trainer.train(progress, checkpoint)
-    labels = balanced_labels(config.images, classes, rng).to(device)
-    images = trainer.sample(labels)
-    flip = survives_flip(teacher, images, labels, config.generator.batch_size)
+    if (drawn := checkpoint.load("drawn")) is None:
+        history = trainer.train(progress, checkpoint)
+        labels = balanced_labels(config.images, classes, rng).to(device)
+        images = trainer.sample(labels)
+        flip = survives_flip(teacher, images, labels, config.generator.batch_size)
+        state = {"history": history, "labels": labels, "images": images, "flip": flip, "rng": rng.get_state()}
+        checkpoint.save("drawn", lambda: state, at_once=True)
+    else:
+        history, flip = drawn["history"], drawn["flip"]
+        labels, images = drawn["labels"].to(device), drawn["images"].to(device)
+        rng.set_state(drawn["rng"])
     losses = {f"generator.{name}": values for name, values in history.items()}
     if config.refine.steps:
         shape = (1, size[0], 1, 1)

@@ -1,5 +1,6 @@
 """The commands that need no run: what starts one, and what looks at models and files."""
 
+import glob
 import json
 import time
 from pathlib import Path
@@ -8,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import options, reports, stages
+from cli.diagnosis import REQUIRABLE
 
 if TYPE_CHECKING:
     from clusterq_deploy.config import RunConfig
 
 
-def _default_out(model: str) -> Path:
-    slug = model.rpartition(":")[2].rpartition("/")[2]
+def _default_out(config: "RunConfig") -> Path:
+    """The newest folder of a run like this one that did not come to its end; else a new one."""
+    slug = config.model.rpartition(":")[2].rpartition("/")[2]
+    for earlier in sorted(Path("runs").glob(f"{glob.escape(slug)}-*"), reverse=True):
+        kept = earlier / "run.toml"
+        if kept.is_file() and not (earlier / "report.html").exists() and kept.read_text() == config.to_toml():
+            click.echo(f"Goes on in {earlier}, where the same run did not come to its end.", err=True)
+            return earlier
     return Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -38,14 +46,14 @@ def run(
 ) -> None:
     """Do everything: synthesize, quantize, export, build, evaluate, features, benchmark, report.
 
-    MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. Given the same --out
-    again, a run goes on where it stopped, and a changed option redoes what depends on it.
+    MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. Given again, a run
+    goes on where it stopped; with the same --out a changed option redoes what depends on it.
     """
     from cli import render
     from clusterq_deploy.report.wording import summary, unreadable_note
 
     config = options.config_of(ctx, config_file)
-    out = out or _default_out(config.model)
+    out = out or _default_out(config)
     if dry_run:
         _show_plan(ctx, config, out, as_json)
         return
@@ -94,7 +102,7 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
     from clusterq_deploy.run import IMAGES, PREVIEW
 
     config = options.config_of(ctx, config_file)
-    pipeline = stages.pipeline_of(ctx, config, out or _default_out(config.model))
+    pipeline = stages.pipeline_of(ctx, config, out or _default_out(config))
     pipeline.begin()
     record = pipeline.synthesize()
     path = pipeline.directory.path
@@ -150,7 +158,7 @@ def models(as_json: bool) -> None:
 @click.option(
     "--require",
     multiple=True,
-    type=click.Choice(["gpu", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt", "timm"]),
+    type=click.Choice(list(REQUIRABLE)),
     help="End with 1 where this does not work either; may be repeated.  [default: none]",
 )
 @options.json_option

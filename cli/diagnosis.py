@@ -23,7 +23,7 @@ _CUDA_TORCH = _REINSTALL_TORCH + " --index-url https://download.pytorch.org/whl/
 _GPU_RUNTIME = (
     "pip uninstall --yes onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"  # two overwrite each other
 )
-_REINSTALL_TENSORRT = "pip install --force-reinstall 'tensorrt>=10.3,<11'"
+_REINSTALL_TENSORRT = "pip install --force-reinstall 'tensorrt>=10.3'"
 _PACKAGES = (
     ("torch", "synthesis and fine-tuning", _REINSTALL_TORCH),
     ("torchvision", "its classifiers, by name", _REINSTALL_TORCH),
@@ -168,7 +168,9 @@ def _gpu_remedy(driver: str | None) -> str:
     if not torch.version.cuda:
         return _CUDA_TORCH
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "update the NVIDIA driver" if hidden is None else f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
+    if hidden in ("", "-1", "NoDevFiles"):
+        return f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
+    return "update the NVIDIA driver, or install a torch of the CUDA release that nvidia-smi shows"
 
 
 def _providers() -> Iterator[Finding]:
@@ -198,7 +200,7 @@ def _providers() -> Iterator[Finding]:
             found = reason if torch.cuda.is_available() else "listed, but there is no GPU for it"
             yield Finding(title, "absent", found, purpose)
     if torch.cuda.is_available() or driver_version():
-        for name in _PROVIDERS.keys() - probes.keys():
+        for name in (own for own in _PROVIDERS if own not in probes):
             title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
             yield Finding(title, "absent", "not in this build of ONNX Runtime", _PROVIDERS[name][0], _GPU_RUNTIME)
 
@@ -238,5 +240,7 @@ def _tensorrt() -> Iterator[Finding]:
     reason = unavailable_reason()
     if reason is None:
         yield Finding(name, "ok", version, purpose)
+    elif "too old" in reason:
+        yield Finding(name, "broken", reason, purpose, _REINSTALL_TENSORRT)
     else:
         yield Finding(name, "broken", reason, purpose, "see the lines of the GPU and of its driver")

@@ -244,6 +244,10 @@ run_options = _all(
     click.option("--seed", type=click.IntRange(0), help="Source of all randomness.  [default: 0]"),
 )
 config_option = click.option("--config", "config_file", type=_PATH, help="Settings in TOML, such as a run.toml.")
-out_option = click.option("--out", type=_PATH, help="Run directory.  [default: runs/MODEL-TIME]")
+out_option = click.option(
+    "--out",
+    type=_PATH,
+    help="Run directory.  [default: that of the same run, where it did not end; else runs/MODEL-TIME]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 run_argument = click.argument("run", type=_PATH, metavar="RUN")

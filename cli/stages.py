@@ -1,5 +1,6 @@
 """The stages of a run, each on the files that the one before wrote; some take a single ONNX file too."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
     from cli.render import LiveProgress
     from clusterq_deploy.pipeline import Pipeline
 
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    said = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    command = [
+        os.fsencode(own).decode("utf-8", "backslashreplace") for own in said
+    ]  # a report is UTF-8, no path has to be
     return Pipeline(config, out, progress=LiveProgress(ctx.obj["quiet"]), command=command)
 
 

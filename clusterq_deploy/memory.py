@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_DIVISOR = 64
 # of torch on a CPU, where it has no kind of its own, of CUDA, and of runtimes, whose errors have the library's kinds
 _MESSAGE = re.compile(
-    r"memory: you tried to allocate|out of memory|OutOfMemory|bad_alloc|failed to allocate memory|memory ran out",
+    r"memory: you tried to allocate|out of memory|OutOfMemory|bad_alloc|STATUS_ALLOC_FAILED|failed to allocate memory"
+    r"|memory ran out",
     re.IGNORECASE,
 )
 _T = TypeVar("_T")

@@ -77,7 +77,7 @@ def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILE
                 graph = Path(folder) / baseline_path.with_suffix(".onnx").name
                 onnx.save(baseline, graph)
                 built[baseline_path] = engine.build_engine(graph, baseline_path, config, progress, derived_from=path)
-    except (EngineError, ExportError) as error:
+    except (EngineError, ExportError, ValueError) as error:  # the last where it is larger than a protobuf may be
         logger.warning("%s has no FP16 baseline: %s", path, error)
     return [{"engine": str(own), "size_bytes": info.size_bytes, "seconds": info.seconds} for own, info in built.items()]
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -203,9 +204,7 @@ def test_another_models_run_is_refused(settings: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' names of files are Unicode")
-def test_a_path_that_is_not_utf8_is_one_line_where_run_toml_would_hold_it(
-    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_is_not_utf8_is_one_line_where_run_toml_would_hold_it(settings: Path, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     (folder / "net.py").write_text("from clusterq_deploy.models.digits import DigitsNet\n")
@@ -214,10 +213,34 @@ def test_a_path_that_is_not_utf8_is_one_line_where_run_toml_would_hold_it(
     path = str(folder / "net.py")
     assert line == f"Error: model: the path {path!r} is not UTF-8, so that run.toml cannot hold it; rename it"
     assert not (tmp_path / "out").exists()
-    monkeypatch.chdir(folder)
-    done = call("synthesize", "digits", "--config", settings, "--out", folder / "out")
-    assert done.exit_code == 0, done.stderr
-    assert os.fsencode(folder / "out") in done.stdout_bytes
+
+
+def test_a_run_folder_needs_not_be_utf8(settings: Path, tmp_path: Path) -> None:
+    """Real processes: their arguments are in the manifest and in the report."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for command in (["run", "digits", "--bits", "w8a8", "--config", settings, "--out"], ["report"]):
+        done = subprocess.run([sys.executable, "-m", "cli", *command, folder / "out"], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "out/report.json").read_text())["command"][-1].endswith("caf\\xe9/out")
+
+
+def test_the_same_command_goes_on_where_it_did_not_end(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ("synthesize", "digits", "--config", settings)
+    assert call(*command).exit_code == 0
+    (first,) = Path("runs").iterdir()
+    again = call(*command)
+    assert again.exit_code == 0
+    assert again.stderr == f"Goes on in {first}, where the same run did not come to its end.\n"
+    assert list(Path("runs").iterdir()) == [first]
+    (first / "report.html").touch()
+    time.sleep(1.1)  # a folder is named by the second
+    assert call(*command).exit_code == 0
+    assert len(list(Path("runs").iterdir())) == 2
+    assert call(*command, "--seed", "1").stderr == ""
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def test_an_old_driver_is_told_from_no_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert "\n" not in reason
 
 
-def test_a_release_without_strongly_typed_networks_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_before_10_3_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     assert unavailable_reason() is None
-    monkeypatch.delattr(sys.modules["tensorrt"], "IProgressMonitor")
-    assert unavailable_reason() == "tensorrt 10.9.0 is too old: install 10.3 or later"
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "10.2.0.post1")
+    assert unavailable_reason() == "tensorrt 10.2.0.post1 is too old: install 10.3 or later"

@@ -91,6 +91,6 @@ def test_a_bias_that_dwarfs_its_channels_weights_fits_the_accumulator() -> None:
     student = make_student(net.eval(), BitWidths.parse("w8a8"))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
     step = student.accumulator_steps()["4"]
-    assert bool((student.layers()["4"].bias.detach().abs() / step <= 2**29 + 1).all())
+    assert bool((student.layers()["4"].bias.detach().abs() / step <= 2**29 * (1 + 2**-22)).all())
     with torch.no_grad():
         torch.testing.assert_close(student(images())[:, :2], net(images())[:, :2], rtol=1e-5, atol=0)

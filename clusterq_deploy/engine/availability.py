@@ -43,6 +43,7 @@ def _tensorrt_problem() -> str | None:
         return f"tensorrt is installed but cannot be imported: {error}"
     except (ImportError, OSError, RuntimeError) as error:  # a shared library is missing, or of another CUDA
         return f"tensorrt is installed but cannot be imported: {' '.join(str(error).split())}"
-    if not hasattr(trt, "IProgressMonitor") or not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+    release = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if release < (10, 3):
         return f"tensorrt {trt.__version__} is too old: install 10.3 or later"
     return None

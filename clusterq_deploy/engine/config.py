@@ -12,7 +12,7 @@ _UNITS = {"": 2**20, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def memory_size(value: object) -> object:
-    """Bytes of a size in words, `4GiB`, `512MiB` or `512`, which is in MiB; anything but text as it is.
+    """Bytes of a size in words, `4GiB`, `512MiB` or `512`, which is in MiB; a number is one of bytes.
 
     Raises:
         ValueError: the text is no size.
@@ -35,8 +35,8 @@ class BuildConfig(StageConfig):
     batch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 32)
     """Smallest, tuned-for and largest batch size of a graph with a dynamic batch dimension."""
 
-    workspace_bytes: Annotated[PositiveInt, BeforeValidator(memory_size)] = 4 * 2**30
-    """Most scratch memory on the GPU that a layer may use: a number of bytes, or a size in words, see `memory_size`."""
+    workspace_bytes: Annotated[int, Field(ge=2**10, strict=True), BeforeValidator(memory_size)] = 4 * 2**30
+    """Most scratch memory on the GPU that a layer may use: a number of bytes, 1,024 at least, or a size in words."""
 
     optimization_level: int = Field(default=3, ge=0, le=5)
     """How long the builder searches: 0 takes the first implementation that works, 5 compares the most."""

@@ -134,7 +134,7 @@ def _evaluate(graph: ir.Graph, node: ir.Node) -> npt.NDArray[np.float32 | np.flo
         stored[-1].name = str(value.name)
     output = onnx.helper.make_empty_tensor_value_info(str(node.outputs[0].name))
     alone = onnx.helper.make_graph([ir.to_proto(node)], "stored", [], [output], initializer=stored)
-    opset = onnx.helper.make_opsetid("", graph.opset_imports[""])
+    opset = onnx.helper.make_opsetid("", graph.opset_imports.get("", 1))
     (numbers,) = list(ReferenceEvaluator(onnx.helper.make_model(alone, opset_imports=[opset])).run(None, {}))
     return np.asarray(numbers)
 

@@ -83,7 +83,7 @@ def _module_of(node: onnx.NodeProto) -> str:
     try:  # each is a list of the modules from the model down, and of the call
         *_, name, _ = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
         *_, kind, _ = ast.literal_eval(notes["pkg.torch.onnx.class_hierarchy"])
-    except (KeyError, ValueError, SyntaxError):
+    except (KeyError, TypeError, ValueError, SyntaxError):
         return ""
     own_name = name.removeprefix("net.")  # of a student
     return f"{own_name} ({kind.rpartition('.')[2]})" if own_name else ""

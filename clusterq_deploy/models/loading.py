@@ -100,7 +100,8 @@ def load_model(
         classes = _count_classes(name, module, spec)
     sha256 = digest(module)
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
-    names = () if weights == _RANDOM else label_names(draft.cfg, classes)
+    own = weights is None or draft.source == "file"  # a file of weights may be of other classes
+    names = label_names(draft.cfg, classes) if own and weights != _RANDOM else ()
     return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256, code, names)
 
 

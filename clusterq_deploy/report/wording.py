@@ -149,7 +149,13 @@ def preview_caption(report: Report) -> str:
     if not shown:  # a report from before they were noted
         return f"{text}."
     named = "number and name" if any(" " in own for own in shown) else "number"
-    of = f"{len(shown)} of the {classes:,} classes" if len(shown) < classes else f"all {classes:,} classes"
+    of = (
+        f"{len(shown)} of the {classes:,} classes"
+        if len(shown) < classes
+        else f"all {classes:,} classes"
+        if classes > 1
+        else "its only class"
+    )
     return f"{text}: a class a column, under its {named}; {of}."
 
 

@@ -80,6 +80,7 @@ def test_a_run_of_an_odd_model_ends_in_a_report(tmp_path: Path, name: str) -> No
 
 
 def test_a_bias_that_dwarfs_its_channels_weights_fits_the_accumulator() -> None:
+    torch.manual_seed(0)
     linear = torch.nn.Linear(4, 3)
     with torch.no_grad():
         linear.weight[0] = 0
@@ -91,6 +92,6 @@ def test_a_bias_that_dwarfs_its_channels_weights_fits_the_accumulator() -> None:
     student = make_student(net.eval(), BitWidths.parse("w8a8"))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
     step = student.accumulator_steps()["4"]
-    assert bool((student.layers()["4"].bias.detach().abs() / step <= 2**29 * (1 + 2**-22)).all())
+    assert bool((student.layers()["4"].bias.detach().abs() / step <= 2**29 * (1 + 1e-6)).all())
     with torch.no_grad():
         torch.testing.assert_close(student(images())[:, :2], net(images())[:, :2], rtol=1e-5, atol=0)

@@ -201,4 +201,7 @@ def _skipped(records: dict[str, StageRecord]) -> list[Skipped]:
         skipped.append(Skipped(stage="fp16 baseline", reason=reason))
     if "features" in records and "skipped" in records["features"].result:
         skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
+    if not any(name.startswith("sensitivity/") for name in records):
+        reason = "not asked for; clusterq sensitivity RUN measures what each layer costs, --max-drop does so too"
+        skipped.append(Skipped(stage="sensitivity", reason=reason))
     return skipped

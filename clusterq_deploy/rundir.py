@@ -125,9 +125,7 @@ class RunDirectory:
     def _read(self) -> None:
         """Learn from the manifest what is finished, if the folder is this model's or empty."""
         if str(self.path).encode(errors="replace").decode() != str(self.path):
-            raise RunDirectoryError(
-                f"{str(self.path)!r} is not UTF-8, and safetensors reads no such path; choose another"
-            )
+            raise RunDirectoryError(f"{str(self.path)!r} is not UTF-8, which safetensors cannot read; choose another")
         path, manifest = self.path, read_manifest(self.path)
         if manifest is None:
             if path.exists() and not path.is_dir():

@@ -38,7 +38,7 @@ def resume(ctx: click.Context, run: Path) -> "Pipeline":
     from clusterq_deploy.rundir import CONFIG
 
     if not (run / CONFIG).is_file():
-        if run.suffix == ".onnx":
+        if run.suffix in (".onnx", ".engine"):
             raise RunDirectoryError(f"{run} does not exist")
         raise RunDirectoryError(f"{run} is no run directory: it has no {CONFIG}; start one with clusterq synthesize")
     settings = read_settings(run / CONFIG)

@@ -75,43 +75,15 @@ class MemorySize(click.ParamType[Any]):
             return self.fail(str(error), param, ctx)
 
 
-# name of the option's parameter -> place in the configuration
-_PLACES: dict[str, tuple[str, ...]] = {
-    "model": ("model",),
-    "weights": ("weights",),
-    "input_size": ("input_size",),
-    "mean": ("mean",),
-    "std": ("std",),
-    "bits": ("bits",),
-    "first_last": ("first_last",),
-    "keep": ("keep",),
-    "max_drop": ("max_drop",),
-    "fp16": ("fp16",),
-    "data": ("data",),
-    "limit": ("limit",),
-    "seed": ("seed",),
-    "device": ("device",),
-    "effort": ("effort",),
-    "recipe": ("synthesis", "recipe"),
-    "images": ("synthesis", "images"),
-    "batch": ("build", "batch"),
-    "workspace": ("build", "workspace_bytes"),
-    "optimization_level": ("build", "optimization_level"),
-    "timing_cache": ("build", "timing_cache"),
-    "version_compatible": ("build", "version_compatible"),
-    "hardware_compatible": ("build", "hardware_compatible"),
-    "batches": ("benchmark", "batches"),
-    "threads": ("benchmark", "threads"),
-}
-
-
 def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
     """Settings of a file with the options that were given on the command line on top."""
+    from clusterq_deploy.settings import PLACES
+
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
     for name, value in ctx.params.items():
-        if name not in _PLACES or value is None or ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+        if name not in PLACES or value is None or ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
             continue
-        *tables, key = _PLACES[name]
+        *tables, key = PLACES[name]
         place = merged
         for table in tables:
             place = place.setdefault(table, {})
@@ -121,8 +93,9 @@ def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
 
 def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "RunConfig":
     """The configuration of a file, if any, and the command line."""
-    from clusterq_deploy.config import make_config, read_settings, without_presets
+    from clusterq_deploy.config import make_config, without_presets
     from clusterq_deploy.errors import ConfigError
+    from clusterq_deploy.settings import read_settings
 
     settings = read_settings(file) if file else {}
     if file:  # what is wrong by itself is found before options lie on top

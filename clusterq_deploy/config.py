@@ -1,8 +1,7 @@
 """The resolved configuration of a run, and its file."""
 
 import math
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -15,10 +14,12 @@ from calib.config import StageConfig
 from calib.synthesis import SynthesisConfig
 from clusterq_deploy.engine.config import BuildConfig
 from clusterq_deploy.errors import ConfigError
+from clusterq_deploy.files import is_utf8
 from clusterq_deploy.measure import BenchmarkConfig
 from clusterq_deploy.presets import Effort, Settings, merged, preset, without
 from clusterq_deploy.quantize.finetune import FinetuneConfig
 from clusterq_deploy.quantize.grid import MAX_BITS, MIN_BITS, BitWidths
+from clusterq_deploy.settings import PLACES, with_paths
 
 _Part = TypeVar("_Part", bound=StageConfig)
 
@@ -90,10 +91,8 @@ class RunConfig(StageConfig):
     @field_validator("data")
     @classmethod
     def _writable(cls, data: Path | None) -> Path | None:
-        try:
-            str(data).encode()
-        except UnicodeEncodeError:
-            raise ValueError("the path is not UTF-8, so that run.toml cannot hold it; rename it") from None
+        if data is not None and not is_utf8(data):
+            raise ValueError("the path is not UTF-8, so that run.toml cannot hold it; rename it")
         return data
 
     @property
@@ -130,18 +129,15 @@ class RunConfig(StageConfig):
             ConfigError: a path is not UTF-8, as TOML is.
         """
         settings = self.model_dump(mode="json", exclude_none=True)
-        return tomli_w.dumps(_with_paths(settings, _absolute))
+        return tomli_w.dumps(with_paths(settings, _absolute))
 
 
 def _absolute(name: str, path: Path) -> Path:
     """The absolute path, if a file of UTF-8 can hold it."""
-    try:
-        path.absolute().as_posix().encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"{name}: the path {str(path.absolute())!r} is not UTF-8, so that run.toml cannot hold it; rename it"
-        ) from None
-    return path.absolute()
+    path = path.absolute()
+    if not is_utf8(path):
+        raise ConfigError(f"{name}: the path {str(path)!r} is not UTF-8, so that run.toml cannot hold it; rename it")
+    return path
 
 
 def _usual(recipe: str, effort: str) -> RunConfig:
@@ -187,8 +183,8 @@ def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunCo
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
         if first["type"] == "extra_forbidden":
-            near = get_close_matches(path[-1], _names(path[:-1])) or _places(path[-1])
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = _near(path)
+            hint = f"; did you mean {near!r}?" if near else ""
             raise ConfigError(f"unknown setting {'.'.join(path)!r} in {origin}{hint}") from error
         reason = str(first["msg"]).removeprefix("Value error, ")
         got = shorten(repr(first["input"]), _SHOWN, placeholder=" ...")
@@ -212,6 +208,15 @@ def _names(path: Iterable[str]) -> list[str]:
     return list(kind.model_fields)
 
 
+def _near(path: list[str]) -> str | None:
+    """A setting that was perhaps meant, by its name in the same table, as an option, or in another table."""
+    *table, name = path
+    options = {} if table else PLACES
+    if matches := get_close_matches(name, [*_names(table), *options], n=1):
+        return ".".join(options.get(matches[0], matches))
+    return next(iter(_places(name)), None)
+
+
 def _places(name: str, table: type[StageConfig] = RunConfig) -> list[str]:
     """Where a setting of such a name is, or of a near one, in the tables of the file: the options are not nested."""
     found, deeper = [], []
@@ -221,50 +226,3 @@ def _places(name: str, table: type[StageConfig] = RunConfig) -> list[str]:
             found += [f"{key}.{near}" for near in get_close_matches(name, list(kind.model_fields))]
             deeper += [f"{key}.{place}" for place in _places(name, kind)]
     return found + deeper
-
-
-def read_settings(path: Path) -> Settings:
-    """The settings of a TOML file for `make_config`, unchecked but for paths: relative ones are those of its folder.
-
-    Raises:
-        ConfigError: it cannot be read, is no TOML, or has a relative path that leads out of its folder, by `..` or
-            through a link.
-    """
-    try:
-        with path.open("rb") as file:
-            settings = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # the parser recurses into nested arrays
-        raise ConfigError(f"{path} is no TOML: {error}") from error
-
-    def within(name: str, own: Path) -> Path:
-        if own.is_absolute():
-            return own
-        found = path.parent / own
-        try:
-            leaves = not found.resolve().is_relative_to(path.parent.resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
-            raise ConfigError(f"{name} in {path}: {str(own)!r} is no path: {error}") from error
-        if leaves:
-            raise ConfigError(
-                f"{name} in {path}: {str(own)!r} leads out of the file's folder; write it as an absolute path"
-            )
-        return found
-
-    return _with_paths(settings, within)
-
-
-def _with_paths(settings: Settings, change: Callable[[str, Path], Path]) -> Settings:
-    """Nested settings in which each path, with its name, was changed; what is of another type stays as it is."""
-    changed = dict(settings)
-    if isinstance(model := settings.get("model"), str):
-        file, colon, factory = model.rpartition(":")
-        if file.endswith(".py"):
-            changed["model"] = f"{change('model', Path(file))}{colon}{factory}"
-    if isinstance(build := settings.get("build"), dict):
-        changed["build"] = dict(build)
-    for table, name in ((changed, "weights"), (changed, "data"), (changed.get("build"), "timing_cache")):
-        if isinstance(table, dict) and isinstance(value := table.get(name), str) and value != "none":
-            table[name] = str(change(name, Path(value)))
-    return changed

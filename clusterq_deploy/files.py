@@ -45,6 +45,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether a path can stand in a file of UTF-8; on Linux it may be any bytes."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of the file's content, in hexadecimal.
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.files import TEMPORARY, sha256_file, write_bytes, write_text
+from clusterq_deploy.files import TEMPORARY, is_utf8, sha256_file, write_bytes, write_text
 
 MANIFEST = "manifest.json"
 CONFIG = "run.toml"
@@ -124,7 +124,7 @@ class RunDirectory:
 
     def _read(self) -> None:
         """Learn from the manifest what is finished, if the folder is this model's or empty."""
-        if str(self.path).encode(errors="replace").decode() != str(self.path):
+        if not is_utf8(self.path):
             raise RunDirectoryError(f"{str(self.path)!r} is not UTF-8, which safetensors cannot read; choose another")
         path, manifest = self.path, read_manifest(self.path)
         if manifest is None:

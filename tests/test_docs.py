@@ -8,6 +8,8 @@ import pytest
 from commands_page import PAGE, documented, refreshed
 
 from cli.main import main
+from clusterq_deploy.config import make_config
+from clusterq_deploy.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
@@ -71,3 +73,11 @@ def test_an_image_is_built_of_what_the_wheel_is_built_of() -> None:
 
 def test_there_is_an_image_with_tensorrt_and_one_without() -> None:
     assert [path.name for path in DOCKERFILES] == ["Dockerfile.cpu", "Dockerfile.tensorrt"]
+
+
+def test_the_settings_in_the_docs_are_read(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/commands.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "some.toml").write_text(block)
+        make_config(read_settings(tmp_path / "some.toml"))

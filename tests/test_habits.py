@@ -16,9 +16,10 @@ from test_pipeline import SMALL
 
 from cli import options
 from cli.main import main
-from clusterq_deploy.config import RunConfig
+from clusterq_deploy.config import RunConfig, make_config
 from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.settings import PLACES, read_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,13 +162,82 @@ def test_defaults_in_the_help_are_those_of_the_configuration() -> None:
     seen = 0
     for param in main.commands["run"].params:
         default = re.search(r"\[default: (.*)\]", getattr(param, "help", None) or "")
-        if default is None or param.name not in options._PLACES:
+        if default is None or param.name not in PLACES:
             continue
         value = config
-        for part in options._PLACES[param.name]:
+        for part in PLACES[param.name]:
             value = value[part]
         if value is not None:
             shown = default[1].split(", ") if param.multiple else param.type.convert(default[1], param, None)
             assert (list(shown) if isinstance(value, list) else shown) == value, param.name
             seen += 1
     assert seen >= 7
+
+
+# an option as it is given, and what stands for it in a file
+GIVEN: dict[str, tuple[list[str], object]] = {
+    "weights": (["none"], "none"),
+    "input_size": (["3,64,64"], [3, 64, 64]),
+    "mean": (["0.5,0.5,0.5"], [0.5, 0.5, 0.5]),
+    "std": (["0.25,0.5,1"], [0.25, 0.5, 1]),
+    "bits": (["w4a8"], ["w4a8"]),
+    "first_last": ([], True),
+    "keep": (["conv1=8"], {"conv1": 8}),
+    "max_drop": (["0.5"], 0.5),
+    "fp16": ([], True),
+    "data": (["/images"], "/images"),
+    "limit": (["10"], 10),
+    "seed": (["3"], 3),
+    "device": (["cpu"], "cpu"),
+    "effort": (["fast"], "fast"),
+    "recipe": (["paper"], "paper"),
+    "images": (["512"], 512),
+    "batch": (["1:4:16"], [1, 4, 16]),
+    "workspace": (["2GiB"], "2GiB"),
+    "optimization_level": (["4"], 4),
+    "timing_cache": (["none"], "none"),
+    "version_compatible": ([], True),
+    "hardware_compatible": ([], True),
+    "batches": (["1,8"], [1, 8]),
+    "threads": (["2"], 2),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_config_has_the_names_of_the_options(name: str, tmp_path: Path) -> None:
+    values, written = GIVEN[name]
+    option = f"--{name.replace('_', '-')}"
+    run = main.commands["run"]
+    with run.make_context("run", ["digits", option, *values]) as context:
+        asked = options.config_of(context, model="digits")
+    file = tmp_path / "some.toml"
+    for spelled in (name, name.replace("_", "-")):
+        own = {spelled: written}
+        for content in (own, {PLACES[name][0]: own}) if len(PLACES[name]) > 1 else (own,):
+            file.write_text(tomli_w.dumps({"model": "digits", **content}))
+            assert make_config(read_settings(file)) == asked != RunConfig(model="digits")
+
+
+def test_every_setting_that_is_an_option_is_tried() -> None:
+    params = {param.name for command in main.commands.values() for param in command.params}
+    assert {"model", *GIVEN} == set(PLACES) <= params
+
+
+def test_one_setting_under_two_names_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text("model = 'digits'\nworkspace = '1GiB'\n[build]\nworkspace_bytes = 4096\n")
+    assert "workspace and build.workspace_bytes in" in error("run", "--config", file)
+    file.write_text("model = 'digits'\nfirst-last = true\nfirst_last = true\n")
+    assert "first-last and first_last in" in error("run", "--config", file)
+    file.write_text("model = 'digits'\nbuild = 3\nbatch = [1, 2, 3]\n")
+    assert "Input should be a valid dictionary" in error("run", "--config", file)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("batchs = 3", "benchmark.batches"), ("first_lst = true", "first_last"), ("imges = 3", "synthesis.images")],
+)
+def test_an_option_misspelled_in_a_config(text: str, meant: str, tmp_path: Path) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text(f"model = 'digits'\n{text}\n")
+    assert f"did you mean {meant!r}?" in error("run", "--config", file)

@@ -13,7 +13,7 @@ import torch
 
 from calib.cost import pass_cost
 from clusterq_deploy import Pipeline, RunConfig, read_report
-from clusterq_deploy.config import make_config, read_settings, without_presets
+from clusterq_deploy.config import make_config, without_presets
 from clusterq_deploy.engine import unavailable_reason
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
@@ -22,6 +22,7 @@ from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report import Artifact
 from clusterq_deploy.run import resolve_device
 from clusterq_deploy.rundir import RunDirectory
+from clusterq_deploy.settings import read_settings
 
 SMALL = {
     "synthesis": {

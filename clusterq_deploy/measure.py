@@ -14,6 +14,7 @@ from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.engine.calls import EngineTimes
 from clusterq_deploy.environment import available_cores
 from clusterq_deploy.errors import DataError
+from clusterq_deploy.memory import in_parts, is_of_memory
 from clusterq_deploy.report.engines import Spread
 from clusterq_deploy.report.schema import Accuracy, Latency
 from clusterq_deploy.runners import Array, Runner
@@ -48,15 +49,16 @@ class BenchmarkConfig(StageConfig):
 def predictions(runner: Runner, data: EvaluationSet, batch_size: int, progress: Progress = SILENT) -> Predictions:
     """The five most likely classes of each image that can be read, most likely first: (N, min(5, classes)) int64.
 
-    Ties go to the lower class.
+    Ties go to the lower class. Where a batch does not fit the memory, it and those after it are computed in parts.
 
     Raises:
         DataError: too many images cannot be read.
+        OutOfMemoryError: the memory does not suffice for the smallest parts either.
     """
-    found = []
+    found, parts = [], 1
     with progress.task(f"Evaluating on {runner.runtime}", len(data)) as advance:
         for images, _ in data.batches(batch_size):
-            logits = runner.infer(images)
+            logits, parts = in_parts(runner.infer, images, f"evaluation on {runner.runtime}", first=parts)
             found.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
             advance(len(images))
     return np.concatenate(found)
@@ -100,6 +102,7 @@ def benchmark(
     size: tuple[int, int, int],
     config: BenchmarkConfig,
     progress: Progress = SILENT,
+    unfit: list[str] | None = None,
 ) -> dict[str, list[Latency]]:
     """Time `infer`, host to host, of several runtimes in turn.
 
@@ -107,10 +110,13 @@ def benchmark(
         runners: by a name of the caller's.
         size: (channels, height, width) of an image.
         config: how to measure.
+        progress: shows how far it is.
+        unfit: takes a line for each batch size that does not fit the memory in a runtime, which is then left out.
 
     Returns:
         For each name one record a batch size. Records of one call can be compared with each other.
     """
+    unfit = [] if unfit is None else unfit
     found: dict[str, list[Latency]] = {name: [] for name in runners}
     turns = len(config.batches) * config.rounds * len(runners)
     with progress.task("Benchmark", turns) as advance:
@@ -118,16 +124,26 @@ def benchmark(
             images = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
             times: dict[str, list[float]] = {name: [] for name in runners}
             for turn in range(config.rounds):
-                for name, runner in runners.items():
-                    if turn == 0:
-                        runner.infer(images)  # ONNX Runtime's TensorRT provider builds an engine here
-                        _run_for(runner, images, config.warmup_ms / 1000, 0)
-                    runs = -(-config.min_runs // config.rounds)
-                    times[name] += _run_for(runner, images, config.min_seconds / config.rounds, runs)
+                for name in tuple(times):
+                    try:
+                        times[name] += _turn(runners[name], images, config, first=turn == 0)
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_of_memory(error):
+                            raise
+                        unfit.append(f"{name}: a batch of {batch} does not fit the memory")
+                        del times[name]
                     advance(1)
-            for name, runner in runners.items():
-                found[name].append(summarize(runner.runtime, batch, times[name]))
+            for name, own in times.items():
+                found[name].append(summarize(runners[name].runtime, batch, own))
     return found
+
+
+def _turn(runner: Runner, images: Array, config: BenchmarkConfig, *, first: bool) -> list[float]:
+    """Milliseconds of each call in one turn of a runtime, which warms up in its first."""
+    if first:
+        runner.infer(images)  # ONNX Runtime's TensorRT provider builds an engine here
+        _run_for(runner, images, config.warmup_ms / 1000, 0)
+    return _run_for(runner, images, config.min_seconds / config.rounds, -(-config.min_runs // config.rounds))
 
 
 def _run_for(runner: Runner, images: Array, seconds: float, runs: int) -> list[float]:

@@ -20,7 +20,6 @@ from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.measure import Predictions, predictions
-from clusterq_deploy.memory import in_memory
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, load_student
 from clusterq_deploy.quantize.graph import folded_teacher
@@ -140,13 +139,8 @@ class Run:
             return self.predictions(runner)
 
     def predictions(self, runner: Runner) -> Predictions:
-        """What a runner answers on the evaluation images, (N, 5) int64, in smaller batches where memory asks for it."""
-
-        def answers(divisor: int) -> Predictions:
-            return predictions(runner, self.evaluation, max(1, EVALUATION_BATCH // divisor), self.progress)
-
-        found, _ = in_memory(answers, f"evaluation on {runner.runtime}")
-        return found
+        """What a runner answers on the evaluation images, (N, 5) int64."""
+        return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress)
 
     def student(self, bits: BitWidths) -> Student:
         """A variant as the quantize stage left it."""

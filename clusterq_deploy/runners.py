@@ -133,7 +133,7 @@ class OnnxRunner:
 
         self.runtime = runtime
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it logs as an error it raises too; its warnings are of no use here
         if not _sums_in_32_bits():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
@@ -144,7 +144,6 @@ class OnnxRunner:
             options.add_session_config_entry(RECORD_PLACES, "1")
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
-            options.log_severity_level = 4  # it warns that the file is for this machine alone
         self._session = _session(graph, options, runtime, batch)
         self._input = self._session.get_inputs()[0].name
 
@@ -154,16 +153,24 @@ class OnnxRunner:
         Raises:
             ExportError: the provider cannot run the graph, or not on these images.
         """
-        try:
-            logits: Array = self._session.run(None, {self._input: images})[0]
-        except Exception as error:  # a provider that builds its engine at the first call can fail here
-            raise ExportError(f"{self.runtime} cannot run the graph: {_first_line(error)}") from error
+        logits: Array = self._run(images)[0]
         return logits
 
     def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
-        """Everything that the graph gives for images (N, C, H, W) float32, by name."""
+        """Everything that the graph gives for images (N, C, H, W) float32, by name.
+
+        Raises:
+            ExportError: as for `infer`.
+        """
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, {self._input: images}), strict=True))
+        return dict(zip(names, self._run(images), strict=True))
+
+    def _run(self, images: Array) -> list[Any]:
+        try:
+            found: list[Any] = self._session.run(None, {self._input: images})
+        except Exception as error:  # a provider that builds its engine at the first call can fail here
+            raise ExportError(f"{self.runtime} cannot run the graph: {_first_line(error)}") from error
+        return found
 
     def metadata(self) -> dict[str, str]:
         """What the exporter wrote into the graph."""

@@ -150,7 +150,10 @@ def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -
             runners = {own.runtime: opened.enter_context(own) for own in sessions}
             fixed, channels, height, width = runners["onnxruntime-cpu"].input_shape
             settings = _with_batch(settings, fixed, path)
-            timed = benchmark(runners, (channels, height, width), settings, progress)
+            unfit: list[str] = []
+            timed = benchmark(runners, (channels, height, width), settings, progress, unfit)
+        for reason in unfit:
+            logger.warning("%s", reason)
         for runtime, records in timed.items():
             threads = settings.cpu_threads if runtime == "onnxruntime-cpu" else None
             rows += [{**own.model_dump(mode="json", exclude_none=True), "threads": threads} for own in records]

@@ -81,7 +81,7 @@ class World:
     on_step: Callable[[], None] = lambda: None
     measures: str = "conv1"
     """What a build adds to its timing cache."""
-    loads: bool = True
+    load_error: str | None = None
     captures: bool = True
     flags: list[str] = field(default_factory=list)
     options: Any = None
@@ -439,9 +439,9 @@ def tensorrt_module(world: World) -> ModuleType:
 
         def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
             world.host_code_allowed = self.engine_host_code_allowed
-            if world.loads:
+            if world.load_error is None:
                 return ICudaEngine(json.loads(plan))
-            self._log.log(ILogger.ERROR, "Serialization assertion failed")
+            self._log.log(ILogger.ERROR, world.load_error)
             return None
 
     module = ModuleType("tensorrt")

@@ -80,7 +80,7 @@ class TestRun:
     ) -> None:
         engine = build(graph)
         move(world, change)
-        world.loads = False  # it is refused before TensorRT sees it
+        world.load_error = "Serialization assertion failed"  # it is refused before TensorRT sees it
         with pytest.raises(EngineError, match=f"cannot run here: {message}; build it again here"):
             TensorRTRunner(engine, device="cpu")
 
@@ -114,7 +114,7 @@ class TestRun:
 
     def test_says_why_an_engine_does_not_load(self, world: World, graph: Path) -> None:
         engine = build(graph)
-        world.loads = False
+        world.load_error = "Serialization assertion failed"
         with pytest.raises(EngineError, match=r"cannot load .*; Serialization assertion failed"):
             TensorRTRunner(engine, device="cpu")
 

@@ -10,6 +10,7 @@ from tensorrt_double import install
 
 from clusterq_deploy import Pipeline, engine
 from clusterq_deploy.config import make_config
+from clusterq_deploy.errors import EngineError
 from clusterq_deploy.quantize import BitWidths
 
 SETTINGS = {
@@ -78,3 +79,24 @@ def test_engines_of_another_release_are_built_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "10.16.1")
     assert pipeline.build("fp32") != first
     assert engine.read_sidecar(tmp_path / "run/fp32/model.engine").built_on.tensorrt == "10.16.1"
+
+
+def test_an_engine_whose_memory_does_not_suffice_is_left_out_of_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
+    pipeline.begin()
+    pipeline.export("fp32")
+    world = install(monkeypatch)
+    world.input_shape, world.classes = (-1, *pipeline.model.input.size), pipeline.model.classes
+    monkeypatch.setattr(engine, "TensorRTRunner", partial(engine.TensorRTRunner, device="cpu"))
+    assert pipeline.build("fp32") is not None
+    world.load_error = "Error Code 1: Cuda Runtime (out of memory)"
+    found = pipeline.benchmark().result
+    assert {own["runtime"] for own in found["latency"]["fp32"]} == {"onnxruntime-cpu"}
+    reasons = [own["reason"] for own in found["skipped"] if own["stage"] == "benchmark"]
+    assert [reason.split(":")[0] for reason in reasons] == ["fp32/model.engine", "fp32/model.fp16.engine"]
+    assert all("the GPU's memory ran out" in reason for reason in reasons)
+    world.load_error = "Serialization assertion failed"
+    with pytest.raises(EngineError, match="Serialization assertion failed"):
+        Pipeline(make_config({**SETTINGS, "benchmark": {"batches": [2]}}), tmp_path / "run").benchmark()

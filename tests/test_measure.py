@@ -1,20 +1,12 @@
 """Accuracy and latency records."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
-from test_pipeline import SMALL
-from torch import nn
 
-from clusterq_deploy import Pipeline
-from clusterq_deploy.config import make_config
 from clusterq_deploy.data import EvaluationSet
-from clusterq_deploy.errors import DataError, ExportError
+from clusterq_deploy.errors import DataError
 from clusterq_deploy.measure import BenchmarkConfig, benchmark, predictions, score, summarize
-from clusterq_deploy.memory import in_memory
-from clusterq_deploy.runners import Array, OnnxRunner, TorchRunner
+from clusterq_deploy.runners import Array
 
 
 class Fixed:
@@ -73,87 +65,3 @@ def test_runtimes_take_turns() -> None:
     found = benchmark(runners, (1, 2, 3), config)
     assert [(r.batch, r.runs) for r in found["a"]] == [(1, 6), (3, 6)]
     assert runners["a"].calls == [1] * 7 + [3] * 7  # one call to warm up, then two a round
-
-
-def limited(largest: int, message: str) -> type[nn.Module]:
-    """A layer that passes on batches of so many images, and has no memory for more."""
-
-    class Limited(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if len(x) > largest:
-                raise torch.OutOfMemoryError(message)
-            return x
-
-    return Limited
-
-
-def test_an_evaluation_that_does_not_fit_the_memory_goes_on_in_smaller_batches_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = Pipeline(make_config({"model": "digits", "limit": 60}), tmp_path / "run")
-    with TorchRunner(run.model.module) as runner:
-        whole = run.predictions(runner)
-    narrow = nn.Sequential(limited(13, "CUDA out of memory. Tried to allocate 2.00 GiB.")(), run.model.module)
-    with TorchRunner(narrow) as runner:
-        assert run.predictions(runner).tolist() == whole.tolist()
-    object.__setattr__(run.model, "module", narrow)
-    assert run.teacher_predictions.tolist() == whole.tolist()
-    said = "evaluation on torch: the memory does not suffice; again, with batches divided by"
-    assert [record.getMessage() for record in caplog.records] == [f"{said} {divisor}" for divisor in (2, 4)] * 2
-
-
-def test_a_runtime_that_fails_for_want_of_memory_gets_smaller_batches_and_for_no_other_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Pipeline(make_config({"model": "digits", "limit": 60}), tmp_path / "run")
-    run.begin()
-    run.export("fp32")
-    calls: list[int] = []
-    infer = OnnxRunner.infer
-
-    def narrow(self: OnnxRunner, images: Array) -> Array:
-        calls.append(len(images))
-        if len(images) > 30:
-            raise ExportError(f"onnxruntime-cpu cannot run the graph: {reason}")
-        return infer(self, images)
-
-    monkeypatch.setattr(OnnxRunner, "infer", narrow)
-    reason = "[ONNXRuntimeError] : 6 : bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 9"
-    with OnnxRunner(tmp_path / "run/fp32/model.onnx") as runner:
-        found = run.predictions(runner)
-        assert found.tolist() == run.teacher_predictions.tolist()
-        assert calls == [50, 25, 25, 10]
-        reason = "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions for input"
-        with pytest.raises(ExportError, match="invalid dimensions"):
-            run.predictions(runner)
-    assert calls == [50, 25, 25, 10, 50]
-
-
-def test_features_that_do_not_fit_the_memory_are_taken_in_smaller_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
-    run.begin()
-    run.synthesize()
-    infer, calls = TorchRunner.infer, []
-
-    def narrow(self: TorchRunner, images: Array) -> Array:
-        calls.append(len(images))
-        if len(images) > 30:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return infer(self, images)
-
-    monkeypatch.setattr(TorchRunner, "infer", narrow)
-    found = run.features().result["features"]
-    assert calls == [50, 25, 25, 25, 5, 25, 25, 10]
-    assert (found["synthetic"]["images"], found["real"]["images"]) == (80, 60)
-    assert "features: the memory does not suffice; again, with batches divided by 2" in caplog.text
-
-
-def test_memory_that_python_lacks_counts_too() -> None:
-    def work(divisor: int) -> int:
-        if divisor < 4:
-            raise MemoryError
-        return divisor
-
-    assert in_memory(work, "work") == (4, 4)

@@ -18,8 +18,7 @@ from click.testing import CliRunner
 
 from calib.synthesis import SynthesisConfig
 from cli.main import main
-from clusterq_deploy.errors import OutOfMemoryError, RunDirectoryError
-from clusterq_deploy.memory import in_memory
+from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.quantize import FinetuneConfig
 from clusterq_deploy.report.schema import read_report
 from clusterq_deploy.report.wording import notes
@@ -147,21 +146,6 @@ def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_
         f"{what} took batches of 1/4 of the size in the configuration: the memory did not suffice for more."
         for what in ("Synthesis", "Fine-tuning of w4a4")
     ]
-
-
-def test_other_errors_and_too_small_a_memory_are_raised() -> None:
-    calls: list[int] = []
-
-    def work(divisor: int, message: str) -> None:
-        calls.append(divisor)
-        raise RuntimeError(message)
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        in_memory(lambda divisor: work(divisor, "shapes do not fit"), "work")
-    assert calls == [1]
-    with pytest.raises(OutOfMemoryError, match="work: the memory does not suffice for batches of 1/64 either"):
-        in_memory(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
-    assert calls == [1, 1, 2, 4, 8, 16, 32, 64]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

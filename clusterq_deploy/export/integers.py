@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from calib.progress import SILENT, Progress
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export.half import computes_in_half
 from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name, target_of
+from clusterq_deploy.memory import in_memory
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 from clusterq_deploy.runners import Array, OnnxRunner
@@ -45,6 +47,18 @@ class SiteComparison:
     differing: int
     largest: int
 
+    def beside(self, other: "SiteComparison | None") -> "SiteComparison":
+        """This comparison and another one of the same quantizer as one."""
+        if other is None:
+            return self
+        return SiteComparison(
+            self.site,
+            self.values + other.values,
+            self.ties + other.ties,
+            self.differing + other.differing,
+            max(self.largest, other.largest),
+        )
+
 
 def compare_integers(
     graph: onnx.ModelProto,
@@ -71,12 +85,20 @@ def compare_integers(
     """
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
     follower = _Follower(student, spelling, _HALF_TIE if computes_in_half(graph) else _TIE)
+    found: dict[str, SiteComparison] = {}
+    parts = 1
+
+    def compared(divisor: int) -> list[list[SiteComparison]]:
+        return [follower.follow(part, runner.outputs(part)) for part in np.array_split(batch, divisor) if len(part)]
+
     with runner, student.spelled(target_of(spelling)), progress.task("Integers", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            follower.follow(batch, runner.outputs(batch))
+            counts, parts = in_memory(compared, "integers", first=parts)
+            for own in chain.from_iterable(counts):
+                found[own.site] = own.beside(found.get(own.site))
             advance(len(batch))
-    return follower.found()
+    return list(found.values())
 
 
 def require_same_integers(found: Sequence[SiteComparison], *, name: str) -> None:
@@ -106,26 +128,28 @@ def _tapped(graph: onnx.ModelProto, student: Student) -> onnx.ModelProto:
 
 
 class _Follower:
-    """Runs a student with a graph's integers in the place of its own, and counts where they differ."""
+    """Runs a student with a graph's integers in the place of its own, and counts a batch's differences."""
 
     def __init__(self, student: Student, spelling: Spelling, tie: float) -> None:
         self._student, self._spelling, self._tie = student, spelling, tie
         self._device = next(student.parameters()).device
-        self._counts: dict[str, list[int]] = {}
+        self._counts: dict[str, SiteComparison] = {}
         self._calls: Counter[str] = Counter()
         self._theirs: dict[str, Any] = {}
 
     @torch.no_grad()
-    def follow(self, images: Array, integers: dict[str, Any]) -> None:
-        """Take in one batch."""
+    def follow(self, images: Array, integers: dict[str, Any]) -> list[SiteComparison]:
+        """Compare one batch, (N, C, H, W) float32, with the graph's integers of it by their names."""
         self._theirs = integers
         self._calls.clear()
+        self._counts.clear()
         weights = {layer.weight_quantizer for layer in self._student.layers().values()}
         with ExitStack() as hooks:
             for quantizer in self._student.quantizers().values():
                 if quantizer not in weights:
                     hooks.enter_context(quantizer.register_forward_hook(self._replace))
             self._student(torch.from_numpy(images).to(self._device))
+        return list(self._counts.values())
 
     def _replace(self, quantizer: Quantizer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not quantizer.enabled:
@@ -140,12 +164,7 @@ class _Follower:
         own = exact.round().clamp(quantizer.grid.low, quantizer.grid.high).to(torch.int32)
         apart = (own - given).abs()
         tie = (apart == 1) & ((exact - (own + given).double() / 2).abs() <= self._tie)
-        counts = self._counts.setdefault(site, [0, 0, 0, 0])
-        counts[0] += apart.numel()
-        counts[1] += int(tie.sum())
-        counts[2] += int(((apart > 0) & ~tie).sum())
-        counts[3] = max(counts[3], int(apart.max()))
+        differing = int(((apart > 0) & ~tie).sum())
+        counted = SiteComparison(site, apart.numel(), int(tie.sum()), differing, int(apart.max()))
+        self._counts[site] = counted.beside(self._counts.get(site))
         return given.to(output.dtype) * quantizer.scale
-
-    def found(self) -> list[SiteComparison]:
-        return [SiteComparison(site, *counts) for site, counts in self._counts.items()]

@@ -8,10 +8,10 @@ from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy import engine
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
-from clusterq_deploy.errors import FeatureError
+from clusterq_deploy.errors import EngineError, FeatureError
 from clusterq_deploy.features import compare_features
 from clusterq_deploy.measure import benchmark, score
-from clusterq_deploy.memory import in_memory
+from clusterq_deploy.memory import in_memory, is_of_memory
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
@@ -96,7 +96,9 @@ def measure_latency(run: Run) -> StageRecord:
             timed = {own.key: own for own in _timed(run, sources, skipped)}
             for own in timed.values():
                 opened.enter_context(own.runner)
-            found = benchmark({key: own.runner for key, own in timed.items()}, size, settings, run.progress)
+            runners, unfit = {key: own.runner for key, own in timed.items()}, list[str]()
+            found = benchmark(runners, size, settings, run.progress, unfit)
+            skipped += [Skipped(stage="benchmark", reason=reason) for reason in unfit]
         for key, records in found.items():
             own = timed[key]
             latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]
@@ -105,9 +107,15 @@ def measure_latency(run: Run) -> StageRecord:
         for variant, record in built.items():
             for artifact in record.result["artifacts"] if record else ():
                 name, path = artifact["path"], run.directory.path / artifact["path"]
-                with engine.TensorRTRunner(path) as runner:
-                    latency[variant] += [_result(r) for r in time_engine(runner, name, settings)]
-                    inspected, text = inspect_engine(runner, name, path, settings.batches[0])
+                try:
+                    with engine.TensorRTRunner(path) as runner:
+                        latency[variant] += [_result(r) for r in time_engine(runner, name, settings)]
+                        inspected, text = inspect_engine(runner, name, path, settings.batches[0])
+                except EngineError as error:  # loaded, it takes the memory of its largest batch
+                    if not is_of_memory(error):
+                        raise
+                    skipped.append(Skipped(stage="benchmark", reason=f"{name}: {' '.join(str(error).split())}"))
+                    continue
                 inspections[variant].append(inspected.model_dump(mode="json"))
                 if text:
                     files.append(run.directory.write(f"{name}.layers.json", text))

@@ -8,25 +8,22 @@ State = dict[str, Any]
 
 
 class Checkpoint(Protocol):
-    """Keeps the newest state of each phase of some work, for the same work after it was interrupted.
+    """Keeps the newest state of each phase of some work, for the same work after it was interrupted."""
 
-    A phase may come several times, in turns: the state of the newest turn alone is kept.
-    """
-
-    def load(self, phase: str, *, turn: int = 0) -> State | None:
+    def load(self, phase: str) -> State | None:
         """The state that a phase was left in, its tensors on the CPU; None where it begins."""
         ...
 
-    def save(self, phase: str, state: Callable[[], State], *, turn: int = 0, at_once: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
         """Keep the state of a phase, if it is time to, or `at_once`, as at the end of a phase that others follow."""
         ...
 
 
 class _Nowhere:
-    def load(self, phase: str, *, turn: int = 0) -> State | None:
+    def load(self, phase: str) -> State | None:
         return None
 
-    def save(self, phase: str, state: Callable[[], State], *, turn: int = 0, at_once: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
         pass
 
 
@@ -35,7 +32,7 @@ NOWHERE: Checkpoint = _Nowhere()
 
 
 class Turn:
-    """The checkpoint of one of several turns of work, each with phases of its own.
+    """The checkpoint of one of several turns of work that have the same phases; the newest turn's states are kept.
 
     Args:
         checkpoint: of the whole.
@@ -46,10 +43,15 @@ class Turn:
     def __init__(self, checkpoint: Checkpoint, phase: str, number: int) -> None:
         self._checkpoint, self._phase, self._number = checkpoint, phase, number
 
-    def load(self, phase: str, *, turn: int = 0) -> State | None:
-        """As `Checkpoint.load`; turns have none of their own."""
-        return self._checkpoint.load(f"{self._phase}-{phase}", turn=self._number)
+    def load(self, phase: str) -> State | None:
+        """As `Checkpoint.load`; another turn's state is none."""
+        kept = self._checkpoint.load(f"{self._phase}-{phase}")
+        if kept is None or kept["turn"] != self._number:
+            return None
+        state: State = kept["state"]
+        return state
 
-    def save(self, phase: str, state: Callable[[], State], *, turn: int = 0, at_once: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
         """As `Checkpoint.save`."""
-        self._checkpoint.save(f"{self._phase}-{phase}", state, turn=self._number, at_once=at_once)
+        own = f"{self._phase}-{phase}"
+        self._checkpoint.save(own, lambda: {"turn": self._number, "state": state()}, at_once=at_once)

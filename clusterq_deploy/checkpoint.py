@@ -38,7 +38,7 @@ class FileCheckpoint:
         self._folder, self._key = folder, key
         self._due = time.monotonic() + _EVERY
 
-    def load(self, phase: str, *, turn: int = 0) -> State | None:
+    def load(self, phase: str) -> State | None:
         """As `calib.checkpoint.Checkpoint.load`; reading runs no code."""
         try:
             with (self._folder / phase).open("rb") as file:
@@ -48,20 +48,20 @@ class FileCheckpoint:
             kept = torch.load(content, map_location="cpu", weights_only=True)
         except (OSError, EOFError, MemoryError, RuntimeError, pickle.UnpicklingError):
             return None
-        if kept["key"] != f"{self._key}/{turn}":
+        if kept["key"] != self._key:
             return None
         logger.info("goes on from its checkpoint in %s", self._folder / phase)
         state: State = kept["state"]
         return state
 
-    def save(self, phase: str, state: Callable[[], State], *, turn: int = 0, at_once: bool = False) -> None:
+    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
         """As `calib.checkpoint.Checkpoint.save`: it is time to every 30 seconds."""
         start = time.monotonic()
         if start < self._due and not at_once:
             return
         buffer = io.BytesIO()
         try:
-            torch.save({"key": f"{self._key}/{turn}", "state": state()}, buffer)
+            torch.save({"key": self._key, "state": state()}, buffer)
             content = buffer.getbuffer()
             write_bytes(self._folder / phase, hashlib.sha256(content).digest(), content)
         except (RunDirectoryError, MemoryError) as error:

@@ -94,18 +94,23 @@ class EvaluationSet:
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=self.rows[indices], labels=labels)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Images, Labels | None]]:
+    def batches(self, batch_size: int, read: int = 0) -> Iterator[tuple[Images, Labels | None]]:
         """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None where there are none.
 
         An unreadable image makes its batch smaller, in every pass, so that all passes have the same batches.
+
+        Args:
+            batch_size: images a batch.
+            read: so many images were given by an earlier pass, in whole batches of that size, and are left out.
 
         Raises:
             DataError: more images cannot be read than `unreadable` allows.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        done = -(-(int(self.kept[read - 1]) + 1) // batch_size) * batch_size if read else 0
         with ThreadPoolExecutor(_DECODERS) as pool:
-            for start in range(0, len(self), batch_size):
+            for start in range(done, len(self), batch_size):
                 indices = range(start, min(start + batch_size, len(self)))
                 wanted = [index for index in indices if int(self.rows[index]) not in self.unreadable]
                 images = {}

@@ -9,7 +9,7 @@ import logging
 import stat
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,19 @@ class Unreadable:
                 f"more than {self.limit} of the {self.total} images of {self.dataset!r} cannot be read, and no "
                 f"more than {100 * MAX_UNREADABLE:g} % may be; replace them or leave them out: {self._listed()}"
             ) from error
+
+    def rows(self) -> list[tuple[int, str, str]]:
+        """What was found so far: row, file and reason of each."""
+        return [(row, own.file, own.reason) for row, own in self._errors.items()]
+
+    def restore(self, rows: Iterable[tuple[int, str, str]]) -> None:
+        """Take over what an earlier pass over the same set found.
+
+        Raises:
+            DataError: as for `add`.
+        """
+        for row, file, reason in rows:
+            self.add(row, UnreadableImageError(file, reason))
 
     def tell(self) -> None:
         """Log how many there are, with the first names, if there are more than were told last."""

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pydantic import Field
 
+from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
 from calib.progress import SILENT, Progress
 from clusterq_deploy.data import EvaluationSet
@@ -46,22 +48,53 @@ class BenchmarkConfig(StageConfig):
         return self.threads or available_cores()
 
 
-def predictions(runner: Runner, data: EvaluationSet, batch_size: int, progress: Progress = SILENT) -> Predictions:
+def predictions(
+    runner: Runner,
+    data: EvaluationSet,
+    batch_size: int,
+    progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
+    phase: str = "predictions",
+) -> Predictions:
     """The five most likely classes of each image that can be read, most likely first: (N, min(5, classes)) int64.
 
     Ties go to the lower class. Where a batch does not fit the memory, it and those after it are computed in parts.
+
+    Args:
+        runner: executes the model.
+        data: the images.
+        batch_size: images a batch.
+        progress: shows how far it is.
+        checkpoint: keeps what was reached, for the same runner on the same data.
+        phase: this runner's name in it.
 
     Raises:
         DataError: too many images cannot be read.
         OutOfMemoryError: the memory does not suffice for the smallest parts either.
     """
     found, parts = [], 1
+    if kept := checkpoint.load(phase):
+        data.unreadable.restore(kept["unreadable"])
+        found.append(kept["found"].numpy())
+
+    def state() -> State:
+        return reached(np.concatenate(found), data)
+
     with progress.task(f"Evaluating on {runner.runtime}", len(data)) as advance:
-        for images, _ in data.batches(batch_size):
+        read = sum(map(len, found))
+        advance(read)
+        for images, _ in data.batches(batch_size, read):
             logits, parts = in_parts(runner.infer, images, f"evaluation on {runner.runtime}", first=parts)
             found.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
+            checkpoint.save(phase, state)
             advance(len(images))
+    checkpoint.save(phase, state, at_once=True)
     return np.concatenate(found)
+
+
+def reached(found: Predictions, data: EvaluationSet) -> State:
+    """What `predictions` goes on from, of so many images of the set."""
+    return {"found": torch.from_numpy(found), "unreadable": data.unreadable.rows()}
 
 
 def score(

@@ -86,4 +86,6 @@ class Pipeline(Run):
         self.begin()
         for step in self.steps():
             step.do()
-        return self.report()
+        report = self.report()
+        self.directory.forget()
+        return report

@@ -11,6 +11,7 @@ import PIL
 import torch
 
 from calib.calibration_set import CalibrationSet
+from calib.checkpoint import NOWHERE, Checkpoint
 from calib.cost import pass_cost
 from calib.precision import has_fast_bfloat16
 from calib.progress import SILENT, Progress
@@ -19,7 +20,7 @@ from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
 from clusterq_deploy.files import fingerprint
-from clusterq_deploy.measure import Predictions, predictions
+from clusterq_deploy.measure import Predictions, predictions, reached
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, load_student
 from clusterq_deploy.quantize.graph import folded_teacher
@@ -78,6 +79,7 @@ class Run:
             device=self.device,
         )
         self.asked = config
+        self._taught: Predictions | None = None
         if self.device.type == "cpu":
             self.config = config.scaled_to(pass_cost(self.model.module, self.model.input.size))
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
@@ -132,15 +134,27 @@ class Run:
         path = self.config.data
         return {"data": fingerprint(path) if path else self.evaluation.name, "limit": self.config.limit}
 
-    @cached_property
-    def teacher_predictions(self) -> Predictions:
-        """What the FP32 model answers on the evaluation images, (N, 5) int64."""
-        with TorchRunner(self.model.module) as runner:
-            return self.predictions(runner)
+    def teacher_predictions(self, checkpoint: Checkpoint = NOWHERE) -> Predictions:
+        """What the FP32 model answers on the evaluation images, (N, 5) int64; computed once, for all stages.
 
-    def predictions(self, runner: Runner) -> Predictions:
-        """What a runner answers on the evaluation images, (N, 5) int64."""
-        return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress)
+        Args:
+            checkpoint: the asking stage's; it has the answers afterwards.
+        """
+        if (known := self._taught) is not None:
+            checkpoint.save("teacher", lambda: reached(known, self.evaluation), at_once=True)
+            return known
+        with TorchRunner(self.model.module) as runner:
+            self._taught = self.predictions(runner, checkpoint, "teacher")
+        return self._taught
+
+    def predictions(self, runner: Runner, checkpoint: Checkpoint = NOWHERE, phase: str = "predictions") -> Predictions:
+        """What a runner answers on the evaluation images, (N, 5) int64.
+
+        Args:
+            runner: executes the model.
+            checkpoint, phase: as for `measure.predictions`.
+        """
+        return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress, checkpoint, phase)
 
     def student(self, bits: BitWidths) -> Student:
         """A variant as the quantize stage left it."""

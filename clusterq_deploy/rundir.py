@@ -221,6 +221,11 @@ class RunDirectory:
         self._forget(self.path / CHECKPOINTS / stage)
         return record
 
+    def forget(self) -> None:
+        """Remove what is left of checkpoints, of stages that were begun once and are asked for no longer."""
+        self._hold()
+        self._forget(self.path / CHECKPOINTS)
+
     def _forget(self, checkpoints: Path) -> None:
         """Remove a stage's checkpoints, and the folders that are empty without them."""
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -3,9 +3,11 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import images, make_net, synthesis
@@ -16,6 +18,10 @@ from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
 from clusterq_deploy import checkpoint as files
 from clusterq_deploy.checkpoint import FileCheckpoint
+from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.errors import UnreadableImageError
+from clusterq_deploy.images import Images, Unreadable
+from clusterq_deploy.measure import Predictions, predictions
 from clusterq_deploy.quantize import (
     BitWidths,
     FinetuneConfig,
@@ -29,6 +35,7 @@ from clusterq_deploy.quantize import (
     sensitivities,
 )
 from clusterq_deploy.rundir import RunDirectory
+from clusterq_deploy.runners import TorchRunner
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,6 +192,38 @@ def test_fine_tuning_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> N
     assert other == tuning
     for name, value in start.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.usefixtures("always")
+def test_an_evaluation_goes_on_to_the_same_answers_and_no_image_is_read_twice(tmp_path: Path) -> None:
+    data, damaged, read = images(40, seed=5).numpy(), {1, 12, 13, 14, 15, 39}, list[int]()
+
+    def some() -> EvaluationSet:
+        def one(row: int) -> Images:
+            read.append(row)
+            if row in damaged:
+                raise UnreadableImageError(f"{row}.png", "truncated")
+            return data[row]
+
+        return replace(EvaluationSet.of("some", len(data), np.arange(40), one), unreadable=Unreadable("some", 1000))
+
+    sets: list[EvaluationSet] = []
+
+    def work(checkpoint: Checkpoint) -> Predictions:
+        sets.append(some())
+        return predictions(TorchRunner(make_net("residual")), sets[-1], 4, checkpoint=checkpoint, phase="torch")
+
+    whole = work(NOWHERE)
+    assert len(whole) == 34
+    read.clear()
+    interrupted(work, tmp_path, [1, 1, 1, 1, 3])  # the fourth batch has no image that can be read
+    assert work(FileCheckpoint(tmp_path, "work")).tolist() == whole.tolist()
+    assert sorted(read) == list(range(40))
+    assert [own.unreadable.summary() for own in sets[1:]][-1] == sets[0].unreadable.summary()
+    assert sets[-1].kept.tolist() == sets[0].kept.tolist()
+    read.clear()
+    assert work(FileCheckpoint(tmp_path, "work")).tolist() == whole.tolist()
+    assert not read
 
 
 @pytest.mark.usefixtures("always")

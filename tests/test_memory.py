@@ -45,7 +45,7 @@ def test_an_evaluation_that_does_not_fit_the_memory_goes_on_in_smaller_batches_a
     with TorchRunner(narrow) as runner:
         assert run.predictions(runner).tolist() == whole.tolist()
     object.__setattr__(run.model, "module", narrow)
-    assert run.teacher_predictions.tolist() == whole.tolist()
+    assert run.teacher_predictions().tolist() == whole.tolist()
     said = "evaluation on torch: the memory does not suffice; again, with batches divided by"
     assert [record.getMessage() for record in caplog.records] == [f"{said} {divisor}" for divisor in (2, 4)] * 2
 
@@ -69,7 +69,7 @@ def test_a_runtime_that_fails_for_want_of_memory_gets_smaller_batches_and_for_no
     reason = "[ONNXRuntimeError] : 6 : bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 9"
     with OnnxRunner(tmp_path / "run/fp32/model.onnx") as runner:
         found = run.predictions(runner)
-        assert found.tolist() == run.teacher_predictions.tolist()
+        assert found.tolist() == run.teacher_predictions().tolist()
         assert calls == [50, 25, 25, 5, 5]  # what was done is not done again, and what follows is as small
         reason = "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions for input"
         with pytest.raises(ExportError, match="invalid dimensions"):

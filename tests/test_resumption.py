@@ -18,6 +18,7 @@ from clusterq_deploy.rundir import StageRecord, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
+device = "cpu"
 limit = 200
 bits = ["w8a8"]
 [synthesis]
@@ -44,11 +45,13 @@ checkpoints = 4
 RUN = ("run", "digits", "--config", "small.toml", "--out", "run")
 SHELL = """
 import json, os, signal, sys
+sys.path.insert(0, "tests")
+import pytest, tensorrt_double
 from cli.main import main
 import clusterq_deploy.pipeline, clusterq_deploy.checkpoint  # most of a command's time is theirs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 for line in sys.stdin:
-    folder, often, arguments = json.loads(line)
+    folder, arguments, often, tensorrt, before, number = json.loads(line)
     process = os.fork()
     if process == 0:
         os.chdir(folder)
@@ -56,6 +59,13 @@ for line in sys.stdin:
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         if often:
             clusterq_deploy.checkpoint._EVERY, clusterq_deploy.checkpoint._LARGEST_SHARE = 0.1, 1.0
+        if tensorrt:
+            tensorrt_double.install(pytest.MonkeyPatch())
+        if before:
+            def hook(event, arguments):
+                if event == "os.rename" and os.fspath(arguments[1]).endswith(before):
+                    os.kill(os.getpid(), number)
+            sys.addaudithook(hook)
         sys.argv = ["clusterq", "--verbose", *arguments]
         main()
     print(process, flush=True)
@@ -72,22 +82,46 @@ class Shell:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
-    def start(self, folder: Path, command: tuple[str, ...], *, often: bool = False) -> int:
-        """The process's id; `often` has it keep checkpoints ten times a second."""
+    def start(
+        self,
+        folder: Path,
+        command: tuple[str, ...],
+        *,
+        often: bool = False,
+        tensorrt: bool = False,
+        before: str | None = None,
+        number: int = 0,
+    ) -> int:
+        """The process's id.
+
+        Args:
+            folder: where it is started.
+            command: its arguments.
+            often: whether it keeps checkpoints ten times a second.
+            tensorrt: whether it has a double of TensorRT.
+            before: a file, by the end of its path; the process gets the signal `number` when it is written and is
+                about to take its name.
+        """
         assert self._process.stdin is not None
-        print(json.dumps([str(folder), often, command]), file=self._process.stdin, flush=True)
+        line = json.dumps([str(folder), command, often, tensorrt, before, number])
+        print(line, file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
-    def run(self, folder: Path, *command: str) -> str:
+    def run(self, folder: Path, *command: str, tensorrt: bool = False) -> str:
         """The log of a command that ends well."""
-        self.start(folder, command)
+        self.start(folder, command, tensorrt=tensorrt)
         code, log = self._answer(), (folder / "log").read_text()
         assert code == 0, log
         return log
+
+    def end_before(self, file: str, number: int, folder: Path, *command: str, tensorrt: bool = False) -> int:
+        """The exit code of a command that gets a signal just before a file has its name."""
+        self.start(folder, command, tensorrt=tensorrt, before=file, number=number)
+        return self._answer()
 
     def end(self, moment: str, number: int, folder: Path, *command: str, often: bool = False) -> int:
         """The exit code of a command that gets a signal as a file is written, or as its log tells of something."""
@@ -160,22 +194,29 @@ def test_a_run_that_is_ended_in_any_stage_goes_on_and_ends_the_same(shell: Shell
     wanted = stages(whole)
     order: list[str] = [*wanted, "report"]
     before: dict[str, StageRecord] = {}
-    for moment, unfinished, number, code in (
-        ("run/w8a8/model.ort.onnx", "export/w8a8", signal.SIGKILL, -signal.SIGKILL),
-        ("stage evaluate/fp32", "evaluate/fp32", signal.SIGTERM, -signal.SIGTERM),
-        ("stage evaluate/w8a8", "evaluate/w8a8", signal.SIGKILL, -signal.SIGKILL),
-        ("stage features", "features", signal.SIGINT, 1),
-        ("stage features", "features", signal.SIGKILL, -signal.SIGKILL),
-        ("stage benchmark", "benchmark", signal.SIGKILL, -signal.SIGKILL),
-        ("run/report.json", "report", signal.SIGKILL, -signal.SIGKILL),
+    kill, terminate, interrupt = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+    for file, unfinished, number, code in (
+        ("fp32/model.fp16.onnx", "export/fp32", kill, -kill),
+        ("calibration/preview.png", "synthesize", kill, -kill),
+        ("w8a8/quantized.safetensors", "quantize/w8a8", terminate, -terminate),
+        ("w8a8/quantized.safetensors", "quantize/w8a8", kill, -kill),
+        ("w8a8/model.trt.onnx", "export/w8a8", kill, -kill),
+        ("evaluate/fp32/batches-by-1/onnxruntime-cpu-fp32-model.onnx", "evaluate/fp32", terminate, -terminate),
+        ("evaluate/w8a8/batches-by-1/onnxruntime-cpu-w8a8-model.ort.onnx", "evaluate/w8a8", kill, -kill),
+        ("stage features", "features", interrupt, 1),
+        ("stage features", "features", kill, -kill),
+        ("stage benchmark", "benchmark", kill, -kill),
+        ("run/report.html", "report", kill, -kill),
     ):
-        assert shell.end(moment, number, tmp_path, *RUN) == code, (tmp_path / "log").read_text()
+        end = shell.end if file.startswith("stage ") else shell.end_before
+        assert end(file, number, tmp_path, *RUN) == code, (tmp_path / "log").read_text()
         assert "Traceback" not in (tmp_path / "log").read_text()
         after = stages(tmp_path)
         assert list(after) == order[: order.index(unfinished)]
         assert before.items() <= after.items()  # nothing was done twice
         assert intact(tmp_path)
         before = after
+    assert (tmp_path / "run/report.json").is_file()
     assert not (tmp_path / "run/report.html").is_file()
     shell.run(tmp_path, *RUN)
     after = stages(tmp_path)
@@ -255,3 +296,55 @@ def test_synthesis_and_quantization_that_are_killed_go_on_and_end_with_the_same_
         resumed, uninterrupted = (stages(tmp_path, folder)[stage] for folder in ("run", "whole"))
         assert resumed.files == uninterrupted.files
         assert resumed.result == uninterrupted.result
+
+
+def test_an_evaluation_that_is_killed_goes_on_behind_the_runtimes_that_are_done(
+    shell: Shell, whole: Path, tmp_path: Path
+) -> None:
+    folder = copied(whole, tmp_path)
+    command = ("evaluate", "run", "--limit", "150")
+    for file in ("torch", "onnxruntime-cpu-w8a8-model.trt.onnx"):
+        code = shell.end_before(f"w8a8/batches-by-1/{file}", signal.SIGKILL, folder, *command)
+        assert code == -signal.SIGKILL
+    log = shell.run(folder, *command)
+    kept = [Path(line.split()[-1]).name for line in log.splitlines() if "goes on from its checkpoint" in line]
+    assert kept == ["teacher", "torch", "onnxruntime-cpu-w8a8-model.ort.onnx"]
+    again = copied(whole, tmp_path / "again")
+    assert "goes on from its checkpoint" not in shell.run(again, *command)
+    assert stages(folder)["evaluate/w8a8"].result == stages(again)["evaluate/w8a8"].result
+
+
+def test_a_build_that_is_killed_leaves_whole_engines_and_is_done_again(
+    shell: Shell, whole: Path, tmp_path: Path
+) -> None:
+    folder = copied(whole, tmp_path)
+    for file, unfinished in (
+        ("fp32/model.fp16.engine", "build/fp32"),
+        ("w8a8/model.engine", "build/w8a8"),
+        ("w8a8/model.engine.json", "build/w8a8"),
+    ):
+        code = shell.end_before(file, signal.SIGKILL, folder, "build", "run", tensorrt=True)
+        assert code == -signal.SIGKILL, (folder / "log").read_text()
+        assert unfinished not in stages(folder)
+        assert intact(folder)
+    assert "build/fp32" in stages(folder)
+    shell.run(folder, "build", "run", tensorrt=True)
+    again = copied(whole, tmp_path / "again")
+    shell.run(again, "build", "run", tensorrt=True)
+    ours, theirs = stages(folder), stages(again)
+    for name in ("build/fp32", "build/w8a8"):
+        assert ours[name].result == theirs[name].result
+    assert intact(folder)
+    assert not list((folder / "run").rglob(".*.tmp"))
+
+
+def test_a_run_that_is_done_leaves_no_checkpoint_of_what_it_was_once_asked_for(
+    shell: Shell, whole: Path, tmp_path: Path
+) -> None:
+    folder = copied(whole, tmp_path)
+    more = (*RUN, "--bits", "w4a4")
+    assert shell.end_before("w4a4/quantized.safetensors", signal.SIGKILL, folder, *more) == -signal.SIGKILL
+    assert (folder / "run/.checkpoints/quantize/w4a4").is_dir()
+    shell.run(folder, *RUN)
+    assert not (folder / "run/.checkpoints").exists()
+    assert not list((folder / "run").rglob(".*.tmp"))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy import engine
@@ -28,27 +29,34 @@ from clusterq_deploy.stages.providers import provider_runners
 def measure_accuracy(run: Run, variant: str) -> StageRecord:
     """Measure a variant's accuracy in torch and as each runtime executes its graphs."""
     source = run.done(f"export/{variant}")
-    built, data = built_engine(run, variant), run.evaluation
+    built, data, stage = built_engine(run, variant), run.evaluation, f"evaluate/{variant}"
+    upstream = [f"export/{variant}", *([] if run.has_own_data else ["synthesize"])]
+    upstream += engine_stage(variant, built)
 
     def work() -> tuple[Result, list[str]]:
-        teacher = run.teacher_predictions
+        machine = collect_environment(run.device).model_dump(mode="json")  # another runtime may answer otherwise
+        checkpoint = run.checkpoint(stage, {**run.data_inputs, "environment": machine}, 1, upstream)
+        teacher = run.teacher_predictions(checkpoint)
+
+        def accuracy(runner: Runner, graph: str | None) -> Accuracy:
+            own = run.predictions(runner, checkpoint, "-".join([runner.runtime, *Path(graph or "").parts]))
+            return score(runner.runtime, own, teacher, data, graph)
+
         found: list[Accuracy] = []
         if variant == FP32:
             found.append(score("torch", teacher, teacher, data))
         else:
-            with TorchRunner(run.student(BitWidths.parse(variant))) as runner:
-                found.append(_accuracy(run, runner, None))
+            with TorchRunner(run.student(BitWidths.parse(variant))) as student:
+                found.append(accuracy(student, None))
         for artifact in [*executed_graphs(variant, source), *(built.result["artifacts"] if built else [])]:
             with runner_of(run, artifact) as runner:
-                found.append(_accuracy(run, runner, artifact["path"]))
+                found.append(accuracy(runner, artifact["path"]))
         for own in provider_runners(run, {variant: source}, []):  # the benchmark says which are left out
-            with own.runner as runner:
-                found.append(_accuracy(run, runner, own.graph))
+            with own.runner as provided:
+                found.append(accuracy(provided, own.graph))
         return {"accuracy": [a.model_dump(mode="json") for a in found], "unreadable": data.unreadable.summary()}, []
 
-    upstream = [f"export/{variant}", *([] if run.has_own_data else ["synthesize"])]
-    upstream += engine_stage(variant, built)
-    return run.perform(f"evaluate/{variant}", run.data_inputs, work, upstream=upstream)
+    return run.perform(stage, run.data_inputs, work, upstream=upstream)
 
 
 def measure_features(run: Run) -> StageRecord:
@@ -179,10 +187,6 @@ def write_report(run: Run) -> Report:
     run.directory.write("report.md", to_markdown(report))
     run.directory.write("report.html", to_html(report, preview.read_bytes() if preview.is_file() else None))
     return report
-
-
-def _accuracy(run: Run, runner: Runner, graph: str | None) -> Accuracy:
-    return score(runner.runtime, run.predictions(runner), run.teacher_predictions, run.evaluation, graph)
 
 
 def _preview_classes(run: Run) -> list[str]:

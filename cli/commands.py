@@ -174,7 +174,7 @@ def doctor(ctx: click.Context, /, require: tuple[str, ...], as_json: bool) -> No
     from cli import render
     from cli.diagnosis import diagnose, healthy, unmet
 
-    findings = diagnose(Path.cwd())
+    findings = diagnose(Path.cwd(), render.LiveProgress(ctx.obj["quiet"]))
     lacking = unmet(findings, require)
     works = healthy(findings) and not lacking
     if as_json:

@@ -6,41 +6,37 @@ like any other.
 
 import importlib
 import importlib.util
-import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cli import remedies
 from cli.machine import Finding, State, cpu, disk, gib, line, memory, temporary_disk
+
+if TYPE_CHECKING:
+    from calib.progress import Progress
 
 _PROBE_SECONDS = 60
 
-_REINSTALL_TORCH = "pip install --force-reinstall torch torchvision"
-_CUDA_TORCH = _REINSTALL_TORCH + " --index-url https://download.pytorch.org/whl/cu130"
-_GPU_RUNTIME = (
-    "pip uninstall --yes onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"  # two overwrite each other
-)
-_REINSTALL_TENSORRT = "pip install --force-reinstall 'tensorrt>=10.3'"
 _PACKAGES = (
-    ("torch", "synthesis and fine-tuning", _REINSTALL_TORCH),
-    ("torchvision", "its classifiers, by name", _REINSTALL_TORCH),
+    ("torch", "synthesis and fine-tuning", remedies.REINSTALL_TORCH),
+    ("torchvision", "its classifiers, by name", remedies.REINSTALL_TORCH),
     ("onnx", "writing and checking graphs", "pip install --force-reinstall onnx"),
-    ("onnxruntime", "running graphs", "pip install --force-reinstall onnxruntime-gpu"),
+    ("onnxruntime", "running graphs", remedies.REINSTALL_RUNTIME),
     ("timm", "models named timm:NAME", "pip install 'clusterq-deploy[timm]'"),
 )
 _OPTIONAL = {"timm"}
 
 _CPU_PROVIDER = "CPUExecutionProvider"
 _PROVIDERS = {
-    _CPU_PROVIDER: ("accuracy and latency of the INT8 graphs", "pip install --force-reinstall onnxruntime-gpu"),
-    "CUDAExecutionProvider": (
-        "the graphs in ONNX Runtime on the GPU",
-        "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'",
-    ),
-    "TensorrtExecutionProvider": ("TensorRT inside ONNX Runtime", "pip install 'tensorrt>=10.3,<11'"),
+    _CPU_PROVIDER: ("accuracy and latency of the INT8 graphs", remedies.REINSTALL_RUNTIME),
+    "CUDAExecutionProvider": ("the graphs in ONNX Runtime on the GPU", remedies.CUDA_LIBRARIES),
+    "TensorrtExecutionProvider": ("TensorRT inside ONNX Runtime", remedies.TENSORRT_10),
 }
 
 REQUIRABLE = {
@@ -55,11 +51,26 @@ REQUIRABLE = {
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
-def diagnose(folder: Path) -> list[Finding]:
-    """Look at everything, on behalf of runs in `folder`. Takes some seconds, most of them to import torch."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _gpus, _providers, _tensorrt, cpu)
-    found = [finding for check in checks for finding in _guarded(check)]
-    return [*found, *_guarded(memory), disk("disk here", folder), temporary_disk()]
+def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
+    """Look at everything, on behalf of runs in `folder`. Takes ten seconds and more, most of them to import torch."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "Python": _python,
+        "packages": _packages,
+        "clusterq-deploy": _library,
+        "GPUs": _gpus,
+        "ONNX Runtime": _providers,
+        "TensorRT": _tensorrt,
+        "CPU": cpu,
+        "memory": memory,
+        "disk here": partial(disk, "disk here", folder),
+        "disk for temporary files": temporary_disk,
+    }
+    found: list[Finding] = []
+    with progress.task("Doctor", len(checks)) as advance:
+        for name, check in checks.items():
+            found += _guarded(name, check)
+            advance()
+    return found
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -77,12 +88,11 @@ def unmet(findings: list[Finding], required: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """The findings of a check; what it needs and cannot have is told by the packages' own lines."""
     try:
         yield from check()
     except Exception as error:  # a broken installation can fail in any way, and the doctor is for those
-        name = check.__name__.strip("_").replace("_", " ")
         yield Finding(name, "broken", f"could not be looked at: {line(error)}", "", None)
 
 
@@ -91,7 +101,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """The packages that are worth a line of their own, then the library, which imports all the others."""
+    """The packages that are worth a line of their own."""
     for module, purpose, remedy in _PACKAGES:
         optional = module in _OPTIONAL
         try:
@@ -105,18 +115,19 @@ def _packages() -> Iterator[Finding]:
             yield Finding(module, state, found, purpose, remedy, essential=not optional)
         else:
             yield Finding(module, "ok", version, purpose, essential=not optional)
-    yield _library()
 
 
-def _library() -> Finding:
+def _library() -> Iterator[Finding]:
+    """The library, which imports all the others."""
     name, purpose = "clusterq-deploy", "the pipeline"
     try:
         importlib.import_module("clusterq_deploy.pipeline")
         version = importlib.import_module("clusterq_deploy.version").__version__
     except Exception as error:
         remedy = "pip install --upgrade --force-reinstall clusterq-deploy"
-        return Finding(name, "broken", f"does not import: {line(error)}", purpose, remedy, essential=True)
-    return Finding(name, "ok", version, purpose, essential=True)
+        yield Finding(name, "broken", f"does not import: {line(error)}", purpose, remedy, essential=True)
+    else:
+        yield Finding(name, "ok", version, purpose, essential=True)
 
 
 def _convolve(device: str) -> None:
@@ -143,9 +154,10 @@ def _gpus() -> Iterator[Finding]:
     if torch.version.cuda:
         yield Finding("CUDA of torch", "ok", torch.version.cuda, "GPUs")
     else:
-        yield Finding("CUDA of torch", "absent", "CPU build", "GPUs", _CUDA_TORCH if driver else None)
+        yield Finding("CUDA of torch", "absent", "CPU build", "GPUs", remedies.cuda_torch(driver) if driver else None)
     if not torch.cuda.is_available():
-        yield Finding("GPU", "broken" if driver else "absent", "torch sees none", purpose, _gpu_remedy(driver))
+        remedy = remedies.gpu(driver, torch.version.cuda)
+        yield Finding("GPU", "broken" if driver else "absent", "torch sees none", purpose, remedy)
         return
     for index in range(torch.cuda.device_count()):
         name = f"GPU {index}"
@@ -153,24 +165,10 @@ def _gpus() -> Iterator[Finding]:
             _convolve(f"cuda:{index}")
             free, total = torch.cuda.mem_get_info(index)
         except Exception as error:  # a driver that is too old, a GPU that torch has no kernels for
-            yield Finding(name, "broken", line(error), purpose, _REINSTALL_TORCH)
+            yield Finding(name, "broken", line(error), purpose, remedies.REINSTALL_TORCH)
         else:
             found = f"{torch.cuda.get_device_name(index)}, {gib(free)} of {gib(total)} free"
             yield Finding(name, "ok", found, purpose)
-
-
-def _gpu_remedy(driver: str | None) -> str:
-    """What gives torch a GPU that it does not see."""
-    import torch
-
-    if driver is None:
-        return "none is needed: runs compute on the CPU, in minutes with --effort fast; for a GPU see its driver's line"
-    if not torch.version.cuda:
-        return _CUDA_TORCH
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden in ("", "-1", "NoDevFiles"):
-        return f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
-    return "update the NVIDIA driver, or install a torch of the CUDA release that nvidia-smi shows"
 
 
 def _providers() -> Iterator[Finding]:
@@ -181,12 +179,7 @@ def _providers() -> Iterator[Finding]:
     from clusterq_deploy.environment import driver_version
 
     names = onnxruntime.get_available_providers()[::-1]  # the CPU's first
-    probes = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "cli.probe", name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        for name in names
-    }
+    probes = {name: _probe(name) for name in names}
     for name, probe in probes.items():
         purpose, mends = _PROVIDERS.get(name, ("not used", None))
         essential = name == _CPU_PROVIDER
@@ -198,11 +191,19 @@ def _providers() -> Iterator[Finding]:
             yield Finding(title, "broken", reason, purpose, mends, essential=essential)
         else:
             found = reason if torch.cuda.is_available() else "listed, but there is no GPU for it"
-            yield Finding(title, "absent", found, purpose)
+            yield Finding(title, "absent", found, purpose, remedies.SEE_GPU if mends else None)
     if torch.cuda.is_available() or driver_version():
         for name in (own for own in _PROVIDERS if own not in probes):
             title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
-            yield Finding(title, "absent", "not in this build of ONNX Runtime", _PROVIDERS[name][0], _GPU_RUNTIME)
+            yield Finding(
+                title, "absent", "not in this build of ONNX Runtime", _PROVIDERS[name][0], remedies.GPU_RUNTIME
+            )
+
+
+def _probe(what: str) -> "subprocess.Popen[str]":
+    """Try a provider, or TensorRT, in a process of its own; see `cli.probe`."""
+    command = [sys.executable, "-m", "cli.probe", what]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _answer(probe: "subprocess.Popen[str]") -> str | None:
@@ -226,21 +227,17 @@ def probe_reason(code: int, log: str) -> str:
 
 
 def _tensorrt() -> Iterator[Finding]:
-    from clusterq_deploy.engine.availability import unavailable_reason
+    from clusterq_deploy.engine.availability import gpu_problem, tensorrt_problem
+    from clusterq_deploy.environment import driver_version
 
-    name, purpose = "TensorRT", "engines"
+    name, purpose, driver = "TensorRT", "engines", driver_version()
     if importlib.util.find_spec("tensorrt") is None:
-        yield Finding(name, "absent", "not installed", purpose, "pip install 'clusterq-deploy[tensorrt]'")
-        return
-    try:
-        version = str(importlib.import_module("tensorrt").__version__)
-    except Exception as error:  # a shared library is missing, or of another CUDA
-        yield Finding(name, "broken", f"does not import: {line(error)}", purpose, _REINSTALL_TENSORRT)
-        return
-    reason = unavailable_reason()
-    if reason is None:
-        yield Finding(name, "ok", version, purpose)
-    elif "too old" in reason:
-        yield Finding(name, "broken", reason, purpose, _REINSTALL_TENSORRT)
+        yield Finding(name, "absent", "not installed", purpose, remedies.tensorrt(driver, again=False))
+    elif problem := tensorrt_problem():
+        yield Finding(name, "broken", problem, purpose, remedies.tensorrt(driver, again=True))
+    elif problem := gpu_problem():
+        yield Finding(name, "broken", problem, purpose, remedies.SEE_GPU)
+    elif problem := _answer(_probe("tensorrt")):
+        yield Finding(name, "broken", problem, purpose, remedies.tensorrt(driver, again=True))
     else:
-        yield Finding(name, "broken", reason, purpose, "see the lines of the GPU and of its driver")
+        yield Finding(name, "ok", str(importlib.import_module("tensorrt").__version__), purpose)

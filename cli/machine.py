@@ -84,16 +84,16 @@ def memory_limit(files: tuple[str, ...] = _CGROUP_LIMITS) -> int | None:
     return None
 
 
-def temporary_disk() -> Finding:
+def temporary_disk() -> Iterator[Finding]:
     """The disk that graphs are verified on."""
     try:
-        return disk("disk for temporary files", Path(tempfile.gettempdir()), temporary=True)
+        yield from disk("disk for temporary files", Path(tempfile.gettempdir()), temporary=True)
     except OSError as error:
         remedy = "export TMPDIR=A_FOLDER_THAT_CAN_BE_WRITTEN"
-        return Finding("disk for temporary files", "broken", line(error), "export", remedy, essential=True)
+        yield Finding("disk for temporary files", "broken", line(error), "export", remedy, essential=True)
 
 
-def disk(name: str, folder: Path, *, temporary: bool = False) -> Finding:
+def disk(name: str, folder: Path, *, temporary: bool = False) -> Iterator[Finding]:
     """The disk of a folder, tried by a temporary file."""
     purpose = "graphs while they are verified" if temporary else "run directories: about 1 GB for an ImageNet model"
     remedy = "export TMPDIR=ANOTHER_FOLDER" if temporary else "give --out a folder on another disk"
@@ -102,9 +102,10 @@ def disk(name: str, folder: Path, *, temporary: bool = False) -> Finding:
             free = shutil.disk_usage(folder).free
     except OSError as error:
         found = f"{folder} cannot be written: {error.strerror or error}"
-        return Finding(name, "broken", found, purpose, remedy, essential=temporary)
+        yield Finding(name, "broken", found, purpose, remedy, essential=temporary)
+        return
     state: State = "ok" if free >= _ENOUGH_DISK else "low"
-    return Finding(name, state, f"{gib(free)} free", purpose, None if state == "ok" else remedy, essential=temporary)
+    yield Finding(name, state, f"{gib(free)} free", purpose, None if state == "ok" else remedy, essential=temporary)
 
 
 def gib(size: float) -> str:

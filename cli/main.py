@@ -47,6 +47,8 @@ class _Group(click.Group):
         except OSError as error:
             if error.errno in _DISK or _is_ours(error):
                 raise _UserError(_one_line(error)) from error
+            if error.errno == errno.ENOMEM:  # of another process that cannot be started, for one
+                raise _UserError(f"{_OUT_OF_MEMORY} ({_one_line(error)})") from error
             raise
         except click.UsageError as error:
             raise _usage_error(error) from error

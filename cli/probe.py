@@ -1,23 +1,22 @@
-"""Runs a tiny graph on one provider of ONNX Runtime: `python -m cli.probe CUDAExecutionProvider`.
+"""Runs a tiny graph on one provider of ONNX Runtime, or starts TensorRT's builder: `python -m cli.probe tensorrt`.
 
-It is a process of its own, for a provider whose libraries do not fit may crash the one that it is loaded into.
-ONNX Runtime's log on stderr says why a provider does not load; the exit code is 0 where it computes.
+It is a process of its own, for a library that does not fit the others may crash the one that it is loaded into. The
+log on stderr says why one does not load; the exit code is 0 where it works.
 """
 
 import sys
 from contextlib import suppress
 
-import numpy as np
-import onnx
-import onnxruntime
-import torch  # noqa: F401  (brings the CUDA libraries that ONNX Runtime finds in a run, too)
-from onnx import TensorProto, helper
+import torch  # noqa: F401  (brings the CUDA libraries that the others find in a run, too)
 
 _IR_VERSION, _OPSET = 10, 21
 
 
 def graph() -> bytes:
     """An ONNX graph of one convolution that adds up nine values: x (1, 1, 3, 3) float32 to y (1, 1, 1, 1)."""
+    import onnx
+    from onnx import TensorProto, helper
+
     weight = helper.make_tensor("weight", TensorProto.FLOAT, [1, 1, 3, 3], [1.0] * 9)
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, side, side])
@@ -31,8 +30,23 @@ def graph() -> bytes:
     return data
 
 
-def main(provider: str) -> None:
+def start_tensorrt() -> None:
+    """Start TensorRT's builder, which loads its libraries and asks for the GPU; ends the process where it does not."""
+    import tensorrt as trt
+
+    try:
+        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    except Exception as error:  # the bindings raise what pybind11 makes of it
+        sys.exit(f"the builder does not start: {error}")
+    if builder is None:
+        sys.exit("the builder does not start")
+
+
+def run_graph(provider: str) -> None:
     """Run the graph on `provider`; ends the process with a message where that does not work."""
+    import numpy as np
+    import onnxruntime
+
     if provider.startswith("Tensorrt"):
         with suppress(ImportError, OSError):  # as in a run: it loads the libraries that its wheel has
             import tensorrt  # noqa: F401
@@ -45,4 +59,7 @@ def main(provider: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "tensorrt":
+        start_tensorrt()
+    else:
+        run_graph(sys.argv[1])

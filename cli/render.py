@@ -34,11 +34,14 @@ class LiveProgress:
 
     A task that is opened while another one runs stands indented below it until it ends. Tasks may be opened, advanced
     and closed in any thread.
+
+    Attributes:
+        shown: whether there is anything to see.
     """
 
     def __init__(self, quiet: bool, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._shown = not quiet and self._console.is_terminal
+        self.shown = not quiet and self._console.is_terminal
         self._lock = threading.Lock()
         self._bars: RichProgress | None = None
         self._depth = 0
@@ -46,7 +49,7 @@ class LiveProgress:
     @contextmanager
     def task(self, description: str, total: int) -> Iterator["Advance"]:
         """Open a task; what it tells of losses stands behind its bar."""
-        if not self._shown:
+        if not self.shown:
             yield lambda n=1, **figures: None
             return
         with self._display() as (bars, depth):

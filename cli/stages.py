@@ -21,14 +21,18 @@ _VERIFIED = 1000  # images of `export --verify`
 
 def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
     """The pipeline of a run directory, with progress on the terminal."""
+    from calib.progress import SILENT
     from cli.render import LiveProgress
     from clusterq_deploy.pipeline import Pipeline
 
+    progress = LiveProgress(ctx.obj["quiet"])
+    if not progress.shown:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # timm's downloads have bars of their own
     said = [Path(sys.argv[0]).name, *sys.argv[1:]]
     command = [
         os.fsencode(own).decode("utf-8", "backslashreplace") for own in said
     ]  # a report is UTF-8, no path has to be
-    return Pipeline(config, out, progress=LiveProgress(ctx.obj["quiet"]), command=command)
+    return Pipeline(config, out, progress=progress if progress.shown else SILENT, command=command)
 
 
 def resume(ctx: click.Context, run: Path) -> "Pipeline":

@@ -77,6 +77,7 @@ class Run:
             mean=config.mean,
             std=config.std,
             device=self.device,
+            bars=progress is not SILENT,
         )
         self.asked = config
         self._taught: Predictions | None = None

@@ -10,10 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cli import diagnosis, machine
+from cli import diagnosis, machine, remedies
 from cli.diagnosis import healthy, probe_reason
 from cli.machine import Finding, memory_limit
 from cli.main import main
+from clusterq_deploy.engine import availability
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,7 +142,7 @@ def test_builds_for_the_cpu_beside_a_gpu_are_told_with_what_mends_them(tmp_path:
         assert "torch torchvision --index-url https://download.pytorch.org/whl/cu" in found[name]["remedy"]
     assert found["TensorRT"]["state"] == "broken"
     assert "libnvinfer.so.10" in found["TensorRT"]["found"]
-    assert found["TensorRT"]["remedy"].startswith("pip install --force-reinstall 'tensorrt")
+    assert found["TensorRT"]["remedy"].startswith("pip install --force-reinstall 'tensorrt>=")
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not torch.version.cuda, reason="of a CUDA build that sees no GPU")
@@ -179,13 +180,13 @@ def test_a_near_match_of_what_is_required_is_refused() -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    finding = machine.disk("disk here", tmp_path)
+    (finding,) = machine.disk("disk here", tmp_path)
     assert (finding.state, finding.essential) == ("broken", False)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    here = machine.disk("disk here", tmp_path / "gone")
-    temporary = machine.disk("temporary", tmp_path / "gone", temporary=True)
+    (here,) = machine.disk("disk here", tmp_path / "gone")
+    (temporary,) = machine.disk("temporary", tmp_path / "gone", temporary=True)
     assert here.state == temporary.state == "broken"
     assert "No such file" in here.found
     assert healthy([here])
@@ -218,3 +219,80 @@ def test_a_probe_tells_why_a_provider_does_not_load() -> None:
         "ONNX Runtime fell back to CPUExecutionProvider\n"
     )
     assert probe_reason(1, log) == "libcublasLt.so.12: cannot open"
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_index", "tensorrt"),
+    [("580.65.06", "cu130", "clusterq-deploy[tensorrt]"), ("550.54.14", "cu126", "tensorrt-cu12>=10.3")],
+)
+def test_what_is_to_be_installed_is_of_the_cuda_that_the_driver_runs(
+    driver: str, torch_index: str, tensorrt: str
+) -> None:
+    assert remedies.cuda_torch(driver).endswith(f"--index-url https://download.pytorch.org/whl/{torch_index}")
+    assert remedies.gpu(driver, None) == remedies.cuda_torch(driver)
+    assert tensorrt in remedies.tensorrt(driver, again=False)
+    assert remedies.tensorrt(driver, again=True).startswith("pip install --force-reinstall 'tensorrt")
+
+
+def test_a_driver_that_is_too_old_is_to_be_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    old = "470.256.02"
+    for remedy in (
+        remedies.cuda_torch(old),
+        remedies.tensorrt(old, again=True),
+        remedies.gpu(old, "12.6"),
+    ):
+        assert remedy.startswith("update the NVIDIA driver to 525")
+    between = remedies.gpu("550.54.14", "13.0")
+    assert between.startswith("update the NVIDIA driver to 580")
+    assert between.endswith("whl/cu126")
+    assert "nvidia-smi" in remedies.gpu("580.65.06", "13.0")
+
+
+# a TensorRT whose builder does as a variable of the environment says
+TENSORRT = """
+import os
+__version__ = os.environ["TENSORRT"]
+class Logger:
+    ERROR = 1
+    def __init__(self, severity): pass
+def Builder(logger):
+    if os.environ["BUILDER"] == "crashes":
+        os.kill(os.getpid(), 11)
+    if os.environ["BUILDER"] == "fails":
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+    return object()
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "builder", "found", "remedy"),
+    [
+        ("10.9.0", "starts", None, None),
+        ("10.9.0", "crashes", "crashes with signal 11", "pip install --force-reinstall"),
+        ("10.9.0", "fails", "the builder does not start: pybind11::init()", "pip install --force-reinstall"),
+        ("10.1.0", "starts", "tensorrt 10.1.0 is too old", "pip install --force-reinstall 'tensorrt>=10.3'"),
+    ],
+)
+def test_tensorrt_is_there_where_its_builder_starts(
+    version: str,
+    builder: str,
+    found: str | None,
+    remedy: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(TENSORRT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    for name, value in {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TENSORRT": version, "BUILDER": builder}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(availability, "gpu_problem", lambda: None)
+    (finding,) = diagnosis._tensorrt()
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    if found is None or remedy is None:
+        assert finding == Finding("TensorRT", "ok", version, "engines")
+    else:
+        assert finding.state == "broken"
+        assert found in finding.found
+        assert str(finding.remedy).startswith(remedy)

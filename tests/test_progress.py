@@ -9,8 +9,11 @@ import pytest
 import torch
 from nets import images, make_net
 from test_pipeline import SMALL
+from torchvision.models import resnet18
 
-from calib.progress import Advance
+from calib.progress import SILENT, Advance
+from cli import diagnosis
+from cli.machine import Finding
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config import make_config
 from clusterq_deploy.data import EvaluationSet
@@ -140,6 +143,11 @@ def test_a_run_shows_its_exports_and_the_comparison_of_its_graphs(
     counter.require_whole()
     both = [("Agreement", 70, 70), ("Integers", 70, 70)]
     assert counter.ended == [*both * len(compared), ("Verify w8a8", len(compared), len(compared))]
+    counter.ended.clear()
+    shown = pipeline.report()
+    layers = len(shown.variants[-1].histograms)
+    assert layers
+    assert counter.ended == [("Report", 2 * layers + 1, 2 * layers + 1)]
 
     def full(*_: object) -> str:
         raise RunDirectoryError("the disk is full")
@@ -149,3 +157,32 @@ def test_a_run_shows_its_exports_and_the_comparison_of_its_graphs(
     with pytest.raises(RunDirectoryError, match="full"):
         pipeline.export("w8a8")
     assert counter.open == []  # no bar stays on the screen beside the error
+
+
+def test_the_doctor_counts_what_it_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter()
+
+    def failing() -> Iterator[Finding]:
+        raise OSError("no such library")
+        yield
+
+    monkeypatch.setattr(diagnosis, "_providers", failing)
+    found = diagnosis.diagnose(tmp_path, counter)
+    counter.require_whole()
+    assert counter.names == ["Doctor"]
+    assert [(own.name, own.state) for own in found if "no such library" in own.found] == [("ONNX Runtime", "broken")]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_download_shows_its_bar_where_somebody_watches(
+    watched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def download(url: str, *, progress: bool, **_: object) -> dict[str, torch.Tensor]:
+        asked.append(progress)
+        return resnet18().state_dict()
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    Pipeline(make_config({"model": "resnet18"}), tmp_path / "run", progress=Counter() if watched else SILENT)
+    assert asked == [watched]

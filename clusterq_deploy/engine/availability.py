@@ -8,7 +8,7 @@ from clusterq_deploy.errors import TensorRTMissing
 
 def unavailable_reason() -> str | None:
     """One line with everything that keeps engines from being built and run here; None if nothing does."""
-    return "; ".join(filter(None, (_gpu_problem(), _tensorrt_problem()))) or None
+    return "; ".join(filter(None, (gpu_problem(), tensorrt_problem()))) or None
 
 
 def require_tensorrt() -> None:
@@ -21,7 +21,8 @@ def require_tensorrt() -> None:
         raise TensorRTMissing(reason)
 
 
-def _gpu_problem() -> str | None:
+def gpu_problem() -> str | None:
+    """One line with what keeps torch from an NVIDIA GPU, and what mends it; None if nothing does."""
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
@@ -34,7 +35,8 @@ def _gpu_problem() -> str | None:
     return f"{NO_GPU.cause}: {NO_GPU.remedy}"
 
 
-def _tensorrt_problem() -> str | None:
+def tensorrt_problem() -> str | None:
+    """One line with what keeps TensorRT from being imported; None if nothing does."""
     try:
         import tensorrt as trt
     except ModuleNotFoundError as error:

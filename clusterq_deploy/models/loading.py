@@ -73,6 +73,7 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: torch.device,
+    bars: bool = False,
 ) -> LoadedModel:
     """Load a model and check that ClusterQ can work on it. No global state of the process changes.
 
@@ -82,6 +83,7 @@ def load_model(
         input_size, mean, std: how the input is made, where the model does not say or says otherwise:
             (channels, height, width), and values a channel for pixels in [0, 1].
         device: where the module is put.
+        bars: whether torch shows on stderr how far the download of a torchvision model's weights is.
 
     Raises:
         UnknownModelError: nothing has that name.
@@ -90,7 +92,7 @@ def load_model(
         ModelError: the model cannot be made, run, or fed.
     """
     with _isolated():
-        draft = _draft(name, weights)
+        draft = _draft(name, weights, bars)
     module = draft.module.eval().float().requires_grad_(False)
     _require_batchnorm(name, draft.source, module)
     description = _fill(name, draft, weights)
@@ -118,7 +120,7 @@ def _isolated() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def _draft(name: str, weights: str | None) -> sources.Draft:
+def _draft(name: str, weights: str | None, bars: bool) -> sources.Draft:
     path, _, factory = name.rpartition(":")
     if name.startswith(_TIMM):
         return sources.timm_model(name.removeprefix(_TIMM), pretrained=weights is None)
@@ -130,7 +132,7 @@ def _draft(name: str, weights: str | None) -> sources.Draft:
         return sources.bundled_model(pretrained=weights is None)
     known = torchvision_names()
     if name in known:
-        return sources.torchvision_model(name)
+        return sources.torchvision_model(name, bars=bars)
     near = sources.did_you_mean(get_close_matches(name.lower(), [BUNDLED, *known]))
     raise UnknownModelError(
         f"unknown model {name!r}; {near}expected {BUNDLED}, a torchvision classifier, timm:NAME "

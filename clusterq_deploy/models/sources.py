@@ -50,8 +50,13 @@ def bundled_model(*, pretrained: bool) -> Draft:
     return Draft(module, digits.PRETRAINED_CFG, "bundled", digits.WEIGHTS.name)
 
 
-def torchvision_model(name: str) -> Draft:
-    """A classifier of torchvision's with random weights; its own come from torch's cache or the network."""
+def torchvision_model(name: str, *, bars: bool) -> Draft:
+    """A classifier of torchvision's with random weights; its own come from torch's cache or the network.
+
+    Args:
+        name: one that torchvision has.
+        bars: whether torch shows on stderr how far a download is.
+    """
     options = {}
     if name in _AUXILIARY:
         options = {"transform_input": True, "aux_logits": False, "init_weights": True}
@@ -59,7 +64,7 @@ def torchvision_model(name: str) -> Draft:
 
     def pretrained() -> State:
         try:
-            state: State = default.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            state: State = default.get_state_dict(progress=bars, check_hash=True, weights_only=True)
         except Exception as error:  # the network or a damaged cache can fail in many ways
             raise ModelError(
                 f"cannot get the weights of {name!r} from {default.url} ({first_line(error)}); {_WITHOUT_DOWNLOAD}"

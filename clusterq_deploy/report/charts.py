@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from calib.progress import Advance
 from clusterq_deploy.report.engine_wording import shortened
 from clusterq_deploy.report.engines import EngineLayer
 from clusterq_deploy.report.findings import FLOAT, LatencyRow, Point
@@ -196,11 +197,11 @@ def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str
     return charts
 
 
-def histogram_charts(titled: Sequence[tuple[str, Histogram]], name: str) -> list[str]:
+def histogram_charts(titled: Sequence[tuple[str, Histogram]], name: str, advance: Advance) -> list[str]:
     """A chart for each titled histogram: counts on a logarithmic scale, behind the values of their grid.
 
     The ends of a grid are stronger lines, with their integers. A page has two charts of each layer, so they are
-    small, and drawn on one figure, since making a figure takes longer than drawing.
+    small, and drawn on one figure, since making a figure takes longer than drawing. `advance` hears of each.
     """
     charts = []
     with _style(name):
@@ -212,6 +213,7 @@ def histogram_charts(titled: Sequence[tuple[str, Histogram]], name: str) -> list
             charts.append(_compact(_svg(figure, name, described)))
             for artist in (*axes.lines, *axes.patches, *axes.texts):
                 artist.remove()
+            advance()
     return charts
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jinja2
 
+from calib.progress import SILENT, Advance, Progress
 from clusterq_deploy.report import engine_wording, formats, histogram_wording, wording
 from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
@@ -48,8 +49,22 @@ class _Layer:
     panels: list[_Panel]
 
 
-def to_html(report: Report, preview_png: bytes | None = None) -> str:
-    """The text of `report.html`; `preview_png` is a contact sheet of the synthetic images, as a PNG file."""
+def to_html(report: Report, preview_png: bytes | None = None, progress: Progress = SILENT) -> str:
+    """The text of `report.html`.
+
+    Args:
+        report: what it shows.
+        preview_png: a contact sheet of the synthetic images, as a PNG file.
+        progress: shows how far it is; of a large model there are hundreds of charts.
+    """
+    charts = 2 * sum(len(variant.histograms) for variant in report.variants)
+    with progress.task("Report", charts + 1) as advance:
+        text = _rendered(report, preview_png, advance)
+        advance()
+    return text
+
+
+def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clusterq_deploy.report", "."),
         autoescape=True,
@@ -100,7 +115,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             panels=_panels(report),
             sensitivities=_sensitivities(report),
             sensitivity_notes=wording.sensitivity_notes(),
-            histograms=_histograms(report),
+            histograms=_histograms(report, advance),
             histogram_notes=histogram_wording.notes(),
             environment=wording.environment_facts(report.environment),
             command=shlex.join(report.command),
@@ -167,7 +182,7 @@ def _sensitivities(report: Report) -> list[_Panel]:
     ]
 
 
-def _histograms(report: Report) -> list[tuple[str, list[_Layer]]]:
+def _histograms(report: Report, advance: Advance) -> list[tuple[str, list[_Layer]]]:
     """Variant and layers, for each variant whose layers have histograms."""
     from clusterq_deploy.report.charts import histogram_charts
 
@@ -178,7 +193,7 @@ def _histograms(report: Report) -> list[tuple[str, list[_Layer]]]:
             for own in variant.histograms
             for name, values in (("Weight", own.weight), ("Input", own.activation))
         ]
-        charts = histogram_charts(titled, f"histograms{number}") if titled else []
+        charts = histogram_charts(titled, f"histograms{number}", advance) if titled else []
         layers = []
         for own, weight, activation in zip(variant.histograms, charts[::2], charts[1::2], strict=True):
             panels = [

@@ -185,7 +185,8 @@ def write_report(run: Run) -> Report:
     preview = run.directory.path / PREVIEW
     run.directory.write("report.json", report.to_json())
     run.directory.write("report.md", to_markdown(report))
-    run.directory.write("report.html", to_html(report, preview.read_bytes() if preview.is_file() else None))
+    picture = preview.read_bytes() if preview.is_file() else None
+    run.directory.write("report.html", to_html(report, picture, run.progress))
     return report
 
 

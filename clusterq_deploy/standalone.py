@@ -107,23 +107,25 @@ def evaluate_file(
         EngineError: likewise, of an engine; or the graph that it was built from is not beside it.
     """
     source = _source_of(path) if path.suffix == ENGINE else path
-    with OnnxRunner(source) as runner:
-        graph = describe(runner, source)
-    if data is None and graph.source != "bundled":
-        raise DataError(f"{path} was exported from {graph.name}; give the images to evaluate it on with --data")
-    images = load_evaluation(data, graph, limit)
-
-    def measured(runner: Runner, name: Path) -> dict[str, Any]:
-        own = predictions(runner, images, EVALUATION_BATCH, progress)
-        found = score(runner.runtime, own, own, images, str(name))
-        counts = {"images": len(images.kept), "unreadable": len(images.unreadable)}
-        return found.model_dump(mode="json", exclude={"agreement"}) | counts
-
     rows = []
+    with OnnxRunner(source) as on_cpu:
+        graph, shape = describe(on_cpu, source), on_cpu.input_shape
+        if data is None and graph.source != "bundled":
+            raise DataError(f"{path} was exported from {graph.name}; give the images to evaluate it on with --data")
+        images = load_evaluation(data, graph, limit)
+
+        def measured(runner: Runner, name: Path) -> dict[str, Any]:
+            own = predictions(runner, images, EVALUATION_BATCH, progress)
+            found = score(runner.runtime, own, own, images, str(name))
+            counts = {"images": len(images.kept), "unreadable": len(images.unreadable)}
+            return found.model_dump(mode="json", exclude={"agreement"}) | counts
+
+        if source == path:
+            rows.append(measured(on_cpu, path))
     if source == path:
-        for opened in _sessions(path, (1, EVALUATION_BATCH, EVALUATION_BATCH)):
-            with opened:
-                rows.append(measured(opened, path))
+        for provided in _provider_sessions(path, shape, (1, EVALUATION_BATCH, EVALUATION_BATCH)):
+            with provided:
+                rows.append(measured(provided, path))
     for engine_path in _engines_of(path, baselines=False):
         with _told_of(engine_path, path), engine.TensorRTRunner(engine_path) as running:
             rows.append(measured(running, engine_path))
@@ -146,10 +148,11 @@ def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -
     settings, rows = config.benchmark, []
     if path.suffix != ENGINE:
         with ExitStack() as opened:  # closed before TensorRT loads engines: sessions hold its logger and the memory
-            sessions = _sessions(path, tuned_batches(config), threads=settings.cpu_threads)
-            runners = {own.runtime: opened.enter_context(own) for own in sessions}
-            fixed, channels, height, width = runners["onnxruntime-cpu"].input_shape
-            settings = _with_batch(settings, fixed, path)
+            on_cpu = opened.enter_context(OnnxRunner(path, threads=settings.cpu_threads))
+            fixed, channels, height, width = shape = on_cpu.input_shape
+            settings, runners = _with_batch(settings, fixed, path), {on_cpu.runtime: on_cpu}
+            for provided in _provider_sessions(path, shape, tuned_batches(config)):
+                runners[provided.runtime] = opened.enter_context(provided)
             unfit: list[str] = []
             timed = benchmark(runners, (channels, height, width), settings, progress, unfit)
         for reason in unfit:
@@ -185,12 +188,12 @@ def _told_of(engine_path: Path, target: Path) -> Iterator[None]:
         logger.warning("%s is left out: %s", engine_path, error)
 
 
-def _sessions(path: Path, batch: tuple[int, int, int], threads: int | None = None) -> Iterator[OnnxRunner]:
-    """The graph in ONNX Runtime on the CPU, and, where there is a GPU, in its providers that load."""
-    on_cpu = OnnxRunner(path, threads=threads)
-    fixed, channels, height, width = on_cpu.input_shape
+def _provider_sessions(
+    path: Path, shape: tuple[int | None, int, int, int], batch: tuple[int, int, int]
+) -> Iterator[OnnxRunner]:
+    """The graph, whose input has that shape, in the providers of ONNX Runtime that load, where there is a GPU."""
+    fixed, channels, height, width = shape
     batch = batch if fixed is None else (fixed, fixed, fixed)
-    yield on_cpu
     for runtime in GPU_RUNTIMES if torch.cuda.is_available() else ():
         try:
             runner, shared = open_provider(path, runtime, (channels, height, width), batch)

@@ -149,7 +149,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
     assert "does not exist" in fails("benchmark", tmp_path / "none.onnx")
     for text, said in {
         "synthesis = 3": "synthesis in",
-        "images = 64": "did you mean 'synthesis.images'",
+        "imags = 64": "did you mean 'synthesis.images'",
         "effort = 'bogus'": "effort in",
         "finetune." + ".".join("a" * 3000) + " = 1": "nested too deeply",
         "[synthesis]\nrecipe = 'papr'": "synthesis.recipe in",

@@ -157,9 +157,10 @@ def benchmark(
             images = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
             times: dict[str, list[float]] = {name: [] for name in runners}
             for turn in range(config.rounds):
-                for name in tuple(times):
+                for name, runner in runners.items():
                     try:
-                        times[name] += _turn(runners[name], images, config, first=turn == 0)
+                        if name in times:
+                            times[name] += _turn(runner, images, config, first=turn == 0)
                     except (RuntimeError, MemoryError) as error:
                         if not is_of_memory(error):
                             raise

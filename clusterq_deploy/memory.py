@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clusterq_deploy.errors import OutOfMemoryError
+from clusterq_deploy.runners import Array
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ _MESSAGE = re.compile(
     re.IGNORECASE,
 )
 _T = TypeVar("_T")
-Array = npt.NDArray[np.float32]
 
 
 def in_memory(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[_T, int]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_progress import Counter
 
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.errors import DataError
@@ -65,3 +66,21 @@ def test_runtimes_take_turns() -> None:
     found = benchmark(runners, (1, 2, 3), config)
     assert [(r.batch, r.runs) for r in found["a"]] == [(1, 6), (3, 6)]
     assert runners["a"].calls == [1] * 7 + [3] * 7  # one call to warm up, then two a round
+
+
+def test_a_batch_that_does_not_fit_is_left_out_and_counted_as_done() -> None:
+    class Narrow(Fixed):
+        def infer(self, images: Array) -> Array:
+            if len(images) > 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().infer(images)
+
+    config, unfit, counter = (
+        BenchmarkConfig(batches=(1, 3), warmup_ms=0, min_runs=6, min_seconds=0),
+        list[str](),
+        Counter(),
+    )
+    found = benchmark({"a": Narrow(), "b": Fixed()}, (1, 2, 3), config, counter, unfit)
+    assert [[record.batch for record in records] for records in found.values()] == [[1], [1, 3]]
+    assert unfit == ["a: a batch of 3 does not fit the memory"]
+    assert counter.ended == [("Benchmark", 12, 12)]

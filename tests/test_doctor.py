@@ -145,11 +145,10 @@ def test_builds_for_the_cpu_beside_a_gpu_are_told_with_what_mends_them(tmp_path:
     assert found["TensorRT"]["remedy"].startswith("pip install --force-reinstall 'tensorrt>=")
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or not torch.version.cuda, reason="of a CUDA build that sees no GPU")
-def test_a_gpu_that_is_hidden_is_told(tmp_path: Path) -> None:
-    code, found, _ = beside_a_gpu(tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert code == 0
-    assert found["GPU"]["remedy"] == "unset CUDA_VISIBLE_DEVICES, which is ''"
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_that_is_hidden_is_told(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert remedies.gpu("580.65.06", "13.0") == f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
 
 
 def test_a_missing_gpu_says_what_can_be_done_without(found: dict[str, Finding]) -> None:

@@ -1,6 +1,7 @@
 """The `clusterq` command. Heavy imports happen inside command bodies, so that `--help` answers at once."""
 
 import errno
+import os
 from typing import Any
 
 import click
@@ -133,6 +134,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     before wrote.
     """
     ctx.obj = {"quiet": quiet}
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in clusterq_deploy.onnx_providers, for the doctor too
     _keep_freed_memory()
     _print_any_path()
     _set_up_logging(verbose)

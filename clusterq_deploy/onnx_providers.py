@@ -1,6 +1,7 @@
 """ONNX Runtime's execution providers: their names in the report, their options, and why one does not load."""
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ PROVIDERS = {
 """ONNX Runtime's name of the provider that a runtime of the report is."""
 
 _WARNING, _FATAL = 2, 4  # of ONNX Runtime's levels of logging; the first is its default
+
+# ONNX Runtime reads it as it is loaded, which is later: a client's machine tells nobody what runs on it
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 RECORD_PLACES = "session.record_ep_graph_assignment_info"
 """Entry of a session's configuration, "1" makes it remember which provider took which node (ONNX Runtime 1.24)."""

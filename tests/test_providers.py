@@ -1,5 +1,8 @@
 """ONNX Runtime's GPU providers: their options, and what is said where their libraries are not there."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,8 @@ from clusterq_deploy.stages import providers
 from clusterq_deploy.stages.providers import open_provider, provider_runners
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
+
+ROOT = Path(__file__).parents[1]
 
 
 def graph(batch: int | str = "batch") -> onnx.ModelProto:
@@ -194,3 +199,24 @@ def test_what_loads_gives_the_answers_of_the_cpu(file: Path) -> None:
     for own in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
         with own.runner as runner:
             np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
+
+
+RUNS = """
+import numpy as np
+from cli.probe import graph
+from clusterq_deploy import OnnxRunner
+with OnnxRunner(graph()) as runner:
+    print(runner.infer(np.ones((1, 1, 3, 3), np.float32)).item())
+"""
+
+
+@pytest.mark.parametrize("command", [["-c", RUNS], ["-m", "cli", "doctor"]], ids=["library", "doctor"])
+def test_onnx_runtime_tells_nobody_what_runs_here(command: list[str], tmp_path: Path) -> None:
+    """Its telemetry, where it is on, keeps a database in the user's cache."""
+    clean = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    own = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT, env={**clean, **own}
+    )
+    assert "9.0" in done.stdout or "Runs work here." in done.stdout
+    assert not [path for path in tmp_path.rglob("*") if "microsoft" in path.name.lower()]

@@ -172,32 +172,30 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _providers() -> Iterator[Finding]:
-    """Each provider that ONNX Runtime lists, tried out in a process of its own, all at once."""
+    """Each provider that ONNX Runtime lists and the machine may have a device for, tried in processes of their own."""
     import onnxruntime
     import torch
 
     from clusterq_deploy.environment import driver_version
 
+    beside_gpu = torch.cuda.is_available() or driver_version() is not None
     names = onnxruntime.get_available_providers()[::-1]  # the CPU's first
-    probes = {name: _probe(name) for name in names}
-    for name, probe in probes.items():
+    probes = {name: _probe(name) for name in names if beside_gpu or name == _CPU_PROVIDER}
+    for name in names:
         purpose, mends = _PROVIDERS.get(name, ("not used", None))
         essential = name == _CPU_PROVIDER
         title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
-        reason = _answer(probe)
-        if reason is None:
-            yield Finding(title, "ok", "computes", purpose, essential=essential)
-        elif essential or (torch.cuda.is_available() and mends):
-            yield Finding(title, "broken", reason, purpose, mends, essential=essential)
+        if name not in probes:
+            yield Finding(title, "absent", "listed, but there is no GPU for it", purpose, remedies.SEE_GPU)
+        elif reason := _answer(probes[name]):
+            state: State = "broken" if mends else "absent"
+            yield Finding(title, state, reason, purpose, mends, essential=essential)
         else:
-            found = reason if torch.cuda.is_available() else "listed, but there is no GPU for it"
-            yield Finding(title, "absent", found, purpose, remedies.SEE_GPU if mends else None)
-    if torch.cuda.is_available() or driver_version():
-        for name in (own for own in _PROVIDERS if own not in probes):
-            title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
-            yield Finding(
-                title, "absent", "not in this build of ONNX Runtime", _PROVIDERS[name][0], remedies.GPU_RUNTIME
-            )
+            yield Finding(title, "ok", "computes", purpose, essential=essential)
+    for name in _PROVIDERS if beside_gpu else ():
+        if name not in names:
+            title, found = "ONNX Runtime, " + name.removesuffix("ExecutionProvider"), "not in this build"
+            yield Finding(title, "absent", found, _PROVIDERS[name][0], remedies.GPU_RUNTIME)
 
 
 def _probe(what: str) -> "subprocess.Popen[str]":

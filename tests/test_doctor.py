@@ -73,7 +73,7 @@ def test_what_is_missing_says_so_and_what_mends_it(found: dict[str, Finding]) ->
         assert found["TensorRT"].remedy
 
 
-def test_every_provider_that_is_listed_is_tried(found: dict[str, Finding]) -> None:
+def test_every_provider_that_is_listed_has_a_row(found: dict[str, Finding]) -> None:
     import onnxruntime
 
     for provider in onnxruntime.get_available_providers():
@@ -295,3 +295,15 @@ def test_tensorrt_is_there_where_its_builder_starts(
         assert finding.state == "broken"
         assert found in finding.found
         assert str(finding.remedy).startswith(remedy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_providers_are_tried_where_a_driver_is_and_say_why_they_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clusterq_deploy.environment.driver_version", lambda: "580.65.06")
+    found = {finding.name: finding for finding in diagnosis._providers()}
+    assert found["ONNX Runtime, CPU"].state == "ok"
+    for name in ("ONNX Runtime, CUDA", "ONNX Runtime, Tensorrt"):
+        finding = found[name]
+        assert finding.state in {"absent", "broken"}
+        assert "no GPU for it" not in finding.found
+        assert str(finding.remedy).startswith("pip ")

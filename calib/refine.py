@@ -18,6 +18,7 @@ from calib.recovery import Recovery
 from calib.statistics import count_executed, tap_batchnorm
 from calib.training import History
 
+_TERMS = ("bns", "ce", "spread", "variation")
 _SHARED_NOISE = 0.8  # of the noise's variance
 _GOOD_EVERY = 10  # steps, between the states that a loss which is not finite goes back to
 
@@ -133,7 +134,7 @@ def refine(
     count = count_executed(teacher, images)
     span = config.deep_weight - config.shallow_weight
     weights = [config.shallow_weight + span * i / max(1, count - 1) for i in range(count)]
-    history: History = {name: [0.0] * config.steps for name in ("bns", "ce", "spread")}
+    history: History = {name: [0.0] * config.steps for name in _TERMS}
     parts = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
     refined: list[Tensor] = []
     kept = checkpoint.load("refine")
@@ -209,11 +210,12 @@ class _Batch:
         unsure = logits.softmax(1).gather(1, labels[:, None]).squeeze(1) < config.confident
         ce = (F.cross_entropy(logits, labels, reduction="none") * unsure).mean()
         loss = config.bns_weight * bns + config.ce_weight * ce
-        loss = loss + config.variation_weight * total_variation(pixels)
+        variation = total_variation(pixels)
+        loss = loss + config.variation_weight * variation
         spread = spread_loss(tap, config.spread_mean, config.spread_std)
         loss = loss + config.spread_weight * spread
-        value, *figures = torch.stack([loss, bns, ce, spread]).tolist()
-        terms = dict(zip(("bns", "ce", "spread"), figures, strict=True))
+        value, *figures = torch.stack([loss, bns, ce, spread, variation]).tolist()
+        terms = dict(zip(_TERMS, figures, strict=True))
         if self._recovery.went_back(value):
             done, schedule = self._good
             del self.losses[done:]

@@ -277,7 +277,7 @@ class GeneratorTrainer:
         self._mixing = mixing / math.sqrt(self.config.latent * count)
 
     def train(self, progress: Progress = SILENT, checkpoint: Checkpoint = NOWHERE) -> History:
-        """Run all steps that a checkpoint has not; gives the loss terms by step (0 where a term did not take part)."""
+        """Run all steps that a checkpoint has not; gives the loss terms of the steps in which they took part."""
         config = self.config
         history: History = {"ce": [], "bns": [], "sfda": [], "icv": []}
         if (kept := checkpoint.load("generator")) is not None:
@@ -292,8 +292,8 @@ class GeneratorTrainer:
                 if index == config.warmup_steps:
                     self.initialize_centroids()
                 losses = self.step(warmup=index < config.warmup_steps)
-                for name, values in history.items():
-                    values.append(losses.get(name, 0.0))
+                for name, value in losses.items():
+                    history[name].append(value)
                 advance(1, **losses)
                 checkpoint.save("generator", lambda: {**self.state_dict(), "history": history})
         return history

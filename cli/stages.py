@@ -28,7 +28,7 @@ def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
     progress = LiveProgress(ctx.obj["quiet"])
     if not progress.shown:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # timm's downloads have bars of their own
-    said = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    said = ["clusterq", *sys.argv[1:]]
     command = [
         os.fsencode(own).decode("utf-8", "backslashreplace") for own in said
     ]  # a report is UTF-8, no path has to be

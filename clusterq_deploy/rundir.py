@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -39,6 +39,7 @@ class StageRecord:
         result: what the report needs of it, JSON values only.
         seconds: how long it took; where it went on from a checkpoint, from there on.
         result_sha256: digest of the result; None in manifests from before there was one.
+        command: the command line that did it; empty in manifests from before it was kept.
     """
 
     inputs: str
@@ -47,6 +48,7 @@ class StageRecord:
     result: Result
     seconds: float
     result_sha256: str | None = None
+    command: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -215,7 +217,7 @@ class RunDirectory:
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
             seconds = time.perf_counter() - start
-            record = StageRecord(own, sources, files, result, seconds, result_digest(result))
+            record = StageRecord(own, sources, files, result, seconds, result_digest(result), self._command)
             self._stages[stage], self.made_by = record, self._command
             self._save()
         self._forget(self.path / CHECKPOINTS / stage)

@@ -77,7 +77,11 @@ def assemble(
         clusterq_deploy=__version__,
         environment=Environment.model_validate(timed.result["environment"]) if timed else collect_environment(device),
         model=ModelInfo(
-            name=model.name, parameters=model.parameters, input_size=model.input.size, classes=model.classes
+            name=model.name,
+            parameters=model.parameters,
+            input_size=model.input.size,
+            classes=model.classes,
+            weights=model.weights,
         ),
         calibration=calibration,
         evaluation=_evaluation(data, records),
@@ -85,7 +89,14 @@ def assemble(
         skipped=skipped,
         features=features,
         config=config.model_dump(mode="json"),
+        commands=_commands(records, command),
     )
+
+
+def _commands(records: Mapping[str, StageRecord], last: list[str]) -> list[list[str]]:
+    """The command lines that did the stages, each once; that of the last one behind the others."""
+    done = list(dict.fromkeys(tuple(record.command) for record in records.values() if record.command))
+    return [*(list(own) for own in done if list(own) != last), last]
 
 
 def _evaluation(data: EvaluationSet, records: Mapping[str, StageRecord]) -> EvaluationInfo:
@@ -130,6 +141,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
         histograms=[LayerHistograms.model_validate(own) for own in tuned.get("histograms", [])],
         losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},
         batch_divisor=tuned.get("batch_divisor", 1),
+        kept_step=tuned.get("kept_step") if tuned.get("losses", {}).get("held_out_kl") else None,
     )
 
 

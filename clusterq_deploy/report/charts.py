@@ -20,9 +20,10 @@ from matplotlib.ticker import MaxNLocator
 from calib.progress import Advance
 from clusterq_deploy.report.engine_wording import shortened
 from clusterq_deploy.report.engines import EngineLayer
-from clusterq_deploy.report.findings import FLOAT, LatencyRow, Point
+from clusterq_deploy.report.findings import FLOAT, LatencyRow
 from clusterq_deploy.report.histograms import Histogram
 from clusterq_deploy.report.schema import LayerSensitivity, Points
+from clusterq_deploy.report.verdicts import Point
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for

@@ -1,4 +1,4 @@
-"""What the measurements of a report say: drops, speed-ups, shares of the size, and which variant to deploy.
+"""What the measurements of a report say: drops, speed-ups and shares of the size.
 
 Numbers only; `wording` turns them into sentences. Everything is compared with the variant `fp32`, in the same
 runtime and, for time, at the same batch and threads; time also with the float model in FP16 where that was timed. What
@@ -8,19 +8,12 @@ was measured of that stands in the report under `fp32`, and in rows and points a
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from clusterq_deploy.report.schema import Accuracy, Artifact, Latency, Report, Variant
 
 BASELINE = "fp32"
 HALF = "fp16"
 FLOAT = {BASELINE, HALF}
-MAX_DROP = 1.0
-"""Points of top-1 that a suggested variant may lose."""
-MAX_DISAGREEMENT = 5.0
-"""Without labels: the percentage of images on which a suggested variant may contradict the teacher."""
-SPEED_TIE = 0.05
-"""Variants whose medians are this close (as a fraction) count as equally fast."""
 UNSTEADY = 0.025
 """Coefficient of variation above which a latency deserves no trust in its last digits."""
 
@@ -67,36 +60,6 @@ class FileRow:
     share: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A variant that was both scored and timed in a runtime.
-
-    `cost` is the drop in points of top-1, or the percentage of disagreement where there are no labels.
-    """
-
-    variant: str
-    accuracy: Accuracy
-    latency: Latency
-    cost: float | None
-    speedup: float | None
-    over_half: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What to deploy in one runtime.
-
-    `choice` is the point that is suggested ("deploy"), or the nearest miss: too inaccurate ("inaccurate") or
-    no faster than fp32 ("slow"). It is None where nothing could be compared ("unknown").
-    """
-
-    runtime: str
-    outcome: Literal["deploy", "inaccurate", "slow", "unknown"]
-    choice: Point | None
-    baseline: Point | None
-    size_share: float | None
-
-
 def baseline(report: Report) -> Variant | None:
     """The float variant that the others are compared with."""
     return next((variant for variant in report.variants if variant.name == BASELINE), None)
@@ -126,15 +89,27 @@ def grid_bits(variant: str) -> int | None:
 
 
 def standard_error(percentage: float, images: int) -> float:
-    """sqrt(p (1 - p) / n) of a share that was measured on `images` images; in points, as `percentage` is."""
-    return math.sqrt(max(percentage * (100 - percentage), 0.0) / images) if images else math.nan
+    """Of a share that was measured on so many images, in points, as `percentage` is.
+
+    It is sqrt(p (1 - p) / n), of a share p to which half an image of each kind was added (Jeffreys' prior): that all of
+    300 images agree does not mean that all do.
+    """
+    if not images:
+        return math.nan
+    share = _share_of(percentage / 100 * images, images)
+    return 100 * math.sqrt(share * (1 - share) / images)
+
+
+def _share_of(count: float, images: int) -> float:
+    """A share with half an image of each kind added."""
+    return (count + 0.5) / (images + 1)
 
 
 def accuracy_rows(report: Report) -> list[AccuracyRow]:
     """A row for each variant and runtime, in the order of the report."""
-    reference = _by_runtime(baseline(report))
+    reference = by_runtime(baseline(report))
     return [
-        _accuracy_row(report.evaluation.images, variant, accuracy, reference.get(accuracy.runtime))
+        accuracy_row(report.evaluation.images, variant, accuracy, reference.get(accuracy.runtime))
         for variant in report.variants
         for accuracy in variant.accuracy
     ]
@@ -147,14 +122,18 @@ def latency_rows(report: Report) -> list[LatencyRow]:
         LatencyRow(
             name,
             latency,
-            None if name == BASELINE else _speedup(reference, latency),
-            (latency.compute or latency).coefficient_of_variation > UNSTEADY,
-            None if name in FLOAT else _speedup(reference, latency, HALF),
+            None if name == BASELINE else speedup_of(reference, latency),
+            is_unsteady(latency),
+            None if name in FLOAT else speedup_of(reference, latency, HALF),
         )
         for variant in report.variants
         for latency in variant.latency
         for name in [name_of(variant, latency.graph)]
     ]
+
+
+def is_unsteady(latency: Latency) -> bool:
+    return (latency.compute or latency).coefficient_of_variation > UNSTEADY
 
 
 def file_rows(report: Report) -> list[FileRow]:
@@ -166,66 +145,14 @@ def file_rows(report: Report) -> list[FileRow]:
     ]
 
 
-def points(report: Report, runtime: str) -> list[Point]:
-    """Every graph that was scored and timed in `runtime`, at the smallest batch with the most threads."""
-    reference = baseline(report)
-    return [
-        Point(
-            name,
-            accuracy,
-            latency,
-            None if name == BASELINE else _cost(report, accuracy, _by_runtime(reference).get(runtime)),
-            None if name == BASELINE else _speedup(reference, latency),
-            None if name in FLOAT else _speedup(reference, latency, HALF),
-        )
-        for variant in report.variants
-        for accuracy in variant.accuracy
-        if accuracy.runtime == runtime
-        for name in [name_of(variant, accuracy.graph)]
-        if (latency := _headline(variant, accuracy)) is not None
-    ]
-
-
-def verdicts(report: Report) -> list[Verdict]:
-    """What to deploy in each runtime that was timed, in the order of the report.
-
-    Of the variants that lose no more than `MAX_DROP` (`MAX_DISAGREEMENT` without labels), the fastest; of
-    those within `SPEED_TIE` of it, the one that loses least. One that is no faster than fp32 by more than
-    that is not suggested. fp16 counts as a variant. torch only simulates integers and is left out.
-    """
-    timed = dict.fromkeys(latency.runtime for variant in report.variants for latency in variant.latency)
-    return [_verdict(report, runtime) for runtime in timed if runtime != "torch"]
-
-
-def _verdict(report: Report, runtime: str) -> Verdict:
-    measured = points(report, runtime)
-    float_point = next((point for point in measured if point.variant == BASELINE), None)
-    # Without its fp32 counterpart a point has neither a cost nor a speed-up, and nothing can be said of it.
-    compared = [(point, point.cost, point.speedup) for point in measured if point.variant != BASELINE]
-    known = [(point, cost, speed) for point, cost, speed in compared if cost is not None and speed is not None]
-    if not known:
-        return Verdict(runtime, "unknown", None, float_point, None)
-    limit = MAX_DROP if report.evaluation.labelled else MAX_DISAGREEMENT
-    accurate = [candidate for candidate in known if candidate[1] <= limit]
-    if not accurate:
-        choice = min(known, key=lambda candidate: candidate[1])[0]
-        return Verdict(runtime, "inaccurate", choice, float_point, _point_share(report, choice))
-    fastest = max(speed for _, _, speed in accurate)
-    tied = [candidate for candidate in accurate if candidate[2] >= fastest * (1 - SPEED_TIE)]
-    choice, _, speed = min(tied, key=lambda candidate: (candidate[1], -candidate[2]))
-    # fp32 itself is a candidate that loses nothing: a variant has to beat it by more than a tie.
-    outcome: Literal["deploy", "slow"] = "deploy" if speed * (1 - SPEED_TIE) > 1 else "slow"
-    return Verdict(runtime, outcome, choice, float_point, _point_share(report, choice))
-
-
-def _accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: Accuracy | None) -> AccuracyRow:
+def accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: Accuracy | None) -> AccuracyRow:
     drop = drop_error = None
     name = name_of(variant, accuracy.graph)
     if name != BASELINE and reference and reference.top1 is not None and accuracy.top1 is not None:
         drop = reference.top1 - accuracy.top1
         # Where both agree with the teacher they agree with each other, so they differ on at most this share.
         differing = min((200 - accuracy.agreement - reference.agreement) / 100, 1.0)
-        drop_error = 100 * math.sqrt(max(differing - (drop / 100) ** 2, 0.0) / images) if images else math.nan
+        drop_error = _drop_error(differing, drop / 100, images)
     return AccuracyRow(
         variant=name,
         accuracy=accuracy,
@@ -237,7 +164,14 @@ def _accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: 
     )
 
 
-def _by_runtime(reference: Variant | None) -> dict[str, Accuracy]:
+def _drop_error(differing: float, drop: float, images: int) -> float:
+    """The standard error of a paired difference, in points, from the share of images on which the two differ."""
+    if not images:
+        return math.nan
+    return 100 * math.sqrt(max(_share_of(differing * images, images) - drop**2, 0.0) / images)
+
+
+def by_runtime(reference: Variant | None) -> dict[str, Accuracy]:
     """What fp32 scored, by runtime; of several files the first counts."""
     found: dict[str, Accuracy] = {}
     for accuracy in reference.accuracy if reference else ():
@@ -246,41 +180,26 @@ def _by_runtime(reference: Variant | None) -> dict[str, Accuracy]:
     return found
 
 
-def _speedup(reference: Variant | None, latency: Latency, over: str = BASELINE) -> float | None:
+def speedup_of(reference: Variant | None, latency: Latency, over: str = BASELINE) -> float | None:
     """The median of the float model, as fp32 or as fp16, over this one's; None where it was not measured so."""
-    setting = (latency.runtime, latency.batch, latency.threads)
-    for other in reference.latency if reference else ():
-        same = (other.runtime, other.batch, other.threads) == setting
-        if same and reference and name_of(reference, other.graph) == over:
-            return other.median_ms / latency.median_ms if latency.median_ms else None
+    for other in counterparts(reference, latency, over):
+        return other.median_ms / latency.median_ms if latency.median_ms else None
     return None
 
 
-def _cost(report: Report, accuracy: Accuracy, reference: Accuracy | None) -> float | None:
-    if not report.evaluation.labelled:
-        return 100 - accuracy.agreement
-    if reference is None or reference.top1 is None or accuracy.top1 is None:
-        return None
-    return reference.top1 - accuracy.top1
-
-
-def _headline(variant: Variant, accuracy: Accuracy) -> Latency | None:
-    timed = [
-        latency
-        for latency in variant.latency
-        if latency.runtime == accuracy.runtime and latency.graph == accuracy.graph
+def counterparts(reference: Variant | None, latency: Latency, over: str) -> list[Latency]:
+    """The float model's latencies, as fp32 or as fp16, at the same runtime, batch and threads."""
+    setting = (latency.runtime, latency.batch, latency.threads)
+    return [
+        other
+        for other in (reference.latency if reference else ())
+        if (other.runtime, other.batch, other.threads) == setting
+        and reference
+        and name_of(reference, other.graph) == over
     ]
-    return min(timed, key=lambda latency: (latency.batch, -(latency.threads or 0)), default=None)
 
 
 def _share(report: Report, size_bytes: int) -> float | None:
     reference = baseline(report)
     float_size = graph_size(reference) if reference else None
     return size_bytes / float_size if float_size else None
-
-
-def _point_share(report: Report, point: Point) -> float | None:
-    for row in file_rows(report):
-        if row.artifact.path == point.accuracy.graph:
-            return row.share
-    return None

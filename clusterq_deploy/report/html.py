@@ -1,27 +1,29 @@
 """`report.html`: the report as one page that needs no network, no script and no other file."""
 
 import base64
+import io
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jinja2
+from PIL import Image
 
 from calib.progress import SILENT, Advance, Progress
-from clusterq_deploy.report import engine_wording, formats, histogram_wording, wording
+from clusterq_deploy.report import engine_wording, feature_wording, formats, histogram_wording, verdict_wording, wording
 from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
     BASELINE,
     LatencyRow,
-    Verdict,
     accuracy_rows,
     file_rows,
     half_was_timed,
     latency_rows,
-    points,
-    verdicts,
 )
-from clusterq_deploy.report.schema import Report
+from clusterq_deploy.report.schema import LayerSensitivity, Report
+from clusterq_deploy.report.verdicts import Verdict, points, verdicts
+
+_PREVIEW_WIDTH = 1200  # pixels; the page shows it 920 wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,11 @@ class _Curves:
 
 @dataclass(frozen=True, slots=True)
 class _Panel:
-    """A titled chart, an `<svg>` element."""
+    """A titled chart, an `<svg>` element, and what it shows in a table, where there is one."""
 
     title: str
     chart: str
+    rows: list[LayerSensitivity] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> st
         "with_error": formats.with_error,
     }
     found = verdicts(report)
-    chosen = [(v.runtime, v.choice) for v in found if v.outcome == "deploy" and v.choice is not None]
+    chosen = [(v.runtime, v.choice) for v in found if v.outcome in ("deploy", "unsure") and v.choice]
     labelled = report.evaluation.labelled
     files = file_rows(report)
     return (
@@ -92,7 +95,8 @@ def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> st
             baseline=BASELINE,
             name=wording.model_name(report),
             summary=wording.summary(report),
-            cards=[(verdict, _headline(verdict), wording.verdict_sentence(verdict, labelled)) for verdict in found],
+            cards=[(own, verdict_wording.headline(own), verdict_wording.sentence(own, labelled)) for own in found],
+            caveats=verdict_wording.caveats(report),
             chosen={(choice.variant, runtime) for runtime, choice in chosen},
             chosen_files={choice.accuracy.graph for _, choice in chosen},
             accuracy=accuracy_rows(report),
@@ -110,26 +114,32 @@ def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> st
             notes=[*wording.notes(report), *engine_wording.provider_notes(report)],
             calibration=wording.calibration_facts(report),
             preview_caption=wording.preview_caption(report),
-            features=wording.feature_sentence(report),
-            feature_notes=wording.feature_notes(report),
+            features=feature_wording.sentence(report),
+            feature_notes=feature_wording.notes(report),
             panels=_panels(report),
             sensitivities=_sensitivities(report),
             sensitivity_notes=wording.sensitivity_notes(),
             histograms=_histograms(report, advance),
             histogram_notes=histogram_wording.notes(),
             environment=wording.environment_facts(report.environment),
-            command=shlex.join(report.command),
+            command="\n".join(map(shlex.join, report.commands or [report.command])),
+            curve_notes=wording.curve_notes(report),
             config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
-            preview=base64.b64encode(preview_png).decode("ascii") if preview_png else None,
+            preview=_data_uri(preview_png) if preview_png else None,
         )
         + "\n"
     )
 
 
-def _headline(verdict: Verdict) -> str:
-    if verdict.outcome == "deploy" and verdict.choice is not None:
-        return f"Deploy {verdict.choice.variant}"
-    return "No suggestion" if verdict.outcome == "unknown" else f"Keep {BASELINE}"
+def _data_uri(png: bytes) -> str:
+    """A picture as the page holds it: one that is wider than it is shown is made smaller, as WebP."""
+    with Image.open(io.BytesIO(png)) as picture:
+        if picture.width <= _PREVIEW_WIDTH:
+            return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        smaller, content = picture.convert("RGB"), io.BytesIO()
+        smaller.thumbnail((_PREVIEW_WIDTH, picture.height), Image.Resampling.LANCZOS)
+    smaller.save(content, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
 def _tradeoffs(report: Report, found: list[Verdict]) -> list[tuple[str, str]]:
@@ -176,7 +186,11 @@ def _sensitivities(report: Report) -> list[_Panel]:
     from clusterq_deploy.report.charts import sensitivity_chart
 
     return [
-        _Panel(variant.name, sensitivity_chart(variant.sensitivities, variant.keep, f"sensitivity{index}"))
+        _Panel(
+            variant.name,
+            sensitivity_chart(variant.sensitivities, variant.keep, f"sensitivity{index}"),
+            sorted(variant.sensitivities, key=lambda own: -own.kl),
+        )
         for index, variant in enumerate(report.variants)
         if variant.sensitivities
     ]

@@ -4,11 +4,12 @@ import shlex
 import textwrap
 from collections.abc import Iterable
 
-from clusterq_deploy.report import engine_wording, formats, wording
-from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows, verdicts
+from clusterq_deploy.report import engine_wording, feature_wording, formats, verdict_wording, wording
+from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows
 from clusterq_deploy.report.schema import Report
 from clusterq_deploy.report.tables import escaped as _text
 from clusterq_deploy.report.tables import markdown_table as _table
+from clusterq_deploy.report.verdicts import verdicts
 
 
 def to_markdown(report: Report) -> str:
@@ -17,7 +18,8 @@ def to_markdown(report: Report) -> str:
     sections = [
         f"# {_text(wording.model_name(report))}: quantization report",
         _text(wording.summary(report)),
-        _bullets(_text(wording.verdict_sentence(verdict, labelled)) for verdict in verdicts(report)),
+        _bullets(_text(verdict_wording.sentence(verdict, labelled)) for verdict in verdicts(report)),
+        " ".join(f"**{_text(own)}**" for own in verdict_wording.caveats(report)),
         "## Accuracy",
         _accuracy_table(report),
         "## Latency",
@@ -36,7 +38,7 @@ def to_markdown(report: Report) -> str:
         "## Environment",
         _table(("", ""), [tuple(map(_text, fact)) for fact in wording.environment_facts(report.environment)]),
         "## Command",
-        textwrap.indent(shlex.join(report.command), "    "),
+        textwrap.indent("\n".join(map(shlex.join, report.commands or [report.command])), "    "),
         f"Seed {report.seed}; clusterq-deploy {_text(report.clusterq_deploy)}; {_text(report.created)}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -125,7 +127,7 @@ def _file_table(report: Report) -> str:
 
 def _sensitivities(report: Report) -> str:
     rows = [
-        (_text(variant.name), _text(own.layer), own.bits, f"{own.kl:.2g}", formats.number(own.expected_drop))
+        (_text(variant.name), _text(own.layer), own.bits, f"{own.kl:.1e}", formats.number(own.expected_drop, 4))
         for variant in report.variants
         for own in sorted(variant.sensitivities, key=lambda own: -own.kl)
     ]
@@ -137,7 +139,7 @@ def _sensitivities(report: Report) -> str:
 
 def _features(report: Report) -> str:
     missing = report.features.notes if report.features else []
-    return _text(" ".join([wording.feature_sentence(report) or "", *missing]))
+    return _text(" ".join([feature_wording.sentence(report) or "", *missing]))
 
 
 def _skipped(report: Report) -> list[str]:

@@ -40,12 +40,18 @@ class Environment(_Record):
 
 
 class ModelInfo(_Record):
-    """The teacher: `input_size` is (channels, height, width)."""
+    """The teacher: `input_size` is (channels, height, width); `weights` says what its weights are, for a person."""
 
     name: str
     parameters: Count
     input_size: tuple[int, int, int]
     classes: Count
+    weights: str | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random: what is measured then says nothing of a trained model."""
+        return (self.weights or "").startswith("random (")
 
 
 class CalibrationInfo(_Record):
@@ -176,7 +182,8 @@ class Variant(_Record):
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
     expected of these widths before fine-tuning, where a bound, `max_drop`, was asked for. `batch_divisor` is what the
     batches of fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of
-    execution.
+    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 where none brought the student nearer
+    to the teacher on held-out images than it was before; None where nothing was tuned.
     """
 
     name: str
@@ -194,6 +201,7 @@ class Variant(_Record):
     histograms: list[LayerHistograms] = Field(default_factory=list)
     losses: dict[str, list[float]] = Field(default_factory=dict)
     batch_divisor: int = 1
+    kept_step: int | None = None
 
 
 class Skipped(_Record):
@@ -257,7 +265,10 @@ class FeatureInfo(_Record):
 
 
 class Report(_Record):
-    """The whole of `report.json`. Extra keys of a newer writer are ignored on reading."""
+    """The whole of `report.json`. Extra keys of a newer writer are ignored on reading.
+
+    `command` is the command line that did the last stage, `commands` are all that did one, each once, in order.
+    """
 
     schema_: Literal[1] = Field(1, alias="schema")
     command: list[str]
@@ -272,6 +283,7 @@ class Report(_Record):
     skipped: list[Skipped] = Field(default_factory=list)
     features: FeatureInfo | None = None
     config: dict[str, Any] = Field(default_factory=dict)
+    commands: list[list[str]] = Field(default_factory=list)
 
     def to_json(self) -> str:
         """The text of `report.json`."""

@@ -1,18 +1,30 @@
 """The words that the Markdown and the HTML report share: units, verdicts, and how to read the numbers."""
 
-from clusterq_deploy.report.findings import (
-    BASELINE,
-    MAX_DISAGREEMENT,
-    MAX_DROP,
-    SPEED_TIE,
-    UNSTEADY,
-    Verdict,
-    grid_bits,
-    half_was_timed,
-    latency_rows,
+from clusterq_deploy.report.findings import BASELINE, UNSTEADY, grid_bits, half_was_timed, latency_rows
+from clusterq_deploy.report.formats import duration, number
+from clusterq_deploy.report.schema import Environment, Report, Variant
+from clusterq_deploy.report.verdict_wording import limit_words
+from clusterq_deploy.report.verdicts import SPEED_TIE
+
+_ERROR = (
+    "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both kinds: that all of a few images "
+    "agree does not mean that all do."
 )
-from clusterq_deploy.report.formats import duration, milliseconds, number, percent, speedup
-from clusterq_deploy.report.schema import Environment, FeatureSet, Report, Variant
+
+_TERMS = {
+    "generator.ce": "cross-entropy of the teacher's answers with the intended labels (8)",
+    "generator.bns": "distance to the statistics in BatchNorm's buffers (9)",
+    "generator.sfda": "distance of each class's features to its centroid (4), from the end of the warm-up on",
+    "generator.icv": "distance to the diversity that is wanted within a class (6), from then on too",
+    "refine.bns": "the same as generator.bns, of the images themselves",
+    "refine.ce": "cross-entropy of those images that the teacher is not sure of",
+    "refine.spread": "what the spread between images lacks",
+    "refine.variation": "total variation of the images",
+    "distillation": "divergence of the variant's answers from the teacher's, on the batches it is tuned on",
+    "features": "distance of its features from the teacher's",
+    "held_out_kl": "divergence on held-out synthetic images, by which the kept step is chosen",
+}
+"""The training curves by name; numbers are equations of arXiv 2205.00179."""
 
 
 def model_name(report: Report) -> str:
@@ -35,29 +47,6 @@ def summary(report: Report) -> str:
     )
 
 
-def verdict_sentence(verdict: Verdict, labelled: bool) -> str:
-    """What to deploy in one runtime, what it costs and what it saves."""
-    choice, reference = verdict.choice, verdict.baseline
-    if choice is None or choice.cost is None:
-        return f"On {verdict.runtime} nothing can be suggested: no variant could be compared with fp32 there."
-    cost = _cost(choice.cost, labelled)
-    if verdict.outcome == "inaccurate":
-        return (
-            f"On {verdict.runtime} keep fp32: no variant stays within {_limit(labelled)}; "
-            f"the nearest, {choice.variant}, {cost}."
-        )
-    half = f" and {speedup(choice.over_half)} that of fp16" if choice.over_half is not None else ""
-    pace = f"{speedup(choice.speedup)} the speed of fp32{half} at batch {choice.latency.batch}"
-    if reference is not None:
-        times = milliseconds(choice.latency.median_ms), milliseconds(reference.latency.median_ms)
-        pace += f" ({times[0]} ms against {times[1]} ms)"
-    space = f", in {percent(verdict.size_share)} of the size" if verdict.size_share is not None else ""
-    if verdict.outcome == "slow":
-        return f"On {verdict.runtime} keep fp32: {choice.variant} runs at {pace}{space}; it {cost}."
-    file = f" ({choice.accuracy.graph})" if choice.accuracy.graph else ""
-    return f"On {verdict.runtime} deploy {choice.variant}{file}: {pace}{space}; it {cost}."
-
-
 def notes(report: Report) -> list[str]:
     """How to read the numbers, and what they do not say."""
     lost = unreadable_note(report)
@@ -66,9 +55,10 @@ def notes(report: Report) -> list[str]:
     if rows:
         found.append(
             "Latency is the time of one call of a whole batch; speed-up compares medians with fp32 at the "
-            "same runtime, batch and threads."
+            "same runtime, batch and threads. Images per second are those of all calls together, so that a few slow "
+            "ones lower them and leave the median."
         )
-    found += _memory_notes(report)
+    found += _memory_notes(report) + _tuning_notes(report)
     if half_was_timed(report):
         found.append(_half_note(report))
     if any(row.unsteady for row in rows):
@@ -83,7 +73,7 @@ def notes(report: Report) -> list[str]:
             "and more on one that has them."
         )
     found.append(
-        f"The suggestion is the fastest variant within {_limit(report.evaluation.labelled)}, in each "
+        f"The suggestion is the fastest variant within {limit_words(report.evaluation.labelled)}, in each "
         f"runtime; of those within {100 * SPEED_TIE:g} % of its time, the one that loses least. "
         "One that is no faster than fp32 by more than that is not suggested."
     )
@@ -159,56 +149,6 @@ def preview_caption(report: Report) -> str:
     return f"{text}: a class a column, under its {named}; {of}."
 
 
-def feature_sentence(report: Report) -> str | None:
-    """What the teacher's penultimate features of synthetic and real images are like, in numbers."""
-    found = report.features
-    if found is None:
-        return None
-    text = f"In front of the classifier ({found.width:,} features), {_separation(found.synthetic, 'synthetic images')}"
-    if found.real is not None:
-        text += f", {_separation(found.real, f'real ones ({found.real.dataset})')}"
-    if found.coverage is not None:
-        text += f"; the synthetic ones cover {percent(found.coverage)} of the real ones"
-        text += f" (density {number(found.density)})"
-    return text + "."
-
-
-def feature_notes(report: Report) -> list[str]:
-    """How to read the numbers and the picture of the features, and what is missing in them."""
-    found = report.features
-    if found is None:
-        return []
-    notes = []
-    if found.projection is not None:
-        both = " Both panels are one projection, with the same axes." if found.real is not None else ""
-        notes.append(
-            "A dot is an image; its colour, and the number, is the class: the one that a synthetic image was made "
-            f"for, the true one of a real image.{both} Images that lie close together look alike to the model; how "
-            f"far apart two groups are, and in which direction, means nothing ({found.projection.method})."
-        )
-    if found.synthetic.silhouette is not None:
-        notes.append(
-            "Silhouette: 1 where the classes lie far apart, 0 where they touch. Diversity is the share of the "
-            "variance within classes: 0 where all images of a class are the same. Synthetic images should come near "
-            "the real ones in both."
-        )
-    if found.coverage is not None:
-        notes.append(
-            "Coverage is the share of real images that have a synthetic one among their neighbours; density is how "
-            "many neighbourhoods of real images a synthetic one lies in, about 1 where both sets are alike "
-            "(arXiv 2002.09797, k = 5)."
-        )
-    return notes + found.notes
-
-
-def _separation(found: FeatureSet, name: str) -> str:
-    images = f"{found.images:,} {name} of {found.classes:,} classes"
-    if found.silhouette is None:
-        return f"{images} give no silhouette"
-    diversity = number(found.within_class_diversity, 3)
-    return f"{images} have a silhouette of {number(found.silhouette, 3)} and a within-class diversity of {diversity}"
-
-
 def _accuracy_notes(report: Report) -> list[str]:
     images, dataset = f"{report.evaluation.images:,}", report.evaluation.dataset
     if not report.evaluation.labelled:
@@ -216,12 +156,11 @@ def _accuracy_notes(report: Report) -> list[str]:
             "Accuracy was not measured, for no labelled images were given. Agreement is the percentage of "
             f"{images} held-out synthetic images on which a variant predicts the class that the fp32 teacher "
             "predicts: it says how closely the variant follows the teacher on such images, not how it "
-            "does on real ones. ± is one standard error, sqrt(p (1 - p) / n)."
+            f"does on real ones. {_ERROR}"
         ]
     found = [
         f"Top-1 and top-5 are percentages of {images} images of {dataset}; agreement is the percentage "
-        "on which a variant predicts the class that the fp32 teacher predicts. ± is one standard error, "
-        "sqrt(p (1 - p) / n).",
+        f"on which a variant predicts the class that the fp32 teacher predicts. {_ERROR}",
         "Drop is fp32's top-1 in the same runtime less the variant's, in points. Both saw the same images, "
         "so its ± is that of a paired difference: an upper bound, from how many predictions differ.",
     ]
@@ -280,6 +219,16 @@ def _memory_notes(report: Report) -> list[str]:
     ]
 
 
+def _tuning_notes(report: Report) -> list[str]:
+    """Which variants fine-tuning did not improve."""
+    return [
+        f"{variant.name}: no step of fine-tuning brought it nearer to the teacher on the held-out synthetic images; "
+        "its weights are those it was initialized with."
+        for variant in report.variants
+        if variant.kept_step == 0
+    ]
+
+
 def _kept(variant: Variant) -> str:
     """Which layers have bits of their own, and why."""
     layers = _listed([f"{layer} ({bits})" for layer, bits in variant.keep.items()])
@@ -300,16 +249,10 @@ def sensitivity_notes() -> list[str]:
     ]
 
 
-def _cost(points: float, labelled: bool) -> str:
-    if not labelled:
-        return f"contradicts the teacher on {number(points)} % of the images"
-    if round(points, 2) == 0:
-        return "keeps the top-1 of fp32"
-    return f"{'loses' if points > 0 else 'gains'} {number(abs(points))} points of top-1"
-
-
-def _limit(labelled: bool) -> str:
-    return f"{MAX_DROP:g} point of top-1" if labelled else f"{MAX_DISAGREEMENT:g} % disagreement"
+def curve_notes(report: Report) -> list[str]:
+    """What the training curves show, for those that the report has."""
+    shown = {*report.calibration.losses, *(name for variant in report.variants for name in variant.losses)}
+    return [f"{name}: {_TERMS[name]}." for name in _TERMS if name in shown]
 
 
 def _listed(names: list[str]) -> str:

@@ -105,7 +105,7 @@ def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "Run
     settings = overlay({**settings, **more}, ctx)
     if "model" not in settings:
         raise ConfigError("no model was given; name one (clusterq models lists them), or a --config that does")
-    return make_config(settings, origin=str(file or "the options"))
+    return make_config(settings)
 
 
 def _all(*decorators: Decorator) -> Decorator:

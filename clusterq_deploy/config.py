@@ -23,8 +23,22 @@ from clusterq_deploy.settings import PLACES, with_paths
 
 _Part = TypeVar("_Part", bound=StageConfig)
 
+_PRESET = ("synthesis", "finetune")
+"""The tables in which recipe and effort fill in settings."""
+
 _STANDARD_COST = 2e8
 _LEAST_SHARE = 0.25
+OPTIONS = "the options"
+"""Where settings come from that stand in no file, for messages."""
+
+_REASONS = {
+    "tuple_type": "expected a list, such as [1, 2]",
+    "dict_type": "expected a table",
+    "model_type": "expected a table",
+    "model_attributes_type": "expected a table",
+}
+"""What pydantic says of types that TOML does not call so."""
+
 _SHOWN = 300
 """Characters of a wrong value that a message quotes."""
 
@@ -148,18 +162,20 @@ def _usual(recipe: str, effort: str) -> RunConfig:
 def without_presets(settings: Settings) -> Settings:
     """A file's settings without those that its recipe and effort made, so that others can be chosen instead.
 
+    These stand in a `run.toml`, which has every setting; what stands in a file that somebody wrote was chosen.
+
     Args:
-        settings: nested, as in a `run.toml`.
+        settings: nested, as in a file.
     """
     recipe = settings.get("synthesis", {}).get("recipe", "default")
-    known = _usual(recipe, settings.get("effort", "standard")).model_dump(mode="json")
-    parts: Settings = {
-        name: without(settings[name], known[name]) for name in ("synthesis", "finetune") if name in settings
-    }
-    return {**settings, **parts}
+    known = _usual(recipe, settings.get("effort", "standard")).model_dump(mode="json", exclude_none=True)
+    if any(not isinstance(settings.get(name), dict) or known[name].keys() - settings[name] for name in _PRESET):
+        return settings
+    parts: Settings = {name: without(settings[name], known[name]) for name in _PRESET}
+    return {**settings, **parts, "synthesis": {**parts["synthesis"], "recipe": recipe}}
 
 
-def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunConfig:
+def make_config(values: dict[str, Any], *, origin: str = OPTIONS) -> RunConfig:
     """Check a nested dictionary of settings.
 
     Args:
@@ -186,9 +202,17 @@ def make_config(values: dict[str, Any], *, origin: str = "the options") -> RunCo
             near = _near(path)
             hint = f"; did you mean {near!r}?" if near else ""
             raise ConfigError(f"unknown setting {'.'.join(path)!r} in {origin}{hint}") from error
-        reason = str(first["msg"]).removeprefix("Value error, ")
+        reason = _REASONS.get(first["type"]) or str(first["msg"]).removeprefix("Value error, ")
+        if not path:  # of settings that do not go together
+            raise ConfigError(f"{origin}: {reason}") from error
         got = shorten(repr(first["input"]), _SHOWN, placeholder=" ...")
-        raise ConfigError(f"{'.'.join(path)} in {origin}: {reason}, got {got}") from error
+        setting = (_option(path) if origin == OPTIONS else None) or f"{'.'.join(path)} in {origin}"
+        raise ConfigError(f"{setting}: {reason}, got {got}") from error
+
+
+def _option(path: list[str]) -> str | None:
+    """The option of the command line that a setting is."""
+    return next((f"--{name.replace('_', '-')}" for name, own in PLACES.items() if list(own) == path[: len(own)]), None)
 
 
 def _integers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
@@ -209,8 +233,11 @@ def _names(path: Iterable[str]) -> list[str]:
 
 
 def _near(path: list[str]) -> str | None:
-    """A setting that was perhaps meant, by its name in the same table, as an option, or in another table."""
+    """A setting that was perhaps meant: an option's, by its name, else one of the same table, else of another."""
     *table, name = path
+    name = name.replace("-", "_")
+    if name in PLACES:
+        return ".".join(PLACES[name])
     options = {} if table else PLACES
     if matches := get_close_matches(name, [*_names(table), *options], n=1):
         return ".".join(options.get(matches[0], matches))

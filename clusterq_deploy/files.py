@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def sha256_file(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Identifies a file by its content, and a folder by the names, sizes and times of the files in it.
 
+    Links are followed, to folders too: data sets are often made of them.
+
     Raises:
         RunDirectoryError: something cannot be read.
     """
@@ -77,9 +80,22 @@ def fingerprint(path: Path) -> str:
         return sha256_file(path)
     listing = hashlib.sha256()
     try:
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        for file in sorted(_files(path)):
             state = file.stat()
             listing.update(os.fsencode(f"{file.relative_to(path)}\0{state.st_size}\0{state.st_mtime_ns}\0"))
     except OSError as error:
         raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from error
     return listing.hexdigest()
+
+
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files in a folder and those below it, through links, but for what lies in itself or may not be read."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with suppress(PermissionError):
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                yield from _files(Path(entry.path), above | {real})
+            elif entry.is_file():
+                yield Path(entry.path)

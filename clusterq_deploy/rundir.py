@@ -56,6 +56,11 @@ class StageRecord:
         return self.result_sha256 in {None, result_digest(self.result)}
 
     @property
+    def provisional(self) -> bool:
+        """Whether something is missing in the result that another process may be able to do, for want of memory."""
+        return bool(self.result.get("provisional"))
+
+    @property
     def digest(self) -> str:
         """Identifies what the stage made, for the stages that build on it."""
         return digest({"inputs": self.inputs, "files": self.files})
@@ -120,6 +125,7 @@ class RunDirectory:
         self.made_by: list[str] = []
         self._model, self._command = dict(model), list(command)
         self._stages: dict[str, StageRecord] = {}
+        self._done: set[str] = set()
         self._hashes: dict[tuple[Path, int, int], str] = {}
         self._lock: FileLock | None = None
         self._read()
@@ -198,7 +204,7 @@ class RunDirectory:
         work: Callable[[], tuple[Result, list[str]]],
         upstream: Iterable[str] = (),
     ) -> StageRecord:
-        """Do a stage unless it is finished with the same inputs.
+        """Do a stage unless it is finished with the same inputs; one that is provisional is done again, once a process.
 
         Args:
             stage: its name, unique in the run.
@@ -212,13 +218,14 @@ class RunDirectory:
         self._hold()
         own, sources = self._digests(inputs, upstream)
         record = self.finished(stage, own)
-        if record is None:
+        if record is None or (record.provisional and stage not in self._done):
             start = time.perf_counter()
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
             seconds = time.perf_counter() - start
             record = StageRecord(own, sources, files, result, seconds, result_digest(result), self._command)
             self._stages[stage], self.made_by = record, self._command
+            self._done.add(stage)
             self._save()
         self._forget(self.path / CHECKPOINTS / stage)
         return record
@@ -251,7 +258,8 @@ class RunDirectory:
 
     def look_up(self, stage: str, inputs: Mapping[str, Any], upstream: Iterable[str] = ()) -> StageRecord | None:
         """The record with which `perform` would do nothing; None where it would do the stage."""
-        return self.finished(stage, self._digests(inputs, upstream)[0])
+        record = self.finished(stage, self._digests(inputs, upstream)[0])
+        return None if record is None or (record.provisional and stage not in self._done) else record
 
     def _digests(self, inputs: Mapping[str, Any], upstream: Iterable[str]) -> tuple[str, dict[str, str]]:
         """The digest of all that a stage depends on, and those of the stages among it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.files import sha256_file, write_bytes, write_text
+from clusterq_deploy.files import fingerprint, sha256_file, write_bytes, write_text
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -91,3 +91,23 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_folder_of_links_is_told_by_what_they_lead_to(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        (tmp_path / "real" / name / f"{name}.png").write_bytes(name.encode())
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "0").symlink_to(tmp_path / "real/cats")
+    (linked / "1").symlink_to(tmp_path / "real/dogs")
+    (linked / "itself").symlink_to(linked)
+    before = fingerprint(linked)
+    assert before == fingerprint(linked)
+    (tmp_path / "real/cats").rename(tmp_path / "real/mice")
+    (tmp_path / "real/dogs").rename(tmp_path / "real/cats")
+    (tmp_path / "real/mice").rename(tmp_path / "real/dogs")
+    assert fingerprint(linked) != before  # their labels are others
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert fingerprint(empty) not in {before, fingerprint(linked)}

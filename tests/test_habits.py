@@ -230,7 +230,7 @@ def test_one_setting_under_two_names_is_refused(tmp_path: Path) -> None:
     file.write_text("model = 'digits'\nfirst-last = true\nfirst_last = true\n")
     assert "first-last and first_last in" in error("run", "--config", file)
     file.write_text("model = 'digits'\nbuild = 3\nbatch = [1, 2, 3]\n")
-    assert "Input should be a valid dictionary" in error("run", "--config", file)
+    assert "expected a table, got 3" in error("run", "--config", file)
 
 
 @pytest.mark.parametrize(
@@ -241,3 +241,56 @@ def test_an_option_misspelled_in_a_config(text: str, meant: str, tmp_path: Path)
     file = tmp_path / "some.toml"
     file.write_text(f"model = 'digits'\n{text}\n")
     assert f"did you mean {meant!r}?" in error("run", "--config", file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("threads = true", "benchmark.threads in {}: expected a number, got True"),
+        ("batches = [true, 2]", "benchmark.batches in {}: expected a number, got [True, 2]"),
+        ("limit = true", "limit in {}: expected a number, got True"),
+        ("seed = '7'", "seed in {}: expected a number, not a text, got '7'"),
+        ("first-last = 'yes'", "first_last in {}: expected true or false, not a text, got 'yes'"),
+        ("fp16 = 1", "fp16 in {}: expected true or false, got 1"),
+        ("bits = 'w8a8'", "bits in {}: expected a list, such as [1, 2], got 'w8a8'"),
+        ("keep = ['conv1=8']", "keep in {}: expected a table, got ['conv1=8']"),
+        ("effort = 'fast'\nrecipe = 'paper'", "{}: the recipe paper has the published schedule: it takes no effort"),
+        ("[benchmark]\nmin-seconds = 2", "did you mean 'min_seconds'?"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_the_words_of_toml(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text(f"model = 'digits'\n{text}\n")
+    assert said.format(file) in error("run", "--config", file)
+
+
+def test_a_wrong_option_on_top_of_a_file_is_not_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text("model = 'digits'\nbatches = [1]\n")
+    said = error("run", "--config", file, "--batches", "1,2000000000")
+    assert said.startswith("Error: --batches: Input should be less than or equal to 65536")
+    assert "some.toml" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "recipe", "images", "steps"),
+    [
+        ("recipe = 'paper'", ["--effort", "standard"], "paper", 1024, 1200),
+        ("images = 1024\n[finetune]\nsteps = 1200", ["--effort", "fast"], "default", 1024, 1200),
+        ("images = 64", ["--effort", "fast"], "default", 64, 0),
+    ],
+)
+def test_what_stands_in_a_file_was_chosen(
+    text: str, given: list[str], recipe: str, images: int, steps: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text(f"model = 'digits'\n{text}\n")
+    with main.commands["run"].make_context("run", ["--config", str(file), *given]) as context:
+        asked = options.config_of(context, file)
+    assert (asked.synthesis.recipe, asked.synthesis.images, asked.finetune.steps) == (recipe, images, steps)
+
+
+def test_an_effort_that_a_recipe_excludes_is_refused_wherever_the_recipe_stands(tmp_path: Path) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text("model = 'digits'\nrecipe = 'paper'\n")
+    assert "the recipe paper has the published schedule" in error("run", "--config", file, "--effort", "fast")

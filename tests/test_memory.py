@@ -16,6 +16,7 @@ from clusterq_deploy import Pipeline
 from clusterq_deploy.config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
 from clusterq_deploy.export import Spelling, agreement, compare_integers, verify
+from clusterq_deploy.features import compare
 from clusterq_deploy.memory import in_memory, is_of_memory
 from clusterq_deploy.quantize import Student
 from clusterq_deploy.runners import Array, OnnxRunner, TorchRunner
@@ -227,3 +228,44 @@ def test_what_is_of_memory() -> None:
     for message in ("could not create a primitive descriptor for a convolution", "shapes do not fit"):
         assert not is_of_memory(RuntimeError(message)), message
     assert not is_of_memory(ValueError("out of memory"))
+
+
+def test_a_benchmark_that_lacked_memory_is_done_again_by_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"model": "digits", "limit": 60, "benchmark": {"batches": [1, 3], "min_seconds": 0, "rounds": 1}}
+    run = Pipeline(make_config(settings), tmp_path / "run")
+    run.begin()
+    run.export("fp32")
+    infer = OnnxRunner.infer
+
+    def narrow(self: OnnxRunner, some: Array) -> Array:
+        if len(some) > 2:
+            raise ExportError("Failed to allocate memory for requested buffer of size 9")
+        return infer(self, some)
+
+    monkeypatch.setattr(OnnxRunner, "infer", narrow)
+    record = run.benchmark()
+    assert [own["batch"] for own in record.result["latency"]["fp32"]] == [1]
+    reason = "onnxruntime-cpu fp32/model.onnx: a batch of 3 does not fit the memory"
+    assert record.result["skipped"] == [{"stage": "benchmark", "reason": reason}]
+    assert run.benchmark() is record
+    monkeypatch.undo()
+    again = Pipeline(make_config(settings), tmp_path / "run").benchmark()
+    assert [own["batch"] for own in again.result["latency"]["fp32"]] == [1, 3]
+    later = Pipeline(make_config(settings), tmp_path / "run").benchmark()
+    assert later == again
+
+
+def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
+    run.begin()
+    run.synthesize()
+    monkeypatch.setattr(compare, "_ROOM", 1 << 60)
+    found = run.features().result
+    assert found["skipped"].startswith("features: the memory does not suffice for batches of 1/64 either")
+    monkeypatch.undo()
+    again = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run").features().result
+    assert again["features"]["synthetic"]["images"] == 80

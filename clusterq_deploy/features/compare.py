@@ -23,6 +23,7 @@ from clusterq_deploy.runners import Array
 
 _MOST_IMAGES, _MOST_CLASSES = 2000, 100
 _SHOWN_IMAGES, _SHOWN_CLASSES = 1000, 10
+_ROOM = 2**28  # bytes that the comparison of so many images takes, about
 
 
 def compare_features(
@@ -51,8 +52,10 @@ def compare_features(
 
     Raises:
         FeatureError: the teacher's features cannot be taken.
+        MemoryError: the memory does not suffice.
         DataError: too many images cannot be read, or a set has no labels.
     """
+    _ = np.empty(_ROOM, np.uint8)  # OpenBLAS waits without an end for memory that it does not get
     network = penultimate(teacher, classes)
     compared = most_frequent(_labels(synthetic), _MOST_CLASSES)
     capturing = partial(_captured, network, compared, batch_size, progress)

@@ -9,7 +9,7 @@ from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy import engine
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
-from clusterq_deploy.errors import EngineError, FeatureError
+from clusterq_deploy.errors import EngineError, FeatureError, OutOfMemoryError
 from clusterq_deploy.features import compare_features
 from clusterq_deploy.measure import benchmark, score
 from clusterq_deploy.memory import in_memory, is_of_memory
@@ -81,8 +81,9 @@ def measure_features(run: Run) -> StageRecord:
 
         try:
             found, _ = in_memory(compared, "features")
-        except FeatureError as error:
-            return {"inputs": inputs, "skipped": str(error)}, []
+        except (FeatureError, OutOfMemoryError) as error:
+            skipped = {"skipped": str(error), "provisional": isinstance(error, OutOfMemoryError)}
+            return {"inputs": inputs, **skipped}, []
         return {"inputs": inputs, "features": found.model_dump(mode="json")}, []
 
     return run.perform("features", inputs, work, upstream=["synthesize"])
@@ -127,7 +128,8 @@ def measure_latency(run: Run) -> StageRecord:
                 inspections[variant].append(inspected.model_dump(mode="json"))
                 if text:
                     files.append(run.directory.write(f"{name}.layers.json", text))
-        more = {"inspections": inspections, "skipped": [s.model_dump(mode="json") for s in skipped]}
+        more: Result = {"inspections": inspections, "skipped": [s.model_dump(mode="json") for s in skipped]}
+        more["provisional"] = any(own.stage == "benchmark" for own in skipped)  # of what did not fit the memory
         return {"latency": latency, "environment": environment, **more}, files
 
     upstream = [stage for v in variants for stage in (f"export/{v}", *engine_stage(v, built[v]))]

@@ -16,6 +16,7 @@ from cli.main import main
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report import Report
 from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
+from clusterq_deploy.report.findings import standard_error
 
 
 def call(*args: object) -> Result:
@@ -83,7 +84,16 @@ def test_what_does_not_compare_is_said(two: list[Path]) -> None:
     assert any("machines differ" in note for note in notes)
     assert any("versions" in note for note in notes)
     same = compare({"a": build(), "b": build(seed=9)})
-    assert same.notes == []
+    (unsteady,) = same.notes
+    assert unsteady.startswith("~ marks a median whose measurement was unsteady (standard deviation above 2.5 %")
+    assert "in a, b: the machine" in unsteady
+    quiet = [
+        v.model_copy(
+            update={"latency": [own.model_copy(update={"coefficient_of_variation": 0.0}) for own in v.latency]}
+        )
+        for v in build().variants
+    ]
+    assert compare({"a": build(variants=quiet)}).notes == []
     model = build().model.model_copy(update={"name": "resnet50"})
     images = build().evaluation.model_copy(update={"images": 100})
     other = compare({"a": build(), "b": build(model=model, evaluation=images)}).notes
@@ -99,6 +109,14 @@ def test_csv_is_one_table_with_every_number(two: list[Path]) -> None:
     assert float(row["median_ms_batch_1"]) == 4.604
     assert float(row["speedup_batch_1"]) == pytest.approx(15.104 / 4.604)
     assert (row["model"], row["seed"], row["cpu"]) == ("resnet18", "8", "Intel Xeon 8480")
+    assert float(row["p90_ms_batch_1"]) == pytest.approx(4.604 * 1.04)
+    assert float(row["p99_ms_batch_32"]) == pytest.approx(4.604 * 29 * 1.15)
+    assert float(row["images_per_second_batch_1"]) == pytest.approx(1000 / 4.604)
+    assert (row["threads_batch_1"], row["unsteady_batch_1"], row["unsteady_batch_32"]) == ("2", "false", "true")
+    assert float(row["agreement_error"]) == pytest.approx(standard_error(98.26, 5000))
+    columns = list(row)
+    assert columns[columns.index("agreement") + 1] == "median_ms_batch_1"  # what came later stands at the end
+    assert columns[columns.index("cores") + 1 :][:2] == ["agreement_error", "p90_ms_batch_1"]
     torch_row = next(r for r in rows if r["runtime"] == "torch")
     assert torch_row["median_ms_batch_1"] == torch_row["graph"] == ""
 
@@ -109,6 +127,16 @@ def test_markdown_tables_are_whole(two: list[Path]) -> None:
     widths = [re.findall(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
     assert len(widths) == 4 * 2 + 2 + 15 + 20 + 2
     assert "66.16 ± 0.67" in text
+    assert "98.26 ± 0.19" in text
+    latency = text[text.index("### Latency") :].splitlines()
+    heading, once, batched = (
+        re.split(r"\s*\|\s*", next(line for line in latency if re.match(found, line)))[1:-1]
+        for found in (r"\| run", r"\| a/resnet18 \| w8a8 .* 1 \| ", r"\| a/resnet18 \| w8a8 .* 32 \| ")
+    )
+    assert heading[4:] == ["batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up"]
+    times = "\N{MULTIPLICATION SIGN}"
+    assert once[4:] == ["1", "2", "4.604", "4.788", "5.295", "217", f"3.28{times}"]
+    assert batched[4:] == ["32", "2", "~133.5", "138.9", "153.5", "240", f"3.28{times}"]
     assert "- The machines differ" in text
 
 

@@ -33,6 +33,7 @@ from clusterq_deploy.report import (
     Report,
     Skipped,
     Variant,
+    formats,
     read_report,
     to_html,
     to_markdown,
@@ -260,7 +261,8 @@ def test_a_loss_that_diverged_survives_json_and_is_drawn(report: Report, tmp_pat
     again = read_report(path)
     assert math.isnan(again.calibration.losses["ce"][1])
     assert math.isinf(again.calibration.losses["ce"][2])
-    assert "from 1<" in to_html(again)
+    (chart,) = charts_of(to_html(again), "training", "ce ")
+    assert texts(chart) == ["start", "1.00", "end", "\N{EN DASH}", "1.00", "ce"]
 
 
 @pytest.mark.parametrize(
@@ -630,6 +632,71 @@ def test_pages_of_a_run_that_measured_nothing() -> None:
     assert "<img" not in text
 
 
+def charts_of(page: str, section: str, described: str = "") -> list[str]:
+    """The charts of a section whose description begins so."""
+    text = page[page.index(f'id="{section}"') :].split("</section>", maxsplit=1)[0]
+    return re.findall(rf'<svg class="chart" role="img" aria-label="{described}.*?</svg>', text, flags=re.DOTALL)
+
+
+def texts(chart: str) -> list[str]:
+    return re.findall(r">([^<>\s][^<>]*)</t(?:ext|span)>", chart)
+
+
+def with_losses(report: Report, values: list[float]) -> str:
+    """The chart of one curve."""
+    calibration = report.calibration.model_copy(update={"losses": {"sfda": values}})
+    (chart,) = charts_of(to_html(report.model_copy(update={"calibration": calibration})), "training", "sfda ")
+    return chart
+
+
+def curve(chart: str) -> str:
+    """The path of the curve; a gap is where it moves anew."""
+    (path,) = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--accent\)', chart)
+    return str(path)
+
+
+def test_a_curve_has_its_range_and_its_ends(report: Report) -> None:
+    chart = with_losses(report, [5.0, 0.25, 12.5, 0.5])
+    assert texts(chart) == ["start", "5.00", "end", "0.500", "0.250", "12.5", "sfda"]
+    assert 'aria-label="sfda over the training: from 5.00 to 0.500, between 0.250 and 12.5"' in chart
+    assert texts(with_losses(report, [0.0007] * 3)) == ["start", "0.00070", "end", "0.00070", "0.00070", "sfda"]
+    assert texts(with_losses(report, [2.0])) == ["one value", "2.00", "2.00", "sfda"]
+
+
+def test_a_curve_that_is_not_computed_at_first_begins_with_a_gap(report: Report) -> None:
+    whole, late = (with_losses(report, [*first, 3.0, 2.0, math.nan, 4.0, 1.0]) for first in ([9.0] * 5, [math.nan] * 5))
+    begin = float(re.findall(r"M (\S+)", curve(whole))[0])
+    starts = [float(x) for x in re.findall(r"M (\S+)", curve(late))]
+    assert len(starts) == 2
+    assert begin + 20 < starts[0] < starts[1]
+    assert texts(late) == ["start", "\N{EN DASH}", "end", "1.00", "1.00", "4.00", "sfda"]
+    assert "from 3.00 to 1.00, between 1.00 and 4.00; gaps where no value is finite" in late
+    never = with_losses(report, [math.nan] * 4)
+    assert texts(never) == ["start", "\N{EN DASH}", "end", "\N{EN DASH}", "no finite value", "sfda"]
+    assert 'aria-label="sfda over the training: no finite value"' in never
+    window = with_losses(report, [math.nan] + [1.0, 3.0] * 240)  # means over three values: of the finite ones
+    assert "gaps" not in window
+
+
+def test_numbers_that_stand_together_are_written_alike() -> None:
+    assert [*map(formats.alike([19.7, 0.0148]), (19.7, 0.0148, 0, math.nan))] == ["19.7", "0.0148", "0", "\N{EN DASH}"]
+    assert [*map(formats.alike([9e-5, 8e-6]), (9e-5, 8e-6, 0))] == ["9.0e-05", "8.0e-06", "0"]
+    assert [*map(formats.alike([2e6, 1.0]), (2e6, 1.0))] == ["2.0e+06", "1.0e+00"]
+    assert formats.alike([])(1.0) == "1.00"
+
+
+def test_sensitivities_are_written_in_one_style(report: Report) -> None:
+    kls = (6.9e-6, 0.0007, 1.25)
+    costs = [
+        LayerSensitivity(layer=f"{'x' * 60}.{kl}", bits="w4a4", kl=kl, agreement=99, expected_drop=0) for kl in kls
+    ]
+    changed = [v.model_copy(update={"sensitivities": costs}) if v.name == "w4a4" else v for v in report.variants]
+    (chart,) = charts_of(to_html(report.model_copy(update={"variants": changed})), "sensitivity")
+    shown = texts(chart)
+    assert {"6.9e-06", "7.0e-04", "1.2e+00"} <= set(shown)
+    assert sum("\N{HORIZONTAL ELLIPSIS}" in text for text in shown) == 3  # a name longer than the page is cut
+
+
 def panels(text: str) -> list[str]:
     section = text[text.index('id="features"') :].split("</section>", maxsplit=1)[0]
     return re.findall(r"<figure>.*?</figure>", section, flags=re.DOTALL)
@@ -733,9 +800,11 @@ def test_every_layer_has_its_two_charts_on_demand(page: str) -> None:
         assert "<figcaption>Weight: steps of 0.01 to 0.03, none of 288 clipped</figcaption>" in weight
         assert "<figcaption>Input: step 0.25, 20.00 % of 320 clipped</figcaption>" in read
         ends = [f"\N{MINUS SIGN}{1 << bits - 1}", str((1 << bits - 1) - 1)]
-        assert re.findall(r">([^<>]+)</text>", weight) == ends
-        assert re.findall(r">([^<>]+)</text>", read) == ["0", str((1 << bits) - 1)]
-    assert 'aria-label="Weight of layer1.10.conv2: 288 values on the grid from -8 to 7"' in page
+        titles = {"grid steps", "count (log)"}
+        assert sorted(re.findall(r">([^<>]+)</text>", weight)) == sorted([*ends, *titles])
+        assert sorted(re.findall(r">([^<>]+)</text>", read)) == sorted(["0", str((1 << bits) - 1), *titles])
+    described = "288 values on the grid from -8 to 7; counts, on a logarithmic scale, over grid steps"
+    assert f'aria-label="Weight of layer1.10.conv2: {described}"' in page
 
 
 def test_the_lines_of_a_histogram_are_the_values_of_its_grid(page: str) -> None:
@@ -828,7 +897,7 @@ def test_environment_survives_what_is_absent(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_spread_of_latencies_is_drawn_for_each_runtime_and_batch(report: Report) -> None:
-    captions = re.findall(r"<figcaption>(.*), calls of batch (\d+), ms</figcaption>", to_html(report))
+    captions = re.findall(r"<figcaption>(.*), calls of batch (\d+)</figcaption>", to_html(report))
     assert captions == [(CPU, "1"), (CPU, "32"), (TENSORRT, "1"), (TENSORRT, "32")]
     assert "Distribution of the time of a call in ms, medians: fp32" in to_html(report)
     old = [
@@ -836,3 +905,27 @@ def test_the_spread_of_latencies_is_drawn_for_each_runtime_and_batch(report: Rep
         for variant in report.variants
     ]
     assert "calls of batch" not in to_html(report.model_copy(update={"variants": old}))  # from before they were kept
+
+
+def test_a_far_whisker_leaves_the_boxes_readable(report: Report) -> None:
+    def spread(far: float) -> str:
+        """The chart of boxes that end at 0.2 ms, and of one whisker at `far`."""
+        fp32, *others = report.variants
+        quantiles = [0.10 + 0.01 * step for step in range(11)] + [0.2] * 8 + [far, far + 1]
+        fp32 = fp32.model_copy(
+            update={"latency": [fp32.latency[0].model_copy(update={"quantiles_ms": quantiles, "median_ms": 0.2})]}
+        )
+        page = to_html(
+            report.model_copy(update={"variants": [fp32, *[v.model_copy(update={"latency": []}) for v in others]]})
+        )
+        (chart,) = charts_of(page, "latency")
+        return chart
+
+    near, far = spread(0.3), spread(4.3)
+    assert "time of a call, ms" in texts(near)
+    assert "time of a call, ms" in texts(far)
+    assert max(float(text) for text in texts(far) if re.fullmatch(r"0\.\d+", text)) <= 0.4  # the end of the axis
+    assert "4.300" in texts(far)  # beside the arrow
+    assert "beyond the picture, 95 % of the calls: fp32 4.300 ms" in far
+    assert "0.300" not in texts(near)
+    assert "beyond" not in near

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from test_report import build
 
 from clusterq_deploy.report import to_html
+from clusterq_deploy.report.schema import LayerSensitivity
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -51,6 +53,22 @@ TEXTS = """() => {
 """Contrast by WCAG 2, tag and beginning of every text that is shown."""
 
 
+SIZES = """() => [...document.querySelectorAll('svg.chart text')].map(node => {
+  const chart = node.ownerSVGElement;
+  const scale = chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
+  return [parseFloat(getComputedStyle(node).fontSize) * scale, node.textContent.trim()];
+})"""
+"""Size on the screen, in px, and words of every text in a chart."""
+OVERLAPS = """() => [...document.querySelectorAll('svg.chart')].flatMap(chart => {
+  const boxes = [...chart.querySelectorAll('text')]
+    .map(node => [node.getBoundingClientRect(), node.textContent.trim()]);
+  return boxes.flatMap(([a, one], index) => boxes.slice(index + 1)
+    .filter(([b]) => a.left < b.right && b.left < a.right && a.top + 1 < b.bottom && b.top + 1 < a.bottom)
+    .map(([, other]) => [one, other]));
+})"""
+"""The words of every two texts of a chart that lie on one another."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with playwright.sync_playwright() as driver:
@@ -66,12 +84,27 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report of three variants, and of ten classes with names as long as names can be."""
+    """A report of four variants, and of ten classes with names as long as names can be."""
     report, sheet = build(), io.BytesIO()
     Image.new("RGB", (2258, 1806)).save(sheet, "PNG")
     names = ["0 tench", *["111 nematode worm with a name that is long"] * 8, "999 incomprehensibilities"]
     calibration = report.calibration.model_copy(update={"preview_classes": names})
-    report = report.model_copy(update={"calibration": calibration})
+    costs = [
+        LayerSensitivity(layer=f"layer1.{n}.conv2", bits="w4a4", kl=kl, agreement=99.0, expected_drop=0.1)
+        for n, kl in enumerate((6.9e-6, 0.0007, 0.25))
+    ]
+    fp32, *others = report.variants
+    # as good as fp32 and far faster: its name stands at the upper left, under the title
+    fast = others[0].model_copy(
+        update={
+            "name": "w2a2",
+            "latency": [own.model_copy(update={"median_ms": own.median_ms / 60}) for own in others[0].latency],
+            "accuracy": [own.model_copy(update={"top1": 99.99}) for own in others[0].accuracy],
+            "losses": {"features": [math.nan] * 9 + [0.00071] * 90 + [0.00012]},
+            "sensitivities": costs,
+        }
+    )
+    report = report.model_copy(update={"calibration": calibration, "variants": [fp32, *others, fast]})
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(to_html(report, sheet.getvalue()), encoding="utf-8")
     return path.as_uri()
@@ -97,7 +130,7 @@ def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iter
 def test_a_browser_shows_the_numbers(page: Page) -> None:
     cells = page.locator("td, th").all_text_contents()
     assert set(NUMBERS) <= {cell.strip() for cell in cells}
-    assert page.locator("svg.chart").count() == 14 + 8  # two of each layer
+    assert page.locator("svg.chart").count() == 16 + 12  # two of each layer
 
 
 @pytest.mark.parametrize(
@@ -120,6 +153,14 @@ def test_a_name_stands_over_its_column_of_the_preview(page: Page) -> None:
         assert name is not None
         assert name["x"] == pytest.approx(picture["x"] + (column - 1) * picture["width"] / 10, abs=1.5)
         assert name["width"] == pytest.approx(picture["width"] / 10, abs=1)
+
+
+@pytest.mark.parametrize("page", [(390, "light"), (1280, "light")], indirect=True, ids=["phone", "desk"])
+def test_text_in_a_chart_can_be_read(page: Page) -> None:
+    sizes = page.evaluate(SIZES)
+    assert {"KL from the fp32 model, nats", "6.9e-06", "end", "0.00012", "grid steps"} <= {text for _, text in sizes}
+    assert [text for text in sizes if text[0] < 10] == []
+    assert page.evaluate(OVERLAPS) == []
 
 
 @pytest.mark.parametrize("page", [(1280, "light"), (1280, "dark")], indirect=True, ids=["light", "dark"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report import formats, wording
-from clusterq_deploy.report.findings import BASELINE, HALF, AccuracyRow, accuracy_rows, latency_rows
+from clusterq_deploy.report.findings import BASELINE, HALF, UNSTEADY, AccuracyRow, accuracy_rows, latency_rows
 from clusterq_deploy.report.schema import Report, read_report
 from clusterq_deploy.report.tables import escaped, markdown_table
 
@@ -26,9 +26,9 @@ class Comparison:
     Attributes:
         runs: what each run was asked to do.
         accuracy: top-1 and agreement in percent, drop in points, sizes in bytes.
-        latency: medians in milliseconds, and the speed-up over the same run's fp32.
+        latency: medians in milliseconds, the speed-up over the same run's fp32, and whether it was unsteady.
         machines: the versions and the hardware that measured.
-        notes: what in the runs cannot be compared, whole sentences.
+        notes: what in the runs cannot be compared or deserves no trust, whole sentences.
     """
 
     runs: list[Row]
@@ -82,7 +82,7 @@ def compare(reports: Mapping[str, Report]) -> Comparison:
         accuracy=sorted_rows(accuracy, "runtime", "graph"),
         latency=sorted_rows(latency, "runtime", "graph", "batch"),
         machines=[_machine(run, report) for run, report in reports.items()],
-        notes=_notes(list(reports.values())),
+        notes=[*_notes(list(reports.values())), *_unsteady_note(latency)],
     )
 
 
@@ -107,7 +107,8 @@ def to_csv(comparison: Comparison) -> str:
     timed: dict[tuple[Any, ...], Row] = {}
     for row in comparison.latency:
         own = timed.setdefault(_key(row), {})
-        own[f"median_ms_batch_{row['batch']}"], own[f"speedup_batch_{row['batch']}"] = row["median_ms"], row["speedup"]
+        own |= {f"{name}_batch_{row['batch']}": row[name] for name in (*_TIMES, *_MORE_TIMES)}
+        own[f"unsteady_batch_{row['batch']}"] = "true" if row["unsteady"] else "false"
     scored = {_key(row): row for row in comparison.accuracy}
     rows = [
         {
@@ -120,10 +121,12 @@ def to_csv(comparison: Comparison) -> str:
         for key in dict.fromkeys([*scored, *timed])
     ]
     measured = ("size_bytes", "top1", "top1_error", "top5", "drop", "drop_error", "agreement")
-    latencies = [f"{name}_batch_{batch}" for batch in batches for name in ("median_ms", "speedup")]
+    latencies = [f"{name}_batch_{batch}" for batch in batches for name in _TIMES]
+    later = [f"{name}_batch_{batch}" for batch in batches for name in (*_MORE_TIMES, "unsteady")]
     about_columns = [key for key in comparison.runs[0] if key != "run"]
     machine_columns = [key for key in comparison.machines[0] if key != "run"]
-    columns = [*_KEY, *measured, *latencies, *about_columns, *machine_columns]
+    # columns are added at the end: others may count them
+    columns = [*_KEY, *measured, *latencies, *about_columns, *machine_columns, "agreement_error", *later]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -132,6 +135,8 @@ def to_csv(comparison: Comparison) -> str:
 
 
 _KEY = ("run", "variant", "runtime", "graph")
+_TIMES = ("median_ms", "speedup")
+_MORE_TIMES = ("p90_ms", "p99_ms", "images_per_second", "threads")
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -165,6 +170,7 @@ def _accuracy(run: str, row: AccuracyRow) -> Row:
         "drop": row.drop,
         "drop_error": row.drop_error,
         "agreement": row.accuracy.agreement,
+        "agreement_error": row.agreement_error,
     }
 
 
@@ -178,8 +184,11 @@ def _latency(run: str, report: Report) -> list[Row]:
             "batch": row.latency.batch,
             "threads": row.latency.threads,
             "median_ms": row.latency.median_ms,
+            "p90_ms": row.latency.p90_ms,
             "p99_ms": row.latency.p99_ms,
+            "images_per_second": row.latency.images_per_second,
             "speedup": row.speedup,
+            "unsteady": row.unsteady,
         }
         for row in latency_rows(report)
     ]
@@ -215,6 +224,17 @@ def _notes(reports: list[Report]) -> list[str]:
     return notes
 
 
+def _unsteady_note(latency: list[Row]) -> list[str]:
+    """What the mark of an unsteady median says; nothing where there is none."""
+    runs = dict.fromkeys(row["run"] for row in latency if row["unsteady"])
+    if not runs:
+        return []
+    return [
+        f"~ marks a median whose measurement was unsteady (standard deviation above {100 * UNSTEADY:g} % of the "
+        f"mean), in {', '.join(runs)}: the machine was not quiet."
+    ]
+
+
 # how a column reads; what is not here stands as it is
 _FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "graph": ("file", formats.file_name),
@@ -224,34 +244,37 @@ _FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "drop": ("drop", formats.number),
     "agreement": ("agreement %", formats.number),
     "median_ms": ("p50 ms", formats.milliseconds),
+    "p90_ms": ("p90 ms", formats.milliseconds),
     "p99_ms": ("p99 ms", formats.milliseconds),
+    "images_per_second": ("images/s", "{:,.0f}".format),
     "speedup": ("speed-up", formats.speedup),
 }
-_ERRORS = ("top1_error", "drop_error")  # stand behind their number
+_BESIDE = ("top1_error", "drop_error", "agreement_error", "unsteady")  # no columns: they stand at their number
 _FIRST_NUMBERS = ("size_bytes", "batch")
 
 
 def headings(rows: list[Row]) -> list[str]:
     """The headings of a table for people."""
-    return [_FORMATS[key][0] if key in _FORMATS else key.replace("_", " ") for key in rows[0] if key not in _ERRORS]
+    return [_FORMATS[key][0] if key in _FORMATS else key.replace("_", " ") for key in rows[0] if key not in _BESIDE]
 
 
 def formatted(row: Row) -> list[str]:
-    """A row for people: units, errors behind their numbers, a dash for what was not measured."""
+    """A row for people: units, errors behind their numbers, ~ before an unsteady median, a dash where nothing is."""
     cells = []
     for key, value in row.items():
-        if key in _ERRORS:
+        if key in _BESIDE:
             continue
         if f"{key}_error" in row:
             cells.append(formats.with_error(value, row[f"{key}_error"]))
         elif value is None:
             cells.append(formats.ABSENT)
         else:
-            cells.append(_FORMATS[key][1](value) if key in _FORMATS else str(value))
+            mark = "~" if key == "median_ms" and row["unsteady"] else ""
+            cells.append(mark + (_FORMATS[key][1](value) if key in _FORMATS else str(value)))
     return cells
 
 
 def text_columns(rows: list[Row]) -> int:
     """How many columns of a table hold text, from the left; numbers stand behind them."""
-    shown = [key for key in rows[0] if key not in _ERRORS]
+    shown = [key for key in rows[0] if key not in _BESIDE]
     return next((index for index, key in enumerate(shown) if key in _FIRST_NUMBERS), len(shown))

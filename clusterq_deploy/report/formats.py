@@ -1,5 +1,8 @@
 """Numbers as the report writes them."""
 
+import math
+from collections.abc import Callable, Sequence
+
 ABSENT = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -54,3 +57,21 @@ def speedup(value: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share as a percentage: 0.254 is `25.4 %`."""
     return ABSENT if share is None else f"{100 * share:.1f} %"
+
+
+def scientific(value: float) -> str:
+    """Two digits and an exponent, whatever the size: 3.5e-05; 0 is 0, a dash what is not finite."""
+    return ABSENT if not math.isfinite(value) else f"{value:.1e}" if value else "0"
+
+
+def alike(values: Sequence[float]) -> Callable[[float], str]:
+    """How numbers that stand together are written: all with an exponent where even the largest is small, or none."""
+    largest = max(map(abs, values), default=0.0)
+    return scientific if largest and not 1e-4 <= largest < 1e5 else _three_digits
+
+
+def _three_digits(value: float) -> str:
+    """19.7, 0.917, 0.00071: five decimals at most; a dash for what is not finite."""
+    if not math.isfinite(value):
+        return ABSENT
+    return number(value, min(max(2 - math.floor(math.log10(abs(value))), 0), 5)) if value else "0"

@@ -81,6 +81,7 @@ def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> st
         "ms": formats.milliseconds,
         "number": formats.number,
         "percent": formats.percent,
+        "scientific": formats.scientific,
         "size": formats.size,
         "speedup": formats.speedup,
         "with_error": formats.with_error,
@@ -164,7 +165,7 @@ def _distributions(report: Report) -> list[tuple[str, str]]:
         if row.latency.quantiles_ms:
             groups.setdefault((row.latency.runtime, row.latency.batch), []).append(row)
     return [
-        (f"{runtime}, calls of batch {batch}, ms", distribution_chart(rows, f"distribution{index}"))
+        (f"{runtime}, calls of batch {batch}", distribution_chart(rows, f"distribution{index}"))
         for index, ((runtime, batch), rows) in enumerate(groups.items())
     ]
 

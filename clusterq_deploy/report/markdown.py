@@ -127,7 +127,13 @@ def _file_table(report: Report) -> str:
 
 def _sensitivities(report: Report) -> str:
     rows = [
-        (_text(variant.name), _text(own.layer), own.bits, f"{own.kl:.1e}", formats.number(own.expected_drop, 4))
+        (
+            _text(variant.name),
+            _text(own.layer),
+            own.bits,
+            formats.scientific(own.kl),
+            formats.number(own.expected_drop, 4),
+        )
         for variant in report.variants
         for own in sorted(variant.sensitivities, key=lambda own: -own.kl)
     ]

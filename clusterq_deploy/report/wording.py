@@ -24,7 +24,7 @@ _TERMS = {
     "features": "distance of its features from the teacher's",
     "held_out_kl": "divergence on held-out synthetic images, by which the kept step is chosen",
 }
-"""The training curves by name; numbers are equations of arXiv 2205.00179."""
+"""The training curves by name, and what they are of."""
 
 
 def model_name(report: Report) -> str:
@@ -252,7 +252,8 @@ def sensitivity_notes() -> list[str]:
 def curve_notes(report: Report) -> list[str]:
     """What the training curves show, for those that the report has."""
     shown = {*report.calibration.losses, *(name for variant in report.variants for name in variant.losses)}
-    return [f"{name}: {_TERMS[name]}." for name in _TERMS if name in shown]
+    found = [f"{name}: {text}." for name, text in _TERMS.items() if name in shown]
+    return [*found, "Numbers in brackets are equations of ClusterQ (arXiv 2205.00179)."] if found else []
 
 
 def _listed(names: list[str]) -> str:

@@ -371,6 +371,7 @@ def test_without_labels_only_agreement_counts() -> None:
         assert "Accuracy was not measured" in text
         assert "5,000 held-out synthetic images" in text
         assert "98.26 ± 0.19" in text
+        assert not re.search(r">Top-1, %<|\btop-1 % \|", text)  # no columns of dashes
         assert "69.50" not in re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
 
 

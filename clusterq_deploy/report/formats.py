@@ -30,6 +30,11 @@ def file_name(path: str | None) -> str:
     return path.rpartition("/")[2] if path else ABSENT
 
 
+def purpose(target: str) -> str:
+    """What a file is for: a runtime, or, of two weights a byte, to be stored and shipped."""
+    return "storage" if target == "int4" else target
+
+
 def size(size_bytes: int | None) -> str:
     """A file size in decimal units: 46.8 MB."""
     if size_bytes is None:

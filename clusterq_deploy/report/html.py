@@ -81,6 +81,7 @@ def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> st
         "ms": formats.milliseconds,
         "number": formats.number,
         "percent": formats.percent,
+        "purpose": formats.purpose,
         "scientific": formats.scientific,
         "size": formats.size,
         "speedup": formats.speedup,

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable
 
 from clusterq_deploy.report import engine_wording, feature_wording, formats, verdict_wording, wording
-from clusterq_deploy.report.findings import accuracy_rows, file_rows, half_was_timed, latency_rows
+from clusterq_deploy.report.findings import AccuracyRow, accuracy_rows, file_rows, half_was_timed, latency_rows
 from clusterq_deploy.report.schema import Report
 from clusterq_deploy.report.tables import escaped as _text
 from clusterq_deploy.report.tables import markdown_table as _table
@@ -51,15 +51,23 @@ def _accuracy_table(report: Report) -> str:
             _text(row.accuracy.runtime),
             _text(formats.file_name(row.accuracy.graph)),
             formats.size(row.size_bytes),
-            formats.with_error(row.accuracy.top1, row.top1_error),
-            formats.with_error(row.drop, row.drop_error),
-            formats.number(row.accuracy.top5),
+            *(_scores(row) if report.evaluation.labelled else ()),
             formats.with_error(row.accuracy.agreement, row.agreement_error),
         )
         for row in accuracy_rows(report)
     ]
-    headings = ("variant", "runtime", "file", "size", "top-1 %", "drop", "top-5 %", "agreement %")
+    scored = ("top-1 %", "drop", "top-5 %") if report.evaluation.labelled else ()
+    headings = ("variant", "runtime", "file", "size", *scored, "agreement %")
     return _table(headings, rows, left=3) if rows else "Not measured."
+
+
+def _scores(row: AccuracyRow) -> tuple[str, str, str]:
+    """What labelled images say: top-1, drop, top-5."""
+    return (
+        formats.with_error(row.accuracy.top1, row.top1_error),
+        formats.with_error(row.drop, row.drop_error),
+        formats.number(row.accuracy.top5),
+    )
 
 
 def _latency_table(report: Report) -> str:
@@ -115,7 +123,7 @@ def _file_table(report: Report) -> str:
     rows = [
         (
             _text(row.artifact.path),
-            _text(row.artifact.target),
+            _text(formats.purpose(row.artifact.target)),
             formats.size(row.artifact.size_bytes),
             formats.percent(row.share),
             _text("; ".join(row.artifact.notes)),

@@ -126,8 +126,11 @@ def calibration_facts(report: Report) -> list[tuple[str, str]]:
         ("Recipe", calibration.recipe),
         ("Time", duration(calibration.seconds)),
         ("Teacher gives the intended label", f"{calibration.teacher_top1:.2f} %"),
-        ("Diversity within a class", None if diversity is None else f"{diversity:.3f}"),
-        ("Separability of the classes (silhouette)", None if silhouette is None else number(silhouette, 3)),
+        ("Diversity within a class, at the last BatchNorm", None if diversity is None else f"{diversity:.3f}"),
+        (
+            "Separability of the classes (silhouette), before the classifier",
+            None if silhouette is None else number(silhouette, 3),
+        ),
     ]
     return [(label, value) for label, value in facts if value]
 

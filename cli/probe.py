@@ -31,15 +31,14 @@ def graph() -> bytes:
 
 
 def start_tensorrt() -> None:
-    """Start TensorRT's builder, which loads its libraries and asks for the GPU; ends the process where it does not."""
-    import tensorrt as trt
+    """Start TensorRT's builder; ends the process with a message where that does not work."""
+    from clusterq_deploy.engine.availability import start_builder
+    from clusterq_deploy.errors import EngineError
 
     try:
-        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    except Exception as error:  # the bindings raise what pybind11 makes of it
-        sys.exit(f"the builder does not start: {error}")
-    if builder is None:
-        sys.exit("the builder does not start")
+        start_builder()
+    except EngineError as error:
+        sys.exit(str(error))
 
 
 def run_graph(provider: str) -> None:

@@ -8,10 +8,10 @@ from typing import Literal
 from clusterq_deploy import engine
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.errors import RunDirectoryError
+from clusterq_deploy.manifest import Result, StageRecord
 from clusterq_deploy.pipeline import Pipeline
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.rehearsal import Pace, rehearse
-from clusterq_deploy.rundir import Result, StageRecord
 
 State = Literal["finished", "to do", "skipped"]
 

@@ -20,12 +20,13 @@ from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
 from clusterq_deploy.files import fingerprint
+from clusterq_deploy.manifest import Result, StageRecord, digest
 from clusterq_deploy.measure import Predictions, predictions, reached
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, load_student
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.quantize.placement import place
-from clusterq_deploy.rundir import Result, RunDirectory, StageRecord, digest
+from clusterq_deploy.rundir import RunDirectory
 from clusterq_deploy.runners import Runner, TorchRunner
 from clusterq_deploy.version import __version__
 

@@ -23,7 +23,7 @@ from clusterq_deploy.features import (
     separation,
 )
 from clusterq_deploy.models.digits import digits
-from clusterq_deploy.report.schema import FeatureInfo
+from clusterq_deploy.report.features import FeatureInfo
 from clusterq_deploy.runners import Array
 
 T = TypeVar("T")

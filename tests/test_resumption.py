@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from clusterq_deploy.rundir import StageRecord, read_manifest
+from clusterq_deploy.manifest import StageRecord, read_manifest
 
 ROOT = Path(__file__).parents[1]
 SMALL = """

@@ -3,6 +3,7 @@
 import torch
 
 from clusterq_deploy.engine.failures import NO_GPU, diagnose
+from clusterq_deploy.engine.log import explained, tensorrt_log
 from clusterq_deploy.errors import TensorRTMissing
 
 
@@ -49,3 +50,17 @@ def tensorrt_problem() -> str | None:
     if release < (10, 3):
         return f"tensorrt {trt.__version__} is too old: install 10.3 or later"
     return None
+
+
+def start_builder() -> None:
+    """Start TensorRT's builder, which loads its libraries and asks for the GPU, and end it.
+
+    A TensorRT that does not fit the driver may crash the process here.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    import tensorrt as trt
+
+    with explained("start the builder"):
+        trt.Builder(tensorrt_log())

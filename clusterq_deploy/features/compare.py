@@ -18,7 +18,7 @@ from clusterq_deploy.features.geometry import (
     project,
     separation,
 )
-from clusterq_deploy.report.schema import FeatureInfo, FeatureSet, Points, Projection
+from clusterq_deploy.report.features import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.runners import Array
 
 _MOST_IMAGES, _MOST_CLASSES = 2000, 100

@@ -1,6 +1,7 @@
 """The report of a run: its schema, and the Markdown and HTML that people read."""
 
 from clusterq_deploy.report.engines import EngineInspection, EngineLayer, GpuTelemetry, MissedLayer, Reading, Spread
+from clusterq_deploy.report.features import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.report.histograms import Histogram, LayerHistograms
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
@@ -10,14 +11,10 @@ from clusterq_deploy.report.schema import (
     CalibrationInfo,
     Environment,
     EvaluationInfo,
-    FeatureInfo,
-    FeatureSet,
     ImageNote,
     Latency,
     LayerNote,
     ModelInfo,
-    Points,
-    Projection,
     Report,
     Skipped,
     Variant,

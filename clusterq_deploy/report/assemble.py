@@ -9,8 +9,10 @@ import torch
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.environment import collect_environment
+from clusterq_deploy.manifest import StageRecord
 from clusterq_deploy.models import LoadedModel
 from clusterq_deploy.report.engines import EngineInspection
+from clusterq_deploy.report.features import FeatureInfo
 from clusterq_deploy.report.histograms import LayerHistograms
 from clusterq_deploy.report.schema import (
     Accuracy,
@@ -18,7 +20,6 @@ from clusterq_deploy.report.schema import (
     CalibrationInfo,
     Environment,
     EvaluationInfo,
-    FeatureInfo,
     ImageNote,
     Latency,
     LayerNote,
@@ -28,7 +29,6 @@ from clusterq_deploy.report.schema import (
     Skipped,
     Variant,
 )
-from clusterq_deploy.rundir import StageRecord
 from clusterq_deploy.version import __version__
 
 _CURVE_POINTS = 200

@@ -25,9 +25,10 @@ from clusterq_deploy.report.canvas import (
 )
 from clusterq_deploy.report.engine_wording import shortened
 from clusterq_deploy.report.engines import EngineLayer
+from clusterq_deploy.report.features import Points
 from clusterq_deploy.report.findings import FLOAT, LatencyRow
 from clusterq_deploy.report.histograms import Histogram
-from clusterq_deploy.report.schema import LayerSensitivity, Points
+from clusterq_deploy.report.schema import LayerSensitivity
 from clusterq_deploy.report.verdicts import Point
 
 _CURVE_POINTS = 240

@@ -8,10 +8,10 @@ import onnx
 from clusterq_deploy import engine, export
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.export.integers import SiteComparison
+from clusterq_deploy.manifest import Result, StageRecord
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.schema import Artifact
 from clusterq_deploy.run import EVALUATION_BATCH, FP32, Run
-from clusterq_deploy.rundir import Result, StageRecord
 from clusterq_deploy.runners import OnnxRunner, Runner
 
 

@@ -11,6 +11,7 @@ from calib.calibration_set import CalibrationSet
 from calib.checkpoint import Checkpoint
 from calib.leaves import with_leaves
 from calib.synthesis import Synthesis, synthesize
+from clusterq_deploy.manifest import Result, StageRecord
 from clusterq_deploy.memory import in_memory
 from clusterq_deploy.quantize import (
     BitWidths,
@@ -29,7 +30,6 @@ from clusterq_deploy.quantize import (
 )
 from clusterq_deploy.quantize.student import FORMAT
 from clusterq_deploy.run import IMAGES, PREVIEW, Run, student_file
-from clusterq_deploy.rundir import Result, StageRecord
 
 logger = logging.getLogger(__name__)
 

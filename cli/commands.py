@@ -50,7 +50,7 @@ def run(
     goes on where it stopped; with the same --out a changed option redoes what depends on it.
     """
     from cli import render
-    from clusterq_deploy.report.wording import summary, unreadable_note
+    from clusterq_deploy.report.wording import summary
 
     config = options.config_of(ctx, config_file)
     out = out or _default_out(config)
@@ -63,9 +63,8 @@ def run(
         render.print_json(report.to_json())
         return
     render.print_table(render.report_table(report))
-    render.print_line(summary(report))
-    if lost := unreadable_note(report):
-        render.print_line(lost)
+    for line in (summary(report), *render.conclusions(report)):
+        render.print_line(line)
     for skipped in report.skipped:
         render.print_line(f"Skipped {skipped.stage}: {skipped.reason}")
     render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")

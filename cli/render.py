@@ -190,6 +190,17 @@ def comparison_tables(comparison: "Comparison") -> Iterator[Table]:
         yield table
 
 
+def conclusions(report: "Report") -> list[str]:
+    """What to deploy in each runtime, what keeps that from being certain, and the images that could not be read."""
+    from clusterq_deploy.report.verdict_wording import caveats, sentence
+    from clusterq_deploy.report.verdicts import verdicts
+    from clusterq_deploy.report.wording import unreadable_note
+
+    lost = unreadable_note(report)
+    found = [sentence(verdict, report.evaluation.labelled) for verdict in verdicts(report)]
+    return [*found, *caveats(report), *([lost] if lost else [])]
+
+
 def plan_table(plan: "Plan") -> Table:
     """The stages of a run that was not done."""
     from clusterq_deploy.report import formats

@@ -30,7 +30,6 @@ def report(
     from cli import render
     from clusterq_deploy.report.compare import compare as compared
     from clusterq_deploy.report.compare import read_reports
-    from clusterq_deploy.report.wording import unreadable_note
 
     forms = [name for name, given in (("json", as_json), ("markdown", markdown), ("csv", csv)) if given]
     if len(forms) > 1:
@@ -49,8 +48,8 @@ def report(
         _show(compared({runs[0].resolve().name: made}), form)
     else:
         render.print_table(render.report_table(made))
-        if lost := unreadable_note(made):
-            render.print_line(lost)
+        for line in render.conclusions(made):
+            render.print_line(line)
         render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
 
 

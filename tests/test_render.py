@@ -5,8 +5,9 @@ import threading
 import time
 
 from rich.console import Console
+from test_report import build
 
-from cli.render import LiveProgress
+from cli.render import LiveProgress, conclusions
 
 
 def terminal() -> tuple[LiveProgress, io.StringIO]:
@@ -67,3 +68,13 @@ def test_nothing_is_shown_where_there_is_no_terminal() -> None:
     with progress.task("outer", 1) as advance:
         advance()
     assert shown.getvalue() == ""
+
+
+def test_a_command_ends_with_what_to_deploy() -> None:
+    report = build()
+    assert [line[:31] for line in conclusions(report)] == [
+        "On onnxruntime-cpu deploy w8a8 ",
+        "On tensorrt deploy w8a8 (w8a8/m",
+    ]
+    few = report.model_copy(update={"evaluation": report.evaluation.model_copy(update={"images": 90})})
+    assert conclusions(few)[-1].startswith("90 images are too few to tell")

@@ -1,6 +1,6 @@
 """The base of every stage's configuration."""
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
@@ -25,6 +25,8 @@ class StageConfig(BaseModel):
 
 def _kinds(annotation: Any) -> set[Any]:
     """The types that an annotation is made of."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(annotation.__origin__)
     inner = get_args(annotation)
     return {kind for own in inner for kind in _kinds(own)} if inner else {annotation}
 

@@ -277,7 +277,7 @@ class GeneratorTrainer:
         self._mixing = mixing / math.sqrt(self.config.latent * count)
 
     def train(self, progress: Progress = SILENT, checkpoint: Checkpoint = NOWHERE) -> History:
-        """Run all steps that a checkpoint has not; gives the loss terms of the steps in which they took part."""
+        """Run all steps that a checkpoint has not; gives each loss term by step, from the first that has it."""
         config = self.config
         history: History = {"ce": [], "bns": [], "sfda": [], "icv": []}
         if (kept := checkpoint.load("generator")) is not None:
@@ -292,8 +292,11 @@ class GeneratorTrainer:
                 if index == config.warmup_steps:
                     self.initialize_centroids()
                 losses = self.step(warmup=index < config.warmup_steps)
-                for name, value in losses.items():
-                    history[name].append(value)
+                for name, values in history.items():
+                    if name in losses:
+                        values.append(losses[name])
+                    elif values:
+                        values.append(values[-1])  # of a batch without an image of its class
                 advance(1, **losses)
                 checkpoint.save("generator", lambda: {**self.state_dict(), "history": history})
         return history

@@ -186,7 +186,8 @@ def _providers() -> Iterator[Finding]:
         essential = name == _CPU_PROVIDER
         title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
         if name not in probes:
-            yield Finding(title, "absent", "listed, but there is no GPU for it", purpose, remedies.SEE_GPU)
+            found = "listed, but there is no GPU for it" if mends else "listed, not tried"
+            yield Finding(title, "absent", found, purpose, remedies.SEE_GPU if mends else None)
         elif reason := _answer(probes[name]):
             state: State = "broken" if mends else "absent"
             yield Finding(title, state, reason, purpose, mends, essential=essential)

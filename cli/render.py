@@ -133,11 +133,10 @@ def report_table(report: "Report") -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("variant", "runtime", "graph"):
         table.add_column(name)
-    over_half = half_was_timed(report)
+    over_half, labelled = half_was_timed(report), report.evaluation.labelled
     numbers = [
         "size",
-        "top-1 %",
-        "drop",
+        *(["top-1 %", "drop"] if labelled else []),
         "agreement %",
         "batch 1, ms",
         "speed-up",
@@ -159,10 +158,9 @@ def report_table(report: "Report") -> Table:
             row.accuracy.runtime,
             formats.file_name(row.accuracy.graph),
             formats.size(row.size_bytes),
-            formats.number(row.accuracy.top1),
-            formats.number(row.drop),
+            *([formats.number(row.accuracy.top1), formats.number(row.drop)] if labelled else []),
             formats.number(row.accuracy.agreement),
-            formats.milliseconds(own.latency.median_ms) if own else formats.ABSENT,
+            f"{'~' if own.unsteady else ''}{formats.milliseconds(own.latency.median_ms)}" if own else formats.ABSENT,
             _times(own.speedup if own else None),
             *([_times(own.over_half if own else None)] if over_half else []),
             end_section=False,

@@ -26,6 +26,9 @@ _Part = TypeVar("_Part", bound=StageConfig)
 _PRESET = ("synthesis", "finetune")
 """The tables in which recipe and effort fill in settings."""
 
+_WRITTEN = {"bits", "first_last", "keep", "fp16", "seed", "device", "effort", *_PRESET, "build", "benchmark"}
+"""What stands in every `run.toml`, and hardly all in a file that somebody wrote."""
+
 _STANDARD_COST = 2e8
 _LEAST_SHARE = 0.25
 OPTIONS = "the options"
@@ -168,8 +171,8 @@ def without_presets(settings: Settings) -> Settings:
         settings: nested, as in a file.
     """
     recipe = settings.get("synthesis", {}).get("recipe", "default")
-    known = _usual(recipe, settings.get("effort", "standard")).model_dump(mode="json", exclude_none=True)
-    if any(not isinstance(settings.get(name), dict) or known[name].keys() - settings[name] for name in _PRESET):
+    known = _usual(recipe, settings.get("effort", "standard")).model_dump(mode="json")
+    if not settings.keys() >= _WRITTEN:
         return settings
     parts: Settings = {name: without(settings[name], known[name]) for name in _PRESET}
     return {**settings, **parts, "synthesis": {**parts["synthesis"], "recipe": recipe}}

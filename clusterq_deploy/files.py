@@ -93,9 +93,12 @@ def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:
         return
-    with suppress(PermissionError):
-        for entry in os.scandir(folder):
-            if entry.is_dir():
-                yield from _files(Path(entry.path), above | {real})
-            elif entry.is_file():
-                yield Path(entry.path)
+    try:
+        entries = list(folder.iterdir())
+    except PermissionError:
+        return
+    for own in entries:
+        if own.is_dir():
+            yield from _files(own, above | {real})
+        elif own.is_file():
+            yield own

@@ -18,7 +18,7 @@ _LARGEST_DIVISOR = 64
 # library's kinds
 _MESSAGE = re.compile(
     r"memory: you tried to allocate|out of memory|OutOfMemory|bad_alloc|STATUS_ALLOC_FAILED|failed to allocate memory"
-    r"|memory ran out|cannot allocate memory|resource temporarily unavailable"
+    r"|memory ran out|cannot allocate memory|resource temporarily unavailable|can't start new thread"
     r"|could not create a memory|could not (create|execute) a primitive(?! descriptor)",
     re.IGNORECASE,
 )

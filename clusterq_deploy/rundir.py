@@ -101,6 +101,13 @@ class RunDirectory:
         self._save()
         self.write(CONFIG, config)
 
+    @property
+    def commands(self) -> list[list[str]]:
+        """The command lines that did the stages, each once, in order; the last one did the last stage."""
+        done = dict.fromkeys(tuple(record.command) for record in self._stages.values() if record.command)
+        last = tuple(self.made_by)
+        return [list(own) for own in (*(own for own in done if own != last), last) if own]
+
     def finished(self, stage: str, inputs: str | None = None) -> StageRecord | None:
         """The record of a finished stage, or None.
 
@@ -144,6 +151,7 @@ class RunDirectory:
             files = {name: sha256_file(self.path / name) for name in names}
             seconds = time.perf_counter() - start
             record = StageRecord(own, sources, files, result, seconds, result_digest(result), self._command)
+            self._stages.pop(stage, None)  # they stand in the order in which they were done
             self._stages[stage], self.made_by = record, self._command
             self._done.add(stage)
             self._save()

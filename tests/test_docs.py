@@ -54,7 +54,7 @@ def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
     names = [name for name, _ in steps]
     assert names.index("USER") > max(i for i, name in enumerate(names) if name in {"RUN", "COPY"})
     required = ', "--require", "tensorrt"' if path.suffix == ".tensorrt" else ""
-    assert f'["clusterq", "doctor"{required}]' in by_name["HEALTHCHECK"]
+    assert f'["clusterq", "doctor", "--json"{required}]' in by_name["HEALTHCHECK"]
     assert by_name["STOPSIGNAL"] == "SIGINT"
     assert "PIP_NO_CACHE_DIR=1" in by_name["ENV"]
     assert "XDG_CACHE_HOME=/data/cache " in by_name["ENV"]

@@ -102,6 +102,8 @@ def test_a_folder_of_links_is_told_by_what_they_lead_to(tmp_path: Path) -> None:
     (linked / "0").symlink_to(tmp_path / "real/cats")
     (linked / "1").symlink_to(tmp_path / "real/dogs")
     (linked / "itself").symlink_to(linked)
+    (linked / "loop").symlink_to(linked / "loop")
+    (linked / "nowhere").symlink_to(linked / "gone")
     before = fingerprint(linked)
     assert before == fingerprint(linked)
     (tmp_path / "real/cats").rename(tmp_path / "real/mice")

@@ -388,6 +388,10 @@ def test_few_images_make_a_suggestion_unsure(report: Report) -> None:
         assert "consider w8a8" in text
         assert "deploy w8a8" not in text
     assert "Perhaps w8a8" in to_html(few)
+    fp32, _, w4a4 = few.variants  # what is too inaccurate may be so by chance, too
+    worse = few.model_copy(update={"variants": [fp32, w4a4]})
+    assert {own.outcome for own in verdicts(worse)} == {"inaccurate"}
+    assert verdict_wording.caveats(worse) == verdict_wording.caveats(few)
 
 
 def test_random_weights_and_images_that_the_teacher_does_not_know_are_told(report: Report) -> None:

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from clusterq_deploy.manifest import StageRecord, read_manifest
 
@@ -312,6 +314,31 @@ def test_an_evaluation_that_is_killed_goes_on_behind_the_runtimes_that_are_done(
     again = copied(whole, tmp_path / "again")
     assert "goes on from its checkpoint" not in shell.run(again, *command)
     assert stages(folder)["evaluate/w8a8"].result == stages(again)["evaluate/w8a8"].result
+
+
+def test_an_image_that_can_be_read_by_now_starts_an_evaluation_over(shell: Shell, whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    images = folder / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 32, 32), dtype=np.uint8)
+    for index, one in enumerate(pixels):
+        Image.fromarray(one).save(images / f"{index:03}.png")
+    (images / "labels.csv").write_text("".join(f"{index:03}.png,{index % 10}\n" for index in range(len(pixels))))
+    command = ("evaluate", "run", "--data", "images")
+    hidden, state = images / "007.png", (images / "007.png").stat()
+    content = hidden.read_bytes()
+    hidden.write_bytes(b"\0" * len(content))
+    os.utime(hidden, ns=(state.st_atime_ns, state.st_mtime_ns))
+    file = "w8a8/batches-by-1/onnxruntime-cpu-w8a8-model.ort.onnx"
+    assert shell.end_before(file, signal.SIGKILL, folder, *command) == -signal.SIGKILL
+    hidden.write_bytes(content)
+    os.utime(hidden, ns=(state.st_atime_ns, state.st_mtime_ns))  # nothing tells that it is another file
+    shutil.rmtree(folder / "run/.checkpoints/evaluate/w8a8/batches-by-1/teacher", ignore_errors=True)
+    (folder / "run/.checkpoints/evaluate/w8a8/batches-by-1/teacher").unlink(missing_ok=True)
+    shell.run(folder, *command)
+    found = stages(folder)["evaluate/w8a8"].result
+    assert found["unreadable"]["count"] == 0
+    assert len({round(own["top1"] * 150 / 100, 6) % 1 for own in found["accuracy"]}) == 1  # of 150 images each
 
 
 def test_a_build_that_is_killed_leaves_whole_engines_and_is_done_again(

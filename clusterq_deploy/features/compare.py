@@ -55,7 +55,7 @@ def compare_features(
         MemoryError: the memory does not suffice.
         DataError: too many images cannot be read, or a set has no labels.
     """
-    _ = np.empty(_ROOM, np.uint8)  # OpenBLAS waits without an end for memory that it does not get
+    np.empty(_ROOM, np.uint8)  # and given back: OpenBLAS waits without an end for memory that it does not get
     network = penultimate(teacher, classes)
     compared = most_frequent(_labels(synthetic), _MOST_CLASSES)
     capturing = partial(_captured, network, compared, batch_size, progress)

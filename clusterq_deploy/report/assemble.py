@@ -41,7 +41,7 @@ def assemble(
     model: LoadedModel,
     data: EvaluationSet,
     device: torch.device,
-    command: list[str],
+    commands: list[list[str]],
     skipped: list[Skipped],
     preview_classes: list[str],
 ) -> Report:
@@ -51,7 +51,7 @@ def assemble(
         records: finished stages by name: synthesize, features, benchmark, and sensitivity/V, quantize/V, export/V,
             build/V, evaluate/V.
         config, model, data, device: of the run.
-        command: the command line.
+        commands: the command lines that did the stages, in order.
         skipped: stages that did not run, and why.
         preview_classes: what the columns of the preview show.
     """
@@ -71,7 +71,7 @@ def assemble(
     )
     return Report(
         schema=1,
-        command=command,
+        command=commands[-1],
         seed=config.seed,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         clusterq_deploy=__version__,
@@ -89,14 +89,8 @@ def assemble(
         skipped=skipped,
         features=features,
         config=config.model_dump(mode="json"),
-        commands=_commands(records, command),
+        commands=commands,
     )
-
-
-def _commands(records: Mapping[str, StageRecord], last: list[str]) -> list[list[str]]:
-    """The command lines that did the stages, each once; that of the last one behind the others."""
-    done = list(dict.fromkeys(tuple(record.command) for record in records.values() if record.command))
-    return [*(list(own) for own in done if list(own) != last), last]
 
 
 def _evaluation(data: EvaluationSet, records: Mapping[str, StageRecord]) -> EvaluationInfo:

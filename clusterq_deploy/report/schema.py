@@ -52,7 +52,7 @@ class ModelInfo(_Record):
     @property
     def random(self) -> bool:
         """Whether its weights are random: what is measured then says nothing of a trained model."""
-        return (self.weights or "").startswith("random (")
+        return (self.weights or "").startswith("random (seed ")
 
 
 class CalibrationInfo(_Record):

@@ -3,7 +3,7 @@
 from clusterq_deploy.report.findings import BASELINE
 from clusterq_deploy.report.formats import milliseconds, number, percent, speedup, with_error
 from clusterq_deploy.report.schema import Report
-from clusterq_deploy.report.verdicts import MAX_DISAGREEMENT, MAX_DROP, Verdict, verdicts
+from clusterq_deploy.report.verdicts import MAX_DISAGREEMENT, MAX_DROP, Verdict, allowed, verdicts
 
 _RECOGNIZED = 50.0  # percent of the synthetic images
 
@@ -51,7 +51,8 @@ def caveats(report: Report) -> list[str]:
             "says nothing of the accuracy of a trained one."
         )
     labelled, limit = report.evaluation.labelled, limit_words(report.evaluation.labelled)
-    if any(own.outcome == "unsure" for own in verdicts(report)) and not report.model.random:
+    errors = [own.choice.cost_error for own in verdicts(report) if own.choice and own.choice.cost_error is not None]
+    if any(error > allowed(report) for error in errors):
         found.append(f"{images} images are too few to tell whether a variant stays within {limit}: evaluate on more.")
     top1 = report.calibration.teacher_top1
     if not labelled and report.calibration.images and top1 < _RECOGNIZED:

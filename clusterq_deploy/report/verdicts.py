@@ -60,6 +60,11 @@ class Verdict:
     size_share: float | None
 
 
+def allowed(report: Report) -> float:
+    """What a suggested variant may lose, in points of top-1, or of agreement where there are no labels."""
+    return MAX_DROP if report.evaluation.labelled else MAX_DISAGREEMENT
+
+
 def points(report: Report, runtime: str) -> list[Point]:
     """Every graph that was scored and timed in `runtime`, at the smallest batch with the most threads."""
     reference = baseline(report)
@@ -102,7 +107,7 @@ def _verdict(report: Report, runtime: str) -> Verdict:
     known = [(point, cost, speed) for point, cost, speed in compared if cost is not None and speed is not None]
     if not known:
         return Verdict(runtime, "unknown", None, float_point, None)
-    limit = MAX_DROP if report.evaluation.labelled else MAX_DISAGREEMENT
+    limit = allowed(report)
     accurate = [candidate for candidate in known if candidate[1] <= limit]
     if not accurate:
         choice = min(known, key=lambda candidate: candidate[1])[0]

@@ -254,7 +254,8 @@ def sensitivity_notes() -> list[str]:
 
 def curve_notes(report: Report) -> list[str]:
     """What the training curves show, for those that the report has."""
-    shown = {*report.calibration.losses, *(name for variant in report.variants for name in variant.losses)}
+    stages = (report.calibration.losses, *(variant.losses for variant in report.variants))
+    shown = {name for losses in stages for name, values in losses.items() if values}
     found = [f"{name}: {text}." for name, text in _TERMS.items() if name in shown]
     return [*found, "Numbers in brackets are equations of ClusterQ (arXiv 2205.00179)."] if found else []
 

@@ -1,5 +1,6 @@
 """What is measured of what was made, and the report on it."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,8 +37,11 @@ def measure_accuracy(run: Run, variant: str) -> StageRecord:
 
     def work() -> tuple[Result, list[str]]:
         machine = collect_environment(run.device).model_dump(mode="json")  # another runtime may answer otherwise
-        checkpoint = run.checkpoint(stage, {**run.data_inputs, "environment": machine}, 1, upstream)
-        teacher = run.teacher_predictions(checkpoint)
+        inputs = {**run.data_inputs, "environment": machine}
+        teacher = run.teacher_predictions(run.checkpoint(stage, inputs, 1, upstream))
+        # an image that can be read by now makes all that is kept another set's
+        inputs["teacher"] = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.kept.tolist()]
+        checkpoint = run.checkpoint(stage, inputs, 1, upstream)
 
         def accuracy(runner: Runner, graph: str | None) -> Accuracy:
             own = run.predictions(runner, checkpoint, "-".join([runner.runtime, *Path(graph or "").parts]))
@@ -181,7 +185,7 @@ def write_report(run: Run) -> Report:
         model=run.model,
         data=run.evaluation,
         device=run.device,
-        command=run.directory.made_by or run.command,
+        commands=run.directory.commands or [run.command],
         skipped=_skipped(records),
         preview_classes=_preview_classes(run) if "synthesize" in records else [],
     )

@@ -38,7 +38,7 @@ def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
 def resume(ctx: click.Context, run: Path) -> "Pipeline":
     """The pipeline of an existing run directory, with the options of the command line on top of its run.toml."""
     from clusterq_deploy.errors import RunDirectoryError
-    from clusterq_deploy.rundir import CONFIG
+    from clusterq_deploy.manifest import CONFIG
     from clusterq_deploy.settings import read_settings
 
     if not (run / CONFIG).is_file():

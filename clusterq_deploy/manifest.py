@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clusterq_deploy.errors import RunDirectoryError
 
-MANIFEST = "manifest.json"
+MANIFEST, CONFIG = "manifest.json", "run.toml"
 
 Result = dict[str, Any]
 

@@ -15,9 +15,8 @@ from filelock import FileLock, Timeout
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.files import TEMPORARY, is_utf8, sha256_file, write_bytes, write_text
-from clusterq_deploy.manifest import MANIFEST, Result, StageRecord, digest, read_manifest, result_digest
+from clusterq_deploy.manifest import CONFIG, MANIFEST, Result, StageRecord, digest, read_manifest, result_digest
 
-CONFIG = "run.toml"
 LOCK = ".lock"
 CHECKPOINTS = ".checkpoints"
 

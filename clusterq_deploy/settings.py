@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clusterq_deploy.errors import ConfigError
+from clusterq_deploy.manifest import CONFIG, MANIFEST
 from clusterq_deploy.presets import Settings
 
 _TOP = "model weights input_size mean std bits first_last keep max_drop fp16 data limit seed device effort"
@@ -28,12 +29,12 @@ PLACES: dict[str, tuple[str, ...]] = {
 def read_settings(path: Path) -> Settings:
     """The settings of a TOML file for `make_config`, unchecked but for names and paths.
 
-    A setting may have its option's name, with dashes or underscores, at the top or in its table. Relative paths are
-    those of the file's folder.
+    A setting may have its option's name, with dashes or underscores, at the top or in its table. Paths are those of the
+    file's folder and stay in it; the `run.toml` of a run has absolute ones, which lead where the run's options led.
 
     Raises:
-        ConfigError: it cannot be read, is no TOML, has one setting under two names, or has a relative path that leads
-            out of its folder, by `..` or through a link.
+        ConfigError: it cannot be read, is no TOML, has one setting under two names, or has a path that leads out of its
+            folder: by `..`, through a link, or as an absolute one.
     """
     try:
         with path.open("rb") as file:
@@ -43,8 +44,10 @@ def read_settings(path: Path) -> Settings:
     except (ValueError, RecursionError) as error:  # the parser recurses into nested arrays
         raise ConfigError(f"{path} is no TOML: {error}") from error
 
+    of_run = path.name == CONFIG and (path.parent / MANIFEST).is_file()
+
     def within(name: str, own: Path) -> Path:
-        if own.is_absolute():
+        if own.is_absolute() and of_run:
             return own
         found = path.parent / own
         try:
@@ -53,7 +56,7 @@ def read_settings(path: Path) -> Settings:
             raise ConfigError(f"{name} in {path}: {str(own)!r} is no path: {error}") from error
         if leaves:
             raise ConfigError(
-                f"{name} in {path}: {str(own)!r} leads out of the file's folder; write it as an absolute path"
+                f"{name} in {path}: {str(own)!r} leads out of the file's folder; give it on the command line"
             )
         return found
 

@@ -181,10 +181,16 @@ def test_a_configs_relative_paths_stay_in_its_folder(
 
     assert f"{folder}/inside/" in read("inside")
     assert f"{folder}/inside/../inside/" in read("inside/../inside")
-    assert f"{outside}/" in read(outside)
-    for place in ("..", "../outside", "inside/../../outside", "link", "../folder2"):
+    assert f"{folder}/inside/" in read(folder / "inside")
+    for place in (outside, "..", "../outside", "inside/../../outside", "link", "../folder2"):
         with pytest.raises(ConfigError, match=f"{name} in .*leads out of the file's folder"):
             read(place)
+    with pytest.raises(ConfigError, match="leads out of"):  # a name makes no run
+        read(outside)
+    (folder / "manifest.json").touch()
+    assert f"{outside}/" in read(outside)
+    with pytest.raises(ConfigError, match="leads out of"):
+        read("../outside")
     (folder / "circle").symlink_to(folder / "circle")
     is_ours(ConfigError, lambda: read("circle"))
     file.write_text(PATHS[name].replace("'", '"').format("\\u0000"))
@@ -196,6 +202,7 @@ def test_run_toml_holds_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     values = {"model": "net.py:make", "weights": "w.pth", "data": "../images", "build": {"timing_cache": "cache"}}
+    (tmp_path / "run/manifest.json").touch()
     (tmp_path / "run/run.toml").write_text(make_config(values).to_toml())
     monkeypatch.chdir(tmp_path / "run")
     found = make_config(read_settings(Path("run.toml")))

@@ -1,6 +1,7 @@
 """The stages over one run directory: what they leave, and what is done again."""
 
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -502,3 +503,10 @@ def test_the_cost_of_a_pass_counts_products_and_written_values() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 10))
     products = 8 * 16 * 27 + 8 * 16 * 10
     assert pass_cost(net, (3, 4, 4)) == products + 100 * (8 * 16 + 10)
+
+
+def test_a_preview_that_was_altered_is_not_shown(finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    (out / "calibration/preview.png").write_bytes(b"no picture")
+    Pipeline(config(), out).report()
+    assert "Contact sheet" not in (out / "report.html").read_text()

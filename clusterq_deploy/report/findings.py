@@ -133,6 +133,7 @@ def latency_rows(report: Report) -> list[LatencyRow]:
 
 
 def is_unsteady(latency: Latency) -> bool:
+    """Whether a latency varies too much to be trusted in its last digits."""
     return (latency.compute or latency).coefficient_of_variation > UNSTEADY
 
 
@@ -146,6 +147,7 @@ def file_rows(report: Report) -> list[FileRow]:
 
 
 def accuracy_row(images: int, variant: Variant, accuracy: Accuracy, reference: Accuracy | None) -> AccuracyRow:
+    """The row of what a variant scored on so many images; `reference` is what fp32 scored in the same runtime."""
     drop = drop_error = None
     name = name_of(variant, accuracy.graph)
     if name != BASELINE and reference and reference.top1 is not None and accuracy.top1 is not None:

@@ -189,10 +189,9 @@ def write_report(run: Run) -> Report:
         skipped=_skipped(records),
         preview_classes=_preview_classes(run) if "synthesize" in records else [],
     )
-    preview = run.directory.path / PREVIEW
     run.directory.write("report.json", report.to_json())
     run.directory.write("report.md", to_markdown(report))
-    picture = preview.read_bytes() if preview.is_file() else None
+    picture = (run.directory.path / PREVIEW).read_bytes() if "synthesize" in records else None  # whole, by its digest
     run.directory.write("report.html", to_html(report, picture, run.progress))
     return report
 

@@ -221,6 +221,6 @@ def _skipped(records: dict[str, StageRecord]) -> list[Skipped]:
     if "features" in records and "skipped" in records["features"].result:
         skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
     if not any(name.startswith("sensitivity/") for name in records):
-        reason = "not asked for; clusterq sensitivity RUN measures what each layer costs, --max-drop does so too"
+        reason = "not asked for; --max-drop measures what each layer costs, and so does clusterq sensitivity RUN"
         skipped.append(Skipped(stage="sensitivity", reason=reason))
     return skipped

@@ -183,8 +183,7 @@ def _providers() -> Iterator[Finding]:
     probes = {name: _probe(name) for name in names if beside_gpu or name == _CPU_PROVIDER}
     for name in names:
         purpose, mends = _PROVIDERS.get(name, ("not used", None))
-        essential = name == _CPU_PROVIDER
-        title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
+        essential, title = name == _CPU_PROVIDER, _title(name)
         if name not in probes:
             found = "listed, but there is no GPU for it" if mends else "listed, not tried"
             yield Finding(title, "absent", found, purpose, remedies.SEE_GPU if mends else None)
@@ -195,8 +194,11 @@ def _providers() -> Iterator[Finding]:
             yield Finding(title, "ok", "computes", purpose, essential=essential)
     for name in _PROVIDERS if beside_gpu else ():
         if name not in names:
-            title, found = "ONNX Runtime, " + name.removesuffix("ExecutionProvider"), "not in this build"
-            yield Finding(title, "absent", found, _PROVIDERS[name][0], remedies.GPU_RUNTIME)
+            yield Finding(_title(name), "absent", "not in this build", _PROVIDERS[name][0], remedies.GPU_RUNTIME)
+
+
+def _title(provider: str) -> str:
+    return "ONNX Runtime, " + provider.removesuffix("ExecutionProvider")
 
 
 def _probe(what: str) -> "subprocess.Popen[str]":

@@ -17,7 +17,8 @@ SEE_GPU = "see the lines of the GPU and of its driver"
 
 def _cuda(driver: str) -> int | None:
     """The CUDA major release that a driver such as 580.65.06 runs; None where it runs none that is in use."""
-    branch = int(driver.partition(".")[0]) if driver.partition(".")[0].isdecimal() else _OLDEST_CUDA_13
+    number = driver.partition(".")[0]
+    branch = int(number) if number.isdecimal() else _OLDEST_CUDA_13
     return 13 if branch >= _OLDEST_CUDA_13 else 12 if branch >= _OLDEST_CUDA_12 else None
 
 

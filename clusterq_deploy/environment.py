@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from functools import cache
 
 import cpuinfo
 import psutil
@@ -67,8 +68,9 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+@cache
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, asked of nvidia-smi; torch has no public call for it."""
+    """The NVIDIA driver's version, asked of nvidia-smi, once: it takes a second; torch has no public call for it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

@@ -16,7 +16,7 @@ from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.engine.calls import EngineTimes
 from clusterq_deploy.environment import available_cores
 from clusterq_deploy.errors import DataError
-from clusterq_deploy.memory import in_parts, is_of_memory
+from clusterq_deploy.memory import inferred_in_parts, is_of_memory
 from clusterq_deploy.report.engines import Spread
 from clusterq_deploy.report.schema import Accuracy, Latency
 from clusterq_deploy.runners import Array, Runner
@@ -72,7 +72,7 @@ def predictions(
         DataError: too many images cannot be read.
         OutOfMemoryError: the memory does not suffice for the smallest parts either.
     """
-    found, parts = [], 1
+    infer, found = inferred_in_parts(runner.infer, f"evaluation on {runner.runtime}"), []
     if kept := checkpoint.load(phase):
         data.unreadable.restore(kept["unreadable"])
         found.append(kept["found"].numpy())
@@ -84,8 +84,7 @@ def predictions(
         read = sum(map(len, found))
         advance(read)
         for images, _ in data.batches(batch_size, read):
-            logits, parts = in_parts(runner.infer, images, f"evaluation on {runner.runtime}", first=parts)
-            found.append(np.argsort(-logits, axis=1, kind="stable")[:, :5])
+            found.append(np.argsort(-infer(images), axis=1, kind="stable")[:, :5])
             checkpoint.save(phase, state)
             advance(len(images))
     checkpoint.save(phase, state, at_once=True)

@@ -58,22 +58,33 @@ def in_memory(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[
         logger.warning("%s: the memory does not suffice; again, with batches divided by %d", what, divisor)
 
 
-def in_parts(infer: Callable[[Array], Array], images: Array, what: str, *, first: int = 1) -> tuple[Array, int]:
-    """`infer(images)`, (N, classes) of (N, C, H, W), in as many parts as the memory asks for; and how many these are.
+def in_parts(work: Callable[[Array], _T], what: str) -> Callable[[Array], list[_T]]:
+    """`work` on a batch (N, C, H, W) in as many parts as the memory asks for: what it gives for each part, in order.
+
+    A batch after one that had to be divided is divided likewise from the start.
 
     Args:
-        infer: computes each image by itself.
-        images: a batch.
-        what, first: as for `in_memory`.
-
-    Raises:
-        OutOfMemoryError: as for `in_memory`.
+        work: of a part of a batch; what it does to one image has to depend on that alone.
+        what: as for `in_memory`, whose errors it raises.
     """
+    divisor = 1
 
-    def parts(divisor: int) -> Array:
-        return np.concatenate([infer(part) for part in np.array_split(images, divisor) if len(part)])
+    def on(images: Array) -> list[_T]:
+        nonlocal divisor
 
-    return in_memory(parts, what, first=first)
+        def divided(by: int) -> list[_T]:
+            return [work(part) for part in np.array_split(images, by) if len(part)]
+
+        found, divisor = in_memory(divided, what, first=divisor)
+        return found
+
+    return on
+
+
+def inferred_in_parts(infer: Callable[[Array], Array], what: str) -> Callable[[Array], Array]:
+    """`infer`, logits (N, classes) of images (N, C, H, W), in as many parts as the memory asks for; see `in_parts`."""
+    parts = in_parts(infer, what)
+    return lambda images: np.concatenate(parts(images))
 
 
 def is_of_memory(error: Exception) -> bool:

@@ -18,6 +18,7 @@ from calib.progress import SILENT, Progress
 from clusterq_deploy.checkpoint import FileCheckpoint
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.data import EvaluationSet, load_evaluation
+from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.manifest import Result, StageRecord, digest
@@ -135,6 +136,11 @@ class Run:
         """Tells one choice of evaluation images from another; a changed file counts as another one."""
         path = self.config.data
         return {"data": fingerprint(path) if path else self.evaluation.name, "limit": self.config.limit}
+
+    @cached_property
+    def environment(self) -> Result:
+        """What machine and what versions measure, as JSON values."""
+        return collect_environment(self.device).model_dump(mode="json")
 
     def teacher_predictions(self, checkpoint: Checkpoint = NOWHERE) -> Predictions:
         """What the FP32 model answers on the evaluation images, (N, 5) int64; computed once, for all stages.

@@ -143,8 +143,8 @@ class RunDirectory:
         """
         self._hold()
         own, sources = self._digests(inputs, upstream)
-        record = self.finished(stage, own)
-        if record is None or (record.provisional and stage not in self._done):
+        record = self._settled(stage, own)
+        if record is None:
             start = time.perf_counter()
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
@@ -185,7 +185,11 @@ class RunDirectory:
 
     def look_up(self, stage: str, inputs: Mapping[str, Any], upstream: Iterable[str] = ()) -> StageRecord | None:
         """The record with which `perform` would do nothing; None where it would do the stage."""
-        record = self.finished(stage, self._digests(inputs, upstream)[0])
+        return self._settled(stage, self._digests(inputs, upstream)[0])
+
+    def _settled(self, stage: str, inputs: str) -> StageRecord | None:
+        """The record of a stage that is finished with these inputs, unless it is provisional and of another process."""
+        record = self.finished(stage, inputs)
         return None if record is None or (record.provisional and stage not in self._done) else record
 
     def _digests(self, inputs: Mapping[str, Any], upstream: Iterable[str]) -> tuple[str, dict[str, str]]:

@@ -333,7 +333,6 @@ def test_an_image_that_can_be_read_by_now_starts_an_evaluation_over(shell: Shell
     assert shell.end_before(file, signal.SIGKILL, folder, *command) == -signal.SIGKILL
     hidden.write_bytes(content)
     os.utime(hidden, ns=(state.st_atime_ns, state.st_mtime_ns))  # nothing tells that it is another file
-    shutil.rmtree(folder / "run/.checkpoints/evaluate/w8a8/batches-by-1/teacher", ignore_errors=True)
     (folder / "run/.checkpoints/evaluate/w8a8/batches-by-1/teacher").unlink(missing_ok=True)
     shell.run(folder, *command)
     found = stages(folder)["evaluate/w8a8"].result

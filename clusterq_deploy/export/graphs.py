@@ -16,7 +16,7 @@ from clusterq_deploy.export.rules import require_tensorrt
 from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import export_graph
 from clusterq_deploy.export.verify import integer_layers, verify
-from clusterq_deploy.memory import in_parts
+from clusterq_deploy.memory import inferred_in_parts
 from clusterq_deploy.quantize.placement import TARGETS, Target
 from clusterq_deploy.quantize.student import Student
 from clusterq_deploy.runners import Array, Runner, TorchRunner
@@ -84,7 +84,7 @@ def float_graphs(
     """
     images = np.random.default_rng(seed).standard_normal((VERIFIED_IMAGES, *size), dtype=np.float32)
     with progress.task(f"Export {name}", 4) as advance:  # torch's answers, the graph, and its checks in both precisions
-        expected, _ = in_parts(TorchRunner(model).infer, images, f"{name} in torch")
+        expected = inferred_in_parts(TorchRunner(model).infer, f"{name} in torch")(images)
         advance()
         single = export_graph(model, size)
         advance()
@@ -141,7 +141,7 @@ def student_graphs(
         advance()
         for target in TARGETS:
             with student.spelled(target):
-                logits[target], _ = in_parts(TorchRunner(student).infer, images, f"{name} in torch")
+                logits[target] = inferred_in_parts(TorchRunner(student).infer, f"{name} in torch")(images)
             advance()
         for spelling, file in files.items():
             graph = spell(marked, student, spelling)
@@ -188,12 +188,11 @@ def agreement(
     progress: Progress = SILENT,
 ) -> float:
     """Percentage of images (N, C, H, W) with the student's top-1, as a runner executes that spelling of it."""
-    torch_runner, same, parts, torch_parts = TorchRunner(student), [], 1, 1
+    infer = inferred_in_parts(runner.infer, f"agreement on {runner.runtime}")
+    reference, same = inferred_in_parts(TorchRunner(student).infer, "agreement on torch"), []
     with student.spelled(target_of(spelling)), progress.task("Agreement", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            own, parts = in_parts(runner.infer, batch, f"agreement on {runner.runtime}", first=parts)
-            reference, torch_parts = in_parts(torch_runner.infer, batch, "agreement on torch", first=torch_parts)
-            same.append(own.argmax(1) == reference.argmax(1))
+            same.append(infer(batch).argmax(1) == reference(batch).argmax(1))
             advance(len(batch))
     return 100 * float(np.concatenate(same).mean())

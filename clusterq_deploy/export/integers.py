@@ -16,7 +16,7 @@ from calib.progress import SILENT, Progress
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export.half import computes_in_half
 from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name, target_of
-from clusterq_deploy.memory import in_memory
+from clusterq_deploy.memory import in_parts
 from clusterq_deploy.quantize.quantizer import Quantizer
 from clusterq_deploy.quantize.student import Student
 from clusterq_deploy.runners import Array, OnnxRunner
@@ -85,17 +85,12 @@ def compare_integers(
     """
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
     follower = _Follower(student, spelling, _HALF_TIE if computes_in_half(graph) else _TIE)
+    follow = in_parts(lambda part: follower.follow(part, runner.outputs(part)), "integers")
     found: dict[str, SiteComparison] = {}
-    parts = 1
-
-    def compared(divisor: int) -> list[list[SiteComparison]]:
-        return [follower.follow(part, runner.outputs(part)) for part in np.array_split(batch, divisor) if len(part)]
-
     with runner, student.spelled(target_of(spelling)), progress.task("Integers", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            counts, parts = in_memory(compared, "integers", first=parts)
-            for own in chain.from_iterable(counts):
+            for own in chain.from_iterable(follow(batch)):
                 found[own.site] = own.beside(found.get(own.site))
             advance(len(batch))
     return list(found.values())

@@ -10,7 +10,7 @@ import onnx
 
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export.half import computes_in_half
-from clusterq_deploy.memory import in_parts
+from clusterq_deploy.memory import inferred_in_parts
 from clusterq_deploy.runners import Array, OnnxRunner
 
 _CLOSE, _TINY = 1e-2, 1e-6  # of the logits' standard deviation, and in absolute terms
@@ -79,11 +79,11 @@ def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str
         raise VerificationError(f"{name} is no valid ONNX: {str(error).splitlines()[0]}") from error
     data = graph.SerializeToString()
     with OnnxRunner(data, optimized=False) as runner:
-        plain, _ = in_parts(runner.infer, images, name)
+        plain = inferred_in_parts(runner.infer, name)(images)
     executed = plain
     if optimized:
         with OnnxRunner(data) as runner:
-            executed, _ = in_parts(runner.infer, images, name)
+            executed = inferred_in_parts(runner.infer, name)(images)
     if not (np.isfinite(reference).all() and np.isfinite(plain).all() and np.isfinite(executed).all()):
         raise VerificationError(f"{name} or its torch model gives logits that are not finite; the file is not written")
     difference = np.abs(plain - reference)

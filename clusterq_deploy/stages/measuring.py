@@ -9,7 +9,6 @@ from pathlib import Path
 from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy import engine
 from clusterq_deploy.data import EvaluationSet
-from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import EngineError, FeatureError, OutOfMemoryError
 from clusterq_deploy.features import compare_features
 from clusterq_deploy.manifest import Result, StageRecord
@@ -36,8 +35,7 @@ def measure_accuracy(run: Run, variant: str) -> StageRecord:
     upstream += engine_stage(variant, built)
 
     def work() -> tuple[Result, list[str]]:
-        machine = collect_environment(run.device).model_dump(mode="json")  # another runtime may answer otherwise
-        inputs = {**run.data_inputs, "environment": machine}
+        inputs = {**run.data_inputs, "environment": run.environment}  # another runtime may answer otherwise
         teacher = run.teacher_predictions(run.checkpoint(stage, inputs, 1, upstream))
         # an image that can be read by now makes all that is kept another set's
         inputs["teacher"] = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.kept.tolist()]
@@ -100,7 +98,7 @@ def measure_latency(run: Run) -> StageRecord:
     variants = [v for v in (FP32, *run.config.bits) if run.directory.finished(f"export/{v}")]
     sources = {v: run.done(f"export/{v}") for v in variants}
     built = {v: built_engine(run, v) for v in variants}
-    environment = collect_environment(run.device).model_dump(mode="json")
+    environment = run.environment
     settings, size = run.config.benchmark, run.model.input.size
 
     def work() -> tuple[Result, list[str]]:

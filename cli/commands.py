@@ -118,16 +118,18 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
 @options.json_option
 @click.pass_context
 def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
-    """Check FILE.onnx, of any exporter, against TensorRT's rules for quantized graphs.
+    """Check FILE.onnx, of any exporter, against TensorRT's rules for quantized graphs, and for sums that saturate.
 
-    No TensorRT is needed. Ends with 1 where TensorRT would refuse the graph; warnings are of speed alone.
+    No TensorRT is needed. Ends with 1 if TensorRT would refuse the graph. Warnings are of speed, and of layers whose
+    integer sums leave 16 bits in ONNX Runtime on x86 CPUs without VNNI: they compute something else there.
     """
     from dataclasses import asdict
 
     from cli import render
-    from clusterq_deploy.export import check_tensorrt, read_graph
+    from clusterq_deploy.export import check_saturation, check_tensorrt, read_graph
 
-    found = check_tensorrt(read_graph(file))
+    graph = read_graph(file)
+    found = check_tensorrt(graph) + check_saturation(graph)
     if found or as_json:
         render.show([asdict(own) for own in found], as_json)
     errors = sum(own.severity == "error" for own in found)

@@ -1,6 +1,7 @@
 """Options that commands share, and how they become a configuration."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,17 @@ class Numbers(click.ParamType[Any]):
             return tuple(self._kind(part) for part in str(value).split(","))
         except ValueError:
             return self.fail(f"{value!r} is no list of numbers such as 3,224,224", param, ctx)
+
+
+class Word(click.Choice[str]):
+    """One of a few words; one that is near to another word says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        near = get_close_matches(str(value).lower(), self.choices, n=1)
+        if value not in self.choices and near:
+            known = ", ".join(repr(word) for word in self.choices)
+            return self.fail(f"{value!r} is not one of {known}; did you mean {near[0]!r}?", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Width(click.ParamType[Any]):
@@ -130,10 +142,10 @@ model_options = _all(
     click.option("--std", type=Numbers(float), metavar="S,...", help="Standard deviation, one a channel."),
 )
 synthesis_options = _all(
-    click.option("--recipe", type=click.Choice(["default", "paper"]), help="How images are made.  [default: default]"),
+    click.option("--recipe", type=Word(["default", "paper"]), help="How images are made.  [default: default]"),
     click.option(
         "--effort",
-        type=click.Choice(["fast", "standard", "thorough"]),
+        type=Word(["fast", "standard", "thorough"]),
         help="fast: calibration only, a minute or two; thorough: for a GPU.  [default: standard]",
     ),
     click.option("--images", type=click.IntRange(2), help="Size of the calibration set.  [default: 1024]"),
@@ -144,8 +156,15 @@ bits_option = click.option(
     metavar="wXaY",
     help="Bits of weights and activations, 2 to 8; may be repeated.  [default: w8a8, w4a4]",
 )
+cpu_option = click.option(
+    "--cpu",
+    type=Word(["any", "vnni"]),
+    help="CPUs that ONNX Runtime's graph is for: any, or those with VNNI, which lets weights have all 8 bits; "
+    "without VNNI such a graph saturates.  [default: any]",
+)
 widths_options = _all(
     bits_option,
+    cpu_option,
     click.option("--first-last", is_flag=True, help="Give the first and last layers those bits too, not 8."),
     click.option(
         "--keep",
@@ -213,7 +232,7 @@ benchmark_options = _all(
     click.option("--threads", type=click.IntRange(1), help="Threads of CPU runtimes.  [default: one a core]"),
 )
 run_options = _all(
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.  [default: auto]"),
+    click.option("--device", type=Word(["auto", "cpu", "cuda"]), help="Where to compute.  [default: auto]"),
     click.option("--seed", type=click.IntRange(0), help="Source of all randomness.  [default: 0]"),
 )
 config_option = click.option("--config", "config_file", type=_PATH, help="Settings in TOML, such as a run.toml.")

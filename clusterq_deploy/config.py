@@ -18,7 +18,7 @@ from clusterq_deploy.files import is_utf8
 from clusterq_deploy.measure import BenchmarkConfig
 from clusterq_deploy.presets import Effort, Settings, merged, preset, without
 from clusterq_deploy.quantize.finetune import FinetuneConfig
-from clusterq_deploy.quantize.grid import MAX_BITS, MIN_BITS, BitWidths
+from clusterq_deploy.quantize.grid import MAX_BITS, MIN_BITS, BitWidths, Cpu
 from clusterq_deploy.settings import PLACES, with_paths
 
 _Part = TypeVar("_Part", bound=StageConfig)
@@ -58,6 +58,8 @@ class RunConfig(StageConfig):
         keep: widths of single layers, by name: of their weights, and of what they read.
         max_drop: raise the most sensitive layers to 8 bits until the drop in top-1 that is expected before
             fine-tuning, in points, is at most this; None raises none.
+        cpu: the CPUs that ONNX Runtime's graph is made for: `any`, or `vnni` for those that add products of integers
+            in 32 bits, which lets its weights have their full range.
         fp16: whether what is not quantized is FP16 in the graph for TensorRT, which takes the types that stand there.
         data: evaluation data; None evaluates on the model's own or on held-out synthetic images.
         limit: at most so many evaluation images.
@@ -75,6 +77,7 @@ class RunConfig(StageConfig):
     first_last: bool = False
     keep: dict[str, Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]] = Field(default_factory=dict)
     max_drop: float | None = Field(None, gt=0, le=100)
+    cpu: Cpu = "any"
     fp16: bool = False
     data: Path | None = None
     limit: int | None = Field(None, ge=1)

@@ -61,6 +61,13 @@ def describe_cpu() -> tuple[str, list[str] | None]:
     return name, [flag for flag in _INT8_FLAGS if flag in flags] if flags else None
 
 
+def adds_in_32_bits() -> bool:
+    """Return whether this CPU adds products of UINT8 and INT8 in 32 bits: x86 without VNNI saturates at 16."""
+    capabilities = torch.cpu.get_capabilities()
+    x86 = capabilities.get("architecture", "x86_64") == "x86_64"
+    return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
 def available_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and container pinning

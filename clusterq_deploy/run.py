@@ -27,6 +27,7 @@ from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantize import BitWidths, Student, load_student
 from clusterq_deploy.quantize.graph import folded_teacher
 from clusterq_deploy.quantize.placement import place
+from clusterq_deploy.quantize.student import FORMAT
 from clusterq_deploy.rundir import RunDirectory
 from clusterq_deploy.runners import Runner, TorchRunner
 from clusterq_deploy.version import __version__
@@ -86,7 +87,14 @@ class Run:
         if self.device.type == "cpu":
             self.config = config.scaled_to(pass_cost(self.model.module, self.model.input.size))
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
-        self.directory = RunDirectory(out, identity, self.command)
+        self.directory = RunDirectory(out, identity, self.command, _is_outdated)
+        if outdated := self.directory.outdated:
+            logger.warning(
+                "%s in %s is of an earlier version, whose graphs saturate on CPUs without VNNI: it has to be made "
+                "again, and so does what was made from it",
+                " and ".join(outdated),
+                out,
+            )
         self._identity = {
             **identity,
             "code_sha256": self.model.code_sha256,
@@ -230,6 +238,11 @@ class Run:
             **self._identity,
             **more,
         }
+
+
+def _is_outdated(stage: str, record: StageRecord) -> bool:
+    """Whether a stage made a student of another form."""
+    return stage.startswith("quantize/") and record.result.get("format") != FORMAT
 
 
 def student_file(bits: BitWidths) -> str:

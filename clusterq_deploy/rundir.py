@@ -31,17 +31,28 @@ class RunDirectory:
         path: the folder; made when something is first written.
         model: name and weights digest of the model.
         command: the command line of this process.
+        is_outdated: of a stage's name and record, whether another version of this program did it otherwise than this
+            one does: such a stage counts as not done, and so does what builds on it.
 
     Attributes:
         made_by: the command line that did the last stage that was done; empty where that is not known.
+        outdated: the names of the stages that are outdated.
 
     Raises:
         RunDirectoryError: the folder holds another model's run, or files that are no run's, or cannot be read.
     """
 
-    def __init__(self, path: Path, model: Mapping[str, str], command: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: Mapping[str, str],
+        command: Iterable[str] = (),
+        is_outdated: Callable[[str, StageRecord], bool] = lambda _name, _record: False,
+    ) -> None:
         self.path = path
         self.made_by: list[str] = []
+        self.outdated: list[str] = []
+        self._is_outdated = is_outdated
         self._model, self._command = dict(model), list(command)
         self._stages: dict[str, StageRecord] = {}
         self._done: set[str] = set()
@@ -66,7 +77,10 @@ class RunDirectory:
                 f"{path} holds a run of {_describe(manifest.model)}, not of {_describe(self._model)}; "
                 "choose another folder with --out"
             )
-        self._stages = {name: record for name, record in manifest.stages.items() if record.is_whole}
+        self.outdated = [name for name, record in manifest.stages.items() if self._is_outdated(name, record)]
+        self._stages = {
+            name: record for name, record in manifest.stages.items() if record.is_whole and name not in self.outdated
+        }
         self.made_by = manifest.command
 
     def _hold(self) -> None:

@@ -24,16 +24,6 @@ from clusterq_deploy.onnx_providers import (
 Array = npt.NDArray[np.float32]
 
 
-def _sums_in_32_bits() -> bool:
-    """Whether products of UINT8 and INT8 are summed without saturating at 16 bits.
-
-    Where they are not (x86 without VNNI), ONNX Runtime has a slower, exact way; asking for it elsewhere costs speed.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    x86 = capabilities.get("architecture", "x86_64") == "x86_64"
-    return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-
-
 def _session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, int, int] | None) -> Any:
     """An InferenceSession of the runtime's provider, which ONNX Runtime may leave out without an error."""
     import onnxruntime
@@ -105,7 +95,7 @@ class TorchRunner:
 
 
 class OnnxRunner:
-    """Runs an ONNX graph in ONNX Runtime.
+    """Runs an ONNX graph in ONNX Runtime, in the session that whoever loads the file has: no option changes results.
 
     Args:
         graph: a file, or the bytes of one.
@@ -134,8 +124,6 @@ class OnnxRunner:
         self.runtime = runtime
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what it logs as an error it raises too; its warnings are of no use here
-        if not _sums_in_32_bits():
-            options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if not optimized:

@@ -8,7 +8,7 @@ from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.manifest import CONFIG, MANIFEST
 from clusterq_deploy.presets import Settings
 
-_TOP = "model weights input_size mean std bits first_last keep max_drop fp16 data limit seed device effort"
+_TOP = "model weights input_size mean std bits first_last keep max_drop cpu fp16 data limit seed device effort"
 
 PLACES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in _TOP.split()},

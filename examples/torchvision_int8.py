@@ -36,10 +36,7 @@ def make_graph(model: str, out: Path, **settings: Any) -> Path:
 
 
 def open_graph(graph: Path, threads: int = 0) -> tuple[onnxruntime.InferenceSession, Spec]:
-    """A session, and how the graph wants its input, which stands in its metadata; 0 threads is one a core.
-
-    On x86 without VNNI give the session the entry `session.x64quantprecision` = "1" too, see docs/graphs.md.
-    """
+    """A session, and how the graph wants its input, which stands in its metadata; 0 threads is one a core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

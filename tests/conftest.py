@@ -19,6 +19,12 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Draws without a generator of their own are the same in each run, and in each test alone."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     """The doubles of TensorRT and of torch's CUDA, in their place."""

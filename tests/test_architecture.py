@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,22 +48,14 @@ def test_the_library_does_not_print() -> None:
             assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "print"], file
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_loads_click_and_nothing_else() -> None:
+    """What makes it answer at once: of what is installed, the command line loads click alone."""
     script = (
-        "import sys\nfrom cli.main import main\n"
+        "import sys\nbefore = set(sys.modules)\nfrom cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'pydantic', 'rich'} & set(sys.modules)\n"
-        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
+        "print(sorted(loaded), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "Usage: " in done.stdout
-
-
-def test_help_answers_at_once() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cli", "--help"], capture_output=True, cwd=ROOT, check=True)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.3
+    assert done.stderr.strip() == "['cli', 'click']"

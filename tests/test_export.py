@@ -272,13 +272,26 @@ def test_what_fp16_cannot_hold_is_refused() -> None:
 
 
 def test_a_tie_is_told_from_an_error() -> None:
+    """Values beside a rounding boundary that ONNX Runtime rounds to one neighbour and exact division to the other."""
     student, graph = graph_of("residual", "onnxruntime", "w8a8")
     first = student.placement.weights[0].input_site
-    scale = student.quantizers()[first].scale.item()
-    boundary = np.full((1, 3, 16, 16), 4.5 * scale, np.float32)
-    boundary[0, 0] = np.nextafter(np.float32(4.5 * scale), np.float32(1e9))
-    found = compare_integers(graph, student, boundary, spelling="onnxruntime")
+    scale = np.float32(student.quantizers()[first].scale.item())
+    boundaries = ((np.arange(100) + 0.5) * np.float64(scale)).astype(np.float32)
+    beside = np.concatenate([boundaries, *(np.nextafter(boundaries, np.float32(end)) for end in (-1e9, 1e9))])
+    torn = beside[np.rint(beside / scale) != np.rint(beside.astype(np.float64) / np.float64(scale))]
+    assert len(torn) > 3
+    images_of_ties = np.resize(torn, (1, 3, 16, 16))
+    found = compare_integers(graph, student, images_of_ties, spelling="onnxruntime")
     require_same_integers(found, name="boundary")
+    assert (found[0].site, found[0].ties, found[0].differing) == (first, found[0].values, 0)
+    moved = onnx.ModelProto()
+    moved.CopyFrom(graph)
+    stored = initializers(moved)[f"{first}.scale"]
+    stored.CopyFrom(numpy_helper.from_array(np.float32(1.02) * numpy_helper.to_array(stored), stored.name))
+    found = compare_integers(moved, student, images_of_ties, spelling="onnxruntime")
+    assert found[0].differing > 0  # a fiftieth of 100 steps is no tie
+    with pytest.raises(VerificationError, match=f"at the quantizer '{first}'"):
+        require_same_integers(found, name="moved")
 
 
 @pytest.mark.parametrize("name", NETS)

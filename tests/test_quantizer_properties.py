@@ -94,7 +94,8 @@ def test_weights_are_those_that_the_runtime_restores(spelling: Spelling, bits: i
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
     made = tapped(spell(marked, student, spelling), np.zeros((1, 1, SIDE, SIDE), np.float32))
-    expected = quantizer(layer.weight).detach().numpy()
+    with student.spelled(target_of(spelling)):
+        expected = quantizer(layer.weight).detach().numpy()
     np.testing.assert_array_equal(made[f"{name}.weight.dequantized"], expected)
 
 

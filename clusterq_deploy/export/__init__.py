@@ -14,6 +14,7 @@ from clusterq_deploy.export.half import half_baseline, to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
 from clusterq_deploy.export.origins import quantized_layers
 from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
+from clusterq_deploy.export.saturation import PairSum, check_saturation, pair_sums, require_no_saturation
 from clusterq_deploy.export.spell import Spelling, spell, target_of
 from clusterq_deploy.export.trace import annotate, export_graph
 from clusterq_deploy.export.verify import Verification, verify
@@ -25,19 +26,23 @@ __all__ = [
     "VERIFIED_IMAGES",
     "Break",
     "FloatGraphs",
+    "PairSum",
     "SiteComparison",
     "Spelling",
     "Verification",
     "VerifiedGraph",
     "agreement",
     "annotate",
+    "check_saturation",
     "check_tensorrt",
     "compare_integers",
     "export_graph",
     "float_graphs",
     "half_baseline",
+    "pair_sums",
     "quantized_layers",
     "read_graph",
+    "require_no_saturation",
     "require_same_integers",
     "require_tensorrt",
     "spell",

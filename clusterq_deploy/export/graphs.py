@@ -129,7 +129,8 @@ def student_graphs(
     logits: dict[Target, Array] = {}
 
     def checked(graph: onnx.ModelProto, spelling: Spelling, name: str, advance: Advance) -> dict[str, Any]:
-        found = verify(graph, images, logits[target_of(spelling)], name=name, optimized=spelling != "tensorrt")
+        expected, for_cpu = logits[target_of(spelling)], spelling != "tensorrt"
+        found = verify(graph, images, expected, name=name, optimized=for_cpu, cpu=student.target_cpu)
         advance()
         integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
         require_same_integers(integers, name=name)

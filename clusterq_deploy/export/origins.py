@@ -96,6 +96,30 @@ def dequantized(value: ir.Value | None) -> Dequantized | None:
     return Dequantized(node, source, is_constant(source), integer_type(node), constant(node, 1), axis)
 
 
+def stored_integers(node: ir.Node) -> npt.NDArray[np.float64] | None:
+    """The integers that a DequantizeLinear reads, stored so or as floats in front of a QuantizeLinear.
+
+    None where they are computed while the graph runs.
+    """
+    if (integers := constant(node, 0)) is not None:
+        return integers
+    quantizer = producer(node.inputs[0], "QuantizeLinear")
+    numbers, scale = (constant(quantizer, place) for place in (0, 1)) if quantizer is not None else (None, None)
+    if quantizer is None or numbers is None or scale is None or scale.ndim > 1:
+        return None
+    shape = [1] * numbers.ndim
+    if scale.size > 1:
+        shape[quantizer.attributes.get_int("axis", 1)] = -1
+    zero = constant(quantizer, 2) if len(quantizer.inputs) > 2 else None
+    offset = np.zeros(1) if zero is None else zero
+    low, high = (-128, 127) if integer_type(quantizer) is ir.DataType.INT8 else (0, 255)
+    if scale.size == 1:
+        return np.clip(np.rint(numbers / scale) + offset, low, high)
+    return np.clip(
+        np.rint(numbers / scale.reshape(shape)) + np.broadcast_to(offset, scale.shape).reshape(shape), low, high
+    )
+
+
 def quantized_convolution(value: ir.Value | None) -> ir.Node | None:
     """The quantized convolution whose output a tensor is, where nothing else reads it."""
     node = producer(value, "Conv")

@@ -19,17 +19,16 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.quantize.grid import Grid
+from clusterq_deploy.quantize.grid import ZERO_POINT, Grid
 from clusterq_deploy.quantize.placement import Target
 from clusterq_deploy.quantize.quantizer import MARKER, MARKER_DOMAIN, Quantizer
 from clusterq_deploy.quantize.student import Student
 
 Spelling = Literal["onnxruntime", "tensorrt", "int4"]
-_OFFSET = 128  # zero-point of a signed grid in UINT8
 _INT32_MAX = 2**31 - 1
 
 # ONNX operators that only move values: a quantized tensor stays on its grid through them
-_MOVING = {
+MOVING = {
     "Concat", "Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
@@ -59,7 +58,7 @@ def bounded_name(label: str) -> str:
 
 def offset_of(grid: Grid, spelling: Spelling) -> int:
     """What an activation's integers are stored with on top of the grid's: their zero-point."""
-    return _OFFSET if grid.signed and spelling != "tensorrt" else 0
+    return ZERO_POINT if grid.signed and spelling != "tensorrt" else 0
 
 
 def spell(marked: onnx.ModelProto, student: Student, spelling: Spelling) -> onnx.ModelProto:
@@ -107,7 +106,7 @@ class _Speller:
         for node in list(self.graph):
             if node.domain == MARKER_DOMAIN and node.op_type == MARKER:
                 self._marker(node)
-            elif node.op_type in _MOVING:
+            elif node.op_type in MOVING:
                 self._keep_grid(node)
         if self.target == "onnxruntime":
             for node in list(self.graph):

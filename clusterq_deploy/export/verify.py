@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export.half import computes_in_half
+from clusterq_deploy.export.saturation import pair_sums, require_no_saturation
 from clusterq_deploy.memory import inferred_in_parts
+from clusterq_deploy.quantize.grid import Cpu
 from clusterq_deploy.runners import Array, OnnxRunner
 
 _CLOSE, _TINY = 1e-2, 1e-6  # of the logits' standard deviation, and in absolute terms
@@ -52,15 +55,19 @@ class Verification:
         typical: the median image's root mean square difference of a logit, in standard deviations of the logits,
             optimizations off.
         largest: the largest difference of a logit, optimizations off.
+        pair_sum: the largest magnitude that two integer products of an output channel add up to; see `pair_sums`.
     """
 
     agreement: float
     close: float
     typical: float
     largest: float
+    pair_sum: int = 0
 
 
-def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str, optimized: bool) -> Verification:
+def verify(
+    graph: onnx.ModelProto, images: Array, reference: Array, *, name: str, optimized: bool, cpu: Cpu = "any"
+) -> Verification:
     """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
 
     Args:
@@ -69,19 +76,25 @@ def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str
         reference: torch's logits for them, (N, classes) float32.
         name: what messages call the graph.
         optimized: whether it is meant for ONNX Runtime, and so is run as it will be executed too.
+        cpu: the CPUs that it is meant for. A graph for ONNX Runtime on `any` must not saturate; one for `vnni` is
+            executed where the CPU has VNNI only.
 
     Raises:
-        VerificationError: the graph is invalid, does not run, or disagrees with torch.
+        VerificationError: the graph is invalid, does not run, disagrees with torch, or saturates.
     """
     try:
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(f"{name} is no valid ONNX: {str(error).splitlines()[0]}") from error
+    if optimized and cpu == "any":
+        pair_sum = require_no_saturation(graph, name=name)
+    else:
+        pair_sum = max((abs(own.largest) for own in pair_sums(graph)), default=0)
     data = graph.SerializeToString()
     with OnnxRunner(data, optimized=False) as runner:
         plain = inferred_in_parts(runner.infer, name)(images)
     executed = plain
-    if optimized:
+    if optimized and (cpu == "any" or adds_in_32_bits()):
         with OnnxRunner(data) as runner:
             executed = inferred_in_parts(runner.infer, name)(images)
     if not (np.isfinite(reference).all() and np.isfinite(plain).all() and np.isfinite(executed).all()):
@@ -95,6 +108,7 @@ def verify(graph: onnx.ModelProto, images: Array, reference: Array, *, name: str
         close=float((difference.max(axis=1) <= _CLOSE * deviation).mean()),
         typical=float(np.median(np.sqrt(np.square(difference).mean(axis=1)))) / deviation,
         largest=float(difference.max()),
+        pair_sum=pair_sum,
     )
     expected = _AGREEMENT_BESIDE_TIES if result.typical <= _EXACT else allowed.agreement
     if result.agreement < expected or result.typical > allowed.typical:

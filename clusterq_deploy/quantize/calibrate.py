@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from calib.progress import SILENT, Progress
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.quantize.grid import Grid
+from clusterq_deploy.quantize.quantizer import Quantizer, row_bounds, second_extremes
 from clusterq_deploy.quantize.student import Student
 
 _SAMPLES_A_SITE = 1 << 18
@@ -28,21 +29,51 @@ def _best_scale(grid: Grid, largest: Tensor, error_of: Callable[[Tensor], Tensor
     return best
 
 
-def weight_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+def weight_scales(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, pair_limit: int | None = None
+) -> Tensor:
     """Step of each output channel of a weight (O, ...), (O,) float32, positive also for a channel of zeros.
 
-    `importance` (O, K) weighs the squared errors of a channel's K values; all weigh the same without it.
+    Args:
+        weight: the weight.
+        grid: the integers.
+        importance: (O, K), weighs the squared errors of a channel's K values; all weigh the same without it.
+        pair_limit: the largest sum of two integers of a channel, see `grid.pair_limit`; None for no limit.
     """
     rows = weight.detach().flatten(1)
-    largest = rows.abs().amax(1)
+    largest, second = rows.abs().amax(1), second_extremes(rows)
 
     def error_of(scale: Tensor) -> Tensor:
-        step = scale[:, None]
-        error = ((rows / step).round_().clamp_(grid.low, grid.high).mul_(step) - rows).square_()
+        step, integers = scale[:, None], rows / scale[:, None]
+        if pair_limit is None:
+            integers = integers.round_().clamp_(grid.low, grid.high)
+        else:
+            low, high = row_bounds(second, scale, grid, pair_limit)
+            integers = integers.round_().clamp_(low[:, None], high[:, None])
+        error = integers.mul_(step).sub_(rows).square_()
         return (error if importance is None else error.mul_(importance)).sum(1)
 
-    scale = _best_scale(grid, largest, error_of)
+    # two values as large as the largest have half of the limit each
+    widest = largest if pair_limit is None else largest * (grid.high / (pair_limit // 2))
+    scale = _best_scale(grid, widest, error_of)
     return scale.clamp_min(float((scale.max() * _DEAD).clamp_min(1e-8)))
+
+
+@torch.no_grad()
+def set_weight_scale(quantizer: Quantizer, weight: Tensor, importance: Tensor | None = None) -> None:
+    """Set the step of a weight's quantizer, and how much wider it is where sums of two integers are limited.
+
+    Args:
+        quantizer: of the weight; it is changed.
+        weight: (O, ...) float32.
+        importance: as for `weight_scales`.
+    """
+    scale = weight_scales(weight, quantizer.grid, importance)
+    if quantizer.pair_limit is not None:
+        limited = weight_scales(weight, quantizer.grid, importance, quantizer.pair_limit)
+        quantizer.widening.copy_((limited / scale).clamp_min(1))
+        scale = scale * (quantizer.widening if quantizer.reduce_range else 1)
+    quantizer.set_scale(scale)
 
 
 def activation_scale(values: Tensor, grid: Grid) -> Tensor:
@@ -73,9 +104,10 @@ def calibrate(
         GraphError: the model computes values from the images that are not finite.
     """
     for layer in student.layers().values():
-        scale = weight_scales(layer.weight, layer.weight_quantizer.grid)
-        layer.weight_quantizer.floor.copy_((scale.max() * _DEAD).clamp_min(1e-8))
-        layer.weight_quantizer.set_scale(scale)
+        quantizer = layer.weight_quantizer
+        quantizer.floor.fill_(0)
+        set_weight_scale(quantizer, layer.weight)
+        quantizer.floor.copy_((quantizer.log_scale.exp().max() * _DEAD).clamp_min(1e-8))
     seen = _activations(student, images, batch_size, rng, progress)
     for name, quantizer in student.quantizers().items():
         if name in seen:

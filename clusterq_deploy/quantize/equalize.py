@@ -249,8 +249,9 @@ def _errors(pair: Pair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, 
     rounded = Quantizer("input", pair.grid, limit=_CLIP if pair.clip is not None else math.inf).to(x.device)
     rounded.set_scale(activation_scale(sample, pair.grid))
     weight = _columns_scaled(layer, 1 / factor)
-    weights = Quantizer("weight", layer.weight_quantizer.grid, len(weight)).to(x.device)
-    weights.set_scale(weight_scales(weight, layer.weight_quantizer.grid))
+    own = layer.weight_quantizer
+    weights = Quantizer("weight", own.grid, len(weight), pair_limit=own.pair_limit).to(x.device)
+    weights.set_scale(weight_scales(weight, own.grid, pair_limit=own.pair_limit))
     difference = _outputs(layer, rounded(mapped), weights(weight)) - exact
     dims = pooled_dims(layer, exact)
     counts = _counts(layer, x).expand_as(difference)

@@ -2,10 +2,19 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from clusterq_deploy.errors import ConfigError
 
 MIN_BITS, MAX_BITS = 2, 8
+
+ZERO_POINT = 128
+"""What UINT8 stores on top of the integers of a signed grid."""
+
+_INT16_MAX = 2**15 - 1
+
+Cpu = Literal["any", "vnni"]
+"""The CPUs that ONNX Runtime's graph is made for: any, or those that add products of integers in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,25 @@ class Grid:
         return (1 << (self.bits - self.signed)) - 1
 
     @property
+    def largest_stored(self) -> int:
+        """The largest integer of an activation on this grid as UINT8, in which a signed grid has zero-point 128."""
+        return self.high + (ZERO_POINT if self.signed else 0)
+
+    @property
     def halved(self) -> "Grid | None":
         """The grid for INT8, whose scale is twice as large, where this one is too fine for it; else None."""
         return None if self.signed or self.bits < MAX_BITS else Grid(MAX_BITS - 1, signed=False)
+
+
+def pair_limit(weights: Grid, activations: Grid) -> int | None:
+    """Return the largest sum of two weights of one sign in a row whose products fit 16 bits together.
+
+    x86 CPUs without VNNI multiply UINT8 activations with INT8 weights by `vpmaddubsw`, which adds two products in 16
+    bits and saturates. Which two depends on the kernel, so that the limit is for any two of an output channel. None
+    where no two weights of the grid can pass it: where the weights or the activations have few bits.
+    """
+    limit = _INT16_MAX // activations.largest_stored
+    return None if 2 * -weights.low <= limit else limit
 
 
 @dataclass(frozen=True, order=True)

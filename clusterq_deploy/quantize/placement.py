@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.quantize.graph import module_of, tensor_inputs
-from clusterq_deploy.quantize.grid import BitWidths, Grid
+from clusterq_deploy.quantize.grid import BitWidths, Cpu, Grid, pair_limit
 from clusterq_deploy.quantize.ops import (
     activated,
     is_addition,
@@ -49,12 +49,16 @@ class ActivationSite:
 
 @dataclass(frozen=True)
 class WeightSite:
-    """A quantizer, per output channel, on the weight of `layer`, whose input has the quantizer `input_site`."""
+    """A quantizer, per output channel, on the weight of `layer`, whose input has the quantizer `input_site`.
+
+    `pair_limit` is the largest sum of two integers of an output channel in ONNX Runtime's graph, None for no limit.
+    """
 
     name: str
     layer: str
     grid: Grid
     input_site: str
+    pair_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ class Placement:
 
 
 def place(
-    traced: fx.GraphModule, bits: BitWidths, *, first_last: bool = False, keep: Mapping[str, int] | None = None
+    traced: fx.GraphModule,
+    bits: BitWidths,
+    *,
+    first_last: bool = False,
+    keep: Mapping[str, int] | None = None,
+    cpu: Cpu = "any",
 ) -> Placement:
     """Decide on every quantizer of a folded graph.
 
@@ -88,6 +97,7 @@ def place(
             channels, and what four bits lose of them no later layer can mend.
         keep: widths of single layers, by name: of the weight, and of what the layer reads. Layers that read the same
             tensor share the widest.
+        cpu: `any` limits the weights' sums in ONNX Runtime's graph, so that no CPU saturates; see `pair_limit`.
 
     Raises:
         GraphError: `keep` names no quantized layer.
@@ -144,16 +154,14 @@ def place(
             grid, limit = _grid(narrow[producer], [ranges[source]])
             activations.append(ActivationSite(name, (source.name,), grid, limit, TARGETS, names))
         input_sites |= dict.fromkeys(own, name)
-    weights = [
-        WeightSite(
-            f"{node.target}.weight",
-            str(node.target),
-            Grid(keep.get(str(node.target), _EIGHT if wide(node) else bits.weights), signed=True),
-            input_sites[node],
-        )
-        for node in layers
-    ]
-    return Placement(tuple(activations), tuple(weights), skipped)
+    grids = {site.name: site.grid for site in activations}
+
+    def weight_site(node: fx.Node) -> WeightSite:
+        name, read = str(node.target), input_sites[node]
+        grid = Grid(keep.get(name, _EIGHT if wide(node) else bits.weights), signed=True)
+        return WeightSite(f"{name}.weight", name, grid, read, pair_limit(grid, grids[read]) if cpu == "any" else None)
+
+    return Placement(tuple(activations), tuple(map(weight_site, layers)), skipped)
 
 
 def _require_layers(names: Iterable[str], layers: list[str]) -> None:

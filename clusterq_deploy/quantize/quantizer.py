@@ -16,6 +16,38 @@ MARKER_DOMAIN = "clusterq"
 
 _TINY = 1e-30  # the bounds of the grid belong to it
 
+Bound = Any
+"""An end of a grid: an int, or a tensor (O, 1, ...) of one for each row; torch's stubs have no clamp for both."""
+
+
+def row_bounds(second: tuple[Tensor, Tensor], scale: Tensor, grid: Grid, limit: int) -> tuple[Tensor, Tensor]:
+    """Return the ends of each row's grid, (O,) float32 each, so that no two integers of one sign add up to more.
+
+    All values but the outermost keep the grid as far as half of the limit; the outermost has what the next one leaves
+    of the limit. `vpmaddubsw` then never saturates, whichever two products of a row it adds; see `pair_limit`.
+
+    Args:
+        second: from `second_extremes`.
+        scale: step of each row, (O,) float32.
+        grid: the grid without the limit.
+        limit: the largest sum of two integers of a row that are both positive, or both negative.
+    """
+    lowest, highest = (extreme.div(scale).round_() for extreme in second)
+    high = (limit - highest.clamp(0, grid.high)).clamp(limit // 2, grid.high)
+    low = (-limit - lowest.clamp(grid.low, 0)).clamp(grid.low, -(limit // 2))
+    return low, high
+
+
+def second_extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the second-smallest and the second-largest value of each row of a weight (O, ...), (O,) each.
+
+    0 where a row has one value only: nothing can be added to it.
+    """
+    rows = weight.flatten(1)
+    if rows.shape[1] < 2:
+        return rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+    return rows.topk(2, largest=False).values[:, 1], rows.topk(2).values[:, 1]
+
 
 class _FakeQuantize(torch.autograd.Function):
     """Round to the grid; the gradient passes where the value is on it, and the step's is that of LSQ.
@@ -24,7 +56,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
         # divide and round half to even, as QuantizeLinear does
         rounded = (x / scale).round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, rounded, scale)
@@ -72,22 +104,36 @@ class Quantizer(nn.Module):
         channels: length of the scale: one for each index of dimension 0 (weights), or None for one in all.
         limit: the largest value that the tensor can have (6 behind a ReLU6); the scale is kept so that
             `high * scale` does not pass it, which makes the clip in front of the quantizer redundant.
+        pair_limit: of a weight, the largest sum of two integers of a row, see `grid.pair_limit`; None for no limit.
 
     Attributes:
         log_scale: () or (channels,) float32; its logarithm is learned, so the scale stays positive.
         enabled: False lets the tensor pass untouched.
         coarse: True rounds to `Grid.halved`, where there is one.
+        reduce_range: False leaves `pair_limit` out of account, as targets do that add in 32 bits.
         floor: the smallest scale that `project` leaves.
+        widening: (channels,) float32, at least 1: how much larger the scale is where `pair_limit` counts.
     """
 
-    def __init__(self, site: str, grid: Grid, channels: int | None = None, limit: float = math.inf) -> None:
+    def __init__(
+        self,
+        site: str,
+        grid: Grid,
+        channels: int | None = None,
+        limit: float = math.inf,
+        pair_limit: int | None = None,
+    ) -> None:
         super().__init__()
         self.site, self.limit, self.enabled, self.coarse = site, limit, True, False
+        self.pair_limit, self.reduce_range = pair_limit, True
         self._grid = grid
         self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
         self.register_buffer("floor", torch.tensor(1e-8))
+        if pair_limit is not None:
+            self.register_buffer("widening", torch.ones_like(self.log_scale))
 
     floor: Tensor
+    widening: Tensor
 
     @property
     def _halved(self) -> Grid | None:
@@ -99,17 +145,36 @@ class Quantizer(nn.Module):
         return self._halved or self._grid
 
     @property
+    def _limited(self) -> bool:
+        return self.pair_limit is not None and self.reduce_range
+
+    @property
     def scale(self) -> Tensor:
         """The step between neighbouring values, () or (channels,) float32, positive."""
-        step = self.log_scale.exp()
-        return 2 * step if self._halved else step
+        return self.log_scale.exp() * self._factor
+
+    @property
+    def _factor(self) -> float | Tensor:
+        """What the step of the finest grid is multiplied by."""
+        if self._limited:
+            return self.widening
+        return 2.0 if self._halved else 1.0
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:
         """Set the step; values under the floor or over the limit are moved there."""
-        step = scale / 2 if self._halved else scale
+        step = scale / self._factor
         self.log_scale.copy_(step.to(self.log_scale).clamp_min(1e-30).log())
         self.project()
+
+    def bounds(self, x: Tensor) -> tuple[Bound, Bound]:
+        """Return the smallest and largest integer of x; for each row of a weight (O, ...) whose sums are limited."""
+        if self.pair_limit is None or not self.reduce_range:
+            return self.grid.low, self.grid.high
+        second = second_extremes(x.detach())
+        low, high = row_bounds(second, self.scale.detach(), self.grid, self.pair_limit)
+        shape = (-1, *[1] * (x.dim() - 1))
+        return low.view(shape), high.view(shape)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -120,7 +185,7 @@ class Quantizer(nn.Module):
 
     def integers(self, x: Tensor) -> Tensor:
         """The grid's integers for x, int16, of x's shape."""
-        return (x / self._spread(x)).round().clamp(self.grid.low, self.grid.high).to(torch.int16)
+        return (x / self._spread(x)).round().clamp(*self.bounds(x)).to(torch.int16)
 
     def _spread(self, x: Tensor) -> Tensor:
         scale = self.scale
@@ -139,7 +204,7 @@ class Quantizer(nn.Module):
                 version=1,
             )
             return marker
-        result: Tensor = _FakeQuantize.apply(x, self._spread(x), self.grid.low, self.grid.high)
+        result: Tensor = _FakeQuantize.apply(x, self._spread(x), *self.bounds(x))
         return result
 
     def extra_repr(self) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.progress import SILENT, Progress
-from clusterq_deploy.quantize.calibrate import weight_scales
-from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, padded, pooled_dims
+from clusterq_deploy.quantize.calibrate import set_weight_scale
+from clusterq_deploy.quantize.quantizer import Bound, QuantizedLayer, by_channel, padded, pooled_dims
 from clusterq_deploy.quantize.reference import AT_ONCE, Reference, SideBySide, by_parts
 from clusterq_deploy.quantize.student import Student
 
@@ -201,9 +201,12 @@ def _fit(layer: QuantizedLayer, x: Tensor, wanted: Tensor, damping: float, rng: 
     fitted = weight + _SHARE * torch.linalg.solve(hessian, slope.mT).mT
     quantizer = layer.weight_quantizer
     importance = hessian.diagonal(dim1=1, dim2=2)[:, None].expand_as(fitted).reshape(len(layer.weight), -1)
-    quantizer.set_scale(weight_scales(fitted.reshape(layer.weight.shape), quantizer.grid, importance))
+    whole = fitted.reshape(layer.weight.shape)
+    set_weight_scale(quantizer, whole, importance)
     scale = quantizer.scale.view(groups, rows)
-    layer.weight.copy_(_rounded(fitted, hessian, scale, quantizer.grid.low, quantizer.grid.high).view_as(layer.weight))
+    # the ends that rounding to nearest would have; what is made up for moves a row's second-largest value but little
+    ends = [e if isinstance(e, int) else e.view(groups, rows) for e in quantizer.bounds(whole)]
+    layer.weight.copy_(_rounded(fitted, hessian, scale, *ends).view_as(layer.weight))
 
 
 def _samples(
@@ -231,8 +234,8 @@ def _grouped(values: Tensor, groups: int) -> Tensor:
     return values.transpose(0, 1).reshape(groups, values.shape[1] // groups, -1)
 
 
-def _rounded(weight: Tensor, hessian: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """The weight (G, O, K) on the grid of steps (G, O); each column's error is made up for by those after it.
+def _rounded(weight: Tensor, hessian: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
+    """The weight (G, O, K) on the grid of steps and ends (G, O); each column's error is made up for by those after it.
 
     Columns whose inputs vary most come first.  # algorithm 1 in arXiv 2210.17323
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calib.checkpoint import NOWHERE, Checkpoint, Turn
 from calib.progress import SILENT, Advance, Progress
 from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
-from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.grid import BitWidths, Cpu
 from clusterq_deploy.quantize.initialize import equalize_and_calibrate, initialize, mend
 from clusterq_deploy.quantize.quantizer import QuantizedLayer
 from clusterq_deploy.quantize.student import Student, make_student
@@ -160,6 +160,7 @@ def plan_precision(
     max_drop: float,
     first_last: bool,
     keep: Mapping[str, int],
+    cpu: Cpu = "any",
     images: Tensor,
     judged: Tensor,
     batch_size: int,
@@ -174,7 +175,7 @@ def plan_precision(
 
     Args:
         teacher: in eval mode; it is copied, not changed.
-        bits, first_last: as for `make_student`.
+        bits, first_last, cpu: as for `make_student`.
         costs: from `sensitivities`.
         max_drop: the bound of `Divergence.expected_drop`, in points.
         keep: widths that stand already, and stay.
@@ -193,7 +194,7 @@ def plan_precision(
 
     def within(count: int, advance: Advance) -> bool:
         if count not in estimates:
-            student = make_student(teacher, bits, first_last=first_last, keep=raised(count))
+            student = make_student(teacher, bits, first_last=first_last, keep=raised(count), cpu=cpu)
             rng.set_state(state)  # counts differ in their layers alone
             turn = Turn(checkpoint, "precision", count)
             initialize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=turn)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from clusterq_deploy.errors import WeightsError
 from clusterq_deploy.quantize.graph import folded_teacher
-from clusterq_deploy.quantize.grid import BitWidths
+from clusterq_deploy.quantize.grid import BitWidths, Cpu
 from clusterq_deploy.quantize.placement import Placement, Target, place
 from clusterq_deploy.quantize.quantizer import (
     QuantizedConv2d,
@@ -23,7 +23,7 @@ from clusterq_deploy.quantize.quantizer import (
 )
 
 _LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
-FORMAT = 2
+FORMAT = 3
 """Of a student's file: what its scales belong to."""
 
 
@@ -35,15 +35,22 @@ class Student(nn.Module):
         bits: widths of weights and activations.
         first_last: whether the first and last layers have those widths too, not 8 bits.
         keep: widths of single layers, by name.
+        target_cpu: the CPUs that its graph for ONNX Runtime is made for.
         placement: where the quantizers are, and which layers stay in float.
     """
 
     def __init__(
-        self, net: fx.GraphModule, bits: BitWidths, first_last: bool, keep: Mapping[str, int], placement: Placement
+        self,
+        net: fx.GraphModule,
+        bits: BitWidths,
+        first_last: bool,
+        keep: Mapping[str, int],
+        cpu: Cpu,
+        placement: Placement,
     ) -> None:
         super().__init__()
         self.net, self.bits, self.first_last, self.placement = net, bits, first_last, placement
-        self.keep = dict(keep)
+        self.keep, self.target_cpu = dict(keep), cpu
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
@@ -64,10 +71,15 @@ class Student(nn.Module):
 
     @contextmanager
     def spelled(self, target: Target) -> Iterator[None]:
-        """Compute what `target`'s graph computes: without the quantizers that only the other one has, and in INT8."""
+        """Compute what `target`'s graph computes: without the quantizers that only the other one has, on its grids."""
         quantizers = self.quantizers()
         absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
-        with _with(absent, "enabled", False), self.in_int8() if target == "tensorrt" else nullcontext():
+        with ExitStack() as switches:
+            switches.enter_context(_with(absent, "enabled", False))
+            if target == "tensorrt":
+                weights = [layer.weight_quantizer for layer in self.layers().values()]
+                switches.enter_context(_with(weights, "reduce_range", False))
+                switches.enter_context(self.in_int8())
             yield
 
     @contextmanager
@@ -128,6 +140,7 @@ class Student(nn.Module):
             "bits": str(self.bits),
             "first_last": self.first_last,
             "keep": self.keep,
+            "cpu": self.target_cpu,
             "provenance": dict(provenance),
         }
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -149,7 +162,12 @@ def _with(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iterator
 
 
 def make_student(
-    teacher: nn.Module, bits: BitWidths, *, first_last: bool = False, keep: Mapping[str, int] | None = None
+    teacher: nn.Module,
+    bits: BitWidths,
+    *,
+    first_last: bool = False,
+    keep: Mapping[str, int] | None = None,
+    cpu: Cpu = "any",
 ) -> Student:
     """A student whose quantizers stand where the targets want them, all scales still to be set.
 
@@ -158,18 +176,19 @@ def make_student(
         bits: widths of weights and activations.
         first_last: False keeps the first and last layers at 8 bits.
         keep: widths of single layers, by name; see `place`.
+        cpu: the CPUs that its graph for ONNX Runtime is made for; see `place`.
 
     Raises:
         GraphError: the teacher cannot be traced, or has no such layer to quantize.
     """
     graph = folded_teacher(teacher)
-    placement = place(graph, bits, first_last=first_last, keep=keep)
+    placement = place(graph, bits, first_last=first_last, keep=keep, cpu=cpu)
     device = next(graph.parameters()).device
     nodes = {node.name: node for node in graph.graph.nodes}
     for site in placement.weights:
         layer = graph.get_submodule(site.layer)
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            quantizer = Quantizer(site.name, site.grid, channels=len(layer.weight))
+            quantizer = Quantizer(site.name, site.grid, channels=len(layer.weight), pair_limit=site.pair_limit)
             graph.set_submodule(site.layer, with_weight_quantizer(layer, quantizer))
     sites = nn.ModuleDict()
     graph.add_submodule("quantizers", sites)
@@ -185,7 +204,7 @@ def make_student(
             quantized.args = (node,)
     graph.graph.lint()
     graph.recompile()
-    return Student(graph, bits, first_last, keep or {}, placement).to(device).eval()
+    return Student(graph, bits, first_last, keep or {}, cpu, placement).to(device).eval()
 
 
 def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
@@ -204,12 +223,12 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         written = settings.get("format")
         bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
-        first_last, keep = settings["first_last"], settings.get("keep", {})
+        widths = {name: settings[name] for name in ("first_last", "keep", "cpu") if name in settings}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no quantized model: {error}") from error
     if written != FORMAT:
         raise WeightsError(f"{path} is of another version of this program; make it anew with clusterq quantize")
-    student = make_student(teacher, bits, first_last=first_last, keep=keep)
+    student = make_student(teacher, bits, **widths)
     try:
         student.load_state_dict(state)
     except RuntimeError as error:

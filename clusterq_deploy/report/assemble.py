@@ -135,6 +135,7 @@ def _variant(name: str, records: Mapping[str, StageRecord]) -> Variant:
         histograms=[LayerHistograms.model_validate(own) for own in tuned.get("histograms", [])],
         losses={key: thin(values) for key, values in tuned.get("losses", {}).items()},
         batch_divisor=tuned.get("batch_divisor", 1),
+        cpu=tuned.get("cpu"),
         kept_step=tuned.get("kept_step") if tuned.get("losses", {}).get("held_out_kl") else None,
     )
 

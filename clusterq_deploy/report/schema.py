@@ -184,7 +184,8 @@ class Variant(_Record):
     expected of these widths before fine-tuning, where a bound, `max_drop`, was asked for. `batch_divisor` is what the
     batches of fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of
     execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 where none brought the student nearer
-    to the teacher on held-out images than it was before; None where nothing was tuned.
+    to the teacher on held-out images than it was before; None where nothing was tuned. `cpu` says which CPUs the graph
+    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None of the baseline.
     """
 
     name: str
@@ -203,6 +204,7 @@ class Variant(_Record):
     losses: dict[str, list[float]] = Field(default_factory=dict)
     batch_divisor: int = 1
     kept_step: int | None = None
+    cpu: Literal["any", "vnni"] | None = None
 
 
 class Skipped(_Record):

@@ -200,6 +200,7 @@ def _grid_notes(report: Report) -> list[str]:
             f"such a network as INT8 whose values lie on a {grid} grid: INT4 saves storage, the speed is "
             "INT8's."
         )
+    found += _cpu_notes(report)
     for variant in report.variants:
         if variant.keep:
             found.append(f"{variant.name}: {_kept(variant)}")
@@ -208,6 +209,25 @@ def _grid_notes(report: Report) -> list[str]:
             "The int4 files hold two weights in a byte and are the smallest to store and ship; ONNX Runtime "
             "dequantizes them and convolves in float, so they are no faster than fp32."
         )
+    return found
+
+
+def _cpu_notes(report: Report) -> list[str]:
+    """Which CPUs the graphs for ONNX Runtime compute the same on."""
+    found = []
+    by_cpu = {cpu: [own.name for own in report.variants if own.cpu == cpu] for cpu in ("any", "vnni")}
+    if by_cpu["any"]:
+        found.append(
+            f"{_listed(by_cpu['any'])}: the graph for ONNX Runtime computes the same on every CPU, with VNNI and "
+            "without. No two integer products of an output channel add up to more than 16 bits hold."
+        )
+    if by_cpu["vnni"]:
+        found.append(
+            f"{_listed(by_cpu['vnni'])}: the graph for ONNX Runtime was asked for with --cpu vnni. On x86 CPUs without "
+            "VNNI its sums saturate at 16 bits, and it computes something else there."
+        )
+        if not {"avx_vnni", "avx512_vnni"}.intersection(report.environment.cpu_int8 or []):
+            found.append("This CPU has no VNNI: what was measured here of these graphs is not what they do with it.")
     return found
 
 

@@ -148,6 +148,8 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
             str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES]
         )
         result = {
+            "format": FORMAT,
+            "cpu": student.target_cpu,
             "losses": tuning.losses,
             "kept_step": tuning.kept_step,
             "equalized": [asdict(pair) for pair in started.equalized],
@@ -212,7 +214,7 @@ def _judged_views(run: Run, rng: torch.Generator) -> torch.Tensor:
 
 def _widths(run: Run) -> Result:
     """What `make_student` is to know beside a variant's bits."""
-    return {"first_last": run.config.first_last, "keep": run.config.keep}
+    return {"first_last": run.config.first_last, "keep": run.config.keep, "cpu": run.config.cpu}
 
 
 def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int, checkpoint: Checkpoint) -> PrecisionPlan:

@@ -161,7 +161,7 @@ def report_table(report: "Report") -> Table:
             *([formats.number(row.accuracy.top1), formats.number(row.drop)] if labelled else []),
             formats.number(row.accuracy.agreement),
             f"{'~' if own.unsteady else ''}{formats.milliseconds(own.latency.median_ms)}" if own else formats.ABSENT,
-            _times(own.speedup if own else None),
+            _times(own.speedup if own else None, *((own.latency.speedup_low, own.latency.speedup_high) if own else ())),
             *([_times(own.over_half if own else None)] if over_half else []),
             end_section=False,
         )
@@ -169,9 +169,11 @@ def report_table(report: "Report") -> Table:
     return table
 
 
-def _times(ratio: float | None) -> str:
-    """`1.66x`, or a dash."""
-    return "\N{EN DASH}" if ratio is None else f"{ratio:.2f}x"
+def _times(ratio: float | None, low: float | None = None, high: float | None = None) -> str:
+    """`1.66x`, or a dash; with its interval where there is one: `1.66x 1.60-1.71`."""
+    if ratio is None:
+        return "\N{EN DASH}"
+    return f"{ratio:.2f}x" if low is None or high is None else f"{ratio:.2f}x {low:.2f}-{high:.2f}"
 
 
 def comparison_tables(comparison: "Comparison") -> Iterator[Table]:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
+from scipy import stats
 
 from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
@@ -21,6 +22,11 @@ from clusterq_deploy.report.engines import Spread
 from clusterq_deploy.report.schema import Accuracy, Latency
 from clusterq_deploy.runners import Array, Runner
 
+_QUICK = 0.25  # the quantile of a turn's calls that counts for its speed
+_FEWEST_TURNS = 6  # for which the extremes of all ratios are an interval of 95 %: 1 - 2 * 0.5**6
+SESSIONS_DIFFER = 0.02
+"""What the speed of two sessions of the same graph can differ by for good: where each lies in memory stays as it is."""
+
 Predictions = npt.NDArray[np.int64]
 
 
@@ -32,7 +38,8 @@ class BenchmarkConfig(StageConfig):
         threads: threads of CPU runtimes; None takes one for each core that the process may use.
         warmup_ms: each runtime runs this long before anything counts.
         min_runs, min_seconds: each measurement has at least both.
-        rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them.
+        rounds: the runtimes take turns so many times, so that a machine that slows down slows all of them; fewer times
+            where each has had its runs and seconds before.
     """
 
     batches: tuple[Annotated[int, Field(gt=0, le=65_536)], ...] = Field((1, 32), min_length=1)
@@ -40,7 +47,7 @@ class BenchmarkConfig(StageConfig):
     warmup_ms: float = Field(200, ge=0)
     min_runs: int = Field(10, ge=1)
     min_seconds: float = Field(3, ge=0)
-    rounds: int = Field(3, ge=1)
+    rounds: int = Field(30, ge=1)
 
     @property
     def cpu_threads(self) -> int:
@@ -135,8 +142,9 @@ def benchmark(
     config: BenchmarkConfig,
     progress: Progress = SILENT,
     unfit: list[str] | None = None,
+    baselines: Mapping[str, str] | None = None,
 ) -> dict[str, list[Latency]]:
-    """Time `infer`, host to host, of several runtimes in turn.
+    """Time `infer`, host to host, of several runtimes in turn, in another order each time.
 
     Args:
         runners: by a name of the caller's.
@@ -144,31 +152,58 @@ def benchmark(
         config: how to measure.
         progress: shows how far it is.
         unfit: takes a line for each batch size that does not fit the memory in a runtime, which is then left out.
+        baselines: for names whose speed-up over another name is asked for, that other name.
 
     Returns:
         For each name one record a batch size. Records of one call can be compared with each other.
     """
     unfit = [] if unfit is None else unfit
     found: dict[str, list[Latency]] = {name: [] for name in runners}
-    turns = len(config.batches) * config.rounds * len(runners)
-    with progress.task("Benchmark", turns) as advance:
+    rng = np.random.default_rng(0)
+    with progress.task("Benchmark", len(config.batches) * config.rounds * len(runners)) as advance:
         for batch in config.batches:
             images = np.random.default_rng(0).standard_normal((batch, *size), dtype=np.float32)
-            times: dict[str, list[float]] = {name: [] for name in runners}
-            for turn in range(config.rounds):
-                for name, runner in runners.items():
+            turns: dict[str, list[list[float]]] = {name: [] for name in runners}
+            for index in range(config.rounds):
+                for name in rng.permutation(list(runners)) if index else list(runners):
                     try:
-                        if name in times:
-                            times[name] += _turn(runner, images, config, first=turn == 0)
+                        if name in turns:
+                            turns[name].append(_turn(runners[name], images, config, first=index == 0))
                     except (RuntimeError, MemoryError) as error:
                         if not is_of_memory(error):
                             raise
                         unfit.append(f"{name}: a batch of {batch} does not fit the memory")
-                        del times[name]
+                        del turns[name]
                     advance(1)
-            for name, own in times.items():
-                found[name].append(summarize(runners[name].runtime, batch, own))
+                if all(_is_enough(own, config) for own in turns.values()):
+                    advance((config.rounds - index - 1) * len(runners))
+                    break
+            for name, own in turns.items():
+                record = summarize(runners[name].runtime, batch, [time for turn in own for time in turn])
+                other = turns.get((baselines or {}).get(name, ""))
+                found[name].append(record if other is None else record.model_copy(update=paired_speedup(other, own)))
     return found
+
+
+def paired_speedup(baseline: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -> dict[str, float]:
+    """How many times as fast as a baseline something ran that took turns with it: `speedup` fields of `Latency`.
+
+    A turn counts by the first quartile of its calls: what else the machine does makes some calls slow, and hardly ever
+    so many. The speed-up is the median over turns of the ratio of two such quartiles, both of one turn. Its interval of
+    95 % is that of order statistics, which assumes nothing of the ratios' distribution, widened by what two sessions
+    of the same graph can differ by. Fewer than six turns have none.
+
+    Args:
+        baseline, own: the times of each turn's calls, in milliseconds; as many turns of both.
+    """
+    pairs = zip(baseline, own, strict=True)
+    ratios = [float(np.quantile(first, _QUICK) / np.quantile(second, _QUICK)) for first, second in pairs]
+    found = {"speedup": float(np.median(ratios))}
+    if len(ratios) < _FEWEST_TURNS:
+        return found
+    interval = stats.quantile_test(ratios, q=found["speedup"], p=0.5).confidence_interval(confidence_level=0.95)
+    low, high = interval.low / (1 + SESSIONS_DIFFER), interval.high * (1 + SESSIONS_DIFFER)
+    return {**found, "speedup_low": float(low), "speedup_high": float(high)}
 
 
 def _turn(runner: Runner, images: Array, config: BenchmarkConfig, *, first: bool) -> list[float]:
@@ -179,8 +214,14 @@ def _turn(runner: Runner, images: Array, config: BenchmarkConfig, *, first: bool
     return _run_for(runner, images, config.min_seconds / config.rounds, -(-config.min_runs // config.rounds))
 
 
+def _is_enough(turns: Sequence[Sequence[float]], config: BenchmarkConfig) -> bool:
+    """Whether a runtime has had its runs and seconds, in turns enough for an interval."""
+    runs, seconds = sum(map(len, turns)), sum(map(sum, turns)) / 1000
+    return len(turns) >= _FEWEST_TURNS and runs >= config.min_runs and seconds >= config.min_seconds
+
+
 def _run_for(runner: Runner, images: Array, seconds: float, runs: int) -> list[float]:
-    """Milliseconds of each call, for at least so long and so many."""
+    """Milliseconds of each call, for at least so long and so many, and one at least."""
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < runs or time.perf_counter() - start < seconds:

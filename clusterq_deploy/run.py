@@ -90,8 +90,8 @@ class Run:
         self.directory = RunDirectory(out, identity, self.command, _is_outdated)
         if outdated := self.directory.outdated:
             logger.warning(
-                "%s in %s is of an earlier version, whose graphs saturate on CPUs without VNNI: it has to be made "
-                "again, and so does what was made from it",
+                "%s in %s was made by an earlier version, whose graphs saturate on CPUs without VNNI: it counts as not "
+                "done, and so does what was made from it",
                 " and ".join(outdated),
                 out,
             )

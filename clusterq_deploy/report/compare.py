@@ -107,7 +107,7 @@ def to_csv(comparison: Comparison) -> str:
     timed: dict[tuple[Any, ...], Row] = {}
     for row in comparison.latency:
         own = timed.setdefault(_key(row), {})
-        own |= {f"{name}_batch_{row['batch']}": row[name] for name in (*_TIMES, *_MORE_TIMES)}
+        own |= {f"{name}_batch_{row['batch']}": row[name] for name in (*_TIMES, *_MORE_TIMES, *_INTERVAL)}
         own[f"unsteady_batch_{row['batch']}"] = "true" if row["unsteady"] else "false"
     scored = {_key(row): row for row in comparison.accuracy}
     rows = [
@@ -123,6 +123,7 @@ def to_csv(comparison: Comparison) -> str:
     measured = ("size_bytes", "top1", "top1_error", "top5", "drop", "drop_error", "agreement")
     latencies = [f"{name}_batch_{batch}" for batch in batches for name in _TIMES]
     later = [f"{name}_batch_{batch}" for batch in batches for name in (*_MORE_TIMES, "unsteady")]
+    later += [f"{name}_batch_{batch}" for batch in batches for name in _INTERVAL]
     about_columns = [key for key in comparison.runs[0] if key != "run"]
     machine_columns = [key for key in comparison.machines[0] if key != "run"]
     # columns are added at the end: others may count them
@@ -136,6 +137,7 @@ def to_csv(comparison: Comparison) -> str:
 
 _KEY = ("run", "variant", "runtime", "graph")
 _TIMES = ("median_ms", "speedup")
+_INTERVAL = ("speedup_low", "speedup_high")
 _MORE_TIMES = ("p90_ms", "p99_ms", "images_per_second", "threads")
 
 
@@ -189,6 +191,8 @@ def _latency(run: str, report: Report) -> list[Row]:
             "images_per_second": row.latency.images_per_second,
             "speedup": row.speedup,
             "unsteady": row.unsteady,
+            "speedup_low": row.latency.speedup_low,
+            "speedup_high": row.latency.speedup_high,
         }
         for row in latency_rows(report)
     ]
@@ -249,7 +253,13 @@ _FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "images_per_second": ("images/s", "{:,.0f}".format),
     "speedup": ("speed-up", formats.speedup),
 }
-_BESIDE = ("top1_error", "drop_error", "agreement_error", "unsteady")  # no columns: they stand at their number
+_BESIDE = (
+    "top1_error",
+    "drop_error",
+    "agreement_error",
+    "unsteady",
+    *_INTERVAL,
+)  # no columns: they stand at their number
 _FIRST_NUMBERS = ("size_bytes", "batch")
 
 

@@ -14,6 +14,8 @@ from clusterq_deploy.report.schema import Accuracy, Artifact, Latency, Report, V
 BASELINE = "fp32"
 HALF = "fp16"
 FLOAT = {BASELINE, HALF}
+SPEED_TIE = 0.05
+"""Variants whose medians are this close (as a fraction) count as equally fast."""
 UNSTEADY = 0.025
 """Coefficient of variation above which a latency deserves no trust in its last digits."""
 
@@ -38,7 +40,7 @@ class AccuracyRow:
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One measurement; `speedup` is fp32's median over this one's, None where fp32 was not measured so.
+    """One measurement; `speedup` is over fp32: of turns that both took, else of medians, None without fp32's.
 
     `over_half` is the same for fp16. An engine is `unsteady` where its computation is; copies vary with what else the
     host does.
@@ -183,10 +185,22 @@ def by_runtime(reference: Variant | None) -> dict[str, Accuracy]:
 
 
 def speedup_of(reference: Variant | None, latency: Latency, over: str = BASELINE) -> float | None:
-    """The median of the float model, as fp32 or as fp16, over this one's; None where it was not measured so."""
+    """How many times as fast as the float model, as fp32 or as fp16, this one ran; None where that was not measured so.
+
+    Over fp32 it is that of turns which both took, where they did; else the float model's median over this one's.
+    """
+    if over == BASELINE and latency.speedup is not None:
+        return latency.speedup
     for other in counterparts(reference, latency, over):
         return other.median_ms / latency.median_ms if latency.median_ms else None
     return None
+
+
+def interval_of(latency: Latency, speedup: float) -> tuple[float, float]:
+    """The interval of a speed-up over fp32: the measured one, else as far as two medians say nothing, `SPEED_TIE`."""
+    if latency.speedup_low is not None and latency.speedup_high is not None:
+        return latency.speedup_low, latency.speedup_high
+    return speedup * (1 - SPEED_TIE), speedup / (1 - SPEED_TIE)
 
 
 def counterparts(reference: Variant | None, latency: Latency, over: str) -> list[Latency]:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
+from clusterq_deploy.report.schema import Latency
+
 ABSENT = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -57,6 +59,18 @@ def duration(seconds: float) -> str:
 def speedup(value: float | None) -> str:
     """3.28 with a multiplication sign behind it."""
     return ABSENT if value is None else f"{value:.2f}{TIMES}"
+
+
+def interval(ends: tuple[float, float] | None) -> str:
+    """The ends of a speed-up's interval: `1.28 to 1.34` with a multiplication sign behind it."""
+    return ABSENT if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}{TIMES}"
+
+
+def speedup_with_interval(value: float | None, latency: Latency) -> str:
+    """A speed-up with the interval that was measured of it: `1.31 (1.28-1.34)`, with a sign in front of the bracket."""
+    if value is None or latency.speedup_low is None or latency.speedup_high is None:
+        return speedup(value)
+    return f"{speedup(value)} ({latency.speedup_low:.2f}\N{EN DASH}{latency.speedup_high:.2f})"
 
 
 def percent(share: float | None) -> str:

@@ -85,6 +85,7 @@ def _rendered(report: Report, preview_png: bytes | None, advance: Advance) -> st
         "scientific": formats.scientific,
         "size": formats.size,
         "speedup": formats.speedup,
+        "speedup_with_interval": formats.speedup_with_interval,
         "with_error": formats.with_error,
     }
     found = verdicts(report)

@@ -82,7 +82,7 @@ def _latency_table(report: Report) -> str:
             formats.milliseconds(row.latency.p90_ms),
             formats.milliseconds(row.latency.p99_ms),
             f"{row.latency.images_per_second:,.0f}",
-            formats.speedup(row.speedup),
+            formats.speedup_with_interval(row.speedup, row.latency),
             *([formats.speedup(row.over_half)] if over_half else []),
         )
         for row in latency_rows(report)

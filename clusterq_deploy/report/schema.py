@@ -128,7 +128,8 @@ class Latency(Spread):
     """Time of one inference call of `batch` images, in milliseconds.
 
     `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
-    calls at 0, 0.05, 0.1 and so on to 1.
+    calls at 0, 0.05, 0.1 and so on to 1. `speedup` is over fp32 that took turns with it, and `speedup_low` to
+    `speedup_high` are its interval of 95 %; None where they took no turns, or too few.
 
     Engines alone have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
     `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph where
@@ -142,6 +143,9 @@ class Latency(Spread):
     runs: Count
     images_per_second: Duration
     graph: str | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
     quantiles_ms: list[Duration] = Field(default_factory=list)
     host_to_device: Spread | None = None
     compute: Spread | None = None

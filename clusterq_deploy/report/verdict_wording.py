@@ -1,7 +1,7 @@
 """The words for what to deploy, and for what keeps that from being certain."""
 
 from clusterq_deploy.report.findings import BASELINE
-from clusterq_deploy.report.formats import milliseconds, number, percent, speedup, with_error
+from clusterq_deploy.report.formats import interval, milliseconds, number, percent, speedup, with_error
 from clusterq_deploy.report.schema import Report
 from clusterq_deploy.report.verdicts import MAX_DISAGREEMENT, MAX_DROP, Verdict, allowed, verdicts
 
@@ -20,12 +20,22 @@ def sentence(verdict: Verdict, labelled: bool) -> str:
             f"the nearest, {choice.variant}, {cost}."
         )
     half = f" and {speedup(choice.over_half)} that of fp16" if choice.over_half is not None else ""
-    about = "about " if choice.unsteady else ""
-    pace = f"{about}{speedup(choice.speedup)} the speed of fp32{half} at batch {choice.latency.batch}"
+    measured = choice.latency.speedup_low is not None  # an interval says more than "about"
+    between = f" ({interval(choice.interval)})" if measured else ""
+    about = "about " if choice.unsteady and not measured else ""
+    pace = f"{about}{speedup(choice.speedup)}{between} the speed of fp32{half} at batch {choice.latency.batch}"
     if reference is not None:
         times = milliseconds(choice.latency.median_ms), milliseconds(reference.latency.median_ms)
         pace += f" ({times[0]} ms against {times[1]} ms)"
     space = f", in {percent(verdict.size_share)} of the size" if verdict.size_share is not None else ""
+    if verdict.outcome in ("same", "unmeasured"):
+        between = f"({interval(choice.interval)} at batch {choice.latency.batch})"
+        told = (
+            f"no difference in speed from fp32 was measured for {choice.variant} {between}"
+            if verdict.outcome == "same"
+            else f"the speed of {choice.variant} is not measurable here {between}: the machine was busy with other work"
+        )
+        return f"On {verdict.runtime} {told}{_of_size(space)}; it {cost}."
     if verdict.outcome == "slow":
         return f"On {verdict.runtime} keep fp32: {choice.variant} runs at {pace}{space}; it {cost}."
     file = f" ({choice.accuracy.graph})" if choice.accuracy.graph else ""
@@ -35,11 +45,15 @@ def sentence(verdict: Verdict, labelled: bool) -> str:
 
 def headline(verdict: Verdict) -> str:
     """What to do in one runtime, in a few words."""
-    if verdict.choice is None or verdict.outcome not in ("deploy", "unsure"):
-        return "No suggestion" if verdict.outcome == "unknown" else f"Keep {BASELINE}"
-    if verdict.outcome == "unsure":
-        return f"Perhaps {verdict.choice.variant}"
-    return f"Deploy {verdict.choice.variant}"
+    variant = verdict.choice.variant if verdict.choice else ""
+    words = {
+        "deploy": f"Deploy {variant}",
+        "unsure": f"Perhaps {variant}",
+        "same": "No difference in speed",
+        "unmeasured": "Not measurable here",
+        "unknown": "No suggestion",
+    }
+    return words.get(verdict.outcome, f"Keep {BASELINE}") if variant else "No suggestion"
 
 
 def caveats(report: Report) -> list[str]:
@@ -61,6 +75,11 @@ def caveats(report: Report) -> list[str]:
             "images says little of real ones. Evaluate on labelled images with --data."
         )
     return found
+
+
+def _of_size(space: str) -> str:
+    """The clause on a file's size, where nothing is said of its speed."""
+    return f"; it comes{space.removeprefix(',')}" if space else ""
 
 
 def limit_words(labelled: bool) -> str:

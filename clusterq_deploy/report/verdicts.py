@@ -7,11 +7,13 @@ from clusterq_deploy.report.findings import (
     BASELINE,
     FLOAT,
     HALF,
+    SPEED_TIE,
     accuracy_row,
     baseline,
     by_runtime,
     counterparts,
     file_rows,
+    interval_of,
     is_unsteady,
     name_of,
     speedup_of,
@@ -22,8 +24,8 @@ MAX_DROP = 1.0
 """Points of top-1 that a suggested variant may lose."""
 MAX_DISAGREEMENT = 5.0
 """Without labels: the percentage of images on which a suggested variant may contradict the teacher."""
-SPEED_TIE = 0.05
-"""Variants whose medians are this close (as a fraction) count as equally fast."""
+WIDEST = 1.25
+"""Where a speed-up's interval holds 1 and its ends are further apart than this factor, it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Point:
     """A variant that was both scored and timed in a runtime.
 
     `cost` is the drop in points of top-1, or the percentage of disagreement where there are no labels; `cost_error` is
-    its standard error. The speed-up is `unsteady` where one of the two latencies is.
+    its standard error. The speed-up is over fp32, with its `interval`; it is `unsteady` where one of the two latencies
+    is.
     """
 
     variant: str
@@ -40,6 +43,7 @@ class Point:
     cost: float | None
     cost_error: float | None
     speedup: float | None
+    interval: tuple[float, float] | None
     over_half: float | None
     unsteady: bool
 
@@ -49,12 +53,13 @@ class Verdict:
     """What to deploy in one runtime.
 
     `choice` is the point that is suggested ("deploy", or "unsure" where the standard error of what it costs is more
-    than it may cost, or the model's weights are random), or the nearest miss: too inaccurate ("inaccurate") or no
-    faster than fp32 ("slow"). It is None where nothing could be compared ("unknown").
+    than it may cost, or the model's weights are random), or the nearest miss: too inaccurate ("inaccurate"), slower
+    than fp32 ("slow"), or neither faster nor slower as far as was measured: as fast ("same"), or with an interval that
+    says nothing ("unmeasured"). It is None where nothing could be compared ("unknown").
     """
 
     runtime: str
-    outcome: Literal["deploy", "unsure", "inaccurate", "slow", "unknown"]
+    outcome: Literal["deploy", "unsure", "inaccurate", "slow", "same", "unmeasured", "unknown"]
     choice: Point | None
     baseline: Point | None
     size_share: float | None
@@ -76,7 +81,8 @@ def points(report: Report, runtime: str) -> list[Point]:
             latency,
             None if name == BASELINE else _cost(report, accuracy, scored.get(runtime)),
             None if name == BASELINE else _cost_error(report, variant, accuracy, scored.get(runtime)),
-            None if name == BASELINE else speedup_of(reference, latency),
+            faster,
+            None if faster is None else interval_of(latency, faster),
             None if name in FLOAT else speedup_of(reference, latency, HALF),
             any(map(is_unsteady, [latency, *counterparts(reference, latency, BASELINE)])),
         )
@@ -85,6 +91,7 @@ def points(report: Report, runtime: str) -> list[Point]:
         if accuracy.runtime == runtime
         for name in [name_of(variant, accuracy.graph)]
         if (latency := _headline(variant, accuracy)) is not None
+        for faster in [None if name == BASELINE else speedup_of(reference, latency)]
     ]
 
 
@@ -92,8 +99,8 @@ def verdicts(report: Report) -> list[Verdict]:
     """What to deploy in each runtime that was timed, in the order of the report.
 
     Of the variants that lose no more than `MAX_DROP` (`MAX_DISAGREEMENT` without labels), the fastest; of
-    those within `SPEED_TIE` of it, the one that loses least. One that is no faster than fp32 by more than
-    that is not suggested. fp16 counts as a variant. torch only simulates integers and is left out.
+    those within `SPEED_TIE` of it, the one that loses least. It is suggested where the whole interval of its speed-up
+    lies above 1. fp16 counts as a variant. torch only simulates integers and is left out.
     """
     timed = dict.fromkeys(latency.runtime for variant in report.variants for latency in variant.latency)
     return [_verdict(report, runtime) for runtime in timed if runtime != "torch"]
@@ -115,11 +122,13 @@ def _verdict(report: Report, runtime: str) -> Verdict:
     fastest = max(speed for _, _, speed in accurate)
     tied = [candidate for candidate in accurate if candidate[2] >= fastest * (1 - SPEED_TIE)]
     choice, _, speed = min(tied, key=lambda candidate: (candidate[1], -candidate[2]))
-    # fp32 itself is a candidate that loses nothing: a variant has to beat it by more than a tie.
     unsure = report.model.random or choice.cost_error is None or choice.cost_error > limit
-    outcome: Literal["deploy", "unsure", "slow"] = "unsure" if unsure else "deploy"
-    if speed * (1 - SPEED_TIE) <= 1:
+    outcome: Literal["deploy", "unsure", "slow", "same", "unmeasured"] = "unsure" if unsure else "deploy"
+    low, high = interval_of(choice.latency, speed)
+    if high < 1:
         outcome = "slow"
+    elif low <= 1:
+        outcome = "unmeasured" if high > WIDEST * low else "same"
     return Verdict(runtime, outcome, choice, float_point, _point_share(report, choice))
 
 

@@ -1,10 +1,9 @@
 """The words that the Markdown and the HTML report share: units, verdicts, and how to read the numbers."""
 
-from clusterq_deploy.report.findings import BASELINE, UNSTEADY, grid_bits, half_was_timed, latency_rows
+from clusterq_deploy.report.findings import BASELINE, SPEED_TIE, UNSTEADY, grid_bits, half_was_timed, latency_rows
 from clusterq_deploy.report.formats import duration, number
 from clusterq_deploy.report.schema import Environment, Report, Variant
 from clusterq_deploy.report.verdict_wording import limit_words
-from clusterq_deploy.report.verdicts import SPEED_TIE
 
 _ERROR = (
     "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both kinds: that all of a few images "
@@ -54,9 +53,10 @@ def notes(report: Report) -> list[str]:
     rows = latency_rows(report)
     if rows:
         found.append(
-            "Latency is the time of one call of a whole batch; speed-up compares medians with fp32 at the "
-            "same runtime, batch and threads. Images per second are those of all calls together, so that a few slow "
-            "ones lower them and leave the median."
+            "Latency is the time of one call of a whole batch. Speed-up is over fp32 at the same runtime, batch and "
+            "threads: where both took turns, the median ratio of a turn's first quartiles, with its interval of 95 %, "
+            "else the ratio of medians. Images per second are those of all calls together, so that a few slow ones "
+            "lower them and leave the median."
         )
     found += _memory_notes(report) + _tuning_notes(report)
     if half_was_timed(report):
@@ -75,7 +75,7 @@ def notes(report: Report) -> list[str]:
     found.append(
         f"The suggestion is the fastest variant within {limit_words(report.evaluation.labelled)}, in each "
         f"runtime; of those within {100 * SPEED_TIE:g} % of its time, the one that loses least. "
-        "One that is no faster than fp32 by more than that is not suggested."
+        "It is suggested where the whole interval of its speed-up lies above 1."
     )
     return found
 

@@ -109,7 +109,13 @@ def measure_latency(run: Run) -> StageRecord:
             for own in timed.values():
                 opened.enter_context(own.runner)
             runners, unfit = {key: own.runner for key, own in timed.items()}, list[str]()
-            found = benchmark(runners, size, settings, run.progress, unfit)
+            single = {own.runner.runtime: key for key, own in timed.items() if own.variant == FP32}
+            baselines = {
+                key: single[own.runner.runtime]
+                for key, own in timed.items()
+                if own.variant != FP32 and own.runner.runtime in single
+            }
+            found = benchmark(runners, size, settings, run.progress, unfit, baselines)
             skipped += [Skipped(stage="benchmark", reason=reason) for reason in unfit]
         for key, records in found.items():
             own = timed[key]

@@ -1,5 +1,6 @@
 # make demo   a fresh machine: installs, and runs the main job on the bundled model
 # make test   a fresh machine: installs, and passes the tests
+# make test-all   the same, and then the tests that take long: processes that are killed, whole runs, load
 # make check  what every commit passes: format, lint, types, tests
 
 PYTHON ?= python3
@@ -8,19 +9,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-all check format clean
 
 demo: $(STAMP)
 	$(BIN)/clusterq run digits --out runs/demo
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -1,8 +1,10 @@
 """Sums of two products in 16 bits: found in any graph, none in the project's own, and what kernels make of them."""
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,25 @@ from nets import NETS, images, make_net
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from calib.calibration_set import CalibrationSet
 from cli.main import main
 from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.export import check_saturation, export_graph, pair_sums, require_no_saturation, spell, verify
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, finetune, initialize, make_student
+from clusterq_deploy.quantize import (
+    BitWidths,
+    Student,
+    calibrate,
+    finetune,
+    fit_full_range_biases,
+    initialize,
+    load_student,
+    make_student,
+)
 from clusterq_deploy.quantize.finetune import FinetuneConfig
 from clusterq_deploy.quantize.grid import Cpu, Grid, pair_limit
-from clusterq_deploy.quantize.quantizer import row_bounds, second_extremes
-from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.quantize.quantizer import pooled_dims, row_bounds, second_extremes
+from clusterq_deploy.runners import OnnxRunner, TorchRunner
 
 Integers = npt.NDArray[np.int64]
 Array = npt.NDArray[np.generic]
@@ -266,9 +278,36 @@ def test_tensorrts_graph_keeps_eight_bits() -> None:
         assert bool((layer.weight_quantizer.widening >= 1).all())
 
 
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_biases_of_full_range_make_up_for_the_other_rounding(name: str) -> None:
+    """Layer by layer the mean of the outputs is the same, whichever way the weight is rounded, on one input."""
+    student, data = calibrated(make_net(name)), images(64)
+    fit_full_range_biases(student, data)
+    inputs: dict[str, torch.Tensor] = {}
+    with ExitStack() as hooks, student.in_int8(), torch.no_grad():
+        for own, layer in student.layers().items():
+            hook = layer.register_forward_hook(lambda _, args, __, own=own: inputs.update({own: args[0]}))
+            hooks.enter_context(hook)
+        student(data)
+    compared = 0
+    for own, layer in student.layers().items():
+        if layer.bias is None or layer.weight_quantizer.pair_limit is None:
+            continue
+        dims = pooled_dims(layer, layer(inputs[own]))
+        limited = layer(inputs[own]).mean(dims)
+        with student.in_full_range():
+            full = layer(inputs[own]).mean(dims)
+            other = (layer(inputs[own]).mean(dims) - layer.weight_quantizer.bias_shift).detach()
+        torch.testing.assert_close(full, limited, atol=1e-4, rtol=1e-4)
+        compared += bool((other - limited).abs().max() > 1e-3)
+    assert compared > 2  # without them the means differ
+    graph = spell(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    with student.spelled("tensorrt"):
+        expected = TorchRunner(student).infer(data.numpy())
+    verify(graph, data.numpy(), expected, name=name, optimized=False)
+
+
 def test_tuning_keeps_the_limit_and_a_student_comes_back_from_its_file(tmp_path: Path) -> None:
-    from calib.calibration_set import CalibrationSet
-    from clusterq_deploy.quantize import load_student
 
     net, data = make_net("mobile"), images(32)
     student, rng = make_student(net, BitWidths(8, 8)), torch.Generator().manual_seed(0)
@@ -334,8 +373,6 @@ def avx2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def executed(graph: onnx.ModelProto, batch: Array, environment: dict[str, str], folder: Path) -> Array:
     """The answers of a plain session in a process of its own."""
-    import os
-
     names = [folder / name for name in ("graph.onnx", "x.npy", "y.npy")]
     onnx.save(graph, names[0])
     np.save(names[1], batch)

@@ -165,6 +165,11 @@ class _Speller:
         inputs.append(self._constant(f"{site}.zero_point", np.zeros(len(scale), kind)))
         output = self._insert(marker, "DequantizeLinear", inputs, f"{site}.dequantized", axis=0)
         self.weight_scales[output] = scale
+        bias = quantizer.bias(layer.bias)
+        if bias is not None and bias is not layer.bias:
+            own = self._constant(f"{site}.bias", bias.detach().cpu().numpy().astype(np.float32))
+            for use in marker.outputs[0].uses():
+                use.node.replace_input_with(2, own)
         return output
 
     def _activation(self, marker: ir.Node, source: ir.Value, quantizer: Quantizer) -> ir.Value:

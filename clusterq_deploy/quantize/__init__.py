@@ -1,6 +1,6 @@
 """Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
 
-from clusterq_deploy.quantize.bias import correct_bias
+from clusterq_deploy.quantize.bias import correct_bias, fit_full_range_biases
 from clusterq_deploy.quantize.calibrate import calibrate
 from clusterq_deploy.quantize.equalize import Equalized, equalize
 from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
@@ -37,6 +37,7 @@ __all__ = [
     "correct_bias",
     "equalize",
     "finetune",
+    "fit_full_range_biases",
     "histograms",
     "initialize",
     "judged_views",

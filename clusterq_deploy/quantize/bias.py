@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from calib.progress import SILENT, Advance, Progress
+from clusterq_deploy.quantize.normalize import layer_statistics
 from clusterq_deploy.quantize.quantizer import QuantizedLayer, by_channel, pooled_dims
 from clusterq_deploy.quantize.reference import Reference, SideBySide
 from clusterq_deploy.quantize.student import Student
@@ -43,6 +44,30 @@ def correct_bias(
         corrector = _Corrector(student, reference, advance)
         corrector.compare(batch)
     return corrector.shifts
+
+
+@torch.no_grad()
+def fit_full_range_biases(student: Student, images: Tensor, *, count: int = _IMAGES) -> None:
+    """Give the weights of full range, which TensorRT's graph has, biases of their own, in place.
+
+    A bias makes up for the mean of what its weight's rounding adds to the outputs. Weights that are limited in pairs
+    are rounded otherwise than those of full range, so their means differ: by the difference of the two times the mean
+    patch that the layer reads.
+
+    Args:
+        student: tuned; only `Quantizer.bias_shift` of its weights is changed.
+        images: (N, C, H, W) float32, normalized; the first `count` are used.
+        count: how many images.
+    """
+    device = next(student.parameters()).device
+    with student.in_int8():
+        statistics = layer_statistics(student, images[:count].to(device))
+    layers = {name: own for name, own in student.layers().items() if own.weight_quantizer.pair_limit is not None}
+    limited = {name: layer.weight_quantizer(layer.weight) for name, layer in layers.items()}
+    with student.in_full_range():
+        for name, layer in layers.items():
+            difference = limited[name] - layer.weight_quantizer(layer.weight)
+            layer.weight_quantizer.bias_shift.copy_((difference * statistics[name][0]).flatten(1).sum(1))
 
 
 class _Corrector(SideBySide):

@@ -41,7 +41,7 @@ def normalized(student: Student, images: Tensor) -> Iterator[NormalizedParameter
         images: (N, C, H, W) float32, normalized, on the student's device, on which means of inputs and deviations of
             outputs are taken.
     """
-    statistics = _statistics(student, images)
+    statistics = layer_statistics(student, images)
     layers = student.layers()
     for name, layer in layers.items():
         mean, deviation = statistics[name]
@@ -103,7 +103,7 @@ class _Centred(nn.Module):
 
 
 @torch.no_grad()
-def _statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def layer_statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """For each layer the mean patch that it reads, of its weight's shape, and its outputs' deviations (O,)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 

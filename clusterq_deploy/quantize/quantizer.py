@@ -113,6 +113,8 @@ class Quantizer(nn.Module):
         reduce_range: False leaves `pair_limit` out of account, as targets do that add in 32 bits.
         floor: the smallest scale that `project` leaves.
         widening: (channels,) float32, at least 1: how much larger the scale is where `pair_limit` counts.
+        bias_shift: (channels,) float32: how much larger the layer's bias is where it does not; see
+            `fit_full_range_biases`.
     """
 
     def __init__(
@@ -131,9 +133,11 @@ class Quantizer(nn.Module):
         self.register_buffer("floor", torch.tensor(1e-8))
         if pair_limit is not None:
             self.register_buffer("widening", torch.ones_like(self.log_scale))
+            self.register_buffer("bias_shift", torch.zeros_like(self.log_scale))
 
     floor: Tensor
     widening: Tensor
+    bias_shift: Tensor
 
     @property
     def _halved(self) -> Grid | None:
@@ -183,6 +187,12 @@ class Quantizer(nn.Module):
         highest = math.log(self.limit / self._grid.high) - 1e-6 if math.isfinite(self.limit) else math.inf
         self.log_scale.clamp_(min=float(self.floor.log()), max=highest)
 
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return the bias (O,) that goes with the weight as it is rounded now; None of a layer without one."""
+        if bias is None or self.pair_limit is None or self.reduce_range:
+            return bias
+        return bias + self.bias_shift
+
     def integers(self, x: Tensor) -> Tensor:
         """The grid's integers for x, int16, of x's shape."""
         return (x / self._spread(x)).round().clamp(*self.bounds(x)).to(torch.int16)
@@ -217,7 +227,8 @@ class QuantizedConv2d(nn.Conv2d):
     weight_quantizer: Quantizer
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+        quantizer = self.weight_quantizer
+        output: Tensor = self._conv_forward(input, quantizer(self.weight), quantizer.bias(self.bias))
         return output
 
 
@@ -227,7 +238,7 @@ class QuantizedLinear(nn.Linear):
     weight_quantizer: Quantizer
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+        return F.linear(input, self.weight_quantizer(self.weight), self.weight_quantizer.bias(self.bias))
 
 
 QuantizedLayer = QuantizedConv2d | QuantizedLinear

@@ -77,9 +77,14 @@ class Student(nn.Module):
         with ExitStack() as switches:
             switches.enter_context(_with(absent, "enabled", False))
             if target == "tensorrt":
-                weights = [layer.weight_quantizer for layer in self.layers().values()]
-                switches.enter_context(_with(weights, "reduce_range", False))
+                switches.enter_context(self.in_full_range())
                 switches.enter_context(self.in_int8())
+            yield
+
+    @contextmanager
+    def in_full_range(self) -> Iterator[None]:
+        """Compute with weights whose sums of two are not limited."""
+        with _with([layer.weight_quantizer for layer in self.layers().values()], "reduce_range", False):
             yield
 
     @contextmanager

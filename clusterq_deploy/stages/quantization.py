@@ -21,6 +21,7 @@ from clusterq_deploy.quantize import (
     Student,
     Tuning,
     finetune,
+    fit_full_range_biases,
     histograms,
     initialize,
     judged_views,
@@ -131,6 +132,7 @@ def make_variant(run: Run, bits: BitWidths) -> StageRecord:
             progress=run.progress,
             checkpoint=checkpoint,
         )
+        fit_full_range_biases(student, calibration.images)
         return plan, student, started, tuning
 
     def work() -> tuple[Result, list[str]]:

@@ -167,6 +167,8 @@ def models(as_json: bool) -> None:
 def doctor(ctx: click.Context, /, require: tuple[str, ...], as_json: bool) -> None:
     """Try out what a run needs on this machine, and say what mends what is missing.
 
+    Slow parts are tried at the same time, each in a process of its own, which is ended after 60 seconds.
+
     Ends with 0 where runs work, on the CPU at least, and with 1 where something is broken that they cannot do without,
     or that --require names: it can be a container's health check.
     """

@@ -1,43 +1,33 @@
 """What `clusterq doctor` looks at: each thing that a run may need, tried out, not only looked up.
 
-Nothing of the library is imported outside of a check, so that a package that is missing or does not load is a finding
-like any other.
+Whatever is slow to load or may crash is tried in processes of their own, all at the same time; see `cli.probe`.
 """
 
-import importlib
+import ctypes
 import importlib.util
+import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import remedies
-from cli.machine import Finding, State, cpu, disk, gib, line, memory, temporary_disk
+from cli.machine import Finding, disk, guarded, memory, temporary_disk
+from cli.probe import ESSENTIAL, GPU_PROVIDERS
 
 if TYPE_CHECKING:
     from calib.progress import Progress
 
-_PROBE_SECONDS = 60
+LIMIT = 60.0
+"""Seconds that a part may take: on a cold disk torch alone takes half of them."""
 
-_PACKAGES = (
-    ("torch", "synthesis and fine-tuning", remedies.REINSTALL_TORCH),
-    ("torchvision", "its classifiers, by name", remedies.REINSTALL_TORCH),
-    ("onnx", "writing and checking graphs", "pip install --force-reinstall onnx"),
-    ("onnxruntime", "running graphs", remedies.REINSTALL_RUNTIME),
-    ("timm", "models named timm:NAME", "pip install 'clusterq-deploy[timm]'"),
-)
-_OPTIONAL = {"timm"}
-
-_CPU_PROVIDER = "CPUExecutionProvider"
-_PROVIDERS = {
-    _CPU_PROVIDER: ("accuracy and latency of the INT8 graphs", remedies.REINSTALL_RUNTIME),
-    "CUDAExecutionProvider": ("the graphs in ONNX Runtime on the GPU", remedies.CUDA_LIBRARIES),
-    "TensorrtExecutionProvider": ("TensorRT inside ONNX Runtime", remedies.TENSORRT_10),
-}
+_TITLES = {"library": "torch and clusterq-deploy", "runtime": "ONNX Runtime", "tensorrt": "TensorRT"}
 
 REQUIRABLE = {
     "gpu": "GPU",
@@ -51,25 +41,51 @@ REQUIRABLE = {
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the process of a part said.
+
+    Attributes:
+        findings: those that it came to.
+        reason: why it did not come to its end, in a line; None where it did.
+    """
+
+    findings: list[Finding]
+    reason: str | None
+
+
 def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
-    """Look at everything, on behalf of runs in `folder`. Takes ten seconds and more, most of them to import torch."""
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "Python": _python,
-        "packages": _packages,
-        "clusterq-deploy": _library,
-        "GPUs": _gpus,
-        "ONNX Runtime": _providers,
-        "TensorRT": _tensorrt,
-        "CPU": cpu,
-        "memory": memory,
-        "disk here": partial(disk, "disk here", folder),
-        "disk for temporary files": temporary_disk,
-    }
-    found: list[Finding] = []
-    with progress.task("Doctor", len(checks)) as advance:
-        for name, check in checks.items():
-            found += _guarded(name, check)
+    """Look at everything, on behalf of runs in `folder`. Takes as long as the import of torchvision: seconds."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    parts = [*ESSENTIAL]
+    if _has_driver():
+        parts += GPU_PROVIDERS
+    if importlib.util.find_spec("tensorrt"):
+        parts.append("tensorrt")
+
+    def watched(part: str) -> Answer:
+        title = GPU_PROVIDERS[part].name if part in GPU_PROVIDERS else _TITLES.get(part, part)
+        with progress.task(title, 1) as advance:
+            answer = ask(part)
             advance()
+        return answer
+
+    with progress.task("Doctor", len(parts)) as advance, ThreadPoolExecutor(len(parts)) as pool:
+        answers = {}
+        for part, answer in zip(parts, pool.map(watched, parts), strict=True):
+            answers[part] = answer
+            advance()
+    found = [Finding("Python", "ok", platform.python_version(), "everything", essential=True)]
+    for part in ESSENTIAL:
+        found += _answered(part, answers[part])
+    tried = [finding for name in GPU_PROVIDERS if name in answers for finding in _of_provider(name, answers[name])]
+    found = [finding for finding in found if finding.name not in {own.name for own in tried}] + tried
+    driver = next((own.found for own in found if own.name == "NVIDIA driver" and own.state == "ok"), None)
+    found.append(_tensorrt(answers.get("tensorrt"), driver))
+    found += guarded("memory", memory)
+    found += guarded("disk here", partial(disk, "disk here", folder))
+    found += guarded("disk for temporary files", temporary_disk)
     return found
 
 
@@ -88,134 +104,20 @@ def unmet(findings: list[Finding], required: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; what it needs and cannot have is told by the packages' own lines."""
+def ask(part: str, limit: float = LIMIT) -> Answer:
+    """Try a part in a process of its own, which is killed if it takes longer than `limit` seconds."""
+    command = [sys.executable, "-m", "cli.probe", part]
     try:
-        yield from check()
-    except Exception as error:  # a broken installation can fail in any way, and the doctor is for those
-        yield Finding(name, "broken", f"could not be looked at: {line(error)}", "", None)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as late:
+        return Answer(_parsed(late.stdout or b""), f"gives no answer in {limit:g} s")
+    reason = probe_reason(done.returncode, done.stderr.decode(errors="replace")) if done.returncode else None
+    return Answer(_parsed(done.stdout), reason)
 
 
-def _python() -> Iterator[Finding]:
-    yield Finding("Python", "ok", platform.python_version(), "everything", essential=True)
-
-
-def _packages() -> Iterator[Finding]:
-    """The packages that are worth a line of their own."""
-    for module, purpose, remedy in _PACKAGES:
-        optional = module in _OPTIONAL
-        try:
-            version = str(importlib.import_module(module).__version__)
-            if module == "torch":
-                _convolve("cpu")
-        except Exception as error:  # a wheel whose libraries do not fit raises what it likes
-            missing = isinstance(error, ModuleNotFoundError) and error.name == module
-            state: State = "absent" if missing else "broken"
-            found = "not installed" if missing else line(error)
-            yield Finding(module, state, found, purpose, remedy, essential=not optional)
-        else:
-            yield Finding(module, "ok", version, purpose, essential=not optional)
-
-
-def _library() -> Iterator[Finding]:
-    """The library, which imports all the others."""
-    name, purpose = "clusterq-deploy", "the pipeline"
-    try:
-        importlib.import_module("clusterq_deploy.pipeline")
-        version = importlib.import_module("clusterq_deploy.version").__version__
-    except Exception as error:
-        remedy = "pip install --upgrade --force-reinstall clusterq-deploy"
-        yield Finding(name, "broken", f"does not import: {line(error)}", purpose, remedy, essential=True)
-    else:
-        yield Finding(name, "ok", version, purpose, essential=True)
-
-
-def _convolve(device: str) -> None:
-    """A convolution and its gradient on a device; raises what torch raises where that does not work."""
-    import torch
-
-    weight = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
-    torch.nn.functional.conv2d(torch.ones(1, 1, 4, 4, device=device), weight).sum().backward()
-    if weight.grad is None or float(weight.grad.sum()) != 36:
-        raise RuntimeError(f"torch computes a wrong gradient on {device}")
-
-
-def _gpus() -> Iterator[Finding]:
-    import torch
-
-    from clusterq_deploy.environment import driver_version
-
-    driver, purpose = driver_version(), "larger models in minutes, TensorRT"
-    if driver:
-        yield Finding("NVIDIA driver", "ok", driver, "GPUs")
-    else:
-        remedy = "with an NVIDIA GPU, install its driver; start a container with docker run --gpus all"
-        yield Finding("NVIDIA driver", "absent", "no nvidia-smi", "GPUs", remedy)
-    if torch.version.cuda:
-        yield Finding("CUDA of torch", "ok", torch.version.cuda, "GPUs")
-    else:
-        yield Finding("CUDA of torch", "absent", "CPU build", "GPUs", remedies.cuda_torch(driver) if driver else None)
-    if not torch.cuda.is_available():
-        remedy = remedies.gpu(driver, torch.version.cuda)
-        yield Finding("GPU", "broken" if driver else "absent", "torch sees none", purpose, remedy)
-        return
-    for index in range(torch.cuda.device_count()):
-        name = f"GPU {index}"
-        try:
-            _convolve(f"cuda:{index}")
-            free, total = torch.cuda.mem_get_info(index)
-        except Exception as error:  # a driver that is too old, a GPU that torch has no kernels for
-            yield Finding(name, "broken", line(error), purpose, remedies.REINSTALL_TORCH)
-        else:
-            found = f"{torch.cuda.get_device_name(index)}, {gib(free)} of {gib(total)} free"
-            yield Finding(name, "ok", found, purpose)
-
-
-def _providers() -> Iterator[Finding]:
-    """Each provider that ONNX Runtime lists and the machine may have a device for, tried in processes of their own."""
-    import onnxruntime
-    import torch
-
-    from clusterq_deploy.environment import driver_version
-
-    beside_gpu = torch.cuda.is_available() or driver_version() is not None
-    names = onnxruntime.get_available_providers()[::-1]  # the CPU's first
-    probes = {name: _probe(name) for name in names if beside_gpu or name == _CPU_PROVIDER}
-    for name in names:
-        purpose, mends = _PROVIDERS.get(name, ("not used", None))
-        essential, title = name == _CPU_PROVIDER, _title(name)
-        if name not in probes:
-            found = "listed, but there is no GPU for it" if mends else "listed, not tried"
-            yield Finding(title, "absent", found, purpose, remedies.SEE_GPU if mends else None)
-        elif reason := _answer(probes[name]):
-            state: State = "broken" if mends else "absent"
-            yield Finding(title, state, reason, purpose, mends, essential=essential)
-        else:
-            yield Finding(title, "ok", "computes", purpose, essential=essential)
-    for name in _PROVIDERS if beside_gpu else ():
-        if name not in names:
-            yield Finding(_title(name), "absent", "not in this build", _PROVIDERS[name][0], remedies.GPU_RUNTIME)
-
-
-def _title(provider: str) -> str:
-    return "ONNX Runtime, " + provider.removesuffix("ExecutionProvider")
-
-
-def _probe(what: str) -> "subprocess.Popen[str]":
-    """Try a provider, or TensorRT, in a process of its own; see `cli.probe`."""
-    command = [sys.executable, "-m", "cli.probe", what]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def _answer(probe: "subprocess.Popen[str]") -> str | None:
-    """Why a probe failed, None where it did not."""
-    try:
-        _, log = probe.communicate(timeout=_PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        probe.kill()
-        probe.communicate()
-        return f"gives no answer in {_PROBE_SECONDS} s"
-    return probe_reason(probe.returncode, log) if probe.returncode else None
+def _parsed(answers: bytes) -> list[Finding]:
+    lines = answers.decode(errors="replace").split("\n")[:-1]  # the last is empty, or was cut off
+    return [Finding(**json.loads(line)) for line in lines]
 
 
 def probe_reason(code: int, log: str) -> str:
@@ -227,18 +129,34 @@ def probe_reason(code: int, log: str) -> str:
     return " ".join(logged.rpartition("] ")[2].rpartition(" with error: ")[2].split())
 
 
-def _tensorrt() -> Iterator[Finding]:
-    from clusterq_deploy.engine.availability import gpu_problem, tensorrt_problem
-    from clusterq_deploy.environment import driver_version
+def _answered(part: str, answer: Answer) -> Iterator[Finding]:
+    """The findings of a part, and where it did not come to its end those that it owes."""
+    yield from answer.findings
+    if answer.reason is not None:
+        names = {finding.name for finding in answer.findings}
+        owed = [row for row in ESSENTIAL[part] if row.name not in names]
+        for row in owed or [Finding(_TITLES.get(part, part), "broken", "", "what it would have said next")]:
+            yield replace(row, found=answer.reason)
 
-    name, purpose, driver = "TensorRT", "engines", driver_version()
-    if importlib.util.find_spec("tensorrt") is None:
-        yield Finding(name, "absent", "not installed", purpose, remedies.tensorrt(driver, again=False))
-    elif problem := tensorrt_problem():
-        yield Finding(name, "broken", problem, purpose, remedies.tensorrt(driver, again=True))
-    elif problem := gpu_problem():
-        yield Finding(name, "broken", problem, purpose, remedies.SEE_GPU)
-    elif problem := _answer(_probe("tensorrt")):
-        yield Finding(name, "broken", problem, purpose, remedies.tensorrt(driver, again=True))
-    else:
-        yield Finding(name, "ok", str(importlib.import_module("tensorrt").__version__), purpose)
+
+def _of_provider(name: str, answer: Answer) -> list[Finding]:
+    return answer.findings or [replace(GPU_PROVIDERS[name], found=str(answer.reason))]
+
+
+def _tensorrt(answer: Answer | None, driver: str | None) -> Finding:
+    if answer is None:
+        remedy = remedies.tensorrt(driver, again=False)
+        return Finding("TensorRT", "absent", "not installed", "engines", remedy)
+    remedy = remedies.tensorrt(driver, again=True)
+    return next(iter(answer.findings), Finding("TensorRT", "broken", str(answer.reason), "engines", remedy))
+
+
+def _has_driver() -> bool:
+    """Whether there is anything of an NVIDIA driver, so that GPU providers are worth a try."""
+    if shutil.which("nvidia-smi"):
+        return True
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,14 @@ class Finding:
 def line(error: BaseException) -> str:
     """What an error says, in a line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings of a check; what it needs and cannot have is told by the packages' own lines."""
+    try:
+        yield from check()
+    except Exception as error:  # a broken installation can fail in any way, and the doctor is for those
+        yield Finding(name, "broken", f"could not be looked at: {line(error)}", "")
 
 
 def cpu() -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 class LiveProgress:
     """Shows the library's tasks as bars on stderr; silent where stderr is no terminal.
 
-    A task that is opened while another one runs stands indented below it until it ends. Tasks may be opened, advanced
-    and closed in any thread.
+    A task that is opened while another one runs stands indented below it until it ends; tasks of several threads stand
+    beside each other. Tasks may be opened, advanced and closed in any thread.
 
     Attributes:
         shown: whether there is anything to see.
@@ -44,7 +45,7 @@ class LiveProgress:
         self.shown = not quiet and self._console.is_terminal
         self._lock = threading.Lock()
         self._bars: RichProgress | None = None
-        self._depth = 0
+        self._open = Counter[int]()  # tasks by the thread that opened them
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator["Advance"]:
@@ -67,9 +68,12 @@ class LiveProgress:
 
     @contextmanager
     def _display(self) -> Iterator[tuple[RichProgress, int]]:
-        """The bars on the screen, there while any task runs, and how many tasks run already."""
+        """The bars on the screen, there while any task runs, and how deep a new task stands below those that run."""
+        thread = threading.get_ident()
         with self._lock:
-            depth, self._depth = self._depth, self._depth + 1
+            own = self._open[thread]
+            depth = own + (self._open.total() > own)
+            self._open[thread] += 1
             if self._bars is None:
                 self._bars = RichProgress(*_columns(), console=self._console)
                 self._bars.start()
@@ -78,8 +82,8 @@ class LiveProgress:
             yield bars, depth
         finally:
             with self._lock:
-                self._depth -= 1
-                if self._depth == 0:
+                self._open[thread] -= 1
+                if self._open.total() == 0:
                     bars.stop()
                     self._bars = None
 

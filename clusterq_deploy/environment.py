@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import cpuinfo
 import psutil
@@ -15,12 +16,13 @@ from clusterq_deploy.report.schema import Environment
 
 # CPU flags of instructions that add up products of 8-bit integers, as Linux spells them.
 _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
+_KERNEL_CPUINFO = Path("/proc/cpuinfo")
 
 
 def collect_environment(device: torch.device) -> Environment:
     """Describe this machine. The GPU is `device`, or the one that engines run on beside a run on the CPU.
 
-    Takes about a second, most of it to ask the CPU what it is. What cannot be found out is None.
+    What cannot be found out is None.
     """
     cpu, cpu_int8 = describe_cpu()
     on_gpu = torch.cuda.is_available()
@@ -52,12 +54,15 @@ def _version(module: str) -> str | None:
 
 def describe_cpu() -> tuple[str, list[str] | None]:
     """The CPU's name and its INT8 instructions; None for the latter where its flags cannot be read."""
-    try:
-        info = cpuinfo.get_cpu_info()
-    except Exception:  # py-cpuinfo raises bare exceptions on processors that it does not know
-        info = {}
-    flags = info.get("flags")
-    name = info.get("brand_raw") or platform.processor() or platform.machine() or "unknown"
+    info = _kernel_cpuinfo()
+    name, flags = info.get("model name"), info.get("flags", "").split()
+    if not name or not flags:  # no x86, or no Linux: py-cpuinfo knows more, and takes a second
+        try:
+            known = cpuinfo.get_cpu_info()
+        except Exception:  # it raises bare exceptions on processors that it does not know
+            known = {}
+        name, flags = known.get("brand_raw"), known.get("flags", [])
+    name = name or platform.processor() or platform.machine() or "unknown"
     return name, [flag for flag in _INT8_FLAGS if flag in flags] if flags else None
 
 
@@ -66,6 +71,16 @@ def adds_in_32_bits() -> bool:
     capabilities = torch.cpu.get_capabilities()
     x86 = capabilities.get("architecture", "x86_64") == "x86_64"
     return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
+def _kernel_cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor, by its names; nothing elsewhere."""
+    try:
+        first = _KERNEL_CPUINFO.read_text(errors="replace").partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def available_cores() -> int:

@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
 
 from cli import diagnosis, machine, remedies
-from cli.diagnosis import healthy, probe_reason
+from cli.diagnosis import Answer, ask, healthy, probe_reason
 from cli.machine import Finding, memory_limit
 from cli.main import main
-from clusterq_deploy.engine import availability
+from cli.probe import ESSENTIAL, GPU_PROVIDERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -201,16 +203,55 @@ def test_the_limit_of_a_container_is_read(tmp_path: Path) -> None:
     assert memory_limit(()) is None
 
 
+# in every process of the doctor: notes what it was asked, and at its end what it has loaded
+NOTES = """
+import atexit, json, os, sys
+heavy = ("torch", "torchvision", "onnx", "onnxruntime", "clusterq_deploy", "calib", "numpy")
+def note():
+    what = [part for part in heavy if part in sys.modules]
+    with open(os.environ["NOTES"], "a") as file:
+        file.write(json.dumps([sys.orig_argv[-1], what]) + "\\n")
+atexit.register(note)
+"""
+
+
+def test_each_process_loads_what_it_answers_for_alone(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOTES)
+    notes = tmp_path / "notes"
+    done = doctor("--json", PYTHONPATH=str(tmp_path), NOTES=str(notes))
+    assert done.returncode == 0, done.stderr
+    loaded = [json.loads(line) for line in notes.read_text().splitlines()]
+    by_part = dict(loaded)
+    assert len(loaded) == len(by_part) == 1 + len(by_part.keys() & {*ESSENTIAL, *GPU_PROVIDERS, "tensorrt"})
+    assert by_part["--json"] == []  # the doctor itself
+    assert by_part["torchvision"] == ["torch", "torchvision", "numpy"]
+    assert by_part["runtime"] == ["onnx", "onnxruntime", "numpy"]
+    assert "torchvision" not in by_part["library"]
+
+
+def test_a_part_that_hangs_is_killed_at_its_limit_and_what_it_said_before_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    answer = ask("runtime", limit=10)
+    assert psutil.Process().children() == []
+    assert [(own.name, own.state) for own in answer.findings] == [("onnx", "ok")]
+    onnx, runtime, on_cpu = diagnosis._answered("runtime", answer)
+    assert onnx.state == "ok"
+    assert runtime == replace(ESSENTIAL["runtime"][1], state="broken", found="gives no answer in 10 s")
+    assert (on_cpu.name, on_cpu.found) == ("ONNX Runtime, CPU", "gives no answer in 10 s")
+    assert not healthy([onnx, runtime, on_cpu])
+
+
+def test_a_part_that_crashes_after_all_that_is_essential_is_told() -> None:
+    said = [replace(row, state="ok") for row in ESSENTIAL["library"]]
+    *_, last = diagnosis._answered("library", Answer(said, "crashes with signal 11"))
+    assert (last.name, last.state, last.found) == ("torch and clusterq-deploy", "broken", "crashes with signal 11")
+    assert healthy([*said, last])
+
+
 def test_a_probe_tells_why_a_provider_does_not_load() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cli.probe", "NoSuchExecutionProvider"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 1
-    assert "NoSuchExecutionProvider" in probe_reason(done.returncode, done.stderr)
     assert probe_reason(-11, "") == "crashes with signal 11"
     log = (
         "\x1b[1;31m2026-01-01 [E:onnxruntime:Default, provider_bridge_ort.cc:1 TryGetProviderInfo_CUDA] /a/b.cc:2 X "
@@ -281,13 +322,10 @@ def test_tensorrt_is_there_where_its_builder_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "tensorrt.py").write_text(TENSORRT)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
     for name, value in {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TENSORRT": version, "BUILDER": builder}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(availability, "gpu_problem", lambda: None)
-    (finding,) = diagnosis._tensorrt()
-    sys.modules.pop("tensorrt", None)  # not by monkeypatch, which would bring it back
+    finding = diagnosis._tensorrt(ask("tensorrt"), driver=None)
     if found is None or remedy is None:
         assert finding == Finding("TensorRT", "ok", version, "engines")
     else:
@@ -297,12 +335,10 @@ def test_tensorrt_is_there_where_its_builder_starts(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_providers_are_tried_where_a_driver_is_and_say_why_they_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clusterq_deploy.environment.driver_version", lambda: "580.65.06")
-    found = {finding.name: finding for finding in diagnosis._providers()}
-    assert found["ONNX Runtime, CPU"].state == "ok"
-    for name in ("ONNX Runtime, CUDA", "ONNX Runtime, Tensorrt"):
-        finding = found[name]
-        assert finding.state in {"absent", "broken"}
-        assert "no GPU for it" not in finding.found
-        assert str(finding.remedy).startswith("pip ")
+@pytest.mark.parametrize("name", GPU_PROVIDERS)
+def test_providers_are_tried_where_a_driver_is_and_say_why_they_do_not_load(name: str) -> None:
+    (finding,) = diagnosis._of_provider(name, ask(name))
+    assert finding.name == GPU_PROVIDERS[name].name
+    assert finding.state in {"absent", "broken"}
+    assert "no GPU for it" not in finding.found
+    assert str(finding.remedy).startswith("pip ")

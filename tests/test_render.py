@@ -52,6 +52,25 @@ def test_tasks_may_end_in_another_thread_and_another_order() -> None:
     assert "afterwards" in shown.getvalue()
 
 
+def test_tasks_of_several_threads_stand_beside_each_other() -> None:
+    progress, _ = terminal()
+    depths: list[int] = []
+
+    def work() -> None:
+        with progress._display() as (_, depth), progress._display() as (_, below):
+            depths.extend((depth, below))
+            barrier.wait()
+
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    with progress.task("whole", 1):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert depths == [1, 2, 1, 2]
+
+
 def test_a_failure_ends_the_bars() -> None:
     progress, _ = terminal()
     try:

@@ -936,6 +936,7 @@ def test_environment_survives_what_is_absent(monkeypatch: pytest.MonkeyPatch) ->
     def unknown_processor() -> None:
         raise Exception("py-cpuinfo does not know this processor")
 
+    monkeypatch.setattr("clusterq_deploy.environment._KERNEL_CPUINFO", Path("nowhere"))
     monkeypatch.setattr("cpuinfo.get_cpu_info", unknown_processor)
     monkeypatch.setattr("importlib.import_module", absent)
     found = collect_environment(torch.device("cpu"))

@@ -1,10 +1,12 @@
-"""The models that have a name: the bundled one and torchvision's classifiers."""
+"""The models that have a name: the bundled one and torchvision's classifiers.
+
+torchvision is imported where it is asked: it loads torch's compiler, which takes longer than torch itself.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchvision import models as tv
 
 from clusterq_deploy.models import digits
 
@@ -39,11 +41,15 @@ class ModelEntry:
 
 def torchvision_names() -> list[str]:
     """Names of torchvision's classifiers, sorted."""
+    from torchvision import models as tv
+
     return list(tv.list_models(module=tv))
 
 
 def torchvision_cfg(name: str) -> dict[str, Any]:
     """How torchvision's default weights want their input and what their classes are called, as a `pretrained_cfg`."""
+    from torchvision import models as tv
+
     weights = tv.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     crop, resize = preset.crop_size[0], preset.resize_size[0]
@@ -75,6 +81,8 @@ def _digits_entry() -> ModelEntry:
 
 
 def _torchvision_entry(name: str) -> ModelEntry:
+    from torchvision import models as tv
+
     meta = tv.get_model_weights(name).DEFAULT.meta
     return ModelEntry(
         name,

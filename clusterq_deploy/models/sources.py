@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 from torch import nn
-from torchvision import models as tv
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
 from clusterq_deploy.models import digits
@@ -57,6 +56,8 @@ def torchvision_model(name: str, *, bars: bool) -> Draft:
         name: one that torchvision has.
         bars: whether torch shows on stderr how far a download is.
     """
+    from torchvision import models as tv
+
     options = {}
     if name in _AUXILIARY:
         options = {"transform_input": True, "aux_logits": False, "init_weights": True}

@@ -221,6 +221,7 @@ def plan_table(plan: "Plan") -> Table:
 
 def plan_lines(plan: "Plan") -> Iterator[str]:
     """What stands below the table of a plan."""
+    from clusterq_deploy.estimate import UNCERTAIN
     from clusterq_deploy.report import formats
 
     for name, asked in plan.scaled.items():
@@ -229,8 +230,9 @@ def plan_lines(plan: "Plan") -> Iterator[str]:
         yield "Everything is finished: a run would write the report anew."
         return
     yield (
-        f"About {formats.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. Rough: a "
-        "few steps were timed here; export and engines are not counted, and fine-tuning may end early."
+        f"Roughly {formats.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. "
+        f"This may be off by a factor of {UNCERTAIN:g}: one layer was timed here and the model's operations counted; "
+        "exports and engines are left out, and fine-tuning may end early."
     )
 
 

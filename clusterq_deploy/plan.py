@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from calib.progress import SILENT, Progress
 from clusterq_deploy import engine
 from clusterq_deploy.config import RunConfig
 from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.manifest import Result, StageRecord
+from clusterq_deploy.estimate import Estimate, estimate
+from clusterq_deploy.manifest import MANIFEST, Result, StageRecord
 from clusterq_deploy.pipeline import Pipeline
 from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.rehearsal import Pace, rehearse
 
 State = Literal["finished", "to do", "skipped"]
 
@@ -60,12 +62,21 @@ class _NotDoneError(Exception):
 
 
 class Planner(Pipeline):
-    """A pipeline that does nothing and writes nothing: it finds out which stages it would do."""
+    """A pipeline that does nothing and writes nothing: it finds out which stages it would do.
+
+    Args: as for `Run`. Where there is no run yet, shapes are enough of a model that has no file of weights.
+    """
+
+    def __init__(
+        self, config: RunConfig, out: Path, *, progress: Progress = SILENT, command: list[str] | None = None
+    ) -> None:
+        fresh = not (out / MANIFEST).exists()
+        super().__init__(config, out, progress=progress, command=command, shapes_only=fresh)
 
     _pending: frozenset[str] = frozenset()
 
     def plan(self) -> Plan:
-        """Look at every stage, then rehearse those that are to be done, for seconds, to estimate their time.
+        """Look at every stage, and estimate the time of those that are to be done: in seconds, for any model.
 
         Raises:
             GraphError: the model cannot be traced.
@@ -74,9 +85,9 @@ class Planner(Pipeline):
         self.check()
         states = self._states()
         to_do = {stage for stage, state in states.items() if state == "to do"}
-        pace = self._rehearsed(to_do)
+        expected = self._estimate(to_do)
         stages = [
-            PlannedStage(stage, state, self._work(stage, state), self._seconds(stage, pace) if stage in to_do else 0.0)
+            PlannedStage(stage, state, self._work(stage, state), self._seconds(stage, state, expected))
             for stage, state in states.items()
         ]
         return Plan(
@@ -86,7 +97,7 @@ class Planner(Pipeline):
             scaled={name: n for name, n in amounts(self.asked).items() if n != amounts(self.config)[name]},
             stages=stages,
             seconds=sum(own.seconds or 0.0 for own in stages),
-            memory_bytes=pace.memory_bytes if pace else None,
+            memory_bytes=expected.memory_bytes if expected else None,
         )
 
     def perform(
@@ -129,11 +140,8 @@ class Planner(Pipeline):
             return False
         return True
 
-    def _rehearsed(self, to_do: set[str]) -> Pace | None:
-        if not to_do:
-            return None
-        variants = [bits for bits in self.config.widths if f"quantize/{bits}" in to_do]
-        return rehearse(self, variants, synthesis="synthesize" in to_do)
+    def _estimate(self, to_do: set[str]) -> Estimate | None:
+        return estimate(self, [bits for bits in self.config.widths if f"quantize/{bits}" in to_do]) if to_do else None
 
     def _work(self, stage: str, state: str) -> str:
         """What a stage does, in words."""
@@ -160,8 +168,8 @@ class Planner(Pipeline):
             return f"batches of {', '.join(map(str, timing.batches))}, {timing.cpu_threads} threads"
         return "ONNX, checked against torch" if kind == "export" else "a TensorRT engine"
 
-    def _seconds(self, stage: str, pace: Pace | None) -> float | None:
-        return pace.seconds(stage, self.config, self._evaluated) if pace else None
+    def _seconds(self, stage: str, state: State, expected: Estimate | None) -> float | None:
+        return expected.seconds(stage, self.config, self._evaluated) if expected and state == "to do" else 0.0
 
     @property
     def _evaluated(self) -> int:

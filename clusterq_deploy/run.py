@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from torch import fx
 
 from calib.calibration_set import CalibrationSet
 from calib.checkpoint import NOWHERE, Checkpoint
@@ -63,13 +64,20 @@ class Run:
         out: the run directory.
         progress: shows how far things are.
         command: the command line, for the report.
+        shapes_only: as for `load_model`, of a run that is planned and not done.
 
     Raises:
         ClusterQError: the model cannot be loaded, or the directory cannot be used.
     """
 
     def __init__(
-        self, config: RunConfig, out: Path, *, progress: Progress = SILENT, command: list[str] | None = None
+        self,
+        config: RunConfig,
+        out: Path,
+        *,
+        progress: Progress = SILENT,
+        command: list[str] | None = None,
+        shapes_only: bool = False,
     ) -> None:
         self.config, self.progress, self.command = config, progress, command or []
         self.device = resolve_device(config.device)
@@ -81,6 +89,7 @@ class Run:
             std=config.std,
             device=self.device,
             bars=progress is not SILENT,
+            shapes_only=shapes_only,
         )
         self.asked = config
         self._taught: Predictions | None = None
@@ -102,8 +111,8 @@ class Run:
             "version": __version__,
         }
 
-    def check(self) -> None:
-        """Find what can be found wrong with model or data before any work.
+    def check(self) -> fx.GraphModule:
+        """Find what can be found wrong with model or data before any work; gives the folded model.
 
         Raises:
             GraphError: the model cannot be traced, or has no layer of a name that is to keep other bits.
@@ -114,6 +123,7 @@ class Run:
             place(traced, bits, first_last=self.config.first_last, keep=self.config.keep)
         if self.has_own_data:
             _ = self.evaluation
+        return traced
 
     def begin(self) -> None:
         """Make the run directory this run's, if `check` finds nothing wrong."""

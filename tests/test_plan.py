@@ -10,10 +10,11 @@ from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy.config import make_config
+from clusterq_deploy.estimate import Estimate, estimate
 from clusterq_deploy.plan import Planner, amounts
-from clusterq_deploy.rehearsal import Pace, VariantPace
+from clusterq_deploy.quantize import BitWidths
 
-PACE = Pace(generator_step=0.5, refine_step=2.0, forward=0.01, variants={"w4a4": VariantPace(7.0, 1.5)}, memory_bytes=1)
+EXPECTED = Estimate(forward=0.01, memory_bytes=1)
 
 
 def call(*args: object) -> Result:
@@ -107,14 +108,31 @@ def test_a_plan_finds_what_is_wrong_before_the_work(settings: Path, tmp_path: Pa
     assert "does not exist" in result.stderr
 
 
-def test_the_estimate_is_paces_times_counts() -> None:
+def test_the_estimate_is_passes_times_their_seconds() -> None:
     config = make_config({"model": "digits", "bits": ["w4a4"]})
-    assert PACE.seconds("synthesize", config, 100) == pytest.approx(300 * 0.5 + 1024 / 128 * 100 * 2.0)
-    assert PACE.seconds("quantize/w4a4", config, 100) == pytest.approx(7.0 + 1200 * 1.5)
-    assert PACE.seconds("evaluate/fp32", config, 100) == pytest.approx(100 * 2 * 0.01)
-    assert PACE.seconds("evaluate/w4a4", config, 100) == pytest.approx(100 * 4 * 0.01)
-    assert PACE.seconds("benchmark", config, 100) == pytest.approx(2 * (0.2 + 3) + 2 * (0.2 + 10 * 32 * 0.01))
-    assert PACE.seconds("export/w4a4", config, 100) is None
+    passes = 300 * 64 * 6 + 1024 * 100 * 4.5
+    assert EXPECTED.seconds("synthesize", config, 100) == pytest.approx(0.01 * passes)
+    steps = config.finetune.steps * config.finetune.batch_size
+    assert EXPECTED.seconds("quantize/w4a4", config, 100) == pytest.approx(0.01 * (1024 * 25 + steps * 8))
+    fewer = config.finetune.scaled_to(BitWidths(8, 8))
+    steps = fewer.steps * fewer.batch_size
+    assert EXPECTED.seconds("quantize/w8a8", config, 100) == pytest.approx(0.01 * (1024 * 5 + steps * 8))
+    assert EXPECTED.seconds("evaluate/fp32", config, 100) == pytest.approx(100 * 2 * 0.01)
+    assert EXPECTED.seconds("evaluate/w4a4", config, 100) == pytest.approx(100 * 4 * 0.01)
+    assert EXPECTED.seconds("benchmark", config, 100) == pytest.approx(2 * (0.2 + 3) + 2 * (0.2 + 10 * 32 * 0.01))
+    assert EXPECTED.seconds("export/w4a4", config, 100) is None
+
+
+@pytest.mark.parametrize("name", ["resnet50", "regnet_y_128gf", "densenet121", "inception_v3", "efficientnet_v2_l"])
+def test_a_plan_computes_no_pass_of_the_model_and_makes_no_weights(name: str, tmp_path: Path) -> None:
+    """What makes it answer in seconds: of 645 million parameters none is made, and no map of 224 pixels."""
+    planner = Planner(make_config({"model": name, "weights": "none", "device": "cpu"}), tmp_path / "out")
+    assert all(tensor.is_meta for tensor in planner.model.module.state_dict().values())
+    assert estimate(planner, planner.config.widths).memory_bytes > 1e9
+    plan = planner.plan()
+    assert plan.seconds > 60
+    assert [own.state for own in plan.stages if own.stage == "synthesize"] == ["to do"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_scaled_to_a_large_model_are_told_from_those_asked_for(tmp_path: Path) -> None:

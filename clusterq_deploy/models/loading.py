@@ -34,7 +34,7 @@ class LoadedModel:
         input: how an image becomes its input.
         source: "bundled", "torchvision", "timm" or "file".
         weights: what its weights are, for a person.
-        weights_sha256: digest over the tensors of its state_dict.
+        weights_sha256: digest over the tensors of its state_dict; empty where these have shapes alone.
         code_sha256: digest of a user's file, None for models of a package.
         class_names: one a class, or empty where they are not known.
     """
@@ -74,6 +74,7 @@ def load_model(
     std: Sequence[float] | None = None,
     device: torch.device,
     bars: bool = False,
+    shapes_only: bool = False,
 ) -> LoadedModel:
     """Load a model and check that ClusterQ can work on it. No global state of the process changes.
 
@@ -84,6 +85,8 @@ def load_model(
             (channels, height, width), and values a channel for pixels in [0, 1].
         device: where the module is put.
         bars: whether torch shows on stderr how far the download of a torchvision model's weights is.
+        shapes_only: whether shapes are enough: a torchvision model without a file of weights then stays on the meta
+            device, and nothing is downloaded, initialized or computed. Others are loaded as usual.
 
     Raises:
         UnknownModelError: nothing has that name.
@@ -92,19 +95,22 @@ def load_model(
         ModelError: the model cannot be made, run, or fed.
     """
     with _isolated():
-        draft = _draft(name, weights, bars)
+        draft = _draft(name, weights, bars, shapes_only and weights in (None, _RANDOM))
     module = draft.module.eval().float().requires_grad_(False)
     _require_batchnorm(name, draft.source, module)
     description = _fill(name, draft, weights)
-    _require_finite(name, module, description)
+    has_values = not next(module.buffers()).is_meta  # BatchNorm's
+    if has_values:
+        _require_finite(name, module, description)
     spec = input_spec(name, draft.cfg, input_size=input_size, mean=mean, std=std)
     with _isolated():
         classes = _count_classes(name, module, spec)
-    sha256 = digest(module)
+    sha256 = digest(module) if has_values else ""
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
     own = weights is None or draft.source == "file"  # a file of weights may be of other classes
     names = label_names(draft.cfg, classes) if own and weights != _RANDOM else ()
-    return LoadedModel(name, module.to(device), spec, classes, draft.source, description, sha256, code, names)
+    module = module.to(device) if has_values else module
+    return LoadedModel(name, module, spec, classes, draft.source, description, sha256, code, names)
 
 
 @contextmanager
@@ -120,7 +126,7 @@ def _isolated() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def _draft(name: str, weights: str | None, bars: bool) -> sources.Draft:
+def _draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -> sources.Draft:
     path, _, factory = name.rpartition(":")
     if name.startswith(_TIMM):
         return sources.timm_model(name.removeprefix(_TIMM), pretrained=weights is None)
@@ -132,7 +138,7 @@ def _draft(name: str, weights: str | None, bars: bool) -> sources.Draft:
         return sources.bundled_model(pretrained=weights is None)
     known = torchvision_names()
     if name in known:
-        return sources.torchvision_model(name, bars=bars)
+        return sources.torchvision_model(name, bars=bars, shapes_only=shapes_only)
     near = sources.did_you_mean(get_close_matches(name.lower(), [BUNDLED, *known]))
     raise UnknownModelError(
         f"unknown model {name!r}; {near}expected {BUNDLED}, a torchvision classifier, timm:NAME "
@@ -178,11 +184,11 @@ def _require_finite(name: str, module: nn.Module, origin: str) -> None:
 
 
 def _count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
-    """The width of the logits, by a forward pass of one zero image on the CPU."""
+    """The width of the logits, by a forward pass of one zero image where the module is."""
     shape = (1, *spec.size)
     try:
         with torch.no_grad():
-            logits: object = module(torch.zeros(shape))
+            logits: object = module(torch.zeros(shape, device=next(module.buffers()).device))
     except (Exception, SystemExit) as error:  # it may be the user's code
         raise ModelError(
             f"model {name!r} fails on an input of shape {shape} ({first_line(error)}); check --input-size"

@@ -5,13 +5,18 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
 from clusterq_deploy.models import digits
@@ -49,12 +54,13 @@ def bundled_model(*, pretrained: bool) -> Draft:
     return Draft(module, digits.PRETRAINED_CFG, "bundled", digits.WEIGHTS.name)
 
 
-def torchvision_model(name: str, *, bars: bool) -> Draft:
+def torchvision_model(name: str, *, bars: bool, shapes_only: bool = False) -> Draft:
     """A classifier of torchvision's with random weights; its own come from torch's cache or the network.
 
     Args:
         name: one that torchvision has.
         bars: whether torch shows on stderr how far a download is.
+        shapes_only: whether its weights have shapes alone, on the meta device; the draft then has no `pretrained`.
     """
     from torchvision import models as tv
 
@@ -72,8 +78,35 @@ def torchvision_model(name: str, *, bars: bool) -> Draft:
             ) from error
         return state
 
-    module = tv.get_model(name, weights=None, **options)
-    return Draft(module, torchvision_cfg(name), "torchvision", str(default), pretrained)
+    with _shapes_only() if shapes_only else nullcontext():
+        module = tv.get_model(name, weights=None, **options)
+    cfg = torchvision_cfg(name)
+    return Draft(module, cfg, "torchvision", str(default), None if shapes_only else pretrained)
+
+
+@contextmanager
+def _shapes_only() -> Iterator[None]:
+    """Put what modules register on the meta device, before anything initializes it.
+
+    Within `torch.device("meta")` torchvision's RegNets cannot be made: they compute their widths with tensors.
+    """
+
+    def parameter(_: nn.Module, __: str, own: Tensor) -> nn.Parameter:
+        return nn.Parameter(own.to("meta"), requires_grad=own.requires_grad)
+
+    def buffer(_: nn.Module, __: str, own: Tensor | None) -> Tensor | None:
+        return None if own is None else own.to("meta")
+
+    # what a hook returns is registered in the place of what it was given; torch's stubs do not say so
+    hooks = [
+        register_module_parameter_registration_hook(parameter),  # type: ignore[arg-type]
+        register_module_buffer_registration_hook(buffer),  # type: ignore[arg-type]
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def rename_torchvision(state: State) -> State:

@@ -49,28 +49,31 @@ class ResidualBlock(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """A 13-convolution ResNet: images (N, 1, 32, 32) float32, normalized -> logits (N, 10)."""
+    """A ResNet of 9 convolutions: images (N, 1, 32, 32) float32, normalized -> logits (N, 10).
+
+    Wide and of few pixels: integer kernels gain most where many channels are added up, and a step of synthesis costs
+    half of what it does with a third of the channels at twice the resolution.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.pretrained_cfg = PRETRAINED_CFG
-        self.conv1 = nn.Conv2d(1, 12, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(12)
-        self.layer1 = nn.Sequential(ResidualBlock(12, 12, 1))  # 32x32
-        self.layer2 = nn.Sequential(ResidualBlock(12, 24, 2), ResidualBlock(24, 24, 1))  # 16x16
-        self.layer3 = nn.Sequential(ResidualBlock(24, 48, 2), ResidualBlock(48, 48, 1))  # 8x8
+        self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)  # 16x16
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(ResidualBlock(16, 96, 2))  # 8x8
+        self.layer2 = nn.Sequential(ResidualBlock(96, 96, 2), ResidualBlock(96, 96, 1))  # 4x4
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(48, CLASSES)
+        self.fc = nn.Linear(96, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.layer2(self.layer1(x))
         logits: Tensor = self.fc(torch.flatten(self.pool(x), 1))
         return logits
 
 
 def digits() -> DigitsNet:
-    """The trained model on the CPU, in eval mode."""
+    """The trained model on the CPU, in eval mode, float32; its file has half of the precision and of the size."""
     net = DigitsNet()
     net.load_state_dict(load_file(WEIGHTS))
     return net.eval()

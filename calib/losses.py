@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calib.statistics import Centroids, Moments, Tap, running_statistics
+from calib.statistics import Centroids, Moments, Tap, running_statistics, variance_between
 
-_CACHED = 8  # images whose total variation is taken together on a CPU: what they need stays in its cache
+_CACHED = 1 << 15  # pixels whose total variation is taken together on a CPU: what they need stays in its cache
 
 
 def _distance(own: Tensor, target: Tensor, spread: Tensor | None) -> Tensor:
@@ -120,9 +120,9 @@ def spread_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
     total = torch.zeros((), device=tap.moments[0].mean.device)
     for layer, own in zip(tap.layers, tap.moments, strict=True):
         variance = running_statistics(layer)[1].square()
-        total = total + F.relu(1 - own.mean.var(0, correction=0) / (least_mean * variance)).mean()
+        total = total + F.relu(1 - variance_between(own.mean) / (least_mean * variance)).mean()
         # constant, without a gradient, where a layer has no spatial extent
-        total = total + F.relu(1 - own.sample_std().var(0, correction=0) / (least_std * variance)).mean()
+        total = total + F.relu(1 - variance_between(own.sample_std()) / (least_std * variance)).mean()
     return total
 
 
@@ -135,7 +135,7 @@ class _TotalVariation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
         gradient, total = torch.zeros_like(images), images.new_zeros(())
-        at_once = _CACHED if images.device.type == "cpu" else len(images)
+        at_once = max(1, _CACHED // images[0].numel()) if images.device.type == "cpu" else len(images)
         for part, slope in zip(images.split(at_once), gradient.split(at_once), strict=True):
             for dim in (2, 3):
                 steps = part.diff(dim=dim)

@@ -180,7 +180,7 @@ class _Batch:
         self.pixels = nn.Parameter(torch.lerp(images, noise, config.noise).clamp(*limits))
         self._module = nn.ParameterList([self.pixels])
         self._config, self._limits, self._rng = config, limits, rng
-        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=config.learning_rate)
+        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=config.learning_rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(1, config.steps))
         self._recovery = Recovery(
             self._module,

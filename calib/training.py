@@ -121,7 +121,9 @@ class GeneratorTrainer:
             torch.default_generator.manual_seed(seeded(rng))  # that of the CPU alone
             shape = (config.latent, config.width, config.largest)
             self.generator = Generator(classes, size, mean, std, *shape).to(device)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999))
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=config.learning_rate, betas=(0.5, 0.999), fused=True
+        )
         self.centroids = Centroids(classes, device)
         self._sampler = ClassSampler(classes, rng)
         self._mixing = torch.empty(0, device=device)  # (latent, n): how a latent mixes n deviations

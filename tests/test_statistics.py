@@ -62,7 +62,41 @@ def test_tap_sees_every_batchnorm_input_and_leaves_no_hook() -> None:
         assert len(tap.moments) == len(layers)
         first = net.stem[0](images(4))  # type: ignore[union-attr, operator, index]
     torch.testing.assert_close(tap.moments[0].mean, first.mean((2, 3)))
-    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in net.modules())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_tapped_batchnorm_answers_and_has_the_gradient_as_without(affine: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    norm = nn.BatchNorm2d(3, affine=affine).eval()
+    for value in norm.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(3, generator=rng) + 0.5)
+    x = torch.randn(6, 3, 4, 5, generator=rng).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(6, 3, 4, 5, generator=rng), torch.randn(2, 6, 3, generator=rng)
+    mean, var, y = x.mean((2, 3)), x.var((2, 3), correction=0), norm(x)
+    total = (weights[0] * y).sum() + (weights[1][0] * mean + weights[1][1] * var).sum()
+    (expected,) = torch.autograd.grad(total, x)
+    with tap_batchnorm(norm) as tap:
+        tapped = norm(x)
+    (own,) = tap.moments
+    total = (weights[0] * tapped).sum() + (weights[1][0] * own.mean + weights[1][1] * own.var).sum()
+    assert torch.equal(tapped, y)
+    torch.testing.assert_close(torch.autograd.grad(total, x)[0], expected)
+    assert "forward" not in vars(norm)
+
+
+def test_a_batchnorm_with_a_forward_of_its_own_is_tapped_as_it_is() -> None:
+    class Rectified(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).relu()
+
+    net, x = Rectified(3).eval(), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = net(x)
+    with tap_batchnorm(net) as tap:
+        assert torch.equal(net(x), expected)
+    torch.testing.assert_close(tap.moments[0].mean, x.mean((2, 3)))
+    assert not net._forward_pre_hooks
 
 
 def test_no_batchnorm_is_refused() -> None:

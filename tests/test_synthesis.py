@@ -12,7 +12,7 @@ from torch import nn
 
 from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig, SynthesisError, synthesize
 from calib.calibration_set import previewed_classes
-from calib.generator import Generator
+from calib.generator import Generator, enlarged
 from calib.labels import ClassSampler
 from calib.refine import natural_noise, refine, shifted, survives_flip
 from calib.statistics import tap_batchnorm, within_class_diversity
@@ -173,6 +173,18 @@ def test_classes_are_covered_evenly() -> None:
     assert torch.bincount(labels).tolist() == [3] * 10
 
 
+@pytest.mark.parametrize("size", [(10, 6), (9, 6), (5, 3)])
+def test_an_enlarged_map_is_convolved_as_if_its_pixels_were_repeated(size: tuple[int, int]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    conv, x = nn.Conv2d(4, 3, 3, padding=1, bias=False), torch.randn(2, 4, 5, 3, generator=rng, requires_grad=True)
+    conv.weight.data = torch.randn(3, 4, 3, 3, generator=rng)
+    expected, found = conv(F.interpolate(x, size=size, mode="nearest")), enlarged(x, conv, size)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weights, leaves = torch.randn(expected.shape, generator=rng), (x, conv.weight)
+    gradients = [torch.autograd.grad((weights * y).sum(), leaves) for y in (found, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_seed_gives_the_same_images() -> None:
     first, again, other = made(small()), made(small()), made(small(), seed=1)
     assert torch.equal(first.images, again.images)
@@ -196,7 +208,7 @@ def test_refinement_brings_statistics_nearer() -> None:
         "std": model.input.std,
         "device": CPU,
     }
-    config = small(steps=10).model_copy(update={"refine": RefineConfig(steps=25, batch_size=30)})
+    config = small(steps=40).model_copy(update={"refine": RefineConfig(steps=25, batch_size=30)})
     found = synthesize(model.module, config=config, rng=torch.Generator().manual_seed(0), **options)  # type: ignore[arg-type]
     assert found.losses["refine.bns"][-1] < 0.5 * found.losses["refine.bns"][0]
     assert found.teacher_top1 > 50

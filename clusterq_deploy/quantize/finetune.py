@@ -118,18 +118,33 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: 
     return loss + config.ce_weight * ce / (labels != _NO_CLASS).sum().clamp_min(1)
 
 
-@torch.no_grad()
-def divergence(
-    student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int, temperature: float = 1.0
-) -> float:
-    """Mean KL(teacher || student) over images (N, C, H, W), in nats, of logits divided by a temperature."""
-    device = next(student.parameters()).device
-    total = 0.0
-    for part in images.split(batch_size):
-        batch = part.to(device)
-        own, target = ((net(batch) / temperature).log_softmax(1) for net in (student, teacher))
-        total += float(F.kl_div(own, target, reduction="sum", log_target=True))
-    return total / len(images)
+class HeldOut:
+    """Images that tell how near a student is to its teacher, which is asked once.
+
+    Args:
+        teacher: images (N, C, H, W) to logits (N, classes).
+        images: (N, C, H, W) float32, normalized, on any device.
+        batch_size: images a forward pass.
+        temperature: what logits are divided by.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teacher: nn.Module, images: Tensor, batch_size: int, temperature: float = 1.0) -> None:
+        self._batches, self._count, self._temperature = images.split(batch_size), len(images), temperature
+        self._targets = [self._asked(teacher, batch) for batch in self._batches]
+
+    def _asked(self, net: nn.Module, batch: Tensor) -> Tensor:
+        """The logarithms of the probabilities (n, classes)."""
+        logits: Tensor = net(batch.to(next(net.parameters()).device))
+        return (logits / self._temperature).log_softmax(1)
+
+    @torch.no_grad()
+    def divergence(self, student: nn.Module) -> float:
+        """Mean KL(teacher || student) over the images, in nats."""
+        pairs = zip(self._batches, self._targets, strict=True)
+        with parametrize.cached():  # weights are rounded once for all batches
+            terms = [F.kl_div(self._asked(student, own), to, reduction="sum", log_target=True) for own, to in pairs]
+        return float(torch.stack(terms).sum()) / self._count
 
 
 def finetune(
@@ -175,7 +190,8 @@ def finetune(
     teacher = reference.net.to(memory_format=torch.channels_last)
     student.to(memory_format=torch.channels_last)
     with teacher.in_float(), student.in_int8():
-        best = divergence(student, teacher, judged, config.batch_size, config.temperature)
+        judge = HeldOut(teacher, judged, config.batch_size, config.temperature)
+        best = judge.divergence(student)
     losses["held_out_kl"].append(best)
     steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, best / _FAR)))
     every = max(1, steps // config.checkpoints)
@@ -211,8 +227,7 @@ def finetune(
                 loss = loss + config.feature_weight * matching
             advance(1, loss=(value := loss.item()))
             if course.follow(loss, value) and (step % every == 0 or step == steps):
-                now = divergence(student, teacher, judged, config.batch_size, config.temperature)
-                course.judge(now, may_keep=step >= _SETTLED * steps)
+                course.judge(judge.divergence(student), may_keep=step >= _SETTLED * steps)
             checkpoint.save("tuning", course.state_dict)
         student.load_state_dict(course.kept)
     student.to(memory_format=torch.contiguous_format).settle()
@@ -232,5 +247,6 @@ def _optimizer(parameters: NormalizedParameters, config: FinetuneConfig) -> torc
             {"params": parameters.rows, "lr": config.learning_rate},
             {"params": parameters.biases, "lr": config.bias_learning_rate},
             {"params": parameters.log_scales, "lr": config.scale_learning_rate},
-        ]
+        ],
+        fused=True,
     )

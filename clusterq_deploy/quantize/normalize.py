@@ -8,19 +8,22 @@ layers therefore compute, with integers q = round(u) of a row's grid, step s, an
     y = s q * (x - m) + d b,
 
 where u, the row in units of its grid, log s and b, in deviations d of the outputs, are what is learned. It is the
-same layer: weight s u, bias d b - s q m.
+same layer: weight s u, bias d b - s q m. Its weight is rounded once a step, for both places where it stands.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer, padded, pooled_dims
+from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer, like_layout, padded, pooled_dims
 from clusterq_deploy.quantize.student import Student
+
+_TIE = 1e-4  # of a step: the ends of the grid belong to it
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ def normalized(student: Student, images: Tensor) -> Iterator[NormalizedParameter
     """
     statistics = layer_statistics(student, images)
     layers = student.layers()
+    quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
+    enabled = {name: quantizer.enabled for name, quantizer in quantizers.items()}
     for name, layer in layers.items():
         mean, deviation = statistics[name]
-        parametrize.register_parametrization(layer, "weight", _InGridUnits(layer.weight_quantizer), unsafe=True)
+        parametrize.register_parametrization(layer, "weight", _Rounded(quantizers[name]), unsafe=True)
+        quantizers[name].enabled = False
         if layer.bias is not None:
             parametrize.register_parametrization(layer, "bias", _Centred(layer, mean, deviation), unsafe=True)
     try:
@@ -55,10 +61,19 @@ def normalized(student: Student, images: Tensor) -> Iterator[NormalizedParameter
             [m.log_scale for m in student.modules() if isinstance(m, Quantizer)],
         )
     finally:
-        for layer in layers.values():
-            for name in ("bias", "weight"):  # the bias is made with the weight
-                if parametrize.is_parametrized(layer, name):
-                    parametrize.remove_parametrizations(layer, name)
+        for name, layer in layers.items():
+            _make_plain(layer)
+            quantizers[name].enabled = enabled[name]
+
+
+@torch.no_grad()
+def _make_plain(layer: QuantizedLayer) -> None:
+    """Give a layer its own parameters again, the weight as it was before it was rounded."""
+    if parametrize.is_parametrized(layer, "bias"):  # first, for it is made with the weight
+        parametrize.remove_parametrizations(layer, "bias")
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        layer.weight.mul_(_by_row(layer.weight_quantizer.scale, layer.weight))
 
 
 def _original(layer: nn.Module, name: str) -> Tensor:
@@ -66,25 +81,55 @@ def _original(layer: nn.Module, name: str) -> Tensor:
     return original
 
 
-class _InGridUnits(nn.Module):
-    """Weight (O, ...) from its rows in steps of their grids."""
+def _by_row(values: Tensor, weight: Tensor) -> Tensor:
+    """Values (O,) in a shape that broadcasts to a weight (O, ...)."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _over_row(products: Tensor) -> Tensor:
+    """The sum over each row of (O, ...), (O,), in whatever order it lies in memory."""
+    return products.sum(tuple(range(1, products.dim())))
+
+
+class _RoundedRows(torch.autograd.Function):
+    """The rounded weight (O, ...) of rows in grid units and of scales (O,).
+
+    The gradient passes to the rows where they are on the grid. The scale is the gain of its row, so its gradient is
+    that of a factor: what LSQ's (arXiv 1902.08153) has beside it, the weight's own share takes away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        integers = rows.round().clamp_(low, high)
+        ctx.save_for_backward(rows, integers, scale)
+        ctx.range = (low - _TIE, high + _TIE)
+        return integers * _by_row(scale, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, integers, scale = ctx.saved_tensors
+        grad = like_layout(grads[0], rows)
+        inside = torch.ops.aten.hardtanh_backward(grad, rows, *ctx.range)
+        return inside.mul_(_by_row(scale, rows)), _over_row(integers * grad), None, None
+
+
+class _Rounded(nn.Module):
+    """Weight (O, ...), rounded, from its rows in steps of their grids."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self._quantizer = (quantizer,)  # in a tuple: it is no part of this module
 
-    def _scale(self, rows: Tensor) -> Tensor:
-        return self._quantizer[0].scale.view(-1, *[1] * (rows.dim() - 1))
-
     def forward(self, rows: Tensor) -> Tensor:
-        return rows * self._scale(rows)
+        (quantizer,) = self._quantizer
+        return cast(Tensor, _RoundedRows.apply(rows, quantizer.scale, quantizer.grid.low, quantizer.grid.high))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight / self._scale(weight).detach()
+        return weight / _by_row(self._quantizer[0].scale, weight).detach()
 
 
 class _Centred(nn.Module):
-    """Bias (O,) from the outputs' mean, in their deviations (O,), and the quantized weight's share in it."""
+    """Bias (O,) from the outputs' mean, in their deviations (O,), and the rounded weight's share in it."""
 
     def __init__(self, layer: QuantizedLayer, mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
@@ -92,8 +137,7 @@ class _Centred(nn.Module):
 
     def _weights_share(self) -> Tensor:
         (layer,) = self._layer
-        share: Tensor = (layer.weight_quantizer(layer.weight) * self._mean).flatten(1).sum(1)
-        return share
+        return _over_row(layer.weight * self._mean)
 
     def forward(self, outputs: Tensor) -> Tensor:
         return outputs * self._deviation - self._weights_share()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer, like_layout, padded, pooled_dims
+from clusterq_deploy.quantize.quantizer import Bound, QuantizedLayer, Quantizer, like_layout, padded, pooled_dims
 from clusterq_deploy.quantize.student import Student
 
 _TIE = 1e-4  # of a step: the ends of the grid belong to it
@@ -99,7 +99,7 @@ class _RoundedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
         integers = rows.round().clamp_(low, high)
         ctx.save_for_backward(rows, integers, scale)
         ctx.range = (low - _TIE, high + _TIE)
@@ -109,7 +109,11 @@ class _RoundedRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, integers, scale = ctx.saved_tensors
         grad = like_layout(grads[0], rows)
-        inside = torch.ops.aten.hardtanh_backward(grad, rows, *ctx.range)
+        low, high = ctx.range
+        if isinstance(low, Tensor):  # of each row
+            inside = grad * ((rows >= low) & (rows <= high))
+        else:
+            inside = torch.ops.aten.hardtanh_backward(grad, rows, low, high)
         return inside.mul_(_by_row(scale, rows)), _over_row(integers * grad), None, None
 
 
@@ -122,7 +126,7 @@ class _Rounded(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         (quantizer,) = self._quantizer
-        return cast(Tensor, _RoundedRows.apply(rows, quantizer.scale, quantizer.grid.low, quantizer.grid.high))
+        return cast(Tensor, _RoundedRows.apply(rows, quantizer.scale, *quantizer.bounds(rows, in_steps=True)))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight / _by_row(self._quantizer[0].scale, weight).detach()

@@ -171,12 +171,17 @@ class Quantizer(nn.Module):
         self.log_scale.copy_(step.to(self.log_scale).clamp_min(1e-30).log())
         self.project()
 
-    def bounds(self, x: Tensor) -> tuple[Bound, Bound]:
-        """Return the smallest and largest integer of x; for each row of a weight (O, ...) whose sums are limited."""
+    def bounds(self, x: Tensor, *, in_steps: bool = False) -> tuple[Bound, Bound]:
+        """Return the smallest and largest integer of x; for each row of a weight (O, ...) whose sums are limited.
+
+        Args:
+            x: the tensor, or what it is in steps of its scale.
+            in_steps: which of the two.
+        """
         if self.pair_limit is None or not self.reduce_range:
             return self.grid.low, self.grid.high
-        second = second_extremes(x.detach())
-        low, high = row_bounds(second, self.scale.detach(), self.grid, self.pair_limit)
+        scale = torch.ones_like(self.log_scale) if in_steps else self.scale
+        low, high = row_bounds(second_extremes(x.detach()), scale.detach(), self.grid, self.pair_limit)
         shape = (-1, *[1] * (x.dim() - 1))
         return low.view(shape), high.view(shape)
 

@@ -129,12 +129,13 @@ def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
     from clusterq_deploy.export import check_saturation, check_tensorrt, read_graph
 
     graph = read_graph(file)
-    found = check_tensorrt(graph) + check_saturation(graph)
-    if found or as_json:
-        render.show([asdict(own) for own in found], as_json)
+    found, saturating = check_tensorrt(graph), check_saturation(graph)
+    if found or saturating or as_json:
+        render.show([asdict(own) for own in (*found, *saturating)], as_json)
     errors = sum(own.severity == "error" for own in found)
     if not as_json:
-        render.print_line(f"{file}: errors {errors}, warnings {len(found) - errors}")
+        layers = f"; {len(saturating)} layers saturate in ONNX Runtime on CPUs without VNNI" if saturating else ""
+        render.print_line(f"{file}: errors {errors}, warnings {len(found) - errors} for TensorRT{layers}")
     if errors:
         ctx.exit(1)
 

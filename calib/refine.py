@@ -41,7 +41,7 @@ class RefineConfig(StageConfig):
         shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted alone.
     """
 
-    steps: int = Field(100, ge=0)
+    steps: int = Field(60, ge=0)
     batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(0.1, gt=0)
     noise: float = Field(0.5, ge=0, le=1)

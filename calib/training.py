@@ -55,8 +55,8 @@ class GeneratorConfig(StageConfig):
         semantic_start: the first semantic layer, as a share of the BatchNorm layers.
     """
 
-    steps: int = Field(300, ge=1)
-    warmup_steps: int = Field(75, ge=1)
+    steps: int = Field(100, ge=1)
+    warmup_steps: int = Field(25, ge=1)
     batch_size: int = Field(64, ge=2)
     samples_per_class: int = Field(8, ge=1)
     learning_rate: float = Field(1e-3, gt=0)

@@ -31,6 +31,8 @@ _WRITTEN = {"bits", "first_last", "keep", "fp16", "seed", "device", "effort", *_
 
 _STANDARD_COST = 2e8
 _LEAST_SHARE = 0.25
+_LEAST_GENERATOR_SHARE = {"standard": 0.75}
+"""By effort, where it is another one: the standard generator has no more steps than a small model needs already."""
 OPTIONS = "the options"
 """Where settings come from that stand in no file, for messages."""
 
@@ -124,20 +126,21 @@ class RunConfig(StageConfig):
         """These settings for a model whose forward pass costs so much (`calib.cost.pass_cost`) on a CPU.
 
         The standard work is meant for models of up to 200 million multiply-adds. Larger ones get proportionally
-        fewer images and steps, but no less than a quarter; what was given otherwise than the defaults stays, and so
-        does the recipe `paper`, whose schedule is the published one.
+        fewer images and steps, but no less than a quarter, and the standard generator no less than three quarters. What
+        was given otherwise than the defaults stays, and so does the recipe `paper`: its schedule is the published one.
         """
         if self.synthesis.recipe == "paper":
             return self
-        share = max(_LEAST_SHARE, min(1.0, _STANDARD_COST / cost))
+        share = min(1.0, _STANDARD_COST / cost)
         usual = _usual(self.synthesis.recipe, self.effort)
 
-        def scaled(part: _Part, standard: _Part, *names: str) -> _Part:
+        def scaled(part: _Part, standard: _Part, *names: str, least: float = _LEAST_SHARE) -> _Part:
             own = {n: getattr(part, n) for n in names if getattr(part, n) == getattr(standard, n)}
-            return part.model_copy(update={name: math.ceil(share * value) for name, value in own.items()})
+            return part.model_copy(update={name: math.ceil(max(share, least) * value) for name, value in own.items()})
 
         synthesis, known = self.synthesis, usual.synthesis
-        generator = scaled(synthesis.generator, known.generator, "steps", "warmup_steps")
+        least = _LEAST_GENERATOR_SHARE.get(self.effort, _LEAST_SHARE)
+        generator = scaled(synthesis.generator, known.generator, "steps", "warmup_steps", least=least)
         synthesis = scaled(synthesis, known, "images").model_copy(update={"generator": generator})
         finetune = scaled(self.finetune, usual.finetune, "steps")
         return self.model_copy(update={"synthesis": synthesis, "finetune": finetune})

@@ -513,7 +513,7 @@ def test_large_models_get_less_work_on_a_cpu_but_for_what_was_given() -> None:
     asked = make_config({"model": "resnet18", "finetune": {"steps": 777}})
     small, large = asked.scaled_to(1e8), asked.scaled_to(4e8)
     assert small == asked
-    assert (large.synthesis.images, large.synthesis.generator.steps, large.finetune.steps) == (512, 150, 777)
+    assert (large.synthesis.images, large.synthesis.generator.steps, large.finetune.steps) == (512, 75, 777)
     assert asked.scaled_to(1e12).synthesis.images == asked.synthesis.images / 4
     assert large.scaled_to(4e8) == large
     paper = make_config({"model": "resnet18", "synthesis": {"recipe": "paper"}})

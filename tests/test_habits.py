@@ -122,6 +122,7 @@ def test_bits_that_are_like_no_setting_get_no_guess(text: str) -> None:
     assert "did you mean" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_a_plain_table_and_nothing_else(tmp_path: Path) -> None:
     settings = tmp_path / "small.toml"
     settings.write_text(tomli_w.dumps(SMALL))
@@ -134,12 +135,14 @@ def test_a_pipe_gets_a_plain_table_and_nothing_else(tmp_path: Path) -> None:
     assert "no: cannot be used" in listing.stdout  # not cut or folded to a terminal's width
 
 
+@pytest.mark.slow
 def test_colours_are_switched_off_and_on_by_the_environment() -> None:
     coloured = re.compile(r"\x1b\[[\d;]*3\dm")
     assert coloured.search(process("doctor", FORCE_COLOR="1").stdout)
     assert not coloured.search(process("doctor", FORCE_COLOR="1", NO_COLOR="1").stdout)
 
 
+@pytest.mark.slow
 def test_verbose_logs_to_stderr_alone(tmp_path: Path) -> None:
     settings = tmp_path / "small.toml"
     settings.write_text(tomli_w.dumps(SMALL))

@@ -184,6 +184,7 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_changed_option_redoes_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path / "run")
     images = (out / "calibration/images.safetensors").read_bytes()
@@ -204,6 +205,7 @@ def test_an_altered_file_is_made_again_and_comes_out_the_same(finished: Path, tm
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report(finished: Path, tmp_path: Path) -> None:
     run(tmp_path / "again")
     first, again = (read_report(p / "report.json") for p in (finished, tmp_path / "again"))
@@ -225,6 +227,7 @@ def test_a_stage_made_anew_takes_what_built_on_it_out_of_the_report(finished: Pa
         pipeline.export("w4a4")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_its_folder(tmp_path: Path) -> None:
     class Interrupting(Recorder):
         @contextmanager
@@ -334,6 +337,7 @@ def test_evaluation_data_reaches_nothing_but_the_evaluation(finished: Path, tmp_
     assert read_report(out / "report.json").variants[0].accuracy[0].top1 != 100
 
 
+@pytest.mark.slow
 def test_artifacts_made_anew_beside_other_data_or_labels_have_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     with np.load(HELD_OUT) as archive:
         permuted = np.random.default_rng(0).permutation(archive["labels"])

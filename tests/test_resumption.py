@@ -18,6 +18,8 @@ from PIL import Image
 
 from clusterq_deploy.manifest import StageRecord, read_manifest
 
+pytestmark = pytest.mark.slow  # whole commands in processes of their own
+
 ROOT = Path(__file__).parents[1]
 SMALL = """
 device = "cpu"

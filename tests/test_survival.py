@@ -25,6 +25,8 @@ from clusterq_deploy.report.wording import notes
 from clusterq_deploy.rundir import RunDirectory
 from clusterq_deploy.stages import quantization
 
+pytestmark = pytest.mark.slow  # whole commands in processes of their own
+
 ROOT = Path(__file__).parents[1]
 MODEL = {"name": "net", "weights_sha256": "0"}
 HOLDER = """

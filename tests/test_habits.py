@@ -187,6 +187,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "first_last": ([], True),
     "keep": (["conv1=8"], {"conv1": 8}),
     "max_drop": (["0.5"], 0.5),
+    "cpu": (["vnni"], "vnni"),
     "fp16": ([], True),
     "data": (["images"], "images"),
     "limit": (["10"], 10),

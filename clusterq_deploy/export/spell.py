@@ -167,7 +167,9 @@ class _Speller:
         self.weight_scales[output] = scale
         bias = quantizer.bias(layer.bias)
         if bias is not None and bias is not layer.bias:
-            own = self._constant(f"{site}.bias", bias.detach().cpu().numpy().astype(np.float32))
+            own = self._constant(
+                f"full_range.{site.removesuffix('.weight')}.bias", bias.detach().cpu().numpy().astype(np.float32)
+            )
             for use in marker.outputs[0].uses():
                 use.node.replace_input_with(2, own)
         return output

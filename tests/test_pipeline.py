@@ -359,7 +359,7 @@ def test_the_report_lays_synthetic_features_beside_real_ones(finished: Path) -> 
     found = report.features
     assert found is not None
     assert found.real is not None
-    assert (found.width, found.synthetic.images, found.real.images) == (48, 80, 100)
+    assert (found.width, found.synthetic.images, found.real.images) == (96, 80, 100)
     assert found.real.dataset == "digits, held out"
     assert report.calibration.silhouette == found.synthetic.silhouette
     assert report.calibration.within_class_diversity is not None

@@ -264,4 +264,4 @@ def test_a_run_builds_fp32_and_fp16_beside_the_variants_and_compares_with_both(
     shown = call("report", out).stdout
     assert "over fp16" in shown
     assert "1.00x" in shown  # the double takes the same time for every engine
-    assert "that of fp16" in (out / "report.md").read_text() or "keep fp32" in (out / "report.md").read_text()
+    assert "On tensorrt no difference in speed from fp32 was measured for" in (out / "report.md").read_text()

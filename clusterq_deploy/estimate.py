@@ -4,17 +4,18 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.cost import pass_cost
 from calib.precision import mixed_precision
 from clusterq_deploy.config import RunConfig
-from clusterq_deploy.quantize import BitWidths, make_student
-from clusterq_deploy.quantize.reconstruct import images_read, widest_layer
+from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.quantize.reconstruct import images_read
 from clusterq_deploy.run import FP32, Run
 
 UNCERTAIN = 2.0
@@ -73,14 +74,17 @@ class Estimate:
 
 
 def estimate(run: Run, variants: Sequence[BitWidths]) -> Estimate:
-    """Estimate what a run takes, in a second: no pass through the model is computed.
+    """Estimate what a run takes, in a second: of a torchvision model no pass is computed, of others a few of one image.
+
+    Others may hold tensors that are not registered, which do not go to the meta device with the module.
 
     Args:
         run: its model (shapes are enough), device and settings.
         variants: those to be quantized.
     """
-    shapes = copy.deepcopy(run.model.module).to("meta")
-    size = run.model.input.size
+    shapes, size = run.model.module, run.model.input.size
+    if run.model.source == "torchvision":
+        shapes = copy.deepcopy(shapes).to("meta")
     return Estimate(_seconds_per_operation(run.device) * pass_cost(shapes, size), _memory(run, shapes, variants))
 
 
@@ -106,28 +110,33 @@ def _memory(run: Run, shapes: nn.Module, variants: Sequence[BitWidths]) -> int:
     """
     synthesis, tuning, size = run.config.synthesis, run.config.finetune, run.model.input.size
     largest = max(synthesis.generator.batch_size, synthesis.refine.batch_size, tuning.batch_size)
-    held = largest * _saved_for_gradients(shapes, size) * _GRADIENTS
+    saved, widest = _pass_memory(shapes, size)
+    held = largest * saved * _GRADIENTS
     shown = round(synthesis.images / (1 - tuning.procedural))  # with those of no class
     if any(bits.weights < 8 for bits in variants):
-        widest = widest_layer(make_student(shapes, BitWidths(8, 8)), torch.zeros(1, *size, device="meta"))
         held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * min(shown, images_read(widest)) * widest)
     process = psutil.Process().memory_info().rss if run.device.type == "cpu" else 0
     images = synthesis.images + 2 * shown if tuning.procedural else _COPIES_OF_IMAGES * synthesis.images
     return int(process + held + 4 * images * math.prod(size))
 
 
-def _saved_for_gradients(shapes: nn.Module, size: tuple[int, int, int]) -> float:
-    """Bytes that a model's forward pass keeps for the gradient of an image's pixels, in float32."""
-    images = torch.zeros(2, *size, device="meta", requires_grad=True)
+def _pass_memory(shapes: nn.Module, size: tuple[int, int, int]) -> tuple[float, int]:
+    """Of an image's pass in float32: the bytes kept for the gradient of its pixels, and the most values of a layer."""
+    images = torch.zeros(2, *size, device=next(shapes.buffers()).device, requires_grad=True)
     kept: dict[int, torch.UntypedStorage] = {}
+    made = [1]
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage  # held, so that no other one takes its place
         return tensor
 
     weights = {tensor.untyped_storage()._cdata for tensor in shapes.state_dict().values()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with ExitStack() as hooks:
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+        for layer in shapes.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                hooks.enter_context(layer.register_forward_hook(lambda _, __, y: made.append(y.numel() // len(images))))
         logits = shapes(images)  # held, for with it goes what was kept
     del logits
-    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights) / len(images)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights) / len(images), max(made)

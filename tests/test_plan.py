@@ -135,6 +135,31 @@ def test_a_plan_computes_no_pass_of_the_model_and_makes_no_weights(name: str, tm
     assert not (tmp_path / "out").exists()
 
 
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+    def forward(self, images):
+        return super().forward(images * self.scale)
+
+def make():
+    net = Net(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    net.scale = torch.ones(1, 3, 1, 1)  # not registered, so that it stays where it is
+    return net
+"""
+
+
+def test_a_module_of_ones_own_need_not_have_all_its_tensors_registered(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OWN)
+    config = make_config({"model": f"{tmp_path / 'net.py'}:make", "device": "cpu"})
+    plan = Planner(config, tmp_path / "out").plan()
+    assert plan.seconds > 0
+    assert plan.memory_bytes is not None
+
+
 def test_settings_scaled_to_a_large_model_are_told_from_those_asked_for(tmp_path: Path) -> None:
     config = make_config({"model": "resnet18", "weights": "none", "bits": ["w4a4"], "device": "cpu"})
     planner = Planner(config, tmp_path / "out")

@@ -198,7 +198,7 @@ taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.
 resource.setrlimit(resource.RLIMIT_AS, ((taken + 400 * 1024) * 1024, resource.RLIM_INFINITY))
 for name, runner in runners.items():
     print(name, (predictions(runner, data, 12000) == whole[name]).mean())
-config, unfit = BenchmarkConfig(batches=(1, 20000), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1), []
+config, unfit = BenchmarkConfig(batches=(1, 8192), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1), []
 found = benchmark(runners, model.input.size, config, unfit=unfit)
 print([[record.batch for record in records] for records in found.values()])
 print(unfit)
@@ -212,7 +212,7 @@ def test_a_memory_that_really_does_not_suffice() -> None:
     assert float(torch_line.removeprefix("torch ")) > 0.999
     assert float(ort_line.removeprefix("ort ")) > 0.999
     assert batches == "[[1], [1]]"
-    assert unfit == str([f"{name}: a batch of 20000 does not fit the memory" for name in ("torch", "ort")])
+    assert unfit == str([f"{name}: a batch of 8192 does not fit the memory" for name in ("torch", "ort")])
     said = r"evaluation on (torch|onnxruntime-cpu): the memory does not suffice; again, with batches divided by \d+"
     assert done.stderr
     assert [line for line in done.stderr.splitlines() if not re.fullmatch(said, line)] == []

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -445,6 +446,7 @@ def tensorrt_module(world: World) -> ModuleType:
             return None
 
     module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)  # `find_spec`, which torch._dynamo asks, wants one
     classes = [value for value in locals().values() if isinstance(value, type) and issubclass(value, Strict)]
     for double in classes:
         setattr(module, double.__name__, double)

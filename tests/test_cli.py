@@ -67,6 +67,7 @@ def test_every_command_has_help() -> None:
         assert "Usage: " in result.stdout
 
 
+@pytest.mark.slow
 def test_run_prints_a_table_and_leaves_a_report(settings: Path, tmp_path: Path) -> None:
     result = call("run", "digits", "--config", settings, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -75,6 +76,7 @@ def test_run_prints_a_table_and_leaves_a_report(settings: Path, tmp_path: Path) 
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_stages_alone_add_up_to_a_run(settings: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = call("synthesize", "digits", "--config", settings, "--out", out, "--json")
@@ -215,6 +217,7 @@ def test_a_path_that_is_not_utf8_is_one_line_where_run_toml_would_hold_it(settin
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_not_utf8_is_one_line_and_one_in_such_a_folder_works(
     settings: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +253,7 @@ def test_the_same_command_goes_on_where_it_did_not_end(
     assert call(*command, "--seed", "1").stderr == ""
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tmp_path: Path) -> None:
     """The kernel refuses to let files grow past 20 kB: the settings fit, the images do not."""
     code = (

@@ -81,6 +81,7 @@ def test_a_file_that_has_no_fp16_baseline_has_its_engine(
     assert f"{graph} has no FP16 baseline: the integers of" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_file_is_timed_and_evaluated_with_the_engines_that_were_built_from_it(
     world: World, graph: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_failure_ends_in_one_line(world: World, graph: Path) -> None:
     assert "it has no kernel for the layer conv1: raise --workspace" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_builds_fp32_and_fp16_beside_the_variants_and_compares_with_both(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def beside_a_gpu(tmp_path: Path, *args: str, **environment: str) -> tuple[int, d
     return done.returncode, {entry["name"]: entry for entry in content["findings"]}, content["unmet"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_builds_for_the_cpu_beside_a_gpu_are_told_with_what_mends_them(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
@@ -229,6 +230,7 @@ def test_each_process_loads_what_it_answers_for_alone(tmp_path: Path) -> None:
     assert "torchvision" not in by_part["library"]
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_killed_at_its_limit_and_what_it_said_before_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_torchvision_model_as_an_int8_graph(tmp_path: Path) -> None:
     module = example("torchvision_int8")
     small = {**SMALL, "finetune": {"steps": 0}, "weights": "none", "input_size": (3, 32, 32)}

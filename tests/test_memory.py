@@ -205,6 +205,7 @@ print(unfit)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
 def test_a_memory_that_really_does_not_suffice() -> None:
     done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, check=True, cwd=ROOT)

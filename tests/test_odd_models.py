@@ -60,6 +60,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one_class", "dead_channels", "a_class_that_never_wins", "grey"])
 def test_a_run_of_an_odd_model_ends_in_a_report(tmp_path: Path, name: str) -> None:
     models, settings, data = tmp_path / "models.py", tmp_path / "small.toml", tmp_path / "data.npz"

@@ -441,6 +441,7 @@ def test_a_model_whose_features_cannot_be_taken_is_reported_without_them(tmp_pat
     assert "last layer of Net is <built-in" in skipped.reason
 
 
+@pytest.mark.slow
 def test_without_data_agreement_on_held_out_synthetic_images_is_reported(tmp_path: Path) -> None:
     module = tmp_path / "net.py"
     module.write_text("from clusterq_deploy.models.digits import digits\n\n\ndef mine():\n    return digits()\n")

@@ -125,6 +125,7 @@ def test_features_count_their_geometry() -> None:
     assert counter.ended[4] == ("Geometry of features", 3, 3)
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_exports_and_the_comparison_of_its_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,7 @@ with OnnxRunner(graph()) as runner:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["-c", RUNS], ["-m", "cli", "doctor"]], ids=["library", "doctor"])
 def test_onnx_runtime_tells_nobody_what_runs_here(command: list[str], tmp_path: Path) -> None:
     """Its telemetry, where it is on, keeps a database in the user's cache."""

@@ -136,12 +136,13 @@ def test_fewer_bits_cost_more_in_every_layer_that_has_them() -> None:
     assert all(n.cost.kl > w.cost.kl for n, w in raised)
 
 
+@pytest.mark.slow
 def test_as_few_layers_are_raised_as_the_bound_allows() -> None:
     none, every = plan(100), plan(1e-9)
     ranked = [c.layer for c in sorted(costs(), key=lambda c: -c.cost.kl) if c.bits != "w8a8"]
     assert none.keep == {}
     assert set(every.keep) == set(ranked)
-    bound = (none.estimate.expected_drop + every.estimate.expected_drop) / 2
+    bound = 0.9 * none.estimate.expected_drop + 0.1 * every.estimate.expected_drop
     some = plan(bound)
     assert some.estimate.expected_drop <= bound
     assert 0 < len(some.keep) < len(ranked)
@@ -161,6 +162,7 @@ def call(*args: object) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_raise_layers_and_the_report_shows_them(tmp_path: Path) -> None:
     settings, out = tmp_path / "small.toml", tmp_path / "out"
     settings.write_text(tomli_w.dumps({"limit": 60, **SMALL}))

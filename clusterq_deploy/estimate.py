@@ -82,10 +82,10 @@ def estimate(run: Run, variants: Sequence[BitWidths]) -> Estimate:
         run: its model (shapes are enough), device and settings.
         variants: those to be quantized.
     """
-    shapes, size = run.model.module, run.model.input.size
+    shapes = run.model.module
     if run.model.source == "torchvision":
         shapes = copy.deepcopy(shapes).to("meta")
-    return Estimate(_seconds_per_operation(run.device) * pass_cost(shapes, size), _memory(run, shapes, variants))
+    return Estimate(_seconds_per_operation(run.device) * run.pass_cost, _memory(run, shapes, variants))
 
 
 def _seconds_per_operation(device: torch.device) -> float:

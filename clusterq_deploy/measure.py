@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
-from scipy import stats
 
 from calib.checkpoint import NOWHERE, Checkpoint, State
 from calib.config import StageConfig
@@ -201,7 +200,9 @@ def paired_speedup(baseline: Sequence[Sequence[float]], own: Sequence[Sequence[f
     found = {"speedup": float(np.median(ratios))}
     if len(ratios) < _FEWEST_TURNS:
         return found
-    interval = stats.quantile_test(ratios, q=found["speedup"], p=0.5).confidence_interval(confidence_level=0.95)
+    from scipy.stats import quantile_test  # takes a second to import
+
+    interval = quantile_test(ratios, q=found["speedup"], p=0.5).confidence_interval(confidence_level=0.95)
     low, high = interval.low / (1 + SESSIONS_DIFFER), interval.high * (1 + SESSIONS_DIFFER)
     return {**found, "speedup_low": float(low), "speedup_high": float(high)}
 

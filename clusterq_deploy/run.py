@@ -94,7 +94,7 @@ class Run:
         self.asked = config
         self._taught: Predictions | None = None
         if self.device.type == "cpu":
-            self.config = config.scaled_to(pass_cost(self.model.module, self.model.input.size))
+            self.config = config.scaled_to(self.pass_cost)
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
         self.directory = RunDirectory(out, identity, self.command, _is_outdated)
         if outdated := self.directory.outdated:
@@ -110,6 +110,11 @@ class Run:
             "input": self.model.input.model_dump(mode="json"),
             "version": __version__,
         }
+
+    @cached_property
+    def pass_cost(self) -> float:
+        """What a forward pass of one image costs (`calib.cost.pass_cost`)."""
+        return pass_cost(self.model.module, self.model.input.size)
 
     def check(self) -> fx.GraphModule:
         """Find what can be found wrong with model or data before any work; gives the folded model.

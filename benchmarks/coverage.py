@@ -26,7 +26,7 @@ from clusterq_deploy.errors import ClusterQError
 from clusterq_deploy.export import Spelling, agreement, check_tensorrt, compare_integers, export_graph, spell
 from clusterq_deploy.quantize import BitWidths, Student
 from clusterq_deploy.quantize.sensitivity import answers, compare
-from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.runtimes.runners import OnnxRunner
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"

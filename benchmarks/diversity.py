@@ -14,11 +14,11 @@ from typing import Any
 import click
 import torch
 
-from calib.statistics import tap_batchnorm, within_class_diversity
+from calib.bn_statistics import tap_batchnorm, within_class_diversity
 from calib.training import GeneratorConfig, GeneratorTrainer
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.run import resolve_device
+from clusterq_deploy.run.run import resolve_device
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "off": {"icv_weight": 0.0},

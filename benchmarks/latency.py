@@ -25,12 +25,12 @@ from random_nets import CALIBRATED, MODELS, calibrated, settled
 from store import write
 
 from clusterq_deploy.environment import collect_environment
+from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark
 from clusterq_deploy.export import export_graph, spell
-from clusterq_deploy.export.trace import INPUT
+from clusterq_deploy.export.torch_export import INPUT
 from clusterq_deploy.export.verify import integer_layers
-from clusterq_deploy.measure import BenchmarkConfig, benchmark
 from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.runners import Array, OnnxRunner
+from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 BITS = ("w8a8", "w4a4")

@@ -16,11 +16,11 @@ import click
 import torch
 import torch.nn.functional as F
 
-from calib.precision import has_fast_bfloat16, mixed_precision
+from calib.support.amp import has_fast_bfloat16, mixed_precision
 from calib.training import GeneratorConfig, GeneratorTrainer
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.models import load_model
-from clusterq_deploy.run import resolve_device
+from clusterq_deploy.run.run import resolve_device
 
 
 @click.command()

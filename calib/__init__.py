@@ -4,9 +4,9 @@ The method is ClusterQ (arXiv 2205.00179). Nothing here knows of quantization.
 """
 
 from calib.calibration_set import CalibrationSet
-from calib.errors import ClusterQError, NoBatchNormError, SynthesisError
-from calib.progress import SILENT, Progress
 from calib.refine import RefineConfig
+from calib.support.errors import ClusterQError, NoBatchNormError, SynthesisError
+from calib.support.progress import SILENT, Progress
 from calib.synthesis import Synthesis, SynthesisConfig, synthesize
 from calib.training import GeneratorConfig
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from calib.errors import SynthesisError
+from calib.support.errors import SynthesisError
 
 PREVIEWED = 10
 

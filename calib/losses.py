@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calib.statistics import Centroids, Moments, Tap, running_statistics, variance_between
+from calib.bn_statistics import Centroids, Moments, Tap, running_statistics, variance_between
 
 _CACHED = 1 << 15  # pixels whose total variation is taken together on a CPU: what they need stays in its cache
 
@@ -53,7 +53,7 @@ def sfda_loss(
     Args:
         moments: of the semantic layers.
         centroids: of the same layers.
-        present, shares: from `calib.statistics.class_weights`, of correctly classified samples.
+        present, shares: from `calib.bn_statistics.class_weights`, of correctly classified samples.
         spreads: the channels' deviations (C,), one a semantic layer, to measure distances in; absolute without.
     """
     total = torch.zeros((), device=present.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.errors import ClusterQError
+from calib.support.errors import ClusterQError
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from calib.checkpoint import NOWHERE, Checkpoint, State
-from calib.config import StageConfig
-from calib.errors import SynthesisError
+from calib.bn_statistics import count_executed, tap_batchnorm
 from calib.losses import bns_loss, spread_loss, total_variation
-from calib.precision import mixed_precision
-from calib.progress import SILENT, Progress
 from calib.recovery import Recovery
-from calib.statistics import count_executed, tap_batchnorm
+from calib.support.amp import mixed_precision
+from calib.support.checkpoint import NOWHERE, Checkpoint, State
+from calib.support.config import StageConfig
+from calib.support.errors import SynthesisError
+from calib.support.progress import SILENT, Progress
 from calib.training import History
 
 _TERMS = ("bns", "ce", "spread", "variation")

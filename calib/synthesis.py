@@ -9,14 +9,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from calib.bn_statistics import tap_batchnorm, within_class_diversity
 from calib.calibration_set import CalibrationSet
-from calib.checkpoint import NOWHERE, Checkpoint
-from calib.config import StageConfig
-from calib.errors import SynthesisError
 from calib.labels import balanced_labels
-from calib.progress import SILENT, Progress
 from calib.refine import RefineConfig, refine, survives_flip
-from calib.statistics import tap_batchnorm, within_class_diversity
+from calib.support.checkpoint import NOWHERE, Checkpoint
+from calib.support.config import StageConfig
+from calib.support.errors import SynthesisError
+from calib.support.progress import SILENT, Progress
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
 # the weights of the equations are the defaults; what differs is (6), here as it is written, and the refinement

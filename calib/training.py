@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from calib.checkpoint import NOWHERE, Checkpoint, State
-from calib.config import StageConfig
-from calib.errors import SynthesisError
-from calib.generator import Generator
-from calib.labels import ClassSampler
-from calib.losses import bns_loss, icv_loss, sfda_loss
-from calib.precision import mixed_precision
-from calib.progress import SILENT, Progress
-from calib.recovery import Recovery
-from calib.statistics import (
+from calib.bn_statistics import (
     Centroids,
     Moments,
     Tap,
@@ -26,6 +17,15 @@ from calib.statistics import (
     running_statistics,
     tap_batchnorm,
 )
+from calib.generator import Generator
+from calib.labels import ClassSampler
+from calib.losses import bns_loss, icv_loss, sfda_loss
+from calib.recovery import Recovery
+from calib.support.amp import mixed_precision
+from calib.support.checkpoint import NOWHERE, Checkpoint, State
+from calib.support.config import StageConfig
+from calib.support.errors import SynthesisError
+from calib.support.progress import SILENT, Progress
 
 _DEVIATION_BATCHES = 4
 _GOOD_EVERY = 25  # steps, between the states that a loss which is not finite goes back to

@@ -12,7 +12,7 @@ from cli import options, reports, stages
 from cli.diagnosis import REQUIRABLE
 
 if TYPE_CHECKING:
-    from clusterq_deploy.config import RunConfig
+    from clusterq_deploy.config.run_config import RunConfig
 
 
 def _default_out(config: "RunConfig") -> Path:
@@ -98,7 +98,7 @@ def _show_plan(ctx: click.Context, config: "RunConfig", out: Path, as_json: bool
 def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
     """Make calibration images for MODEL, without data: the first stage of a run."""
     from cli import render
-    from clusterq_deploy.run import IMAGES, PREVIEW
+    from clusterq_deploy.run.run import IMAGES, PREVIEW
 
     config = options.config_of(ctx, config_file)
     pipeline = stages.pipeline_of(ctx, config, out or _default_out(config))
@@ -126,7 +126,8 @@ def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from cli import render
-    from clusterq_deploy.export import check_saturation, check_tensorrt, read_graph
+    from clusterq_deploy.export import check_saturation, check_tensorrt
+    from clusterq_deploy.files import read_graph
 
     graph = read_graph(file)
     found, saturating = check_tensorrt(graph), check_saturation(graph)

@@ -22,7 +22,7 @@ from cli.machine import Finding, disk, guarded, memory, temporary_disk
 from cli.probe import ESSENTIAL, GPU_PROVIDERS
 
 if TYPE_CHECKING:
-    from calib.progress import Progress
+    from calib.support.progress import Progress
 
 LIMIT = 60.0
 """Seconds that a part may take: on a cold disk torch alone takes half of them."""

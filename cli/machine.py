@@ -51,7 +51,7 @@ def cpu() -> Iterator[Finding]:
     """The processor, and what it has for 8 and 16 bits."""
     import torch
 
-    from calib.precision import has_fast_bfloat16
+    from calib.support.amp import has_fast_bfloat16
     from clusterq_deploy.environment import available_cores, describe_cpu
 
     name, instructions = describe_cpu()

@@ -75,13 +75,13 @@ def _usage_error(error: click.UsageError) -> _UserError:
 
 
 def _is_of_memory(error: Exception) -> bool:
-    from clusterq_deploy.memory import is_of_memory
+    from clusterq_deploy.oom import is_of_memory
 
     return is_of_memory(error)
 
 
 def _is_ours(error: Exception) -> bool:
-    from calib.errors import ClusterQError
+    from calib.support.errors import ClusterQError
 
     return isinstance(error, ClusterQError)
 
@@ -114,7 +114,7 @@ def _set_up_logging(verbose: bool) -> None:
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
     else:
-        handler.addFilter(lambda record: record.name != "clusterq_deploy.engine.log")
+        handler.addFilter(lambda record: record.name != "clusterq_deploy.runtimes.tensorrt.log")
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
@@ -134,7 +134,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     before wrote.
     """
     ctx.obj = {"quiet": quiet}
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in clusterq_deploy.onnx_providers, for the doctor too
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in runtimes.onnx_providers, for the doctor too
     _keep_freed_memory()
     _print_any_path()
     _set_up_logging(verbose)

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
-    from clusterq_deploy.config import RunConfig
+    from clusterq_deploy.config.run_config import RunConfig
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -79,7 +79,7 @@ class MemorySize(click.ParamType[Any]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from clusterq_deploy.engine.config import memory_size
+        from clusterq_deploy.runtimes.tensorrt.config import memory_size
 
         try:
             return memory_size(value)
@@ -89,7 +89,7 @@ class MemorySize(click.ParamType[Any]):
 
 def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
     """Settings of a file with the options that were given on the command line on top."""
-    from clusterq_deploy.settings import PLACES
+    from clusterq_deploy.config.toml import PLACES
 
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
     for name, value in ctx.params.items():
@@ -105,9 +105,9 @@ def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
 
 def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "RunConfig":
     """The configuration of a file, if any, and the command line."""
-    from clusterq_deploy.config import make_config, without_presets
+    from clusterq_deploy.config.run_config import make_config, without_presets
+    from clusterq_deploy.config.toml import read_settings
     from clusterq_deploy.errors import ConfigError
-    from clusterq_deploy.settings import read_settings
 
     settings = read_settings(file) if file else {}
     if file:  # what is wrong by itself is found before options lie on top

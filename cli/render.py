@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from calib.progress import Advance
+    from calib.support.progress import Advance
     from cli.machine import Finding
     from clusterq_deploy.models import ModelEntry
     from clusterq_deploy.plan import Plan
@@ -221,8 +221,8 @@ def plan_table(plan: "Plan") -> Table:
 
 def plan_lines(plan: "Plan") -> Iterator[str]:
     """What stands below the table of a plan."""
-    from clusterq_deploy.estimate import UNCERTAIN
     from clusterq_deploy.report import formats
+    from clusterq_deploy.run.estimate import UNCERTAIN
 
     for name, asked in plan.scaled.items():
         yield f"{name} is {plan.settings[name]:,}, not {asked:,}: less for a large model on a CPU"

@@ -12,7 +12,7 @@ import click
 from cli import options
 
 if TYPE_CHECKING:
-    from clusterq_deploy.config import RunConfig
+    from clusterq_deploy.config.run_config import RunConfig
     from clusterq_deploy.pipeline import Pipeline
 
 
@@ -21,7 +21,7 @@ _VERIFIED = 1000  # images of `export --verify`
 
 def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
     """The pipeline of a run directory, with progress on the terminal."""
-    from calib.progress import SILENT
+    from calib.support.progress import SILENT
     from cli.render import LiveProgress
     from clusterq_deploy.pipeline import Pipeline
 
@@ -37,9 +37,9 @@ def pipeline_of(ctx: click.Context, config: Any, out: Path) -> "Pipeline":
 
 def resume(ctx: click.Context, run: Path) -> "Pipeline":
     """The pipeline of an existing run directory, with the options of the command line on top of its run.toml."""
+    from clusterq_deploy.config.toml import read_settings
     from clusterq_deploy.errors import RunDirectoryError
-    from clusterq_deploy.manifest import CONFIG
-    from clusterq_deploy.settings import read_settings
+    from clusterq_deploy.run.manifest import CONFIG
 
     if not (run / CONFIG).is_file():
         if run.suffix in (".onnx", ".engine"):
@@ -64,7 +64,7 @@ def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
 
 def _options_alone(ctx: click.Context) -> "RunConfig":
     """The configuration that the options make where there is no run; of no real model, so only for what needs none."""
-    from clusterq_deploy.config import make_config
+    from clusterq_deploy.config.run_config import make_config
 
     return make_config(options.overlay({"model": "digits"}, ctx))
 
@@ -147,7 +147,7 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
     and the first quantizer is named at which a graph and torch part; it ends with 1 where they do.
     """
     from cli import render
-    from clusterq_deploy.run import FP32
+    from clusterq_deploy.run.run import FP32
 
     with _resumed(ctx, run) as pipeline:
         variants = _variants(ctx, pipeline, "quantize")
@@ -191,10 +191,10 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     Ctrl-C cancels a build; finished engines stay.
     """
     from cli import render
-    from clusterq_deploy import engine
     from clusterq_deploy.errors import TensorRTMissing
-    from clusterq_deploy.run import FP32
-    from clusterq_deploy.standalone import build_file
+    from clusterq_deploy.run.run import FP32
+    from clusterq_deploy.runtimes import tensorrt as engine
+    from clusterq_deploy.stages.standalone import build_file
 
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
@@ -232,8 +232,8 @@ def evaluate(
     With a file the engines beside it that were built from it are measured too.
     """
     from cli import render
-    from clusterq_deploy.run import FP32
-    from clusterq_deploy.standalone import evaluate_file
+    from clusterq_deploy.run.run import FP32
+    from clusterq_deploy.stages.standalone import evaluate_file
 
     if target.is_file():
         found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
@@ -281,7 +281,7 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
     With a file the engines beside it that were built from it are timed too.
     """
     from cli import render
-    from clusterq_deploy.standalone import benchmark_file
+    from clusterq_deploy.stages.standalone import benchmark_file
 
     if target.is_file():
         rows = benchmark_file(target, _options_alone(ctx), render.LiveProgress(ctx.obj["quiet"]))

@@ -12,7 +12,7 @@ import cpuinfo
 import psutil
 import torch
 
-from clusterq_deploy.report.schema import Environment
+from clusterq_deploy.results.report import Environment
 
 # CPU flags of instructions that add up products of 8-bit integers, as Linux spells them.
 _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")

@@ -23,7 +23,7 @@
 The message of each is one line for a person: what was received, what was expected, what to do.
 """
 
-from calib.errors import ClusterQError, NoBatchNormError, SynthesisError
+from calib.support.errors import ClusterQError, NoBatchNormError, SynthesisError
 
 __all__ = [
     "ClusterQError",

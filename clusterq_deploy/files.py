@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, never a part of it."""
+"""Files: written so that a reader finds the old content or the new, never a part of it; graphs, read."""
 
 import hashlib
 import os
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from clusterq_deploy.errors import RunDirectoryError
+import onnx
+from google.protobuf.message import DecodeError
+
+from clusterq_deploy.errors import ExportError, RunDirectoryError
 
 TEMPORARY = ".*.tmp"
 """What files are called while they are written."""
@@ -102,3 +105,20 @@ def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
             yield from _files(own, above | {real})
         elif own.is_file():
             yield own
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """An ONNX file, with the weights that may lie beside it.
+
+    Raises:
+        ExportError: it cannot be read, or is no ONNX.
+    """
+    try:
+        model = onnx.load(path)
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
+    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error
+    if not model.HasField("graph"):
+        raise ExportError(f"{path} is no ONNX file: it holds no graph")
+    return model

@@ -6,10 +6,10 @@ from functools import partial
 
 from clusterq_deploy import stages
 from clusterq_deploy.export.integers import SiteComparison
-from clusterq_deploy.manifest import StageRecord
 from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.report.schema import Report
-from clusterq_deploy.run import FP32, Run
+from clusterq_deploy.results.report import Report
+from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.run.run import FP32, Run
 
 
 @dataclass(frozen=True)

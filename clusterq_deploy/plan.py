@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from calib.progress import SILENT, Progress
-from clusterq_deploy import engine
-from clusterq_deploy.config import RunConfig
+from calib.support.progress import SILENT, Progress
+from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.estimate import Estimate, estimate
-from clusterq_deploy.manifest import MANIFEST, Result, StageRecord
 from clusterq_deploy.pipeline import Pipeline
 from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.run.estimate import Estimate, estimate
+from clusterq_deploy.run.manifest import MANIFEST, Result, StageRecord
+from clusterq_deploy.runtimes import tensorrt as engine
 
 State = Literal["finished", "to do", "skipped"]
 

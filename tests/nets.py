@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.checkpoint import NOWHERE, Checkpoint
+from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.synthesis import Synthesis, SynthesisConfig, synthesize
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-from clusterq_deploy.engine import build, log, runner, sidecar, timing
+from clusterq_deploy.runtimes.tensorrt import build, log, runner, sidecar, timing
 
 _RELEASES: list[dict[str, list[str]]] = list(
     json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text()).values()

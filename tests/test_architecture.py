@@ -13,6 +13,15 @@ ALLOWED = {
     "clusterq_deploy": {"calib", "clusterq_deploy"},
     "cli": {"calib", "clusterq_deploy", "cli"},
 }
+FLOORS = (
+    ("results", "errors", "environment", "files", "oom", "version"),
+    ("models", "quantize", "runtimes"),
+    ("export", "evaluation"),
+    ("config", "run"),
+    ("stages", "report"),
+    ("pipeline", "plan"),
+)
+"""Of `clusterq_deploy`, from the ground up: modules and packages import from their own floor and those below it."""
 FOREIGN = {
     "calib": {"click", "rich", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt"},
     "clusterq_deploy": {"click", "rich"},
@@ -39,6 +48,34 @@ def test_imports_flow_one_way(package: str) -> None:
         own = imported(file)
         assert not (own & set(ALLOWED)) - ALLOWED[package], file
         assert not own & FOREIGN.get(package, set()), file
+
+
+def of_the_library(file: Path) -> set[str]:
+    """The modules and packages right under `clusterq_deploy` that a file imports from, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            package, *below = str(node.module).split(".")
+            if package == "clusterq_deploy":
+                found |= {below[0]} if below else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("clusterq_deploy.")}
+    return found
+
+
+def test_no_import_climbs() -> None:
+    library = ROOT / "clusterq_deploy"
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    places = {path.stem for path in library.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert places - {"__init__"} == set(floor)
+    climbing = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in sorted(library.rglob("*.py"))
+        if file.parent != library or file.stem != "__init__"
+        for name in of_the_library(file) & set(floor)
+        if floor[name] > floor[file.relative_to(library).parts[0].removesuffix(".py")]
+    ]
+    assert not climbing
 
 
 def test_the_library_does_not_print() -> None:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from store import Results
 
 from cli import commands
-from clusterq_deploy.config import make_config
+from clusterq_deploy.config.run_config import make_config
 
 STAND_IN = '''\
 """Stands in for clusterq: notes its arguments, and leaves the report of a run."""

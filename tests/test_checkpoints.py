@@ -14,14 +14,12 @@ from nets import images, make_net, synthesis
 from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
-from calib.checkpoint import NOWHERE, Checkpoint, State
+from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
-from clusterq_deploy import checkpoint as files
-from clusterq_deploy.checkpoint import FileCheckpoint
-from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.errors import UnreadableImageError
-from clusterq_deploy.images import Images, Unreadable
-from clusterq_deploy.measure import Predictions, predictions
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.images import Images, Unreadable
+from clusterq_deploy.evaluation.measure import Predictions, predictions
 from clusterq_deploy.quantize import (
     BitWidths,
     FinetuneConfig,
@@ -34,8 +32,10 @@ from clusterq_deploy.quantize import (
     plan_precision,
     sensitivities,
 )
-from clusterq_deploy.rundir import RunDirectory
-from clusterq_deploy.runners import TorchRunner
+from clusterq_deploy.run import checkpoint as files
+from clusterq_deploy.run.checkpoint import FileCheckpoint
+from clusterq_deploy.run.directory import RunDirectory
+from clusterq_deploy.runtimes.runners import TorchRunner
 
 ROOT = Path(__file__).parents[1]
 

@@ -278,7 +278,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tm
 
 
 def test_building_without_tensorrt_says_what_is_missing(tmp_path: Path) -> None:
-    from clusterq_deploy.engine import unavailable_reason
+    from clusterq_deploy.runtimes.tensorrt import unavailable_reason
 
     if unavailable_reason() is None:
         pytest.skip("TensorRT and a GPU are there")

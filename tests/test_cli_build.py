@@ -15,11 +15,11 @@ from tensorrt_double import World, install
 from test_pipeline import SMALL
 
 from cli.main import main
-from clusterq_deploy import engine
-from clusterq_deploy.config import make_config
+from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.export import annotate, export_graph, spell
 from clusterq_deploy.models import load_model
 from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.runtimes import tensorrt as engine
 
 BOTH = (".engine", ".fp16.engine")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clusterq_deploy.data import EvaluationSet, load_evaluation
 from clusterq_deploy.errors import DataError
+from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.models.digits import TOP1
 

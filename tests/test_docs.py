@@ -8,8 +8,8 @@ import pytest
 from commands_page import PAGE, documented, refreshed
 
 from cli.main import main
-from clusterq_deploy.config import make_config
-from clusterq_deploy.settings import read_settings
+from clusterq_deploy.config.run_config import make_config
+from clusterq_deploy.config.toml import read_settings
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))

@@ -63,7 +63,7 @@ def test_what_a_run_needs_works_here(found: dict[str, Finding]) -> None:
 
 
 def test_what_is_missing_says_so_and_what_mends_it(found: dict[str, Finding]) -> None:
-    from clusterq_deploy.engine import unavailable_reason
+    from clusterq_deploy.runtimes.tensorrt import unavailable_reason
 
     if torch.cuda.is_available():
         assert found["GPU 0"].state == "ok"

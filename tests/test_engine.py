@@ -8,15 +8,15 @@ import pytest
 import torch
 from tensorrt_double import World
 
-from calib.progress import SILENT
-from clusterq_deploy.engine import (
+from calib.support.progress import SILENT
+from clusterq_deploy.errors import EngineError, TensorRTMissing
+from clusterq_deploy.runtimes.tensorrt import (
     BuildConfig,
     TensorRTRunner,
     build_engine,
     sidecar_path,
     unavailable_reason,
 )
-from clusterq_deploy.errors import EngineError, TensorRTMissing
 
 
 def build(graph: Path, **options: object) -> Path:

@@ -16,14 +16,14 @@ import pytest
 from pydantic import ValidationError
 from tensorrt_double import World
 
-from calib.progress import SILENT, Progress
-from clusterq_deploy.engine import BuildConfig, build_engine, read_sidecar, sidecar_path
-from clusterq_deploy.engine import build as builder_module
-from clusterq_deploy.engine import timing as timing_module
-from clusterq_deploy.engine.sidecar import Machine
-from clusterq_deploy.engine.timing import timing_cache_path
+from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import EngineError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
+from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine, read_sidecar, sidecar_path
+from clusterq_deploy.runtimes.tensorrt import build as builder_module
+from clusterq_deploy.runtimes.tensorrt import timing as timing_module
+from clusterq_deploy.runtimes.tensorrt.sidecar import Machine
+from clusterq_deploy.runtimes.tensorrt.timing import timing_cache_path
 
 HERE = Path(__file__).parent
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tensorrt_double import install
 
-from clusterq_deploy.engine import failures, unavailable_reason
-from clusterq_deploy.engine.failures import KNOWN, KnownFailure, diagnose
+from clusterq_deploy.runtimes.tensorrt import failures, unavailable_reason
+from clusterq_deploy.runtimes.tensorrt.failures import KNOWN, KnownFailure, diagnose
 
 # What was said where it happened to somebody, shortened.
 SAID = [

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from clusterq_deploy.engine import summarize_layers
-from clusterq_deploy.engine.layers import EngineLayers, parse_layers, type_in
 from clusterq_deploy.errors import EngineError
+from clusterq_deploy.runtimes.tensorrt import summarize_layers
+from clusterq_deploy.runtimes.tensorrt.layers import EngineLayers, parse_layers, type_in
 
 
 def tensor(name: str, kind: str, *shape: int) -> dict[str, object]:

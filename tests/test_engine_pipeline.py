@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from tensorrt_double import install
 
-from clusterq_deploy import Pipeline, engine
-from clusterq_deploy.config import make_config
+from clusterq_deploy import Pipeline
+from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.runtimes import tensorrt as engine
 
 SETTINGS = {
     "model": "digits",

@@ -13,8 +13,12 @@ import pytest
 import torch
 from nets import images, make_net
 
-from calib.progress import SILENT
-from clusterq_deploy.engine import (
+from calib.support.progress import SILENT
+from clusterq_deploy.errors import EngineError
+from clusterq_deploy.export import export_graph, quantized_layers, spell, to_half
+from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.runtimes.runners import TorchRunner
+from clusterq_deploy.runtimes.tensorrt import (
     BuildConfig,
     TensorRTRunner,
     build_engine,
@@ -22,10 +26,6 @@ from clusterq_deploy.engine import (
     summarize_layers,
     unavailable_reason,
 )
-from clusterq_deploy.errors import EngineError
-from clusterq_deploy.export import export_graph, quantized_layers, spell, to_half
-from clusterq_deploy.quantize import BitWidths, calibrate, make_student
-from clusterq_deploy.runners import TorchRunner
 
 pytestmark = pytest.mark.tensorrt
 
@@ -129,8 +129,8 @@ def test_a_second_build_reads_what_the_first_measured(graph: Path) -> None:
 
 def test_a_signal_cancels_a_build_and_leaves_nothing(graph: Path) -> None:
     script = (
-        "import sys, signal; from pathlib import Path; from calib.progress import SILENT; "
-        "from clusterq_deploy.engine import BuildConfig, build_engine; "
+        "import sys, signal; from pathlib import Path; from calib.support.progress import SILENT; "
+        "from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); graph = Path(sys.argv[1]); "
         "config = BuildConfig(optimization_level=5, timing_cache='none'); "
         "build_engine(graph, graph.with_name('model.engine'), config, SILENT); print('at work', flush=True); "

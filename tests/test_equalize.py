@@ -19,7 +19,7 @@ from clusterq_deploy.quantize import (
     make_student,
     reconstruct,
 )
-from clusterq_deploy.quantize.matching import feature_sites, matched_features
+from clusterq_deploy.quantize.qat.feature_loss import feature_sites, matched_features
 from clusterq_deploy.quantize.reference import ChannelMap
 
 

@@ -35,7 +35,7 @@ from clusterq_deploy.export.graphs import _float_layers
 from clusterq_deploy.export.verify import integer_layers
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
-from clusterq_deploy.runners import OnnxRunner, TorchRunner
+from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 SPELLINGS: tuple[Spelling, ...] = ("onnxruntime", "tensorrt", "int4")
 

@@ -10,9 +10,9 @@ from nets import images, make_net
 from sklearn.metrics import silhouette_samples
 from torch import Tensor, nn
 
-from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.errors import FeatureError
-from clusterq_deploy.features import (
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.features import (
     capture,
     compare_features,
     density_and_coverage,
@@ -23,8 +23,8 @@ from clusterq_deploy.features import (
     separation,
 )
 from clusterq_deploy.models.digits import digits
-from clusterq_deploy.report.features import FeatureInfo
-from clusterq_deploy.runners import Array
+from clusterq_deploy.results.features import FeatureInfo
+from clusterq_deploy.runtimes.runners import Array
 
 T = TypeVar("T")
 PARTS = (np.arange(60) % 4).astype(np.int64)

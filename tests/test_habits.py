@@ -16,10 +16,10 @@ from test_pipeline import SMALL
 
 from cli import options
 from cli.main import main
-from clusterq_deploy.config import RunConfig, make_config
+from clusterq_deploy.config.run_config import RunConfig, make_config
+from clusterq_deploy.config.toml import PLACES, read_settings
 from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.settings import PLACES, read_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,7 +147,7 @@ def test_verbose_logs_to_stderr_alone(tmp_path: Path) -> None:
     settings = tmp_path / "small.toml"
     settings.write_text(tomli_w.dumps(SMALL))
     done = process("--verbose", "synthesize", "digits", "--config", settings, "--out", tmp_path / "out", "--json")
-    assert "INFO clusterq_deploy.run: stage synthesize" in done.stderr
+    assert "INFO clusterq_deploy.run.run: stage synthesize" in done.stderr
     json.loads(done.stdout)
 
 

@@ -18,7 +18,7 @@ from clusterq_deploy.quantize import (
     make_student,
 )
 from clusterq_deploy.quantize.histogram import histogram
-from clusterq_deploy.quantize.initialize import equalize_and_calibrate, mend
+from clusterq_deploy.quantize.ptq.initialize import equalize_and_calibrate, mend
 
 IMAGES = 16  # few enough that every value is looked at
 

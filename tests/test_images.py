@@ -15,16 +15,16 @@ from PIL import Image
 from test_data import contents, failure, paint
 from test_pipeline import config
 
-from calib.progress import SILENT
+from calib.support.progress import SILENT
 from cli.main import main
-from clusterq_deploy.data import load_evaluation
 from clusterq_deploy.errors import DataError, UnreadableImageError
-from clusterq_deploy.images import read_image
-from clusterq_deploy.measure import predictions, score
+from clusterq_deploy.evaluation.data import load_evaluation
+from clusterq_deploy.evaluation.images import read_image
+from clusterq_deploy.evaluation.measure import predictions, score
 from clusterq_deploy.models import InputSpec, LoadedModel
 from clusterq_deploy.pipeline import Pipeline
 from clusterq_deploy.report import read_report
-from clusterq_deploy.runners import TorchRunner
+from clusterq_deploy.runtimes.runners import TorchRunner
 
 RGB = InputSpec(size=(3, 4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
 GREY = InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,))

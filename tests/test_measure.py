@@ -12,10 +12,9 @@ import torch
 from test_progress import Counter
 from torch import nn
 
-from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.errors import DataError
-from clusterq_deploy.export import export_graph
-from clusterq_deploy.measure import (
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.measure import (
     SESSIONS_DIFFER,
     BenchmarkConfig,
     benchmark,
@@ -24,8 +23,9 @@ from clusterq_deploy.measure import (
     score,
     summarize,
 )
+from clusterq_deploy.export import export_graph
 from clusterq_deploy.report.verdicts import WIDEST
-from clusterq_deploy.runners import Array, OnnxRunner
+from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 
 
 class Fixed:

@@ -15,14 +15,14 @@ from test_pipeline import SMALL
 from torch import nn
 
 from clusterq_deploy import Pipeline
-from clusterq_deploy.config import make_config
-from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.features import compare
 from clusterq_deploy.export import Spelling, agreement, compare_integers, verify
-from clusterq_deploy.features import compare
-from clusterq_deploy.memory import in_memory, is_of_memory
+from clusterq_deploy.oom import in_memory, is_of_memory
 from clusterq_deploy.quantize import Student
-from clusterq_deploy.runners import Array, OnnxRunner, TorchRunner
+from clusterq_deploy.runtimes.runners import Array, OnnxRunner, TorchRunner
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,11 +181,11 @@ REAL = """
 import resource
 import numpy as np
 import torch
-from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.export import float_graphs
-from clusterq_deploy.measure import BenchmarkConfig, benchmark, predictions
+from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, predictions
 from clusterq_deploy.models import load_model
-from clusterq_deploy.runners import OnnxRunner, TorchRunner
+from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 torch.set_num_threads(1)
 model = load_model("digits", device=torch.device("cpu"))

@@ -6,7 +6,7 @@ from nets import images, make_net
 from torch import nn
 
 from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
-from clusterq_deploy.quantize.normalize import normalized
+from clusterq_deploy.quantize.qat.parametrize import normalized
 
 
 class Paddings(nn.Module):

@@ -11,7 +11,7 @@ from nets import images
 
 from cli.main import main
 from clusterq_deploy.quantize import BitWidths, calibrate, make_student
-from clusterq_deploy.report.schema import read_report
+from clusterq_deploy.results.report import read_report
 
 MODELS = """
 import torch

@@ -12,18 +12,18 @@ import onnx
 import pytest
 import torch
 
-from calib.cost import pass_cost
+from calib.support.flops import pass_cost
 from clusterq_deploy import Pipeline, RunConfig, read_report
-from clusterq_deploy.config import make_config, without_presets
-from clusterq_deploy.engine import unavailable_reason
+from clusterq_deploy.config.run_config import make_config, without_presets
+from clusterq_deploy.config.toml import read_settings
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report import Artifact
-from clusterq_deploy.run import resolve_device
-from clusterq_deploy.rundir import RunDirectory
-from clusterq_deploy.settings import read_settings
+from clusterq_deploy.run.directory import RunDirectory
+from clusterq_deploy.run.run import resolve_device
+from clusterq_deploy.runtimes.tensorrt import unavailable_reason
 
 SMALL = {
     "synthesis": {

@@ -9,10 +9,10 @@ from click.testing import CliRunner, Result
 from test_pipeline import SMALL
 
 from cli.main import main
-from clusterq_deploy.config import make_config
-from clusterq_deploy.estimate import Estimate, estimate
+from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.plan import Planner, amounts
 from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.run.estimate import Estimate, estimate
 
 EXPECTED = Estimate(forward=0.01, memory_bytes=1)
 

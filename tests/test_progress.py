@@ -11,17 +11,17 @@ from nets import images, make_net
 from test_pipeline import SMALL
 from torchvision.models import resnet18
 
-from calib.progress import SILENT, Advance
+from calib.support.progress import SILENT, Advance
 from cli import diagnosis
 from cli.machine import Finding
 from clusterq_deploy import Pipeline
-from clusterq_deploy.config import make_config
-from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import RunDirectoryError
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.features import compare_features
 from clusterq_deploy.export import float_graphs, student_graphs
-from clusterq_deploy.features import compare_features
 from clusterq_deploy.quantize import BitWidths, Student, initialize, make_student, plan_precision, sensitivities
-from clusterq_deploy.rundir import RunDirectory
+from clusterq_deploy.run.directory import RunDirectory
 
 SIZE = (3, 16, 16)
 

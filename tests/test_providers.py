@@ -14,14 +14,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from clusterq_deploy import onnx_providers
-from clusterq_deploy.config import RunConfig
+from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.manifest import StageRecord
-from clusterq_deploy.onnx_providers import RECORD_PLACES, Placement, batch_profile, placement, provider_list
-from clusterq_deploy.report.schema import Skipped
-from clusterq_deploy.run import EVALUATION_BATCH
-from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.results.report import Skipped
+from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.run.run import EVALUATION_BATCH
+from clusterq_deploy.runtimes import onnx_providers
+from clusterq_deploy.runtimes.onnx_providers import RECORD_PLACES, Placement, batch_profile, placement, provider_list
+from clusterq_deploy.runtimes.runners import OnnxRunner
 from clusterq_deploy.stages import providers
 from clusterq_deploy.stages.providers import open_provider, provider_runners
 

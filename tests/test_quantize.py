@@ -21,12 +21,12 @@ from clusterq_deploy.quantize import (
     load_student,
     make_student,
 )
-from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantize.graph import fold_batchnorm, trace
-from clusterq_deploy.quantize.matching import feature_loss, tap_features
-from clusterq_deploy.quantize.ops import value_ranges
-from clusterq_deploy.quantize.placement import TARGETS
-from clusterq_deploy.quantize.quantizer import Quantizer
+from clusterq_deploy.quantize.fake_quant import Quantizer
+from clusterq_deploy.quantize.graph.ops import value_ranges
+from clusterq_deploy.quantize.graph.placement import TARGETS
+from clusterq_deploy.quantize.graph.trace import fold_batchnorm, trace
+from clusterq_deploy.quantize.ptq.calibrate import activation_scale, weight_scales
+from clusterq_deploy.quantize.qat.feature_loss import feature_loss, tap_features
 
 
 def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from clusterq_deploy.export import Spelling, export_graph, spell, target_of
-from clusterq_deploy.export.spell import bounded_name, offset_of, quantized_name
+from clusterq_deploy.export.lower import bounded_name, offset_of, quantized_name
 from clusterq_deploy.quantize import BitWidths, Grid, Student, make_student
-from clusterq_deploy.quantize.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantize.quantizer import Quantizer
-from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.quantize.fake_quant import Quantizer
+from clusterq_deploy.quantize.ptq.calibrate import activation_scale, weight_scales
+from clusterq_deploy.runtimes.runners import OnnxRunner
 
 Floats = NDArray[np.float32]
 

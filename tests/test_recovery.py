@@ -9,7 +9,7 @@ import torch
 from nets import synthesis
 from torch import Tensor
 
-from calib.errors import SynthesisError
+from calib.support.errors import SynthesisError
 from calib.synthesis import Synthesis
 from calib.training import GeneratorTrainer
 

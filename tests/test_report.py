@@ -41,9 +41,9 @@ from clusterq_deploy.report import (
     wording,
 )
 from clusterq_deploy.report.findings import accuracy_rows, latency_rows, standard_error
-from clusterq_deploy.report.schema import LayerSensitivity
 from clusterq_deploy.report.verdicts import points as measured_points
 from clusterq_deploy.report.verdicts import verdicts
+from clusterq_deploy.results.report import LayerSensitivity
 
 # The smallest PNG: one grey pixel.
 PNG = bytes.fromhex(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.render import report_table
-from clusterq_deploy.measure import spread
+from clusterq_deploy.evaluation.measure import spread
 from clusterq_deploy.report import (
     Accuracy,
     CalibrationInfo,

@@ -16,7 +16,7 @@ from PIL import Image
 from test_report import build
 
 from clusterq_deploy.report import to_html
-from clusterq_deploy.report.schema import LayerSensitivity
+from clusterq_deploy.results.report import LayerSensitivity
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clusterq_deploy.manifest import StageRecord, read_manifest
+from clusterq_deploy.run.manifest import StageRecord, read_manifest
 
 pytestmark = pytest.mark.slow  # whole commands in processes of their own
 
@@ -52,7 +52,7 @@ import json, os, signal, sys
 sys.path.insert(0, "tests")
 import pytest, tensorrt_double
 from cli.main import main
-import clusterq_deploy.pipeline, clusterq_deploy.checkpoint  # most of a command's time is theirs
+import clusterq_deploy.pipeline, clusterq_deploy.run.checkpoint  # most of a command's time is theirs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 for line in sys.stdin:
     folder, arguments, often, tensorrt, before, number = json.loads(line)
@@ -62,7 +62,7 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         if often:
-            clusterq_deploy.checkpoint._EVERY, clusterq_deploy.checkpoint._LARGEST_SHARE = 0.1, 1.0
+            clusterq_deploy.run.checkpoint._EVERY, clusterq_deploy.run.checkpoint._LARGEST_SHARE = 0.1, 1.0
         if tensorrt:
             tensorrt_double.install(pytest.MonkeyPatch())
         if before:

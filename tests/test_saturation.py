@@ -34,10 +34,10 @@ from clusterq_deploy.quantize import (
     load_student,
     make_student,
 )
-from clusterq_deploy.quantize.finetune import FinetuneConfig
+from clusterq_deploy.quantize.fake_quant import pooled_dims, row_bounds, second_extremes
 from clusterq_deploy.quantize.grid import Cpu, Grid, pair_limit
-from clusterq_deploy.quantize.quantizer import pooled_dims, row_bounds, second_extremes
-from clusterq_deploy.runners import OnnxRunner, TorchRunner
+from clusterq_deploy.quantize.qat.finetune import FinetuneConfig
+from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 Integers = npt.NDArray[np.int64]
 Array = npt.NDArray[np.generic]

@@ -5,9 +5,7 @@ import torch
 from nets import images, make_net
 from torch import nn
 
-from calib.errors import NoBatchNormError
-from calib.losses import bns_loss, icv_loss, sfda_loss, spread_loss, total_variation
-from calib.statistics import (
+from calib.bn_statistics import (
     Centroids,
     Moments,
     batchnorm_layers,
@@ -15,6 +13,8 @@ from calib.statistics import (
     tap_batchnorm,
     within_class_diversity,
 )
+from calib.losses import bns_loss, icv_loss, sfda_loss, spread_loss, total_variation
+from calib.support.errors import NoBatchNormError
 
 
 def test_moments_pool_to_what_the_pixels_say() -> None:

@@ -20,9 +20,9 @@ from calib.synthesis import SynthesisConfig
 from cli.main import main
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.quantize import FinetuneConfig
-from clusterq_deploy.report.schema import read_report
 from clusterq_deploy.report.wording import notes
-from clusterq_deploy.rundir import RunDirectory
+from clusterq_deploy.results.report import read_report
+from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.stages import quantization
 
 pytestmark = pytest.mark.slow  # whole commands in processes of their own
@@ -32,7 +32,7 @@ MODEL = {"name": "net", "weights_sha256": "0"}
 HOLDER = """
 import signal, sys, time
 from pathlib import Path
-from clusterq_deploy.rundir import RunDirectory
+from clusterq_deploy.run.directory import RunDirectory
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 out = RunDirectory(Path(sys.argv[1]), {"name": "net", "weights_sha256": "0"})
 out.begin("")

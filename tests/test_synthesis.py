@@ -11,11 +11,11 @@ from nets import images, make_net
 from torch import nn
 
 from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig, SynthesisError, synthesize
+from calib.bn_statistics import tap_batchnorm, within_class_diversity
 from calib.calibration_set import previewed_classes
 from calib.generator import Generator, enlarged
 from calib.labels import ClassSampler
 from calib.refine import natural_noise, refine, shifted, survives_flip
-from calib.statistics import tap_batchnorm, within_class_diversity
 from calib.training import GeneratorTrainer
 from clusterq_deploy.models import LoadedModel, load_model
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import clusterq_deploy.engine
+import clusterq_deploy.runtimes.tensorrt
 
 API: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
-SOURCES = sorted(Path(clusterq_deploy.engine.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(clusterq_deploy.runtimes.tensorrt.__file__).parent.glob("*.py"))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_report import build
 
-from clusterq_deploy.config import RunConfig, make_config
-from clusterq_deploy.data import load_evaluation
+from clusterq_deploy.config.run_config import RunConfig, make_config
+from clusterq_deploy.config.toml import read_settings
 from clusterq_deploy.errors import ConfigError, DataError, ModelError, ReportError, RunDirectoryError, WeightsError
+from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
 from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
-from clusterq_deploy.rundir import RunDirectory
-from clusterq_deploy.settings import read_settings
-from clusterq_deploy.standalone import Graph
+from clusterq_deploy.run.directory import RunDirectory
+from clusterq_deploy.stages.standalone import Graph
 
 quick = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -1,5 +1,6 @@
 """From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
 
+from clusterq_deploy.export.fp16 import half_baseline, to_half
 from clusterq_deploy.export.graphs import (
     FLOAT_FILE,
     HALF_FILE,
@@ -10,13 +11,12 @@ from clusterq_deploy.export.graphs import (
     float_graphs,
     student_graphs,
 )
-from clusterq_deploy.export.half import half_baseline, to_half
 from clusterq_deploy.export.integers import SiteComparison, compare_integers, require_same_integers
-from clusterq_deploy.export.origins import quantized_layers
-from clusterq_deploy.export.rules import RULES, Break, check_tensorrt, read_graph, require_tensorrt
+from clusterq_deploy.export.lower import Spelling, spell, target_of
+from clusterq_deploy.export.qdq import quantized_layers
 from clusterq_deploy.export.saturation import PairSum, check_saturation, pair_sums, require_no_saturation
-from clusterq_deploy.export.spell import Spelling, spell, target_of
-from clusterq_deploy.export.trace import annotate, export_graph
+from clusterq_deploy.export.torch_export import annotate, export_graph
+from clusterq_deploy.export.trt_rules import RULES, Break, check_tensorrt, require_tensorrt
 from clusterq_deploy.export.verify import Verification, verify
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "half_baseline",
     "pair_sums",
     "quantized_layers",
-    "read_graph",
     "require_no_saturation",
     "require_same_integers",
     "require_tensorrt",

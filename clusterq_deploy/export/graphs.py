@@ -8,18 +8,18 @@ import numpy as np
 import onnx
 from torch import nn
 
-from calib.progress import SILENT, Advance, Progress
+from calib.support.progress import SILENT, Advance, Progress
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.export.half import to_half
+from clusterq_deploy.export.fp16 import to_half
 from clusterq_deploy.export.integers import compare_integers, require_same_integers
-from clusterq_deploy.export.rules import require_tensorrt
-from clusterq_deploy.export.spell import Spelling, spell, target_of
-from clusterq_deploy.export.trace import export_graph
+from clusterq_deploy.export.lower import Spelling, spell, target_of
+from clusterq_deploy.export.torch_export import export_graph
+from clusterq_deploy.export.trt_rules import require_tensorrt
 from clusterq_deploy.export.verify import integer_layers, verify
-from clusterq_deploy.memory import inferred_in_parts
-from clusterq_deploy.quantize.placement import TARGETS, Target
+from clusterq_deploy.oom import inferred_in_parts
+from clusterq_deploy.quantize.graph.placement import TARGETS, Target
 from clusterq_deploy.quantize.student import Student
-from clusterq_deploy.runners import Array, Runner, TorchRunner
+from clusterq_deploy.runtimes.runners import Array, Runner, TorchRunner
 
 FILES: dict[Spelling, str] = {
     "onnxruntime": "model.ort.onnx",

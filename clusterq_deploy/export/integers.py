@@ -12,14 +12,14 @@ import onnx
 import torch
 from torch import Tensor
 
-from calib.progress import SILENT, Progress
+from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.export.half import computes_in_half
-from clusterq_deploy.export.spell import Spelling, bounded_name, offset_of, quantized_name, target_of
-from clusterq_deploy.memory import in_parts
-from clusterq_deploy.quantize.quantizer import Quantizer
+from clusterq_deploy.export.fp16 import computes_in_half
+from clusterq_deploy.export.lower import Spelling, bounded_name, offset_of, quantized_name, target_of
+from clusterq_deploy.oom import in_parts
+from clusterq_deploy.quantize.fake_quant import Quantizer
 from clusterq_deploy.quantize.student import Student
-from clusterq_deploy.runners import Array, OnnxRunner
+from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 
 _TIE = 1e-2
 """How far from a rounding boundary, in steps, a value may lie for its two neighbours to be the same to float32: sums of

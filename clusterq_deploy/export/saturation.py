@@ -14,9 +14,9 @@ import onnx
 import onnx_ir as ir
 
 from clusterq_deploy.errors import ExportError, VerificationError
-from clusterq_deploy.export.origins import constant, integer_type, name_of, producer, stored_integers
-from clusterq_deploy.export.rules import Break
-from clusterq_deploy.export.spell import MOVING
+from clusterq_deploy.export.lower import MOVING
+from clusterq_deploy.export.qdq import constant, integer_type, name_of, producer, stored_integers
+from clusterq_deploy.export.trt_rules import Break
 
 INT16_MAX = 2**15 - 1
 _OFFSET = 128  # of INT8 activations, in the kernels

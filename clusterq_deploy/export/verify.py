@@ -10,11 +10,11 @@ import onnx
 
 from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.export.half import computes_in_half
+from clusterq_deploy.export.fp16 import computes_in_half
 from clusterq_deploy.export.saturation import pair_sums, require_no_saturation
-from clusterq_deploy.memory import inferred_in_parts
+from clusterq_deploy.oom import inferred_in_parts
 from clusterq_deploy.quantize.grid import Cpu
-from clusterq_deploy.runners import Array, OnnxRunner
+from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 
 _CLOSE, _TINY = 1e-2, 1e-6  # of the logits' standard deviation, and in absolute terms
 

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
-from calib.config import StageConfig
+from calib.support.config import StageConfig
 from clusterq_deploy.errors import ModelError
 
 _SMALL = 64

@@ -1,13 +1,13 @@
 """Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
 
-from clusterq_deploy.quantize.bias import correct_bias, fit_full_range_biases
-from clusterq_deploy.quantize.calibrate import calibrate
-from clusterq_deploy.quantize.equalize import Equalized, equalize
-from clusterq_deploy.quantize.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.grid import BitWidths, Grid
 from clusterq_deploy.quantize.histogram import Histogram, LayerHistograms, histograms
-from clusterq_deploy.quantize.initialize import Initialization, initialize
-from clusterq_deploy.quantize.reconstruct import reconstruct
+from clusterq_deploy.quantize.ptq.bias import correct_bias, fit_full_range_biases
+from clusterq_deploy.quantize.ptq.calibrate import calibrate
+from clusterq_deploy.quantize.ptq.equalize import Equalized, equalize
+from clusterq_deploy.quantize.ptq.initialize import Initialization, initialize
+from clusterq_deploy.quantize.ptq.reconstruct import reconstruct
+from clusterq_deploy.quantize.qat.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantize.reference import Reference
 from clusterq_deploy.quantize.sensitivity import (
     Divergence,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clusterq_deploy.memory import in_memory
+from clusterq_deploy.oom import in_memory
+from clusterq_deploy.quantize.fake_quant import QuantizedLayer, Quantizer
 from clusterq_deploy.quantize.grid import Grid
-from clusterq_deploy.quantize.quantizer import QuantizedLayer, Quantizer
 from clusterq_deploy.quantize.reference import ChannelMap, Reference
 from clusterq_deploy.quantize.student import Student
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clusterq_deploy.quantize.quantizer import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
+from clusterq_deploy.quantize.fake_quant import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
 from clusterq_deploy.quantize.student import Student
 
 AT_ONCE = 64  # images that a layer or quantizer is given, where a pass has all images in memory

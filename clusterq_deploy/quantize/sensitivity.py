@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.checkpoint import NOWHERE, Checkpoint, Turn
-from calib.progress import SILENT, Advance, Progress
-from clusterq_deploy.quantize.augment import AugmentConfig, Augmenter
+from calib.support.checkpoint import NOWHERE, Checkpoint, Turn
+from calib.support.progress import SILENT, Advance, Progress
+from clusterq_deploy.quantize.fake_quant import QuantizedLayer
 from clusterq_deploy.quantize.grid import BitWidths, Cpu
-from clusterq_deploy.quantize.initialize import equalize_and_calibrate, initialize, mend
-from clusterq_deploy.quantize.quantizer import QuantizedLayer
+from clusterq_deploy.quantize.ptq.initialize import equalize_and_calibrate, initialize, mend
+from clusterq_deploy.quantize.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantize.student import Student, make_student
 
 RAISED = 8

@@ -12,15 +12,15 @@ from safetensors.torch import save
 from torch import Tensor, fx, nn
 
 from clusterq_deploy.errors import WeightsError
-from clusterq_deploy.quantize.graph import folded_teacher
-from clusterq_deploy.quantize.grid import BitWidths, Cpu
-from clusterq_deploy.quantize.placement import Placement, Target, place
-from clusterq_deploy.quantize.quantizer import (
+from clusterq_deploy.quantize.fake_quant import (
     QuantizedConv2d,
     QuantizedLinear,
     Quantizer,
     with_weight_quantizer,
 )
+from clusterq_deploy.quantize.graph.placement import Placement, Target, place
+from clusterq_deploy.quantize.graph.trace import folded_teacher
+from clusterq_deploy.quantize.grid import BitWidths, Cpu
 
 _LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
 FORMAT = 3

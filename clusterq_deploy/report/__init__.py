@@ -1,11 +1,11 @@
 """The report of a run: its schema, and the Markdown and HTML that people read."""
 
-from clusterq_deploy.report.engines import EngineInspection, EngineLayer, GpuTelemetry, MissedLayer, Reading, Spread
-from clusterq_deploy.report.features import FeatureInfo, FeatureSet, Points, Projection
-from clusterq_deploy.report.histograms import Histogram, LayerHistograms
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
-from clusterq_deploy.report.schema import (
+from clusterq_deploy.results.engines import EngineInspection, EngineLayer, GpuTelemetry, MissedLayer, Reading, Spread
+from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
+from clusterq_deploy.results.histograms import Histogram, LayerHistograms
+from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
     CalibrationInfo,

@@ -6,15 +6,14 @@ from operator import itemgetter
 
 import torch
 
-from clusterq_deploy.config import RunConfig
-from clusterq_deploy.data import EvaluationSet
+from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.environment import collect_environment
-from clusterq_deploy.manifest import StageRecord
+from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.models import LoadedModel
-from clusterq_deploy.report.engines import EngineInspection
-from clusterq_deploy.report.features import FeatureInfo
-from clusterq_deploy.report.histograms import LayerHistograms
-from clusterq_deploy.report.schema import (
+from clusterq_deploy.results.engines import EngineInspection
+from clusterq_deploy.results.features import FeatureInfo
+from clusterq_deploy.results.histograms import LayerHistograms
+from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
     CalibrationInfo,
@@ -29,6 +28,7 @@ from clusterq_deploy.report.schema import (
     Skipped,
     Variant,
 )
+from clusterq_deploy.run.manifest import StageRecord
 from clusterq_deploy.version import __version__
 
 _CURVE_POINTS = 200

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from calib.progress import Advance
+from calib.support.progress import Advance
 from clusterq_deploy.report import formats
 from clusterq_deploy.report.canvas import (
     ACCENT,
@@ -24,12 +24,12 @@ from clusterq_deploy.report.canvas import (
     svg,
 )
 from clusterq_deploy.report.engine_wording import shortened
-from clusterq_deploy.report.engines import EngineLayer
-from clusterq_deploy.report.features import Points
 from clusterq_deploy.report.findings import FLOAT, LatencyRow
-from clusterq_deploy.report.histograms import Histogram
-from clusterq_deploy.report.schema import LayerSensitivity
 from clusterq_deploy.report.verdicts import Point
+from clusterq_deploy.results.engines import EngineLayer
+from clusterq_deploy.results.features import Points
+from clusterq_deploy.results.histograms import Histogram
+from clusterq_deploy.results.report import LayerSensitivity
 
 _CURVE_POINTS = 240
 _CURVE_WIDTH = 146  # two curves stand side by side on a phone, each some 142 px wide

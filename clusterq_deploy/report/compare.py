@@ -10,8 +10,8 @@ from typing import Any
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report import formats, wording
 from clusterq_deploy.report.findings import BASELINE, HALF, UNSTEADY, AccuracyRow, accuracy_rows, latency_rows
-from clusterq_deploy.report.schema import Report, read_report
 from clusterq_deploy.report.tables import escaped, markdown_table
+from clusterq_deploy.results.report import Report, read_report
 
 Row = dict[str, Any]
 """A row of a table: a value a column, as JSON has it; None where nothing was measured."""

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from clusterq_deploy.report.engines import EngineInspection, EngineLayer, GpuTelemetry, Reading
 from clusterq_deploy.report.findings import BASELINE, UNSTEADY
 from clusterq_deploy.report.formats import ABSENT, file_name, milliseconds, percent, speedup
-from clusterq_deploy.report.schema import Latency, Report
+from clusterq_deploy.results.engines import EngineInspection, EngineLayer, GpuTelemetry, Reading
+from clusterq_deploy.results.report import Latency, Report
 
 ENQUEUE_BOUND = 0.8
 """Enqueue time over compute time above which the host may hold the GPU back; trtexec warns at the same share."""

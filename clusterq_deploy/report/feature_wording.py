@@ -1,8 +1,8 @@
 """The words for the teacher's features of synthetic and real images."""
 
-from clusterq_deploy.report.features import FeatureInfo, FeatureSet
 from clusterq_deploy.report.formats import number, percent
-from clusterq_deploy.report.schema import Report
+from clusterq_deploy.results.features import FeatureInfo, FeatureSet
+from clusterq_deploy.results.report import Report
 
 
 def sentence(report: Report) -> str | None:

@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from clusterq_deploy.report.schema import Accuracy, Artifact, Latency, Report, Variant
+from clusterq_deploy.results.report import Accuracy, Artifact, Latency, Report, Variant
 
 BASELINE = "fp32"
 HALF = "fp16"

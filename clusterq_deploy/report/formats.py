@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from clusterq_deploy.report.schema import Latency
+from clusterq_deploy.results.report import Latency
 
 ABSENT = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import jinja2
 from PIL import Image
 
-from calib.progress import SILENT, Advance, Progress
+from calib.support.progress import SILENT, Advance, Progress
 from clusterq_deploy.report import engine_wording, feature_wording, formats, histogram_wording, verdict_wording, wording
 from clusterq_deploy.report.engine_wording import TextTable
 from clusterq_deploy.report.findings import (
@@ -20,8 +20,8 @@ from clusterq_deploy.report.findings import (
     half_was_timed,
     latency_rows,
 )
-from clusterq_deploy.report.schema import LayerSensitivity, Report
 from clusterq_deploy.report.verdicts import Verdict, points, verdicts
+from clusterq_deploy.results.report import LayerSensitivity, Report
 
 _PREVIEW_WIDTH = 1200  # pixels; the page shows it 920 wide
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from clusterq_deploy.report import engine_wording, feature_wording, formats, verdict_wording, wording
 from clusterq_deploy.report.findings import AccuracyRow, accuracy_rows, file_rows, half_was_timed, latency_rows
-from clusterq_deploy.report.schema import Report
 from clusterq_deploy.report.tables import escaped as _text
 from clusterq_deploy.report.tables import markdown_table as _table
 from clusterq_deploy.report.verdicts import verdicts
+from clusterq_deploy.results.report import Report
 
 
 def to_markdown(report: Report) -> str:

@@ -2,8 +2,8 @@
 
 from clusterq_deploy.report.findings import BASELINE
 from clusterq_deploy.report.formats import interval, milliseconds, number, percent, speedup, with_error
-from clusterq_deploy.report.schema import Report
 from clusterq_deploy.report.verdicts import MAX_DISAGREEMENT, MAX_DROP, Verdict, allowed, verdicts
+from clusterq_deploy.results.report import Report
 
 _RECOGNIZED = 50.0  # percent of the synthetic images
 

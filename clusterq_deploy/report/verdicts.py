@@ -18,7 +18,7 @@ from clusterq_deploy.report.findings import (
     name_of,
     speedup_of,
 )
-from clusterq_deploy.report.schema import Accuracy, Latency, Report, Variant
+from clusterq_deploy.results.report import Accuracy, Latency, Report, Variant
 
 MAX_DROP = 1.0
 """Points of top-1 that a suggested variant may lose."""

@@ -2,8 +2,8 @@
 
 from clusterq_deploy.report.findings import BASELINE, SPEED_TIE, UNSTEADY, grid_bits, half_was_timed, latency_rows
 from clusterq_deploy.report.formats import duration, number
-from clusterq_deploy.report.schema import Environment, Report, Variant
 from clusterq_deploy.report.verdict_wording import limit_words
+from clusterq_deploy.results.report import Environment, Report, Variant
 
 _ERROR = (
     "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both kinds: that all of a few images "

@@ -5,14 +5,15 @@ from contextlib import closing
 
 import onnx
 
-from clusterq_deploy import engine, export
-from clusterq_deploy.config import RunConfig
+from clusterq_deploy import export
+from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.export.integers import SiteComparison
-from clusterq_deploy.manifest import Result, StageRecord
 from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.report.schema import Artifact
-from clusterq_deploy.run import EVALUATION_BATCH, FP32, Run
-from clusterq_deploy.runners import OnnxRunner, Runner
+from clusterq_deploy.results.report import Artifact
+from clusterq_deploy.run.manifest import Result, StageRecord
+from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
+from clusterq_deploy.runtimes import tensorrt as engine
+from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
 
 
 def write_graphs(run: Run, variant: str) -> StageRecord:

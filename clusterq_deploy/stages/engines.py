@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from clusterq_deploy import engine
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.export import quantized_layers, read_graph
-from clusterq_deploy.measure import BenchmarkConfig, summarize_engine
-from clusterq_deploy.report.engines import EngineInspection
-from clusterq_deploy.report.schema import Latency
+from clusterq_deploy.evaluation.measure import BenchmarkConfig, summarize_engine
+from clusterq_deploy.export import quantized_layers
+from clusterq_deploy.files import read_graph
+from clusterq_deploy.results.engines import EngineInspection
+from clusterq_deploy.results.report import Latency
+from clusterq_deploy.runtimes import tensorrt as engine
 
 
 def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkConfig) -> list[Latency]:

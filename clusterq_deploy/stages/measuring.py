@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib.calibration_set import CalibrationSet, previewed_classes
-from clusterq_deploy import engine
-from clusterq_deploy.data import EvaluationSet
 from clusterq_deploy.errors import EngineError, FeatureError, OutOfMemoryError
-from clusterq_deploy.features import compare_features
-from clusterq_deploy.manifest import Result, StageRecord
-from clusterq_deploy.measure import benchmark, score
-from clusterq_deploy.memory import in_memory, is_of_memory
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.features import compare_features
+from clusterq_deploy.evaluation.measure import benchmark, score
+from clusterq_deploy.oom import in_memory, is_of_memory
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.report.assemble import assemble
-from clusterq_deploy.report.features import FeatureInfo
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
-from clusterq_deploy.report.schema import Accuracy, Latency, Report, Skipped
-from clusterq_deploy.run import EVALUATION_BATCH, FP32, IMAGES, PREVIEW, Run
-from clusterq_deploy.runners import OnnxRunner, Runner, TorchRunner
+from clusterq_deploy.results.features import FeatureInfo
+from clusterq_deploy.results.report import Accuracy, Latency, Report, Skipped
+from clusterq_deploy.run.manifest import Result, StageRecord
+from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, IMAGES, PREVIEW, Run
+from clusterq_deploy.runtimes import tensorrt as engine
+from clusterq_deploy.runtimes.runners import OnnxRunner, Runner, TorchRunner
 from clusterq_deploy.stages.deployment import built_engine, engine_stage, executed_graphs, graph_for, runner_of
 from clusterq_deploy.stages.engines import inspect_engine, time_engine
 from clusterq_deploy.stages.providers import provider_runners

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.manifest import StageRecord
-from clusterq_deploy.report.schema import Skipped
-from clusterq_deploy.run import EVALUATION_BATCH, FP32, Run
-from clusterq_deploy.runners import OnnxRunner
+from clusterq_deploy.results.report import Skipped
+from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
+from clusterq_deploy.runtimes.runners import OnnxRunner
 from clusterq_deploy.stages.deployment import graph_for, tuned_batches
 
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}

@@ -8,11 +8,10 @@ import torch
 from pydantic import TypeAdapter
 
 from calib.calibration_set import CalibrationSet
-from calib.checkpoint import Checkpoint
 from calib.leaves import with_leaves
+from calib.support.checkpoint import Checkpoint
 from calib.synthesis import Synthesis, synthesize
-from clusterq_deploy.manifest import Result, StageRecord
-from clusterq_deploy.memory import in_memory
+from clusterq_deploy.oom import in_memory
 from clusterq_deploy.quantize import (
     BitWidths,
     Initialization,
@@ -30,7 +29,8 @@ from clusterq_deploy.quantize import (
     sensitivities,
 )
 from clusterq_deploy.quantize.student import FORMAT
-from clusterq_deploy.run import IMAGES, PREVIEW, Run, student_file
+from clusterq_deploy.run.manifest import Result, StageRecord
+from clusterq_deploy.run.run import IMAGES, PREVIEW, Run, student_file
 
 logger = logging.getLogger(__name__)
 

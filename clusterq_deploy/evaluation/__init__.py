@@ -1,0 +1,1 @@
+"""What is measured: accuracy, latency, features; and the images that accuracy is measured on."""

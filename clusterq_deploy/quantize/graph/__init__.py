@@ -1,0 +1,1 @@
+"""Where quantizers go: the traced graph, its operations, placement."""

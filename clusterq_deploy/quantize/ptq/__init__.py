@@ -1,0 +1,1 @@
+"""Post-training quantization: scales, equalization, rounding, biases."""

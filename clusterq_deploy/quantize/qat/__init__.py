@@ -1,0 +1,1 @@
+"""Fine-tuning of the quantized student against its teacher."""

@@ -1,0 +1,278 @@
+"""What `report.json` holds (schema 1). Field names are a contract; more may be added, none renamed."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from clusterq_deploy.errors import ReportError
+from clusterq_deploy.results.base import Count, Duration, Percent
+from clusterq_deploy.results.base import Record as _Record
+from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, Spread
+from clusterq_deploy.results.features import FeatureInfo
+from clusterq_deploy.results.histograms import LayerHistograms
+
+_QUANTILES = 21
+_MOST_DIGITS = 20
+
+
+class Environment(_Record):
+    """Versions and hardware of the machine that measured; None where a thing is not there.
+
+    `cores` are the logical cores that the process may use. `cpu_int8` names the CPU's instructions for INT8
+    dot products (avx512_vnni, amx_int8, ...): empty where it has none, None where that is not known.
+    """
+
+    python: str
+    torch: str
+    torchvision: str | None = None
+    onnx: str
+    onnxruntime: str
+    tensorrt: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    gpu: str | None = None
+    cpu: str
+    cpu_int8: list[str] | None = None
+    cores: Count
+    memory_bytes: Count
+    platform: str
+
+
+class ModelInfo(_Record):
+    """The teacher: `input_size` is (channels, height, width); `weights` says what its weights are, for a person."""
+
+    name: str
+    parameters: Count
+    input_size: tuple[int, int, int]
+    classes: Count
+    weights: str | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random: what is measured then says nothing of a trained model."""
+        return (self.weights or "").startswith("random (seed ")
+
+
+class CalibrationInfo(_Record):
+    """The calibration set: the teacher gives `teacher_top1` percent of the images their label.
+
+    `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
+    coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
+    value a recorded step. `batch_divisor` is what the batches of synthesis were divided by, for want of memory.
+    `preview_classes` are those of the preview's columns, by number and, where it is known, name.
+    """
+
+    images: Count
+    seconds: Duration
+    teacher_top1: Percent
+    recipe: str
+    within_class_diversity: float | None = None
+    silhouette: float | None = None
+    losses: dict[str, list[float]] = Field(default_factory=dict)
+    batch_divisor: int = 1
+    preview_classes: list[str] = Field(default_factory=list)
+
+
+class ImageNote(_Record):
+    """An image that cannot be read, by its name in the data set, and why."""
+
+    file: str
+    reason: str
+
+
+class EvaluationInfo(_Record):
+    """What accuracy was measured on: `images` of them. `labelled` is False where only agreement has a meaning.
+
+    `unreadable` images more could not be read and count nowhere; `unreadable_files` names the first of them.
+    """
+
+    dataset: str
+    images: Count
+    labelled: bool = True
+    unreadable: Count = 0
+    unreadable_files: list[ImageNote] = Field(default_factory=list)
+
+
+class Accuracy(_Record):
+    """Percentages, as `runtime` executed the model; top1 and top5 are None without labels.
+
+    `agreement` is the share of images on which the prediction equals the FP32 teacher's. `graph` is the path
+    of the artifact that was executed, None for the torch model.
+    """
+
+    runtime: str
+    top1: Percent | None
+    top5: Percent | None
+    agreement: Percent
+    graph: str | None = None
+
+
+class Artifact(_Record):
+    """A deployable file; `path` is relative to the run directory.
+
+    `fp16` says whether what is not quantized computes in FP16: in the float baseline, everything.
+    """
+
+    kind: Literal["onnx", "engine"]
+    target: Literal["onnxruntime", "tensorrt", "int4"]
+    path: str
+    size_bytes: Count
+    fp16: bool = False
+    sha256: str | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+class Latency(Spread):
+    """Time of one inference call of `batch` images, in milliseconds.
+
+    `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
+    calls at 0, 0.05, 0.1 and so on to 1. `speedup` is over fp32 that took turns with it, and `speedup_low` to
+    `speedup_high` are its interval of 95 %; None where they took no turns, or too few.
+
+    Engines alone have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
+    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph where
+    `cuda_graph` says so. `images_per_second` is by `wall_seconds`, from the first call to the end of the last.
+    `trtexec` is the command that repeats the measurement.
+    """
+
+    runtime: str
+    batch: Count
+    threads: int | None = None
+    runs: Count
+    images_per_second: Duration
+    graph: str | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    quantiles_ms: list[Duration] = Field(default_factory=list)
+    host_to_device: Spread | None = None
+    compute: Spread | None = None
+    device_to_host: Spread | None = None
+    enqueue: Spread | None = None
+    cuda_graph: bool | None = None
+    wall_seconds: float | None = None
+    trtexec: str | None = None
+    gpu: GpuTelemetry | None = None
+
+    @field_validator("quantiles_ms")
+    @classmethod
+    def _all_or_none(cls, quantiles_ms: list[float]) -> list[float]:
+        if len(quantiles_ms) not in (0, _QUANTILES):
+            raise ValueError(f"there are {len(quantiles_ms)} quantiles; expected {_QUANTILES} or none")
+        return quantiles_ms
+
+
+class LayerNote(_Record):
+    """A layer that was left in float, and why."""
+
+    layer: str
+    reason: str
+
+
+class LayerSensitivity(_Record):
+    """What it costs to quantize one layer alone, at `bits`, on synthetic images: KL in nats, percentages."""
+
+    layer: str
+    bits: str
+    kl: float
+    agreement: float
+    expected_drop: float
+
+
+class Variant(_Record):
+    """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
+
+    `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
+    expected of these widths before fine-tuning, where a bound, `max_drop`, was asked for. `batch_divisor` is what the
+    batches of fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of
+    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 where none brought the student nearer
+    to the teacher on held-out images than it was before; None where nothing was tuned. `cpu` says which CPUs the graph
+    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None of the baseline.
+    """
+
+    name: str
+    seconds: Duration
+    accuracy: list[Accuracy] = Field(default_factory=list)
+    artifacts: list[Artifact] = Field(default_factory=list)
+    latency: list[Latency] = Field(default_factory=list)
+    inspections: list[EngineInspection] = Field(default_factory=list)
+    quantized_layers: int | None = None
+    skipped_layers: list[LayerNote] = Field(default_factory=list)
+    keep: dict[str, int] = Field(default_factory=dict)
+    expected_drop: float | None = None
+    max_drop: float | None = None
+    sensitivities: list[LayerSensitivity] = Field(default_factory=list)
+    histograms: list[LayerHistograms] = Field(default_factory=list)
+    losses: dict[str, list[float]] = Field(default_factory=dict)
+    batch_divisor: int = 1
+    kept_step: int | None = None
+    cpu: Literal["any", "vnni"] | None = None
+
+
+class Skipped(_Record):
+    """A stage or a runtime that was left out, and why."""
+
+    stage: str
+    reason: str
+
+
+class Report(_Record):
+    """The whole of `report.json`. Extra keys of a newer writer are ignored on reading.
+
+    `command` is the command line that did the last stage, `commands` are all that did one, each once, in order.
+    """
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    command: list[str]
+    seed: int
+    created: str
+    clusterq_deploy: str
+    environment: Environment
+    model: ModelInfo
+    calibration: CalibrationInfo
+    evaluation: EvaluationInfo
+    variants: list[Variant]
+    skipped: list[Skipped] = Field(default_factory=list)
+    features: FeatureInfo | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    commands: list[list[str]] = Field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The text of `report.json`."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """Read a `report.json`.
+
+    Raises:
+        ReportError: the file cannot be read, is no JSON, or is no report of schema 1.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without an end
+        raise ReportError(f"{path} is not JSON ({error}): give the report.json of a run") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ReportError(f'{path} is no report: it has no "schema"; give the report.json of a run')
+    if content["schema"] != 1:
+        raise ReportError(
+            f"{path} has schema {content['schema']!r}, this version reads schema 1: "
+            "read it with the version of clusterq-deploy that wrote it"
+        )
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ReportError(f"{path} is no report of schema 1: {field}: {first['msg']}") from error
+
+
+def _integer(digits: str) -> int:
+    """An integer of JSON that other readers take too, and that fits a float."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits")
+    return int(digits)

@@ -1,0 +1,1 @@
+"""A run: its directory, manifest and checkpoints, and what its stages share."""

@@ -1,0 +1,1 @@
+"""What executes a model: torch, ONNX Runtime, TensorRT."""

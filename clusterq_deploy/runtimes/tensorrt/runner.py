@@ -1,0 +1,303 @@
+"""Run and time a TensorRT engine, with torch tensors as its buffers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from clusterq_deploy.errors import EngineError
+from clusterq_deploy.runtimes.runners import Array
+from clusterq_deploy.runtimes.tensorrt.availability import require_tensorrt
+from clusterq_deploy.runtimes.tensorrt.calls import Buffers, CallTimer, EngineTimes
+from clusterq_deploy.runtimes.tensorrt.inspection import layer_information, layer_profiler
+from clusterq_deploy.runtimes.tensorrt.layers import EngineLayers, parse_layers
+from clusterq_deploy.runtimes.tensorrt.log import explained, failure, tensorrt_log
+from clusterq_deploy.runtimes.tensorrt.sidecar import EngineInfo, check_machine, read_sidecar, this_machine
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+logger = logging.getLogger(__name__)
+
+_PROFILE_WARMUP_RUNS = 10
+
+
+class TensorRTRunner:
+    """Runs an engine with one input (N, C, H, W) and one output (N, classes). A context manager.
+
+    Batches of any size are taken: above the engine's largest they are split, below its smallest padded. One
+    pair of buffers of the largest batch lives as long as the runner, so that addresses never change.
+
+    Attributes:
+        info: the engine's sidecar.
+        batch_range: smallest and largest batch that the engine takes in one call.
+        dynamic: whether it leaves the batch open; else both are the same.
+        input_name: the name of its input.
+    """
+
+    runtime: str = "tensorrt"
+
+    def __init__(self, engine_path: Path, device: str = "cuda") -> None:
+        """Load the engine at `engine_path` onto a CUDA device, once its sidecar says that it can run there.
+
+        Raises:
+            TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
+            EngineError: the engine is of another machine, differs from its sidecar, or cannot be loaded.
+        """
+        require_tensorrt()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+        with torch.cuda.stream(self._stream), explained(f"load {engine_path}"):
+            self.info = read_sidecar(engine_path)
+            check_machine(engine_path, self.info, this_machine())
+            self._engine: trt.ICudaEngine | None = _deserialize(engine_path, self.info)
+            self._context: trt.IExecutionContext | None = self._engine.create_execution_context()
+            if self._context is None:
+                raise failure(f"TensorRT cannot make an execution context for {engine_path}")
+            self.input_name, self._output_name = _input_and_output(self._engine)
+            smallest, largest = _input_shapes(self._engine, self.input_name)
+            self.batch_range = smallest[0], largest[0]
+            self.dynamic = -1 in tuple(self._engine.get_tensor_shape(self.input_name))
+            self._input = torch.zeros(largest, dtype=_torch_dtype(self._engine, self.input_name), device=device)
+            output_shape = self._set_batch(self._context, largest[0])
+            if len(output_shape) != 2 or output_shape[0] != largest[0]:
+                raise EngineError(f"the engine's output has shape {output_shape}; expected ({largest[0]}, classes)")
+            self._output = torch.zeros(output_shape, dtype=_torch_dtype(self._engine, self._output_name), device=device)
+            self._set_addresses(self._context)
+
+    def input_shape(self, batch: int) -> tuple[int, ...]:
+        """(N, C, H, W) of a call of `batch` images."""
+        return (batch, *self._input.shape[1:])
+
+    def infer(self, images: Array) -> Array:
+        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
+
+        Raises:
+            EngineError: the images have another shape than the engine takes, or TensorRT cannot run.
+        """
+        self._require_open()
+        if images.shape[1:] != self._input.shape[1:]:
+            expected = ", ".join(map(str, self._input.shape[1:]))
+            raise EngineError(f"images have shape {images.shape}; the engine takes (N, {expected})")
+        logits = np.empty((len(images), *self._output.shape[1:]), dtype=np.float32)
+        smallest, largest = self.batch_range
+        with torch.cuda.stream(self._stream), explained("run the engine"):
+            for first in range(0, len(images), largest):
+                chunk = images[first : first + largest]
+                # Rows of a padded batch beyond the chunk hold an earlier batch; their logits are not read.
+                self._set_batch(self._context, max(len(chunk), smallest))
+                self._input[: len(chunk)].copy_(torch.from_numpy(np.require(chunk, np.float32, ["C", "W"])))
+                self._enqueue(self._context)
+                logits[first : first + len(chunk)] = self._output[: len(chunk)].float().cpu().numpy()
+        return logits
+
+    def measure(
+        self,
+        batch: int,
+        warmup_ms: float = 200,
+        min_runs: int = 10,
+        min_seconds: float = 3,
+        cuda_graph: bool = False,
+    ) -> EngineTimes:
+        """Time many calls of `batch` random images as trtexec does: copies, computation and enqueuing apart.
+
+        The next call is enqueued before the last has ended, and copies run beside the computation, so that the GPU
+        waits for neither. Only how the computation is started differs with `cuda_graph`.
+
+        Args:
+            batch: images a call, within `batch_range`.
+            warmup_ms: time to run before the first measurement.
+            min_runs: least number of measurements.
+            min_seconds: least time to measure for.
+            cuda_graph: replay a CUDA graph instead of enqueuing. If none can be captured, a warning is logged
+                and the engine is enqueued; the result's `cuda_graph` says which it was.
+
+        Raises:
+            EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
+        """
+        self._require_open()
+        self._require_batch(batch)
+        with torch.cuda.stream(self._stream), explained("run the engine"):
+            self._set_batch(self._context, batch)
+            buffers = self._buffers(batch)
+            graph = self._capture() if cuda_graph else None
+            launch = graph.replay if graph is not None else lambda: self._enqueue(self._context)
+            timer = CallTimer(launch, buffers, self._stream)
+            return timer.measure(
+                warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=graph is not None
+            )
+
+    def layer_information(self, batch: int) -> str:
+        """What TensorRT's engine inspector tells of the layers, in JSON, for calls of `batch` images.
+
+        How much that is depends on the profiling verbosity that the engine was built with.
+
+        Raises:
+            EngineError: the batch is outside `batch_range`, or TensorRT cannot inspect the engine.
+        """
+        self._require_open()
+        self._require_batch(batch)
+        with explained("inspect the engine"):
+            self._set_batch(self._context, batch)
+            return layer_information(self._engine, self._context)
+
+    def layers(self, batch: int) -> EngineLayers:
+        """The same as records.
+
+        Raises:
+            EngineError: as for `layer_information`, or it is not in a shape that is known.
+        """
+        return parse_layers(self.layer_information(batch))
+
+    def layer_times(self, batch: int, runs: int = 50) -> dict[str, float]:
+        """Mean milliseconds of each layer in a call of `batch` images, by TensorRT's profiler, in execution order.
+
+        The profiler slows the engine down: it has an execution context of its own, and the sum of the layers is more
+        than the time of a call. There is no CUDA graph.
+
+        Args:
+            batch: images a call, within `batch_range`.
+            runs: calls to take the mean of, after a few to warm up.
+
+        Raises:
+            EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
+        """
+        self._require_open()
+        self._require_batch(batch)
+        times_ms: dict[str, float] = {}
+        with torch.cuda.stream(self._stream), explained("profile the engine"):
+            engine: trt.ICudaEngine = self._engine
+            context: trt.IExecutionContext | None = engine.create_execution_context()
+            if context is None:
+                raise failure("TensorRT cannot make an execution context to profile")
+            self._set_batch(context, batch)
+            self._set_addresses(context)
+            profiler: trt.IProfiler = layer_profiler(times_ms)
+            context.profiler = profiler  # each call reports to it, and waits for its layers to end
+            for run in range(_PROFILE_WARMUP_RUNS + runs):
+                if run == _PROFILE_WARMUP_RUNS:
+                    times_ms.clear()
+                self._enqueue(context)
+                self._stream.synchronize()
+        return {name: total / runs for name, total in times_ms.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with nullcontext() if kind is None else suppress(RuntimeError):  # CUDA repeats an error that is being told
+                self._stream.synchronize()
+        finally:
+            self._context = self._engine = None
+            self._input = self._output = torch.empty(0)
+
+    def _require_open(self) -> None:
+        if self._context is None:
+            raise EngineError("the runner is closed; open the engine again")
+
+    def _require_batch(self, batch: int) -> None:
+        smallest, largest = self.batch_range
+        if not smallest <= batch <= largest:
+            raise EngineError(f"batch is {batch}; the engine takes {smallest} to {largest} images a call")
+
+    def _set_batch(self, context: trt.IExecutionContext, batch: int) -> tuple[int, ...]:
+        """Shape a context's next call for `batch` images; the shape of its output."""
+        shape = (batch, *self._input.shape[1:])
+        if not context.set_input_shape(self.input_name, shape):
+            raise failure(f"TensorRT refuses the input shape {shape}")
+        if unknown := context.infer_shapes():
+            raise failure(f"TensorRT cannot infer {', '.join(unknown)} for the input shape {shape}")
+        return tuple(context.get_tensor_shape(self._output_name))
+
+    def _set_addresses(self, context: trt.IExecutionContext) -> None:
+        context.set_tensor_address(self.input_name, self._input.data_ptr())
+        context.set_tensor_address(self._output_name, self._output.data_ptr())
+
+    def _enqueue(self, context: trt.IExecutionContext) -> None:
+        if not context.execute_async_v3(self._stream.cuda_stream):
+            raise failure("TensorRT cannot enqueue the engine")
+
+    def _buffers(self, batch: int) -> Buffers:
+        """The memory of one batch of random images; pinned on the host where there is a GPU to copy to."""
+        device_input, device_output = self._input[:batch], self._output[:batch]
+        host_input, host_output = (
+            torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda) for own in (device_input, device_output)
+        )
+        host_input.normal_(generator=torch.Generator().manual_seed(0))
+        return Buffers(host_input, device_input, device_output, host_output)
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """One call as a CUDA graph; None where TensorRT cannot be captured."""
+        self._enqueue(self._context)  # TensorRT settles what depends on the shapes at the first call after they are set
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._enqueue(self._context)
+        except RuntimeError as error:
+            logger.warning("no CUDA graph can be captured, each call is enqueued: %s", error)
+            tensorrt_log().errors.clear()  # a later failure is another
+            return None
+        return graph
+
+
+def _deserialize(engine_path: Path, info: EngineInfo) -> trt.ICudaEngine:
+    import tensorrt as trt
+
+    try:
+        plan = engine_path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read {engine_path}: {error.strerror}") from error
+    if hashlib.sha256(plan).hexdigest() != info.engine_sha256:
+        raise EngineError(f"{engine_path} is not the file that its sidecar describes; build it again")
+    runtime: trt.Runtime = trt.Runtime(tensorrt_log())
+    # A version-compatible engine carries a runtime of its own, as host code.
+    runtime.engine_host_code_allowed = info.options.version_compatible
+    engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise failure(f"TensorRT cannot load {engine_path}")
+    return engine
+
+
+def _input_and_output(engine: trt.ICudaEngine) -> tuple[str, str]:
+    import tensorrt as trt
+
+    names: list[str] = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    outputs = [name for name in names if name not in inputs]
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise EngineError(f"the engine has inputs {inputs} and outputs {outputs}; expected one of each")
+    return inputs[0], outputs[0]
+
+
+def _input_shapes(engine: trt.ICudaEngine, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Smallest and largest shape of the input; they are the same where the graph fixes the batch."""
+    shape = tuple(engine.get_tensor_shape(name))
+    if -1 not in shape:
+        return shape, shape
+    shapes: list[trt.Dims] = engine.get_tensor_profile_shape(name, 0)
+    smallest, _, largest = shapes
+    return tuple(smallest), tuple(largest)
+
+
+def _torch_dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:
+    import tensorrt as trt
+
+    dtypes = {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.BF16: torch.bfloat16,
+    }
+    dtype: trt.DataType = engine.get_tensor_dtype(name)
+    if dtype not in dtypes:
+        raise EngineError(f"tensor {name} of the engine is {dtype}; expected a floating-point type")
+    return dtypes[dtype]

@@ -75,9 +75,9 @@ def _show_plan(ctx: click.Context, config: "RunConfig", out: Path, as_json: bool
     from dataclasses import asdict
 
     from cli import render
-    from clusterq_deploy.plan import Planner
+    from clusterq_deploy.plan import plan as plan_of
 
-    plan = Planner(config, out, progress=render.LiveProgress(ctx.obj["quiet"])).plan()
+    plan = plan_of(config, out, progress=render.LiveProgress(ctx.obj["quiet"]))
     if as_json:
         render.print_json(json.dumps({"run": str(out), **asdict(plan)}, indent=2))
         return

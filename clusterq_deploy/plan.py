@@ -1,19 +1,16 @@
 """What a run would do, and roughly how long it would take, without doing it."""
 
-import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.config.run_config import RunConfig
-from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.pipeline import Pipeline
-from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.run.estimate import Estimate, estimate
-from clusterq_deploy.run.manifest import MANIFEST, Result, StageRecord
-from clusterq_deploy.runtimes import tensorrt as engine
+from clusterq_deploy.pipeline import stages, unavailable
+from clusterq_deploy.run.estimate import estimate
+from clusterq_deploy.run.manifest import MANIFEST
+from clusterq_deploy.run.run import Run
+from clusterq_deploy.run.stage import Stage
 
 State = Literal["finished", "to do", "skipped"]
 
@@ -57,134 +54,57 @@ class Plan:
     memory_bytes: int | None
 
 
-class _NotDoneError(Exception):
-    """A stage would have to be done."""
+def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT, command: list[str] | None = None) -> Plan:
+    """Look at every stage, and estimate the time of those that are to be done: in seconds, for any model.
 
+    Nothing is done and nothing is written. Where there is no run yet, shapes are enough of a model that has no file of
+    weights.
 
-class Planner(Pipeline):
-    """A pipeline that does nothing and writes nothing: it finds out which stages it would do.
-
-    Args: as for `Run`. Where there is no run yet, shapes are enough of a model that has no file of weights.
+    Raises:
+        GraphError: the model cannot be traced.
+        DataError: the evaluation data does not fit.
     """
-
-    def __init__(
-        self, config: RunConfig, out: Path, *, progress: Progress = SILENT, command: list[str] | None = None
-    ) -> None:
-        fresh = not (out / MANIFEST).exists()
-        super().__init__(config, out, progress=progress, command=command, shapes_only=fresh)
-
-    _pending: frozenset[str] = frozenset()
-
-    def plan(self) -> Plan:
-        """Look at every stage, and estimate the time of those that are to be done: in seconds, for any model.
-
-        Raises:
-            GraphError: the model cannot be traced.
-            DataError: the evaluation data does not fit.
-        """
-        self.check()
-        states = self._states()
-        to_do = {stage for stage, state in states.items() if state == "to do"}
-        expected = self._estimate(to_do)
-        stages = [
-            PlannedStage(stage, state, self._work(stage, state), self._seconds(stage, state, expected))
-            for stage, state in states.items()
-        ]
-        return Plan(
-            model=self.model.name,
-            device=self.device.type,
-            settings=amounts(self.config),
-            scaled={name: n for name, n in amounts(self.asked).items() if n != amounts(self.config)[name]},
-            stages=stages,
-            seconds=sum(own.seconds or 0.0 for own in stages),
-            memory_bytes=expected.memory_bytes if expected else None,
+    fresh = not (out / MANIFEST).exists()
+    run = Run(config, out, progress=progress, command=command, shapes_only=fresh)
+    run.check()
+    known = states(run)
+    to_do = {stage.name for stage, state in known.items() if state == "to do"}
+    expected = estimate(run, [bits for bits in run.config.widths if f"quantize/{bits}" in to_do]) if to_do else None
+    planned = [
+        PlannedStage(
+            stage.name,
+            state,
+            str(unavailable(stage)) if state == "skipped" else stage.describe(run),
+            expected.seconds(stage.name, run.config, run.evaluated) if expected and state == "to do" else 0.0,
         )
-
-    def perform(
-        self,
-        stage: str,
-        inputs: Result,
-        work: Callable[[], tuple[Result, list[str]]],
-        upstream: Iterable[str] = (),
-    ) -> StageRecord:
-        """The record of a finished stage; work is never called."""
-        upstream = list(upstream)
-        record = self.directory.look_up(stage, self.own_inputs(inputs), upstream)
-        if record is None or self._pending.intersection(upstream):
-            raise _NotDoneError(stage)
-        return record
-
-    def done(self, stage: str) -> StageRecord:
-        """As in a run; a stage that would be done again counts as not finished."""
-        if stage in self._pending:
-            raise _NotDoneError(stage)
-        return super().done(stage)
-
-    def _states(self) -> dict[str, State]:
-        states: dict[str, State] = {}
-        for step in self.steps():
-            kind = step.name.partition("/")[0]
-            if kind == "build" and engine.unavailable_reason():
-                states[step.name] = "skipped"
-            elif self._pending & _measured(step.name, states) or not self._is_finished(step.do):
-                self._pending |= {step.name}
-                states[step.name] = "to do"
-            else:
-                states[step.name] = "finished"
-        return states
-
-    def _is_finished(self, stage: Callable[[], StageRecord | None]) -> bool:
-        try:
-            stage()
-        except (_NotDoneError, RunDirectoryError):  # the latter: of a stage that it builds on
-            return False
-        return True
-
-    def _estimate(self, to_do: set[str]) -> Estimate | None:
-        return estimate(self, [bits for bits in self.config.widths if f"quantize/{bits}" in to_do]) if to_do else None
-
-    def _work(self, stage: str, state: str) -> str:
-        """What a stage does, in words."""
-        kind, _, variant = stage.partition("/")
-        if state == "skipped":
-            return str(engine.unavailable_reason())
-        synthesis, timing = self.config.synthesis, self.config.benchmark
-        if kind == "synthesize":
-            generator, refine = synthesis.generator, synthesis.refine
-            batches = math.ceil(synthesis.images / refine.batch_size)
-            return (
-                f"{generator.steps:,} steps of {generator.batch_size}, then {synthesis.images:,} images: "
-                f"{refine.steps:,} steps for each of {batches} batches"
-            )
-        if kind == "quantize":
-            tuning = self.config.finetune.scaled_to(BitWidths.parse(variant))
-            raised = ", sensitivities first" if self.config.max_drop is not None and variant != "w8a8" else ""
-            return f"at most {tuning.steps:,} steps of {tuning.batch_size}{raised}"
-        if kind == "evaluate":
-            return f"{self._evaluated:,} images"
-        if kind == "features":
-            return f"{synthesis.images:,} synthetic and {self._evaluated if self.has_own_data else 0:,} real images"
-        if kind == "benchmark":
-            return f"batches of {', '.join(map(str, timing.batches))}, {timing.cpu_threads} threads"
-        return "ONNX, checked against torch" if kind == "export" else "a TensorRT engine"
-
-    def _seconds(self, stage: str, state: State, expected: Estimate | None) -> float | None:
-        return expected.seconds(stage, self.config, self._evaluated) if expected and state == "to do" else 0.0
-
-    @property
-    def _evaluated(self) -> int:
-        """Images that accuracy is measured on: real ones, or those of the synthetic ones that are held out."""
-        if self.has_own_data:
-            return len(self.evaluation)
-        return max(1, round(self.config.synthesis.images * self.config.finetune.held_out))
+        for stage, state in known.items()
+    ]
+    asked, done = amounts(config), amounts(run.config)
+    return Plan(
+        model=run.model.name,
+        device=run.device.type,
+        settings=done,
+        scaled={name: number for name, number in asked.items() if number != done[name]},
+        stages=planned,
+        seconds=sum(own.seconds or 0.0 for own in planned),
+        memory_bytes=expected.memory_bytes if expected else None,
+    )
 
 
-def _measured(stage: str, earlier: Iterable[str]) -> set[str]:
-    """The stages whose files a measuring stage takes if they are there: it is done again once they are made."""
-    kind, _, variant = stage.partition("/")
-    if kind == "evaluate":
-        return {f"build/{variant}"}
-    return {name for name in earlier if name.startswith(("export/", "build/"))} if kind == "benchmark" else set()
+def states(run: Run) -> dict[Stage, State]:
+    """Return which stages are finished: one that reads a stage that is to be done is to be done too."""
+    found: dict[Stage, State] = {}
+    to_do: set[str] = set()
+    for stage in stages(run.config):
+        needs = stage.needs(run)
+        if unavailable(stage):
+            found[stage] = "skipped"
+        elif to_do.intersection(needs.required + needs.optional) or not run.is_finished(stage):
+            found[stage] = "to do"
+            to_do.add(stage.name)
+        else:
+            found[stage] = "finished"
+    return found
 
 
 def amounts(config: RunConfig) -> dict[str, int]:

@@ -21,7 +21,7 @@ from clusterq_deploy.evaluation.measure import BenchmarkConfig, summarize_engine
 from clusterq_deploy.runtimes.tensorrt import BuildConfig, TensorRTRunner, build_engine, trtexec_command
 from clusterq_deploy.runtimes.tensorrt.calls import CallTimer
 from clusterq_deploy.runtimes.tensorrt.telemetry import GpuMonitor, summarize_samples
-from clusterq_deploy.stages.engines import inspect_engine, time_engine
+from clusterq_deploy.stages.benchmark import inspect_engine, time_engine
 
 SETTINGS = BenchmarkConfig(batches=(1, 4), warmup_ms=0, min_runs=6, min_seconds=0)
 

@@ -10,9 +10,10 @@ from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
-from clusterq_deploy.plan import Planner, amounts
+from clusterq_deploy.plan import amounts, plan
 from clusterq_deploy.quantize import BitWidths
 from clusterq_deploy.run.estimate import Estimate, estimate
+from clusterq_deploy.run.run import Run
 
 EXPECTED = Estimate(forward=0.01, memory_bytes=1)
 
@@ -126,12 +127,13 @@ def test_the_estimate_is_passes_times_their_seconds() -> None:
 @pytest.mark.parametrize("name", ["resnet50", "regnet_y_128gf", "densenet121", "inception_v3", "efficientnet_v2_l"])
 def test_a_plan_computes_no_pass_of_the_model_and_makes_no_weights(name: str, tmp_path: Path) -> None:
     """What makes it answer in seconds: of 645 million parameters none is made, and no map of 224 pixels."""
-    planner = Planner(make_config({"model": name, "weights": "none", "device": "cpu"}), tmp_path / "out")
-    assert all(tensor.is_meta for tensor in planner.model.module.state_dict().values())
-    assert estimate(planner, planner.config.widths).memory_bytes > 1e9
-    plan = planner.plan()
-    assert plan.seconds > 60
-    assert [own.state for own in plan.stages if own.stage == "synthesize"] == ["to do"]
+    config = make_config({"model": name, "weights": "none", "device": "cpu"})
+    run = Run(config, tmp_path / "out", shapes_only=True)
+    assert all(tensor.is_meta for tensor in run.model.module.state_dict().values())
+    assert estimate(run, run.config.widths).memory_bytes > 1e9
+    found = plan(config, tmp_path / "out")
+    assert found.seconds > 60
+    assert [own.state for own in found.stages if own.stage == "synthesize"] == ["to do"]
     assert not (tmp_path / "out").exists()
 
 
@@ -155,15 +157,15 @@ def make():
 def test_a_module_of_ones_own_need_not_have_all_its_tensors_registered(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(OWN)
     config = make_config({"model": f"{tmp_path / 'net.py'}:make", "device": "cpu"})
-    plan = Planner(config, tmp_path / "out").plan()
-    assert plan.seconds > 0
-    assert plan.memory_bytes is not None
+    found = plan(config, tmp_path / "out")
+    assert found.seconds > 0
+    assert found.memory_bytes is not None
 
 
 def test_settings_scaled_to_a_large_model_are_told_from_those_asked_for(tmp_path: Path) -> None:
     config = make_config({"model": "resnet18", "weights": "none", "bits": ["w4a4"], "device": "cpu"})
-    planner = Planner(config, tmp_path / "out")
-    asked, done = amounts(planner.asked), amounts(planner.config)
+    run = Run(config, tmp_path / "out")
+    asked, done = amounts(run.asked), amounts(run.config)
     assert (asked["synthesis.images"], done["synthesis.images"]) == (1024, 256)
     assert (asked["finetune.steps"], done["finetune.steps"]) == (1200, 300)
     assert asked["synthesis.refine.steps"] == done["synthesis.refine.steps"]

@@ -22,8 +22,8 @@ from clusterq_deploy.run.run import EVALUATION_BATCH
 from clusterq_deploy.runtimes import onnx_providers
 from clusterq_deploy.runtimes.onnx_providers import RECORD_PLACES, Placement, batch_profile, placement, provider_list
 from clusterq_deploy.runtimes.runners import OnnxRunner
-from clusterq_deploy.stages import providers
-from clusterq_deploy.stages.providers import open_provider, provider_runners
+from clusterq_deploy.stages import deployables
+from clusterq_deploy.stages.deployables import open_provider, provider_runners
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
 
@@ -132,7 +132,7 @@ def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytes
         asked.append((path.name, options))
         raise ExportError("not here")
 
-    monkeypatch.setattr(providers, "OnnxRunner", refuse)
+    monkeypatch.setattr(deployables, "OnnxRunner", refuse)
     list(provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, []))
     assert [options["runtime"] for _, options in asked] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
     assert [options["optimized"] for _, options in asked] == [True, False]

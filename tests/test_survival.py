@@ -23,7 +23,7 @@ from clusterq_deploy.quantize import FinetuneConfig
 from clusterq_deploy.report.wording import notes
 from clusterq_deploy.results.report import read_report
 from clusterq_deploy.run.directory import RunDirectory
-from clusterq_deploy.stages import quantization
+from clusterq_deploy.stages import quantize, sensitivity, synthesize
 
 pytestmark = pytest.mark.slow  # whole commands in processes of their own
 
@@ -103,14 +103,14 @@ def test_the_command_says_that_the_folder_is_in_use(tmp_path: Path) -> None:
 def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synthesize, finetune, seen = quantization.synthesize, quantization.finetune, []
-    sensitivities = quantization.sensitivities
+    make_images, finetune, seen = synthesize.make_images, quantize.finetune, []
+    sensitivities = sensitivity.sensitivities
 
     def images(*args: object, config: SynthesisConfig, **more: object) -> object:
         seen.append((config.generator.batch_size, config.refine.batch_size))
         if config.generator.batch_size > 16:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return synthesize(*args, config=config, **more)
+        return make_images(*args, config=config, **more)
 
     def tuned(*args: object, config: FinetuneConfig, **more: object) -> object:
         seen.append(config.batch_size)
@@ -124,9 +124,9 @@ def test_what_does_not_fit_the_memory_is_done_in_smaller_batches_and_the_report_
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return sensitivities(*args, batch_size=batch_size, **more)
 
-    monkeypatch.setattr(quantization, "synthesize", images)
-    monkeypatch.setattr(quantization, "sensitivities", costs)
-    monkeypatch.setattr(quantization, "finetune", tuned)
+    monkeypatch.setattr(synthesize, "make_images", images)
+    monkeypatch.setattr(sensitivity, "sensitivities", costs)
+    monkeypatch.setattr(quantize, "finetune", tuned)
     settings = tmp_path / "small.toml"
     settings.write_text(
         "[synthesis]\nimages = 64\ngenerator = {steps = 8, warmup_steps = 4, batch_size = 64}\n"

@@ -1,8 +1,8 @@
 """What the stages of a run share."""
 
 import logging
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from clusterq_deploy.quantize.student import FORMAT
 from clusterq_deploy.run.checkpoint import FileCheckpoint
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.run.manifest import Result, StageRecord, digest
+from clusterq_deploy.run.stage import Needs, Stage
 from clusterq_deploy.runtimes.runners import Runner, TorchRunner
 from clusterq_deploy.version import __version__
 
@@ -145,7 +146,7 @@ class Run:
         """The images that accuracy is measured on; nothing but `evaluate`, `features` and `report` reads them."""
         if self.has_own_data:
             return load_evaluation(self.config.data, self.model, self.config.limit)
-        self.done("synthesize")
+        self.finished("synthesize")
         _, held_out = self.calibration.split(self.config.finetune.held_out)
         return EvaluationSet.from_images("held-out synthetic images", held_out.images.numpy())
 
@@ -153,6 +154,13 @@ class Run:
     def has_own_data(self) -> bool:
         """Whether there are real images to measure on, the user's or the bundled model's."""
         return self.config.data is not None or self.model.source == "bundled"
+
+    @property
+    def evaluated(self) -> int:
+        """Images that accuracy is measured on: real ones, or those of the synthetic ones that are held out."""
+        if self.has_own_data:
+            return len(self.evaluation)
+        return max(1, round(self.config.synthesis.images * self.config.finetune.held_out))
 
     @cached_property
     def data_inputs(self) -> Result:
@@ -191,29 +199,40 @@ class Run:
         """A variant as the quantize stage left it."""
         return load_student(self.directory.path / student_file(bits), self.model.module)[0].to(self.device)
 
-    def perform(
-        self,
-        stage: str,
-        inputs: Result,
-        work: Callable[[], tuple[Result, list[str]]],
-        upstream: Iterable[str] = (),
-    ) -> StageRecord:
-        """Do a stage unless it is finished with the same inputs, model, seed and kind of device.
+    def do(self, stage: Stage) -> StageRecord:
+        """Do a stage unless it is finished with the same inputs, model, seed and kind of device; return its record.
 
-        Args:
-            stage, inputs, work, upstream: as for `RunDirectory.perform`.
+        Raises:
+            RunDirectoryError: a stage that it needs is not finished.
         """
-        logger.info("stage %s", stage)
-        own = self.own_inputs(inputs)
+        needs = stage.needs(self)
+        for name in needs.required:
+            self.finished(name)
+        logger.info("stage %s", stage.name)
         # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self.directory.perform(stage, own, work, upstream)
+            return self.directory.perform(
+                stage.name,
+                self.own_inputs(stage.inputs(self)),
+                partial(stage.kind.work, self, stage.variant),
+                self.upstream(needs),
+            )
+
+    def is_finished(self, stage: Stage) -> bool:
+        """Return whether `do` would do nothing; what the stage requires has to be finished."""
+        inputs = self.own_inputs(stage.inputs(self))
+        return self.directory.look_up(stage.name, inputs, self.upstream(stage.needs(self))) is not None
+
+    def upstream(self, needs: Needs) -> list[str]:
+        """Return the stages that a stage reads: those that it requires, and the optional ones that are finished."""
+        return [*needs.required, *(name for name in needs.optional if self.directory.finished(name))]
 
     def checkpoint(self, stage: str, inputs: Result, divisor: int, upstream: Iterable[str] = ()) -> FileCheckpoint:
         """Where the work of a stage keeps what it has reached.
 
         Args:
-            stage, inputs, upstream: as for `perform`.
+            stage: its name.
+            inputs, upstream: what the work depends on, and the stages that it reads.
             divisor: of its batches.
         """
         libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
@@ -224,8 +243,8 @@ class Run:
         """A stage's inputs with what every stage depends on."""
         return {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
 
-    def done(self, stage: str) -> StageRecord:
-        """The record of a stage that another one builds on.
+    def finished(self, stage: str) -> StageRecord:
+        """Return the record of a stage that another one builds on.
 
         Raises:
             RunDirectoryError: it is not finished, or its files have changed.

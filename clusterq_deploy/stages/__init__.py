@@ -1,18 +1,4 @@
-"""The stages of a run, each a function of a `Run` that gives the record of what it did."""
+"""The stages of a run, a file each: what it needs, what its result depends on, the work, and that in words.
 
-from clusterq_deploy.stages.deployment import build_engine, compare_graphs, write_graphs
-from clusterq_deploy.stages.measuring import measure_accuracy, measure_features, measure_latency, write_report
-from clusterq_deploy.stages.quantization import make_images, make_variant, measure_sensitivity
-
-__all__ = [
-    "build_engine",
-    "compare_graphs",
-    "make_images",
-    "make_variant",
-    "measure_accuracy",
-    "measure_features",
-    "measure_latency",
-    "measure_sensitivity",
-    "write_graphs",
-    "write_report",
-]
+`clusterq_deploy.pipeline` has their order.
+"""

@@ -22,9 +22,8 @@ from clusterq_deploy.models import InputSpec
 from clusterq_deploy.run.run import EVALUATION_BATCH
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
-from clusterq_deploy.stages.deployment import tuned_batches
-from clusterq_deploy.stages.engines import time_engine
-from clusterq_deploy.stages.providers import GPU_RUNTIMES, open_provider
+from clusterq_deploy.stages.benchmark import time_engine
+from clusterq_deploy.stages.deployables import GPU_RUNTIMES, open_provider, tuned_batches
 
 logger = logging.getLogger(__name__)
 

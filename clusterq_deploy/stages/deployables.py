@@ -1,4 +1,7 @@
-"""ONNX Runtime's providers for the GPU: CUDA, which runs integers in float, and TensorRT, which builds an engine."""
+"""What is deployed of a run, and what executes it: graphs and engines, ONNX Runtime's providers for the GPU.
+
+Of these CUDA runs integers in float, and TensorRT builds an engine.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -7,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.results.report import Skipped
-from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.run.manifest import Result, StageRecord
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
-from clusterq_deploy.runtimes.runners import OnnxRunner
-from clusterq_deploy.stages.deployment import graph_for, tuned_batches
+from clusterq_deploy.runtimes import tensorrt as engine
+from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
 
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}
 """The spelling of the graph that each of them takes; of the float baseline it is the one in FP32."""
@@ -85,3 +89,42 @@ def provider_runners(run: Run, exports: Mapping[str, StageRecord], skipped: list
             if shared:
                 skipped.append(Skipped(stage=f"{runtime} {variant}", reason=shared))
             yield ProviderRunner(variant, graph, runner)
+
+
+def tuned_batches(config: RunConfig) -> tuple[int, int, int]:
+    """The smallest, the tuned-for and the largest batch of what TensorRT builds; the batches to be timed are in it."""
+    low, best, high = config.build.batch
+    timed = config.benchmark.batches
+    return min(low, *timed), best, max(high, *timed)
+
+
+def built_engine(run: Run, variant: str) -> StageRecord | None:
+    """The finished build stage of a variant, where its engine can run."""
+    return None if engine.unavailable_reason() else run.directory.finished(f"build/{variant}")
+
+
+def engine_stages(*variants: str) -> tuple[str, ...]:
+    """Return the build stages of variants, where engines run here."""
+    return () if engine.unavailable_reason() else tuple(f"build/{variant}" for variant in variants)
+
+
+def graph_for(record: StageRecord, target: str) -> str | None:
+    """The path of a finished export's graph for a target."""
+    return next((str(a["path"]) for a in record.result["artifacts"] if a["target"] == target), None)
+
+
+def executed_graphs(variant: str, source: StageRecord) -> list[Result]:
+    """The exported graphs that are measured as graphs.
+
+    Not the FP16 baseline's: ONNX Runtime has few FP16 kernels on a CPU and casts most of it to float, slowly; its
+    engine is measured where there is one.
+    """
+    return [a for a in source.result["artifacts"] if variant != FP32 or a["target"] == "onnxruntime"]
+
+
+def runner_of(run: Run, artifact: Result) -> Runner:
+    """Executes an artifact as its target does."""
+    path = run.directory.path / artifact["path"]
+    if artifact["kind"] == "engine":
+        return engine.TensorRTRunner(path)
+    return OnnxRunner(path, optimized=artifact["target"] != "tensorrt")

@@ -1,0 +1,69 @@
+"""Measure what the quantization of each layer alone costs: the model and images go in, a cost per layer comes out."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from calib.leaves import with_leaves
+from clusterq_deploy.oom import in_memory
+from clusterq_deploy.quantize import BitWidths, Sensitivity, judged_views, make_student, sensitivities
+from clusterq_deploy.run.manifest import Result
+from clusterq_deploy.run.run import Run
+from clusterq_deploy.run.stage import Needs
+
+NAME = "sensitivity"
+
+
+def needs(_: Run, __: str) -> Needs:
+    """The images."""
+    return Needs(required=("synthesize",))
+
+
+def inputs(run: Run, variant: str) -> Result:
+    """The widths, and what decides which images are shown how."""
+    tuning = run.config.finetune
+    return {"bits": variant, "batch_size": tuning.batch_size, "procedural": tuning.procedural, **placement(run)}
+
+
+def work(run: Run, variant: str) -> tuple[Result, list[str]]:
+    """Quantize each layer alone, in batches that fit the memory."""
+    bits = BitWidths.parse(variant)
+
+    def costs(divisor: int) -> list[Sensitivity]:
+        rng = run.rng(f"sensitivity/{variant}")
+        return sensitivities(
+            make_student(run.model.module, bits, **placement(run)),
+            shown(run),
+            judged=views(run, rng),
+            batch_size=max(1, run.config.finetune.batch_size // divisor),
+            rng=rng,
+            progress=run.progress,
+            checkpoint=run.checkpoint(
+                f"sensitivity/{variant}", inputs(run, variant), divisor, needs(run, variant).required
+            ),
+        )
+
+    found, _ = in_memory(costs, f"sensitivities of {variant}")
+    return {"layers": [asdict(own) for own in found]}, []
+
+
+def describe(_: Run, variant: str) -> str:
+    """Say which widths."""
+    return f"every layer at {variant} alone"
+
+
+def shown(run: Run) -> torch.Tensor:
+    """Return the images that a student is initialized on, the same for all variants."""
+    return with_leaves(run.calibration.images, run.config.finetune.procedural, run.rng("leaves"))
+
+
+def views(run: Run, rng: torch.Generator) -> torch.Tensor:
+    """Return the views of the calibration images on which costs are estimated."""
+    flip = bool(run.finished("synthesize").result["flip"])
+    return judged_views(run.calibration.images, flip=flip, rng=rng)
+
+
+def placement(run: Run) -> dict[str, Any]:
+    """Return what `make_student` is to know beside a variant's bits."""
+    return {"first_last": run.config.first_last, "keep": run.config.keep, "cpu": run.config.cpu}

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError
-from clusterq_deploy.export import Spelling, agreement, check_tensorrt, compare_integers, export_graph, spell
-from clusterq_deploy.quantize import BitWidths, Student
-from clusterq_deploy.quantize.sensitivity import answers, compare
+from clusterq_deploy.lowering import GraphFormat, agreement, check_tensorrt, compare_integers, export_graph, spell
+from clusterq_deploy.quantization import BitWidths, Student
+from clusterq_deploy.quantization.sensitivity import answers, compare
 from clusterq_deploy.runtimes.runners import OnnxRunner
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
-SPELLINGS: tuple[Spelling, ...] = ("onnxruntime", "tensorrt", "int4")
+SPELLINGS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 _COMPARED, _BATCH = 16, 16
 _INTRODUCTION = """# Coverage
 
@@ -47,7 +47,7 @@ longer answer as they did, and a single tie can change an answer.
 |---|---|---|---|---|---|"""
 
 
-def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, spelling: Spelling) -> dict[str, Any]:
+def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, spelling: GraphFormat) -> dict[str, Any]:
     """What is measured of one graph."""
     onnx.checker.check_model(graph, full_check=True)
     batch = images.numpy()

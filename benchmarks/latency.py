@@ -26,10 +26,10 @@ from store import write
 
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark
-from clusterq_deploy.export import export_graph, spell
-from clusterq_deploy.export.torch_export import INPUT
-from clusterq_deploy.export.verify import integer_layers
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.lowering import export_graph, spell
+from clusterq_deploy.lowering.torch_export import INPUT
+from clusterq_deploy.lowering.verify import integer_layers
+from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"

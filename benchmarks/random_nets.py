@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from calib.refine import natural_noise
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.models.registry import torchvision_cfg
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
-from clusterq_deploy.quantize.sensitivity import answers
+from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantization.sensitivity import answers
 
 MODELS = (
     "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_small",

@@ -126,8 +126,8 @@ def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from cli import render
-    from clusterq_deploy.export import check_saturation, check_tensorrt
     from clusterq_deploy.files import read_graph
+    from clusterq_deploy.lowering import check_saturation, check_tensorrt
 
     graph = read_graph(file)
     found, saturating = check_tensorrt(graph), check_saturation(graph)

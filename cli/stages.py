@@ -71,7 +71,7 @@ def _options_alone(ctx: click.Context) -> "RunConfig":
 
 def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]:
     """The variants that a command names, or all whose stage before is finished."""
-    from clusterq_deploy.quantize import BitWidths
+    from clusterq_deploy.quantization import BitWidths
 
     if chosen := ctx.params.get("bits"):
         return [str(BitWidths.parse(text)) for text in chosen]
@@ -91,7 +91,7 @@ def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> No
     the model's own probabilities were the truth.
     """
     from cli import render
-    from clusterq_deploy.quantize import BitWidths
+    from clusterq_deploy.quantization import BitWidths
 
     with _resumed(ctx, run) as pipeline:
         rows = [
@@ -110,7 +110,7 @@ def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> No
 def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
     """Quantize and fine-tune the model of RUN on its calibration images."""
     from cli import render
-    from clusterq_deploy.quantize import BitWidths
+    from clusterq_deploy.quantization import BitWidths
 
     with _resumed(ctx, run) as pipeline:
         rows = []

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from clusterq_deploy.config.run_config import RunConfig
-from clusterq_deploy.export.integers import SiteComparison
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.lowering.integers import SiteComparison
+from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.results.report import Report
 from clusterq_deploy.run.manifest import StageRecord
 from clusterq_deploy.run.run import FP32, Run

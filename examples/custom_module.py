@@ -1,13 +1,12 @@
 """A module of your own: trained, quantized without its data, and run as an INT8 graph in ONNX Runtime.
 
-    python examples/custom_module.py --out runs/custom
-
-The same by the command line, once there are weights:
-
-    clusterq run examples/custom_module.py:net --weights runs/custom-weights.safetensors --bits w8a8
+    python examples/custom_module.py --out runs/custom.onnx
 
 What makes a module of your own fit: BatchNorm with running statistics, a forward that torch.fx can trace, logits as its
-answer, and a `pretrained_cfg` that says how its input is made (or --input-size, --mean and --std).
+answer. The command line wants a factory, a function without arguments that returns the module in eval mode, and a
+`pretrained_cfg` on it that says how its input is made (or --input-size, --mean and --std):
+
+    clusterq run path/to/module.py:factory --weights weights.safetensors
 """
 
 from itertools import pairwise
@@ -18,9 +17,10 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+import clusterq_deploy
 
 MEAN, STD = 0.305, 0.376  # of the pixels of scikit-learn's digits, in [0, 1]
 
@@ -30,7 +30,6 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (MEAN,), "std": (STD,)}
         widths = (1, 16, 32, 32)
         self.features = nn.Sequential(
             *(
@@ -43,11 +42,6 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
         return logits
-
-
-def net() -> nn.Module:
-    """The factory that `examples/custom_module.py:net` names: the architecture; --weights brings the values."""
-    return Net().eval()
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -70,18 +64,13 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
     return model.eval()
 
 
-def quantize(weights: Path, out: Path, **settings: object) -> Path:
-    """The INT8 graph of the model with these weights; `settings` are those of a run.toml."""
-    from clusterq_deploy import Pipeline, RunConfig
-
-    asked = {"model": f"{__file__}:net", "weights": str(weights), "bits": ["w8a8"], "effort": "fast", **settings}
-    pipeline = Pipeline(RunConfig.model_validate(asked), out)
-    pipeline.begin()
-    pipeline.synthesize()
-    for bits in pipeline.config.widths:
-        pipeline.quantize(bits)
-    pipeline.export("w8a8")
-    return out / "w8a8/model.ort.onnx"
+def quantize(model: nn.Module, graph: Path, **synthesis: object) -> Path:
+    """Write the INT8 graph of a model, made without any of its training data."""
+    spec = clusterq_deploy.InputSpec(size=(1, 8, 8), mean=(MEAN,), std=(STD,))
+    images = clusterq_deploy.synthesize(model, spec, config=clusterq_deploy.SynthesisConfig.model_validate(synthesis))
+    student = clusterq_deploy.quantize(model, images, "w8a8")
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    return clusterq_deploy.export(student, graph, images)
 
 
 def top1(graph: Path, images: np.ndarray, labels: np.ndarray) -> float:
@@ -93,15 +82,12 @@ def top1(graph: Path, images: np.ndarray, labels: np.ndarray) -> float:
 
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--epochs", type=click.IntRange(1), default=30, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/custom"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/custom.onnx"), show_default=True)
 def main(epochs: int, out: Path) -> None:
     images, labels = digits()
     held_out = torch.arange(len(images)) % 4 == 0
     model = train(images[~held_out], labels[~held_out], epochs)
-    weights = out.with_name(f"{out.name}-weights.safetensors")
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), weights)
-    graph = quantize(weights, out)
+    graph = quantize(model, out, images=512)
     with torch.no_grad():
         in_float = 100 * (model(images[held_out]).argmax(1) == labels[held_out]).float().mean().item()
     in_int8 = top1(graph, images[held_out].numpy(), labels[held_out].numpy())

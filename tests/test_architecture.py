@@ -15,11 +15,11 @@ ALLOWED = {
 }
 FLOORS = (
     ("results", "errors", "environment", "files", "oom", "version"),
-    ("models", "quantize", "runtimes"),
-    ("export", "evaluation"),
+    ("models", "quantization", "runtimes"),
+    ("lowering", "evaluation"),
     ("config", "run"),
     ("stages", "report"),
-    ("pipeline", "plan"),
+    ("pipeline", "plan", "api"),
 )
 """Of `clusterq_deploy`, from the ground up: modules and packages import from their own floor and those below it."""
 FOREIGN = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from nets import images
 
-from clusterq_deploy.quantize.qat.augment import AugmentConfig, Augmenter
+from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 
 NOTHING = {"zoom": 0.0, "rotation": 0.0, "translation": 0.0, "jitter": 0.0, "cutmix": 0.0}
 

@@ -20,7 +20,7 @@ from clusterq_deploy.errors import UnreadableImageError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.images import Images, Unreadable
 from clusterq_deploy.evaluation.measure import Predictions, predictions
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Initialization,

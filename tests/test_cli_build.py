@@ -16,9 +16,9 @@ from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
-from clusterq_deploy.export import annotate, export_graph, spell
+from clusterq_deploy.lowering import annotate, export_graph, spell
 from clusterq_deploy.models import load_model
-from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.runtimes import tensorrt as engine
 
 BOTH = (".engine", ".fp16.engine")

@@ -11,7 +11,7 @@ from tensorrt_double import install
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.runtimes import tensorrt as engine
 
 SETTINGS = {

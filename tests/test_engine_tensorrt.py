@@ -15,8 +15,8 @@ from nets import images, make_net
 
 from calib.support.progress import SILENT
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.export import export_graph, quantized_layers, spell, to_half
-from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.lowering import export_graph, quantized_layers, spell, to_half
+from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.runtimes.runners import TorchRunner
 from clusterq_deploy.runtimes.tensorrt import (
     BuildConfig,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nets import images, make_net
 from torch import Tensor, nn
 
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     Reference,
     Student,
@@ -19,8 +19,8 @@ from clusterq_deploy.quantize import (
     make_student,
     reconstruct,
 )
-from clusterq_deploy.quantize.qat.feature_loss import feature_sites, matched_features
-from clusterq_deploy.quantize.reference import ChannelMap
+from clusterq_deploy.quantization.qat.feature_loss import feature_sites, matched_features
+from clusterq_deploy.quantization.reference import ChannelMap
 
 
 def rng() -> torch.Generator:

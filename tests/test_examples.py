@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from test_pipeline import SMALL
 
 from clusterq_deploy.models import InputSpec
@@ -59,7 +58,5 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     with torch.no_grad():
         in_float = 100 * float((model(images).argmax(1) == labels).float().mean())
     assert in_float > 80
-    weights = tmp_path / "weights.safetensors"
-    save_file(model.state_dict(), weights)
-    graph = module.quantize(weights, tmp_path / "out", **SMALL)
+    graph = module.quantize(model, tmp_path / "out" / "model.onnx", **SMALL["synthesis"])
     assert module.top1(graph, images.numpy(), labels.numpy()) > in_float - 5

@@ -16,8 +16,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from clusterq_deploy.errors import ExportError, VerificationError
-from clusterq_deploy.export import (
-    Spelling,
+from clusterq_deploy.lowering import (
+    GraphFormat,
     annotate,
     check_tensorrt,
     compare_integers,
@@ -31,13 +31,13 @@ from clusterq_deploy.export import (
     to_half,
     verify,
 )
-from clusterq_deploy.export.graphs import _float_layers
-from clusterq_deploy.export.verify import integer_layers
+from clusterq_deploy.lowering.graphs import _float_layers
+from clusterq_deploy.lowering.verify import integer_layers
 from clusterq_deploy.models import InputSpec
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
-SPELLINGS: tuple[Spelling, ...] = ("onnxruntime", "tensorrt", "int4")
+SPELLINGS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 
 
 @cache
@@ -47,12 +47,12 @@ def exported(name: str, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
     return student, export_graph(student, (3, 16, 16))
 
 
-def graph_of(name: str, spelling: Spelling, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
+def graph_of(name: str, spelling: GraphFormat, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
     student, marked = exported(name, bits)
     return student, spell(marked, student, spelling)
 
 
-def reference(student: Student, spelling: Spelling, batch: torch.Tensor) -> np.ndarray:
+def reference(student: Student, spelling: GraphFormat, batch: torch.Tensor) -> np.ndarray:
     with student.spelled(target_of(spelling)):
         return TorchRunner(student).infer(batch.numpy())
 
@@ -64,7 +64,7 @@ def initializers(graph: onnx.ModelProto) -> dict[str, TensorProto]:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a5"])
-def test_graphs_compute_what_torch_computes(name: str, spelling: Spelling, bits: str) -> None:
+def test_graphs_compute_what_torch_computes(name: str, spelling: GraphFormat, bits: str) -> None:
     student, graph = graph_of(name, spelling, bits)
     batch = images(64, seed=7)
     expected = reference(student, spelling, batch)
@@ -76,7 +76,7 @@ def test_graphs_compute_what_torch_computes(name: str, spelling: Spelling, bits:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a5"])
-def test_the_integers_at_every_quantizer_are_torchs(name: str, spelling: Spelling, bits: str) -> None:
+def test_the_integers_at_every_quantizer_are_torchs(name: str, spelling: GraphFormat, bits: str) -> None:
     student, graph = graph_of(name, spelling, bits)
     found = compare_integers(graph, student, images(32, seed=7).numpy(), spelling=spelling)
     require_same_integers(found, name=name)
@@ -88,7 +88,7 @@ def test_the_integers_at_every_quantizer_are_torchs(name: str, spelling: Spellin
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", NETS)
-def test_onnxs_reference_evaluator_computes_the_same(name: str, spelling: Spelling) -> None:
+def test_onnxs_reference_evaluator_computes_the_same(name: str, spelling: GraphFormat) -> None:
     _, graph = graph_of(name, spelling)
     batch = images(4, seed=7).numpy()
     (logits,) = ReferenceEvaluator(graph).run(None, {"images": batch})
@@ -98,7 +98,7 @@ def test_onnxs_reference_evaluator_computes_the_same(name: str, spelling: Spelli
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: Spelling) -> None:
+def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: GraphFormat) -> None:
     student, graph = graph_of("residual", spelling, "w8a8")
     changed = onnx.ModelProto()
     changed.CopyFrom(graph)
@@ -119,7 +119,7 @@ def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: S
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_nodes_doc_string_is_the_module_that_it_is_of(spelling: Spelling) -> None:
+def test_a_nodes_doc_string_is_the_module_that_it_is_of(spelling: GraphFormat) -> None:
     _, quantized = graph_of("residual", spelling)
     single = export_graph(make_net("residual"), (3, 16, 16))
     for graph, convolution in ((quantized, "b1.0 (QuantizedConv2d)"), (single, "b1.1 (BatchNorm2d)")):  # folded into it
@@ -165,7 +165,7 @@ def test_the_float_model_in_fp16_is_the_teacher(name: str) -> None:
 @pytest.mark.parametrize(("spelling", "fp16"), [*((own, False) for own in SPELLINGS), ("tensorrt", True)], ids=str)
 @pytest.mark.parametrize("name", NETS)
 def test_the_fp16_baseline_of_a_quantized_graph_is_the_same_network_without_quantizers(
-    name: str, spelling: Spelling, fp16: bool
+    name: str, spelling: GraphFormat, fp16: bool
 ) -> None:
     _, graph = graph_of(name, spelling, "w8a8")
     baseline = half_baseline(to_half(graph) if fp16 else graph)
@@ -429,7 +429,7 @@ class MixedBranches(nn.Module):
 
 @pytest.mark.parametrize("spelling", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
-def test_a_bound_of_one_branch_is_kept_where_the_scale_is_shared(spelling: Spelling, bits: str) -> None:
+def test_a_bound_of_one_branch_is_kept_where_the_scale_is_shared(spelling: GraphFormat, bits: str) -> None:
     torch.manual_seed(0)
     student = make_student(MixedBranches().eval(), BitWidths.parse(bits))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))

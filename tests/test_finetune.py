@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
 from clusterq_deploy.errors import TuningError
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Grid,
@@ -22,8 +22,8 @@ from clusterq_deploy.quantize import (
     initialize,
     make_student,
 )
-from clusterq_deploy.quantize.fake_quant import Quantizer
-from clusterq_deploy.quantize.qat.finetune import Tuning, distillation_loss
+from clusterq_deploy.quantization.fake_quant import Quantizer
+from clusterq_deploy.quantization.qat.finetune import Tuning, distillation_loss
 
 
 def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
@@ -87,7 +87,7 @@ def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tupl
         calls += 1
         return distillation_loss(own, teacher, labels, config) * (math.nan if calls in bad else 1)
 
-    monkeypatch.setattr(importlib.import_module("clusterq_deploy.quantize.qat.finetune"), "distillation_loss", loss)
+    monkeypatch.setattr(importlib.import_module("clusterq_deploy.quantization.qat.finetune"), "distillation_loss", loss)
     net, student = make_net("residual"), student_of("residual", "w3a3")
     data = images(128, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))

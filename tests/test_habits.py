@@ -19,7 +19,7 @@ from cli.main import main
 from clusterq_deploy.config.run_config import RunConfig, make_config
 from clusterq_deploy.config.toml import PLACES, read_settings
 from clusterq_deploy.errors import ConfigError
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.quantization import BitWidths
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import torch
 from nets import images, make_net
 from torch import Tensor, nn
 
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     Grid,
     Initialization,
@@ -17,8 +17,8 @@ from clusterq_deploy.quantize import (
     histograms,
     make_student,
 )
-from clusterq_deploy.quantize.histogram import histogram
-from clusterq_deploy.quantize.ptq.initialize import equalize_and_calibrate, mend
+from clusterq_deploy.quantization.histogram import histogram
+from clusterq_deploy.quantization.ptq.initialize import equalize_and_calibrate, mend
 
 IMAGES = 16  # few enough that every value is looked at
 

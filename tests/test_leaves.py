@@ -8,8 +8,8 @@ from nets import images, make_net
 
 from calib.calibration_set import CalibrationSet
 from calib.leaves import dead_leaves, leaves_beside, with_leaves
-from clusterq_deploy.quantize import BitWidths, FinetuneConfig, finetune, initialize, make_student
-from clusterq_deploy.quantize.qat.finetune import distillation_loss
+from clusterq_deploy.quantization import BitWidths, FinetuneConfig, finetune, initialize, make_student
+from clusterq_deploy.quantization.qat.finetune import distillation_loss
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 96, 64), (3, 1, 28, 28), (2, 4, 16, 40), (33, 3, 8, 8)])

@@ -23,7 +23,7 @@ from clusterq_deploy.evaluation.measure import (
     score,
     summarize,
 )
-from clusterq_deploy.export import export_graph
+from clusterq_deploy.lowering import export_graph
 from clusterq_deploy.report.verdicts import WIDEST
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 

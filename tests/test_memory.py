@@ -19,9 +19,9 @@ from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare
-from clusterq_deploy.export import Spelling, agreement, compare_integers, verify
+from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import in_memory, is_of_memory
-from clusterq_deploy.quantize import Student
+from clusterq_deploy.quantization import Student
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner, TorchRunner
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def test_other_errors_and_too_small_a_memory_are_raised() -> None:
 
 @pytest.mark.parametrize("spelling", ["onnxruntime", "tensorrt"])
 def test_integers_are_counted_once_whatever_the_memory_suffices_for(
-    spelling: Spelling, monkeypatch: pytest.MonkeyPatch
+    spelling: GraphFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, graph = graph_of("residual", spelling)
     batch = images(40, seed=7).numpy()
@@ -182,7 +182,7 @@ import resource
 import numpy as np
 import torch
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.export import float_graphs
+from clusterq_deploy.lowering import float_graphs
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, predictions
 from clusterq_deploy.models import load_model
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner

@@ -5,8 +5,8 @@ import torch
 from nets import images, make_net
 from torch import nn
 
-from clusterq_deploy.quantize import BitWidths, Student, calibrate, make_student
-from clusterq_deploy.quantize.qat.parametrize import normalized
+from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantization.qat.parametrize import normalized
 
 
 class Paddings(nn.Module):

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from nets import images
 
 from cli.main import main
-from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.results.report import read_report
 
 MODELS = """

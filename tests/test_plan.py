@@ -11,7 +11,7 @@ from test_pipeline import SMALL
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.plan import amounts, plan
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.run.estimate import Estimate, estimate
 from clusterq_deploy.run.run import Run
 

@@ -19,8 +19,8 @@ from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare_features
-from clusterq_deploy.export import float_graphs, student_graphs
-from clusterq_deploy.quantize import BitWidths, Student, initialize, make_student, plan_precision, sensitivities
+from clusterq_deploy.lowering import float_graphs, student_graphs
+from clusterq_deploy.quantization import BitWidths, Student, initialize, make_student, plan_precision, sensitivities
 from clusterq_deploy.run.directory import RunDirectory
 
 SIZE = (3, 16, 16)

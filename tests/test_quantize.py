@@ -10,7 +10,7 @@ from torch import nn
 
 from calib.synthesis import SynthesisConfig, synthesize
 from clusterq_deploy.errors import ConfigError, GraphError, WeightsError
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Grid,
@@ -21,12 +21,12 @@ from clusterq_deploy.quantize import (
     load_student,
     make_student,
 )
-from clusterq_deploy.quantize.fake_quant import Quantizer
-from clusterq_deploy.quantize.graph.ops import value_ranges
-from clusterq_deploy.quantize.graph.placement import TARGETS
-from clusterq_deploy.quantize.graph.trace import fold_batchnorm, trace
-from clusterq_deploy.quantize.ptq.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantize.qat.feature_loss import feature_loss, tap_features
+from clusterq_deploy.quantization.fake_quant import Quantizer
+from clusterq_deploy.quantization.graph.ops import value_ranges
+from clusterq_deploy.quantization.graph.placement import TARGETS
+from clusterq_deploy.quantization.graph.trace import fold_batchnorm, trace
+from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
+from clusterq_deploy.quantization.qat.feature_loss import feature_loss, tap_features
 
 
 def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:
@@ -393,7 +393,7 @@ def test_a_student_of_another_format_is_refused_in_its_own_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, path = student_of("residual"), tmp_path / "student.safetensors"
-    monkeypatch.setattr("clusterq_deploy.quantize.student.FORMAT", 1)
+    monkeypatch.setattr("clusterq_deploy.quantization.student.FORMAT", 1)
     path.write_bytes(student.to_bytes({}))
     monkeypatch.undo()
     with pytest.raises(WeightsError, match=r"^\S+student\.safetensors is of another version"):

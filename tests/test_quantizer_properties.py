@@ -12,16 +12,16 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from torch import nn
 
-from clusterq_deploy.export import Spelling, export_graph, spell, target_of
-from clusterq_deploy.export.lower import bounded_name, offset_of, quantized_name
-from clusterq_deploy.quantize import BitWidths, Grid, Student, make_student
-from clusterq_deploy.quantize.fake_quant import Quantizer
-from clusterq_deploy.quantize.ptq.calibrate import activation_scale, weight_scales
+from clusterq_deploy.lowering import GraphFormat, export_graph, spell, target_of
+from clusterq_deploy.lowering.lower import bounded_name, offset_of, quantized_name
+from clusterq_deploy.quantization import BitWidths, Grid, Student, make_student
+from clusterq_deploy.quantization.fake_quant import Quantizer
+from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
 from clusterq_deploy.runtimes.runners import OnnxRunner
 
 Floats = NDArray[np.float32]
 
-SPELLINGS: tuple[Spelling, ...] = ("onnxruntime", "tensorrt", "int4")
+SPELLINGS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 SIDE, CHANNELS = 6, 3
 SIZE = SIDE * SIDE
 EDGES = (0.0, -0.0, float("inf"), float("-inf"), 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38)
@@ -64,7 +64,7 @@ def tapped(graph: onnx.ModelProto, images: Floats) -> dict[str, np.ndarray]:
 @settings(max_examples=60, deadline=None)
 @given(grid=grids, scale=scales, data=st.data())
 def test_activations_are_quantized_as_by_the_runtime(
-    spelling: Spelling, grid: Grid, scale: float, data: st.DataObject
+    spelling: GraphFormat, grid: Grid, scale: float, data: st.DataObject
 ) -> None:
     student, marked, site = lone_layer(8)
     quantizer = Quantizer(site, grid)
@@ -84,7 +84,7 @@ def test_activations_are_quantized_as_by_the_runtime(
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(2, 8), data=st.data())
-def test_weights_are_those_that_the_runtime_restores(spelling: Spelling, bits: int, data: st.DataObject) -> None:
+def test_weights_are_those_that_the_runtime_restores(spelling: GraphFormat, bits: int, data: st.DataObject) -> None:
     student, marked, _ = lone_layer(bits)
     ((name, layer),) = student.layers().items()
     quantizer = layer.weight_quantizer

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from nets import images, make_net
 from torch import nn
 
-from clusterq_deploy.quantize import BitWidths, Grid, Student, calibrate, correct_bias, make_student, reconstruct
-from clusterq_deploy.quantize.ptq.calibrate import weight_scales
-from clusterq_deploy.quantize.ptq.reconstruct import _rounded, _samples
+from clusterq_deploy.quantization import BitWidths, Grid, Student, calibrate, correct_bias, make_student, reconstruct
+from clusterq_deploy.quantization.ptq.calibrate import weight_scales
+from clusterq_deploy.quantization.ptq.reconstruct import _rounded, _samples
 
 
 def rng() -> torch.Generator:
@@ -114,7 +114,7 @@ def test_constant_inputs_and_dead_channels_stay_finite() -> None:
 
 
 def test_very_wide_rows_keep_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["clusterq_deploy.quantize.ptq.reconstruct"]
+    module = sys.modules["clusterq_deploy.quantization.ptq.reconstruct"]
     monkeypatch.setattr(module, "_WIDEST", 1)
     student = calibrated(make_net("residual"), "w4a4")
     before = {name: layer.weight.clone() for name, layer in student.layers().items()}

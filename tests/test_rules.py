@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cli.main import main
 from clusterq_deploy.errors import ExportError, VerificationError
-from clusterq_deploy.export import RULES, check_tensorrt, export_graph, require_tensorrt, spell
 from clusterq_deploy.files import read_graph
-from clusterq_deploy.quantize import BitWidths, calibrate, make_student
+from clusterq_deploy.lowering import RULES, check_tensorrt, export_graph, require_tensorrt, spell
+from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 
 Mutation = Callable[[onnx.ModelProto], str]
 """Breaks one rule in a graph, and gives the name of the node that is to be blamed ("" for the whole file)."""

@@ -23,8 +23,8 @@ from calib.calibration_set import CalibrationSet
 from cli.main import main
 from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.export import check_saturation, export_graph, pair_sums, require_no_saturation, spell, verify
-from clusterq_deploy.quantize import (
+from clusterq_deploy.lowering import check_saturation, export_graph, pair_sums, require_no_saturation, spell, verify
+from clusterq_deploy.quantization import (
     BitWidths,
     Student,
     calibrate,
@@ -34,9 +34,9 @@ from clusterq_deploy.quantize import (
     load_student,
     make_student,
 )
-from clusterq_deploy.quantize.fake_quant import pooled_dims, row_bounds, second_extremes
-from clusterq_deploy.quantize.grid import Cpu, Grid, pair_limit
-from clusterq_deploy.quantize.qat.finetune import FinetuneConfig
+from clusterq_deploy.quantization.fake_quant import pooled_dims, row_bounds, second_extremes
+from clusterq_deploy.quantization.grid import Cpu, Grid, pair_limit
+from clusterq_deploy.quantization.qat.finetune import FinetuneConfig
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 Integers = npt.NDArray[np.int64]

@@ -18,9 +18,9 @@ from cli.main import main
 from clusterq_deploy import read_report
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.evaluation.data import load_evaluation
-from clusterq_deploy.export import check_tensorrt, export_graph, spell, target_of, verify
+from clusterq_deploy.lowering import check_tensorrt, export_graph, spell, target_of, verify
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     PrecisionPlan,
     Sensitivity,
@@ -30,7 +30,7 @@ from clusterq_deploy.quantize import (
     plan_precision,
     sensitivities,
 )
-from clusterq_deploy.quantize.sensitivity import compare
+from clusterq_deploy.quantization.sensitivity import compare
 from clusterq_deploy.runtimes.runners import TorchRunner
 
 NARROW = BitWidths(2, 3)

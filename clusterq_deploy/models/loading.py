@@ -97,14 +97,14 @@ def load_model(
     with _isolated():
         draft = _draft(name, weights, bars, shapes_only and weights in (None, _RANDOM))
     module = draft.module.eval().float().requires_grad_(False)
-    _require_batchnorm(name, draft.source, module)
+    require_batchnorm(name, draft.source, module)
     description = _fill(name, draft, weights)
     has_values = not next(module.buffers()).is_meta  # BatchNorm's
     if has_values:
         _require_finite(name, module, description)
     spec = input_spec(name, draft.cfg, input_size=input_size, mean=mean, std=std)
     with _isolated():
-        classes = _count_classes(name, module, spec)
+        classes = count_classes(name, module, spec)
     sha256 = digest(module) if has_values else ""
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
     own = weights is None or draft.source == "file"  # a file of weights may be of other classes
@@ -163,7 +163,7 @@ def _fill(name: str, draft: sources.Draft, weights: str | None) -> str:
     return origin
 
 
-def _require_batchnorm(name: str, source: str, module: nn.Module) -> None:
+def require_batchnorm(name: str, source: str, module: nn.Module) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     if any(layer.running_mean is not None for layer in layers):
         return
@@ -183,7 +183,7 @@ def _require_finite(name: str, module: nn.Module, origin: str) -> None:
             )
 
 
-def _count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
+def count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
     """The width of the logits, by a forward pass of one zero image where the module is."""
     shape = (1, *spec.size)
     try:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from calib.support.amp import mixed_precision
 from calib.support.flops import pass_cost
 from clusterq_deploy.config.run_config import RunConfig
-from clusterq_deploy.quantize import BitWidths
-from clusterq_deploy.quantize.ptq.reconstruct import images_read
+from clusterq_deploy.quantization import BitWidths
+from clusterq_deploy.quantization.ptq.reconstruct import images_read
 from clusterq_deploy.run.run import FP32, Run
 
 UNCERTAIN = 2.0

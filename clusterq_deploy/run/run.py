@@ -23,10 +23,10 @@ from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.evaluation.measure import Predictions, predictions, reached
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.models import LoadedModel, load_model
-from clusterq_deploy.quantize import BitWidths, Student, load_student
-from clusterq_deploy.quantize.graph.placement import place
-from clusterq_deploy.quantize.graph.trace import folded_teacher
-from clusterq_deploy.quantize.student import FORMAT
+from clusterq_deploy.quantization import BitWidths, Student, load_student
+from clusterq_deploy.quantization.graph.placement import place
+from clusterq_deploy.quantization.graph.trace import folded_teacher
+from clusterq_deploy.quantization.student import FORMAT
 from clusterq_deploy.run.checkpoint import FileCheckpoint
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.run.manifest import Result, StageRecord, digest

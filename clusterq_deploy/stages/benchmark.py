@@ -10,8 +10,8 @@ from pathlib import Path
 
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, summarize_engine
-from clusterq_deploy.export import quantized_layers
 from clusterq_deploy.files import read_graph
+from clusterq_deploy.lowering import quantized_layers
 from clusterq_deploy.oom import is_of_memory
 from clusterq_deploy.results.engines import EngineInspection
 from clusterq_deploy.results.report import Latency, Skipped

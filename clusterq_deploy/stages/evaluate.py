@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from clusterq_deploy.evaluation.measure import score
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.results.report import Accuracy
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import FP32, Run

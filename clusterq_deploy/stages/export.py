@@ -5,9 +5,9 @@ from contextlib import closing
 
 import onnx
 
-from clusterq_deploy import export
-from clusterq_deploy.export.integers import SiteComparison
-from clusterq_deploy.quantize import BitWidths
+from clusterq_deploy import lowering
+from clusterq_deploy.lowering.integers import SiteComparison
+from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.results.report import Artifact
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
@@ -26,7 +26,7 @@ def inputs(run: Run, variant: str) -> Result:
     """The types in TensorRT's graph; of the float model, the names of its graphs."""
     if variant == FP32:
         # the names make a run redo what it exported before there was a baseline in FP16
-        return {"graphs": [export.FLOAT_FILE, export.HALF_FILE]}
+        return {"graphs": [lowering.FLOAT_FILE, lowering.HALF_FILE]}
     return {"fp16": run.config.fp16}
 
 
@@ -41,19 +41,19 @@ def describe(_: Run, __: str) -> str:
 
 
 def _float_graphs(run: Run) -> tuple[Result, list[str]]:
-    made = export.float_graphs(
+    made = lowering.float_graphs(
         run.model.module, run.model.input.size, seed=run.config.seed, name=FP32, progress=run.progress
     )
-    artifacts = [_write(run, FP32, made.single, export.FLOAT_FILE, "onnxruntime")]
+    artifacts = [_write(run, FP32, made.single, lowering.FLOAT_FILE, "onnxruntime")]
     if made.half is not None:
-        artifacts.append(_write(run, FP32, made.half, export.HALF_FILE, "tensorrt", fp16=True))
+        artifacts.append(_write(run, FP32, made.half, lowering.HALF_FILE, "tensorrt", fp16=True))
     return {"artifacts": artifacts, "no_fp16": made.no_half}, [a["path"] for a in artifacts]
 
 
 def _student_graphs(run: Run, variant: str) -> tuple[Result, list[str]]:
     student = run.student(BitWidths.parse(variant))
-    images = run.calibration.images[: export.VERIFIED_IMAGES].numpy()
-    made = export.student_graphs(
+    images = run.calibration.images[: lowering.VERIFIED_IMAGES].numpy()
+    made = lowering.student_graphs(
         student, images, size=run.model.input.size, name=variant, fp16=run.config.fp16, progress=run.progress
     )
     artifacts, checks = [], {}
@@ -70,13 +70,13 @@ def _write(
     variant: str,
     graph: onnx.ModelProto,
     name: str,
-    target: export.Spelling,
+    target: lowering.GraphFormat,
     notes: Iterable[str] = (),
     *,
     fp16: bool = False,
 ) -> Result:
     """Write a graph that says where it came from; return its `Artifact` as JSON."""
-    annotated = export.annotate(
+    annotated = lowering.annotate(
         graph,
         model=run.model.slug,
         source=run.model.source,
@@ -102,9 +102,9 @@ def compare_graphs(run: Run, variant: str, images: int) -> Iterator[tuple[str, f
         for artifact in artifacts:
             graph, spelling = onnx.load(run.directory.path / artifact["path"]), artifact["target"]
             with runner_of(run, artifact) as own:
-                same = export.agreement(
+                same = lowering.agreement(
                     own, student, batch, spelling=spelling, batch_size=EVALUATION_BATCH, progress=progress
                 )
-            found = export.compare_integers(graph, student, batch, spelling=spelling, progress=progress)
+            found = lowering.compare_integers(graph, student, batch, spelling=spelling, progress=progress)
             advance()
             yield artifact["path"], same, found

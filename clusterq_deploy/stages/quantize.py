@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from calib.support.checkpoint import Checkpoint
 from clusterq_deploy.oom import in_memory
-from clusterq_deploy.quantize import (
+from clusterq_deploy.quantization import (
     BitWidths,
     Initialization,
     PrecisionPlan,
@@ -22,7 +22,7 @@ from clusterq_deploy.quantize import (
     make_student,
     plan_precision,
 )
-from clusterq_deploy.quantize.student import FORMAT
+from clusterq_deploy.quantization.student import FORMAT
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import Needs, Stage

@@ -7,7 +7,7 @@ import torch
 
 from calib.leaves import with_leaves
 from clusterq_deploy.oom import in_memory
-from clusterq_deploy.quantize import BitWidths, Sensitivity, judged_views, make_student, sensitivities
+from clusterq_deploy.quantization import BitWidths, Sensitivity, judged_views, make_student, sensitivities
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import Run
 from clusterq_deploy.run.stage import Needs

@@ -16,8 +16,8 @@ from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import DataError, EngineError, ExportError
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, predictions, score
-from clusterq_deploy.export import half_baseline
 from clusterq_deploy.files import read_graph, sha256_file
+from clusterq_deploy.lowering import half_baseline
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.run.run import EVALUATION_BATCH
 from clusterq_deploy.runtimes import tensorrt as engine

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import FeatureError
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.quantize.graph.trace import module_of, trace
+from clusterq_deploy.quantization.graph.trace import module_of, trace
 from clusterq_deploy.runtimes.runners import Array, TorchRunner
 
 BATCH = 50

@@ -1,0 +1,211 @@
+"""Quantize a model that is at hand, without a run directory: images, a student, a graph, each by one call.
+
+    images = clusterq_deploy.synthesize(model, InputSpec(size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3))
+    student = clusterq_deploy.quantize(model, images, "w4a4")
+    clusterq_deploy.export(student, "model.ort.onnx", images)
+
+`Pipeline` is the resumable shell around the same functions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib import synthesis
+from calib.calibration_set import CalibrationSet
+from calib.leaves import with_leaves
+from calib.refine import survives_flip
+from calib.support.progress import SILENT, Progress
+from calib.synthesis import SynthesisConfig
+from clusterq_deploy import lowering
+from clusterq_deploy.errors import ExportError, ModelError
+from clusterq_deploy.files import write_bytes
+from clusterq_deploy.lowering import GraphFormat
+from clusterq_deploy.models import InputSpec
+from clusterq_deploy.models.loading import count_classes, require_batchnorm
+from clusterq_deploy.oom import in_memory
+from clusterq_deploy.quantization import (
+    BitWidths,
+    FinetuneConfig,
+    Student,
+    finetune,
+    fit_full_range_biases,
+    initialize,
+    make_student,
+)
+from clusterq_deploy.quantization.grid import Cpu
+
+__all__ = ["export", "quantize", "synthesize"]
+
+
+def synthesize(
+    model: nn.Module,
+    spec: InputSpec,
+    *,
+    config: SynthesisConfig | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> CalibrationSet:
+    """Make images for calibration and fine-tuning from a classifier alone (ClusterQ, arXiv 2205.00179, section III).
+
+    Args:
+        model: in eval mode, with BatchNorm; images (N, C, H, W) float32, normalized, to logits (N, classes). It stays
+            as it is.
+        spec: the size of an image, and the mean and standard deviation of pixels in [0, 1] that it is normalized by.
+        config: how many images, from how many steps; the standard schedule by default.
+        seed: of all randomness.
+        progress: shows how far it is.
+
+    Returns:
+        Images (N, C, H, W) float32, normalized, on the CPU, and the classes (N,) int64 that they were made for.
+
+    Raises:
+        ModelError: the model is in training mode, or does not map such images to logits.
+        NoBatchNormError: it has no BatchNorm statistics.
+        SynthesisError: the images diverge.
+        OutOfMemoryError: the smallest batches do not fit the memory.
+    """
+    device = _device_of(model)
+    name, settings = type(model).__name__, config or SynthesisConfig()
+    require_batchnorm(name, "nn.Module", model)
+    classes = count_classes(name, model, spec)
+
+    def images(divisor: int) -> synthesis.Synthesis:
+        return synthesis.synthesize(
+            model,
+            classes=classes,
+            size=spec.size,
+            mean=spec.mean,
+            std=spec.std,
+            config=settings.with_smaller_batches(divisor),
+            device=device,
+            rng=torch.Generator(device).manual_seed(seed),
+            progress=progress,
+        )
+
+    made, _ = in_memory(images, "synthesis")
+    provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
+    return CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
+
+
+def quantize(
+    model: nn.Module,
+    images: CalibrationSet | Tensor,
+    bits: BitWidths | str,
+    *,
+    config: FinetuneConfig | None = None,
+    first_last: bool = False,
+    keep: dict[str, int] | None = None,
+    cpu: Cpu = "any",
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Student:
+    """Quantize a classifier and tune the result on images.
+
+    Args:
+        model: in eval mode; images (N, C, H, W) float32, normalized, to logits (N, classes). It stays as it is.
+        images: those of `synthesize`; or any unlabelled images (N, C, H, W) float32, normalized, which take the
+            classes that the model gives them.
+        bits: of weights and activations, such as "w4a4"; 2 to 8 each.
+        config: how long to tune; `FinetuneConfig(steps=0)` only calibrates and corrects.
+        first_last: whether the first and last layer have those widths too, not 8 bits.
+        keep: bits of single layers, by name.
+        cpu: the CPUs that the graph for ONNX Runtime is for; see `Student.target_cpu`.
+        seed: of all randomness.
+        progress: shows how far it is.
+
+    Returns:
+        A student on the model's device, which computes what its graphs compute.
+
+    Raises:
+        ModelError: the model is in training mode.
+        GraphError: it cannot be traced, or has no layer of a name in `keep`.
+        TuningError: the loss is not finite.
+        OutOfMemoryError: the smallest batches do not fit the memory.
+    """
+    device = _device_of(model)
+    widths = BitWidths.parse(bits) if isinstance(bits, str) else bits
+    settings = (config or FinetuneConfig()).scaled_to(widths)
+    if isinstance(images, Tensor):
+        images = CalibrationSet(images.cpu(), _classes_of(model, images, settings.batch_size))
+    calibration = images
+
+    def tuned(divisor: int) -> Student:
+        rng, batch_size = torch.Generator(device).manual_seed(seed), max(1, settings.batch_size // divisor)
+        student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
+        shown = with_leaves(calibration.images, settings.procedural, rng)
+        started = initialize(student, shown, batch_size=batch_size, rng=rng, progress=progress)
+        flip = survives_flip(model, calibration.images.to(device), calibration.labels.to(device), batch_size)
+        scaled = settings.model_copy(update={"batch_size": batch_size})
+        finetune(student, started.reference, calibration, config=scaled, flip=flip, rng=rng, progress=progress)
+        fit_full_range_biases(student, calibration.images)
+        return student
+
+    student, _ = in_memory(tuned, f"quantization to {widths}")
+    return student
+
+
+def export(
+    student: Student,
+    path: Path | str,
+    images: CalibrationSet | Tensor,
+    *,
+    target: GraphFormat = "onnxruntime",
+    fp16: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write a student's graph, verified: it computes what the student computes, integer by integer.
+
+    Args:
+        student: of `quantize`.
+        path: the file to write.
+        images: some of those that the student was tuned on, (N, C, H, W) float32; graph and student are compared on
+            the first 64.
+        target: "onnxruntime" (quantized operators for its CPU kernels), "tensorrt" (INT8 Q/DQ), or "int4" (weights
+            of up to four bits, two to a byte, for storage).
+        fp16: whether TensorRT's graph computes in FP16 what is not quantized.
+        progress: shows how far it is.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: the graph cannot be written, or "int4" is asked for wider weights.
+        VerificationError: it computes something else, or TensorRT would refuse it.
+    """
+    batch = images.images if isinstance(images, CalibrationSet) else images
+    sample = batch[: lowering.VERIFIED_IMAGES].cpu().numpy().astype(np.float32)
+    _, channels, height, width = sample.shape
+    graphs = lowering.student_graphs(
+        student,
+        sample,
+        size=(channels, height, width),
+        name=str(student.bits),
+        targets=(target,),
+        fp16=fp16,
+        progress=progress,
+    )
+    found = list(graphs)
+    if not found:
+        raise ExportError(f"{student.bits} has weights of more than four bits: there is no INT4 graph")
+    write_bytes(Path(path), found[0].graph.SerializeToString())
+    return Path(path)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are.
+
+    Raises:
+        ModelError: it is in training mode.
+    """
+    if model.training:
+        raise ModelError(f"{type(model).__name__} is in training mode; call .eval() first")
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def _classes_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(batch_size)])

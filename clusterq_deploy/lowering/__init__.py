@@ -1,0 +1,52 @@
+"""From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
+
+from clusterq_deploy.lowering.fp16 import half_baseline, to_half
+from clusterq_deploy.lowering.graphs import (
+    FLOAT_FILE,
+    HALF_FILE,
+    VERIFIED_IMAGES,
+    FloatGraphs,
+    VerifiedGraph,
+    agreement,
+    float_graphs,
+    student_graphs,
+)
+from clusterq_deploy.lowering.integers import SiteComparison, compare_integers, require_same_integers
+from clusterq_deploy.lowering.lower import GraphFormat, spell, target_of
+from clusterq_deploy.lowering.qdq import quantized_layers
+from clusterq_deploy.lowering.saturation import PairSum, check_saturation, pair_sums, require_no_saturation
+from clusterq_deploy.lowering.torch_export import annotate, export_graph
+from clusterq_deploy.lowering.trt_rules import RULES, Break, check_tensorrt, require_tensorrt
+from clusterq_deploy.lowering.verify import Verification, verify
+
+__all__ = [
+    "FLOAT_FILE",
+    "HALF_FILE",
+    "RULES",
+    "VERIFIED_IMAGES",
+    "Break",
+    "FloatGraphs",
+    "GraphFormat",
+    "PairSum",
+    "SiteComparison",
+    "Verification",
+    "VerifiedGraph",
+    "agreement",
+    "annotate",
+    "check_saturation",
+    "check_tensorrt",
+    "compare_integers",
+    "export_graph",
+    "float_graphs",
+    "half_baseline",
+    "pair_sums",
+    "quantized_layers",
+    "require_no_saturation",
+    "require_same_integers",
+    "require_tensorrt",
+    "spell",
+    "student_graphs",
+    "target_of",
+    "to_half",
+    "verify",
+]

@@ -1,0 +1,146 @@
+"""A graph counts as written once a runtime has computed with it what torch computes."""
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from clusterq_deploy.environment import adds_in_32_bits
+from clusterq_deploy.errors import VerificationError
+from clusterq_deploy.lowering.fp16 import computes_in_half
+from clusterq_deploy.lowering.saturation import pair_sums, require_no_saturation
+from clusterq_deploy.oom import inferred_in_parts
+from clusterq_deploy.quantization.grid import Cpu
+from clusterq_deploy.runtimes.runners import Array, OnnxRunner
+
+_CLOSE, _TINY = 1e-2, 1e-6  # of the logits' standard deviation, and in absolute terms
+
+
+@dataclass(frozen=True)
+class _Tolerance:
+    """What a graph may differ by: `agreement` at least, `typical` at most; logits within `tie` count as the same."""
+
+    agreement: float
+    typical: float
+    tie: float
+
+
+_SINGLE = _Tolerance(agreement=0.98, typical=0.05, tie=1e-4)
+"""Of 64 images one may lie on a boundary between two classes."""
+_EXACT, _AGREEMENT_BESIDE_TIES = 1e-5, 0.9
+"""Where half of the images have torch's very logits, in standard deviations, the graph is the same function, and the
+others part from it at ties of rounding, which `compare_integers` looks at one by one. A narrow grid makes much of one:
+at W4A4 a MobileNetV1 gave another class to 2 of 64 images, and torch's logits to most."""
+_HALF = _Tolerance(agreement=0.98, typical=0.1, tie=5e-2)
+"""FP16 without quantizers: every layer rounds its weights and what it writes to eleven bits, by at most 2^-12 of a
+value. On noise that was measured to add up to 0.0003 to 0.01 with trained nets, and to 0.04 with random ones whose
+logits hardly differ from image to image (ResNet-50); the logits of another net would be off by 1.4."""
+_HALF_ON_A_GRID = _Tolerance(agreement=0.9, typical=0.25, tie=5e-2)
+"""FP16 around quantizers: eleven bits move one value in some hundred over a rounding boundary of a 4-bit grid."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How near a graph comes to the torch model on the same images.
+
+    Attributes:
+        agreement: share of images with the same top-1, as the runtime executes the graph; a class to which torch
+            gives the same logit but for rounding counts as the same, for an untrained net has many.
+        close: share of images whose logits differ by at most a hundredth of the logits' standard deviation, with
+            the runtime's optimizations off. A value that falls on the other side of a rounding boundary moves an
+            image out of this share without anything being wrong.
+        typical: the median image's root mean square difference of a logit, in standard deviations of the logits,
+            optimizations off.
+        largest: the largest difference of a logit, optimizations off.
+        pair_sum: the largest magnitude that two integer products of an output channel add up to; see `pair_sums`.
+    """
+
+    agreement: float
+    close: float
+    typical: float
+    largest: float
+    pair_sum: int = 0
+
+
+def verify(
+    graph: onnx.ModelProto, images: Array, reference: Array, *, name: str, optimized: bool, cpu: Cpu = "any"
+) -> Verification:
+    """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
+
+    Args:
+        graph: the graph.
+        images: (N, C, H, W) float32, normalized.
+        reference: torch's logits for them, (N, classes) float32.
+        name: what messages call the graph.
+        optimized: whether it is meant for ONNX Runtime, and so is run as it will be executed too.
+        cpu: the CPUs that it is meant for. A graph for ONNX Runtime on `any` must not saturate; one for `vnni` is
+            executed where the CPU has VNNI only.
+
+    Raises:
+        VerificationError: the graph is invalid, does not run, disagrees with torch, or saturates.
+    """
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"{name} is no valid ONNX: {str(error).splitlines()[0]}") from error
+    if optimized and cpu == "any":
+        pair_sum = require_no_saturation(graph, name=name)
+    else:
+        pair_sum = max((abs(own.largest) for own in pair_sums(graph)), default=0)
+    data = graph.SerializeToString()
+    with OnnxRunner(data, optimized=False) as runner:
+        plain = inferred_in_parts(runner.infer, name)(images)
+    executed = plain
+    if optimized and (cpu == "any" or adds_in_32_bits()):
+        with OnnxRunner(data) as runner:
+            executed = inferred_in_parts(runner.infer, name)(images)
+    if not (np.isfinite(reference).all() and np.isfinite(plain).all() and np.isfinite(executed).all()):
+        raise VerificationError(f"{name} or its torch model gives logits that are not finite; the file is not written")
+    difference = np.abs(plain - reference)
+    deviation = max(float(reference.std()), 1e-30)
+    allowed = _tolerance(graph)
+    tie = allowed.tie * deviation + _TINY
+    result = Verification(
+        agreement=min(_agreement(plain, reference, tie), _agreement(executed, reference, tie)),
+        close=float((difference.max(axis=1) <= _CLOSE * deviation).mean()),
+        typical=float(np.median(np.sqrt(np.square(difference).mean(axis=1)))) / deviation,
+        largest=float(difference.max()),
+        pair_sum=pair_sum,
+    )
+    expected = _AGREEMENT_BESIDE_TIES if result.typical <= _EXACT else allowed.agreement
+    if result.agreement < expected or result.typical > allowed.typical:
+        raise VerificationError(
+            f"{name} gives torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images (expected "
+            f"{100 * expected:.0f} %), its logits differ by {result.typical:.2g} standard deviations "
+            f"(expected at most {allowed.typical}); the file is not written"
+        )
+    return result
+
+
+def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
+    """How many convolutions, and how many linear layers, ONNX Runtime's CPU provider runs on integers.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        with OnnxRunner(graph.SerializeToString(), write_optimized=optimized):
+            kinds = Counter(node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node)
+    return kinds["QLinearConv"], kinds["QGemm"] + kinds["QLinearMatMul"]
+
+
+def _tolerance(graph: onnx.ModelProto) -> _Tolerance:
+    if not computes_in_half(graph):
+        return _SINGLE
+    quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+    return _HALF_ON_A_GRID if quantized else _HALF
+
+
+def _agreement(own: Array, reference: Array, tie: float) -> float:
+    """Share of images for which both choose the same class, or one whose logit is no further than `tie` from it."""
+    chosen = np.take_along_axis(reference, own.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return float((reference.max(axis=1) - chosen <= tie).mean())

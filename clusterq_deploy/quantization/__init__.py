@@ -1,0 +1,49 @@
+"""Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
+
+from clusterq_deploy.quantization.grid import BitWidths, Grid
+from clusterq_deploy.quantization.histogram import Histogram, LayerHistograms, histograms
+from clusterq_deploy.quantization.ptq.bias import correct_bias, fit_full_range_biases
+from clusterq_deploy.quantization.ptq.calibrate import calibrate
+from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
+from clusterq_deploy.quantization.ptq.initialize import Initialization, initialize
+from clusterq_deploy.quantization.ptq.reconstruct import reconstruct
+from clusterq_deploy.quantization.qat.finetune import FinetuneConfig, Tuning, finetune
+from clusterq_deploy.quantization.reference import Reference
+from clusterq_deploy.quantization.sensitivity import (
+    Divergence,
+    PrecisionPlan,
+    Sensitivity,
+    judged_views,
+    plan_precision,
+    sensitivities,
+)
+from clusterq_deploy.quantization.student import Student, load_student, make_student
+
+__all__ = [
+    "BitWidths",
+    "Divergence",
+    "Equalized",
+    "FinetuneConfig",
+    "Grid",
+    "Histogram",
+    "Initialization",
+    "LayerHistograms",
+    "PrecisionPlan",
+    "Reference",
+    "Sensitivity",
+    "Student",
+    "Tuning",
+    "calibrate",
+    "correct_bias",
+    "equalize",
+    "finetune",
+    "fit_full_range_biases",
+    "histograms",
+    "initialize",
+    "judged_views",
+    "load_student",
+    "make_student",
+    "plan_precision",
+    "reconstruct",
+    "sensitivities",
+]

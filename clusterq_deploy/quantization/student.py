@@ -1,0 +1,241 @@
+"""The student: a teacher's folded graph with quantizers in it."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, fx, nn
+
+from clusterq_deploy.errors import WeightsError
+from clusterq_deploy.quantization.fake_quant import (
+    QuantizedConv2d,
+    QuantizedLinear,
+    Quantizer,
+    with_weight_quantizer,
+)
+from clusterq_deploy.quantization.graph.placement import Placement, Target, place
+from clusterq_deploy.quantization.graph.trace import folded_teacher
+from clusterq_deploy.quantization.grid import BitWidths, Cpu
+
+_LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
+FORMAT = 3
+"""Of a student's file: what its scales belong to."""
+
+
+class Student(nn.Module):
+    """A quantized model: images (N, C, H, W) float32, normalized, to logits (N, classes).
+
+    Attributes:
+        net: the folded graph with a `Quantizer` at every site.
+        bits: widths of weights and activations.
+        first_last: whether the first and last layers have those widths too, not 8 bits.
+        keep: widths of single layers, by name.
+        target_cpu: the CPUs that its graph for ONNX Runtime is made for.
+        placement: where the quantizers are, and which layers stay in float.
+    """
+
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        bits: BitWidths,
+        first_last: bool,
+        keep: Mapping[str, int],
+        cpu: Cpu,
+        placement: Placement,
+    ) -> None:
+        super().__init__()
+        self.net, self.bits, self.first_last, self.placement = net, bits, first_last, placement
+        self.keep, self.target_cpu = dict(keep), cpu
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """All quantizers by the name of their site."""
+        return {m.site: m for m in self.modules() if isinstance(m, Quantizer)}
+
+    def layers(self) -> dict[str, QuantizedConv2d | QuantizedLinear]:
+        """The quantized layers by the teacher's name for them, in order of execution."""
+        found: dict[str, QuantizedConv2d | QuantizedLinear] = {}
+        for site in self.placement.weights:
+            layer = self.net.get_submodule(site.layer)
+            if isinstance(layer, QuantizedConv2d | QuantizedLinear):
+                found[site.layer] = layer
+        return found
+
+    @contextmanager
+    def spelled(self, target: Target) -> Iterator[None]:
+        """Compute what `target`'s graph computes: without the quantizers that only the other one has, on its grids."""
+        quantizers = self.quantizers()
+        absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
+        with ExitStack() as switches:
+            switches.enter_context(_with(absent, "enabled", False))
+            if target == "tensorrt":
+                switches.enter_context(self.in_full_range())
+                switches.enter_context(self.in_int8())
+            yield
+
+    @contextmanager
+    def in_full_range(self) -> Iterator[None]:
+        """Compute with weights whose sums of two are not limited."""
+        with _with([layer.weight_quantizer for layer in self.layers().values()], "reduce_range", False):
+            yield
+
+    @contextmanager
+    def in_int8(self) -> Iterator[None]:
+        """Compute on the grids that INT8 has room for, which are the coarser ones: what is tuned on them fits both."""
+        quantizers = self.quantizers()
+        both = [quantizers[s.name] for s in self.placement.activations if "tensorrt" in s.targets]
+        with _with(both, "coarse", True):
+            yield
+
+    @contextmanager
+    def in_float(self) -> Iterator[None]:
+        """Compute what the folded teacher computes: without any quantizer."""
+        with self.quantized_at():
+            yield
+
+    @contextmanager
+    def quantized_at(self, *sites: str) -> Iterator[None]:
+        """Compute with the quantizers of these sites alone."""
+        others = [quantizer for site, quantizer in self.quantizers().items() if site not in sites]
+        with _with(others, "enabled", False):
+            yield
+
+    def project(self) -> None:
+        """Bring every scale back into its bounds; to be called after each optimizer step."""
+        for quantizer in self.quantizers().values():
+            quantizer.project()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round every bias to its layer's accumulator, an INT32 whose step is input scale times weight scale.
+
+        Integer kernels add the bias there; done here, the torch model and every graph add the same numbers. A channel
+        whose bias would not fit has weights that hardly count beside it: their step is raised until it does.
+        """
+        layers = self.layers()
+        for name, step in self.accumulator_steps().items():
+            if (bias := layers[name].bias) is not None:
+                quantizer = layers[name].weight_quantizer
+                excess = (bias.abs() / (step * _LARGEST_BIAS)).clamp_min(1)
+                if bool((excess > 1).any()):
+                    quantizer.set_scale(quantizer.scale * excess)
+                    step = step * excess  # noqa: PLW2901
+                bias.copy_((bias / step).round() * step)
+
+    def accumulator_steps(self) -> dict[str, Tensor]:
+        """The step of each layer's accumulator, (O,) float32, by the teacher's name for the layer."""
+        quantizers, layers = self.quantizers(), self.layers()
+        return {
+            site.layer: quantizers[site.input_site].scale * layers[site.layer].weight_quantizer.scale
+            for site in self.placement.weights
+        }
+
+    def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
+        """The student as a safetensors file: folded float weights and scales; settings in the metadata."""
+        settings = {
+            "format": FORMAT,
+            "bits": str(self.bits),
+            "first_last": self.first_last,
+            "keep": self.keep,
+            "cpu": self.target_cpu,
+            "provenance": dict(provenance),
+        }
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        # one entry: safetensors writes several in no fixed order, and the same student must give the same bytes
+        return save(state, metadata={"student": json.dumps(settings, sort_keys=True)})
+
+
+@contextmanager
+def _with(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iterator[None]:
+    """Set a switch of these quantizers; afterwards each is as it was."""
+    before = {quantizer: getattr(quantizer, switch) for quantizer in quantizers}
+    for quantizer in before:
+        setattr(quantizer, switch, value)
+    try:
+        yield
+    finally:
+        for quantizer, own in before.items():
+            setattr(quantizer, switch, own)
+
+
+def make_student(
+    teacher: nn.Module,
+    bits: BitWidths,
+    *,
+    first_last: bool = False,
+    keep: Mapping[str, int] | None = None,
+    cpu: Cpu = "any",
+) -> Student:
+    """A student whose quantizers stand where the targets want them, all scales still to be set.
+
+    Args:
+        teacher: in eval mode; it is copied, not changed.
+        bits: widths of weights and activations.
+        first_last: False keeps the first and last layers at 8 bits.
+        keep: widths of single layers, by name; see `place`.
+        cpu: the CPUs that its graph for ONNX Runtime is made for; see `place`.
+
+    Raises:
+        GraphError: the teacher cannot be traced, or has no such layer to quantize.
+    """
+    graph = folded_teacher(teacher)
+    placement = place(graph, bits, first_last=first_last, keep=keep, cpu=cpu)
+    device = next(graph.parameters()).device
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for site in placement.weights:
+        layer = graph.get_submodule(site.layer)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            quantizer = Quantizer(site.name, site.grid, channels=len(layer.weight), pair_limit=site.pair_limit)
+            graph.set_submodule(site.layer, with_weight_quantizer(layer, quantizer))
+    sites = nn.ModuleDict()
+    graph.add_submodule("quantizers", sites)
+    for activation in placement.activations:
+        key = activation.name.replace(".", "_")
+        sites[key] = Quantizer(activation.name, activation.grid, limit=activation.limit)
+        read_by = [nodes[name] for name in activation.readers]
+        for producer in activation.producers:
+            node = read_by[0].all_input_nodes[0] if read_by else nodes[producer]  # behind the quantizer that is there
+            with graph.graph.inserting_after(node):
+                quantized = graph.graph.call_module(f"quantizers.{key}")
+            node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=read_by: not own or user in own)
+            quantized.args = (node,)
+    graph.graph.lint()
+    graph.recompile()
+    return Student(graph, bits, first_last, keep or {}, cpu, placement).to(device).eval()
+
+
+def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
+    """Read what `Student.to_bytes` wrote, with its provenance.
+
+    Args:
+        path: a `quantized.safetensors`.
+        teacher: the model that it was made from.
+
+    Raises:
+        WeightsError: the file cannot be read, or belongs to another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})["student"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        written = settings.get("format")
+        bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
+        widths = {name: settings[name] for name in ("first_last", "keep", "cpu") if name in settings}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is no quantized model: {error}") from error
+    if written != FORMAT:
+        raise WeightsError(f"{path} is of another version of this program; make it anew with clusterq quantize")
+    student = make_student(teacher, bits, **widths)
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} was made from another model: {str(error).splitlines()[1].strip()}") from error
+    return student, dict(provenance)

@@ -1,13 +1,19 @@
 """Imports flow one way, and the command line starts without heavy libraries."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from clusterq_deploy import RunConfig
+from clusterq_deploy.pipeline import stages
+
 ROOT = Path(__file__).parents[1]
+STAGES = ROOT / "clusterq_deploy/stages"
 ALLOWED = {
     "calib": {"calib"},
     "clusterq_deploy": {"calib", "clusterq_deploy"},
@@ -76,6 +82,25 @@ def test_no_import_climbs() -> None:
         if floor[name] > floor[file.relative_to(library).parts[0].removesuffix(".py")]
     ]
     assert not climbing
+
+
+def test_the_page_has_the_floors_of_the_code() -> None:
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs/architecture.md").read_text(), re.M)
+    told = {int(number): tuple(re.findall(r"`(\w+)`", names)) for number, names in rows}
+    assert told == dict(enumerate(FLOORS, start=1))
+
+
+def test_every_stage_is_in_the_table_and_on_the_page() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    modules = [importlib.import_module(f"clusterq_deploy.stages.{file.stem}") for file in STAGES.glob("[a-z]*.py")]
+    kinds = {module.NAME: module for module in modules if hasattr(module, "NAME")}
+    table = stages(RunConfig(model="digits", bits=("w4a4",)))
+    assert {stage.kind.NAME for stage in table} == set(kinds) - {
+        "sensitivity"
+    }  # which quantize asks for if it needs it
+    assert all(stage.kind is kinds[stage.kind.NAME] for stage in table)
+    for stage in table:
+        assert re.search(rf"\b{stage.name.replace('w4a4', 'V')}\b|\b{stage.kind.NAME}/V\b", page), stage.name
 
 
 def test_the_library_does_not_print() -> None:

@@ -135,6 +135,7 @@ def test_initialization_goes_on_to_the_same_student(tmp_path: Path, bits: str, a
     assert torch.equal(rng, drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_sensitivities_and_a_plan_go_on_to_the_same_widths_and_nothing_is_done_twice(tmp_path: Path) -> None:
     net, data = make_net("residual"), images(32, seed=3)

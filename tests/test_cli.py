@@ -235,6 +235,7 @@ def test_a_run_folder_that_is_not_utf8_is_one_line_and_one_in_such_a_folder_work
     assert (folder / "out/calibration/images.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_did_not_end(
     settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,9 +298,11 @@ def test_the_readmes_commands_exist() -> None:
 
 
 def test_the_readmes_python_names_what_is_there() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    tree = ast.parse(block)
-    for node in ast.walk(tree):
+    calls, block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    named = {n.attr for n in ast.walk(ast.parse(calls)) if isinstance(n, ast.Attribute)}
+    assert named == {"InputSpec", "synthesize", "quantize", "export"}
+    assert named <= set(clusterq_deploy.__all__)
+    for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.ImportFrom) and node.module == "clusterq_deploy":
             assert {alias.name for alias in node.names} <= set(clusterq_deploy.__all__)
     head = block[: block.index("report =")]

@@ -29,6 +29,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
     pipeline.begin()

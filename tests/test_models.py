@@ -308,6 +308,7 @@ def test_timm_says_how_it_is_installed() -> None:
     assert "pip install timm" in failure(ModelError, "timm:resnet18")
 
 
+@pytest.mark.slow
 def test_the_list_of_models_agrees_with_the_models() -> None:
     entries = {entry.name: entry for entry in available_models()}
     assert next(iter(entries)) == "digits"

@@ -150,6 +150,7 @@ def test_as_few_layers_are_raised_as_the_bound_allows() -> None:
     assert plan(bound) == some
 
 
+@pytest.mark.slow
 def test_what_is_kept_by_hand_stays() -> None:
     layer = costs()[1].layer
     assert plan(100, {layer: 3}).keep == {layer: 3}

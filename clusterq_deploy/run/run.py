@@ -165,8 +165,8 @@ class Run:
     @cached_property
     def data_inputs(self) -> Result:
         """Tells one choice of evaluation images from another; a changed file counts as another one."""
-        path = self.config.data
-        return {"data": fingerprint(path) if path else self.evaluation.name, "limit": self.config.limit}
+        path, name = self.config.data, self.evaluation.name  # read first, for it says what is wrong with the data
+        return {"data": fingerprint(path) if path else name, "limit": self.config.limit}
 
     @cached_property
     def environment(self) -> Result:

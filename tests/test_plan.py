@@ -15,7 +15,7 @@ from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.run.estimate import Estimate, estimate
 from clusterq_deploy.run.run import Run
 
-EXPECTED = Estimate(forward=0.01, memory_bytes=1)
+EXPECTED = Estimate(forward=0.01, forward_mixed=0.004, memory_bytes=1)
 
 
 def call(*args: object) -> Result:
@@ -111,13 +111,15 @@ def test_a_plan_finds_what_is_wrong_before_the_work(settings: Path, tmp_path: Pa
 
 def test_the_estimate_is_passes_times_their_seconds() -> None:
     config = make_config({"model": "digits", "bits": ["w4a4"]})
-    passes = 100 * 64 * 6 + 1024 * 60 * 4.5
-    assert EXPECTED.seconds("synthesize", config, 100) == pytest.approx(0.01 * passes)
+    passes = 100 * 64 * 8 + 1024 * 60 * 6
+    assert EXPECTED.seconds("synthesize", config, 100) == pytest.approx(0.004 * passes)
     steps = config.finetune.steps * config.finetune.batch_size
-    assert EXPECTED.seconds("quantize/w4a4", config, 100) == pytest.approx(0.01 * (1024 * 25 + steps * 8))
+    assert EXPECTED.seconds("quantize/w4a4", config, 100) == pytest.approx(
+        0.01 * (3000 + 1024 * 25) + 0.004 * steps * 4
+    )
     fewer = config.finetune.scaled_to(BitWidths(8, 8))
     steps = fewer.steps * fewer.batch_size
-    assert EXPECTED.seconds("quantize/w8a8", config, 100) == pytest.approx(0.01 * (1024 * 5 + steps * 8))
+    assert EXPECTED.seconds("quantize/w8a8", config, 100) == pytest.approx(0.01 * (3000 + steps * 4))
     assert EXPECTED.seconds("evaluate/fp32", config, 100) == pytest.approx(100 * 2 * 0.01)
     assert EXPECTED.seconds("evaluate/w4a4", config, 100) == pytest.approx(100 * 4 * 0.01)
     assert EXPECTED.seconds("benchmark", config, 100) == pytest.approx(2 * (0.2 + 3) + 2 * (0.2 + 10 * 32 * 0.01))

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -18,12 +18,13 @@ from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.quantization.ptq.reconstruct import images_read
 from clusterq_deploy.run.run import FP32, Run
 
-UNCERTAIN = 2.0
-"""By what factor an estimate may be off."""
+UNCERTAIN = 3.0
+"""By what factor an estimate may be off; of a depthwise model the synthesis takes more."""
 
 # of the time of a forward pass of one image, for one image of a step
-_GENERATOR_STEP, _REFINE_STEP, _TUNING_STEP = 6.0, 4.5, 8.0
-_INITIALIZATION, _RECONSTRUCTION = 5.0, 25.0
+_GENERATOR_STEP, _REFINE_STEP, _TUNING_STEP = 8.0, 6.0, 4.0
+_CALIBRATION = 3000.0  # passes of one image, for the search of scales
+_RECONSTRUCTION = 25.0  # passes of each image, where weights have fewer than eight bits
 _GEOMETRY = 4.0  # seconds of a comparison of features, for t-SNE
 _TENSORS_OF_RECONSTRUCTION = 5  # of the widest layer's values, alive at a time
 _COPIES_OF_IMAGES = 2  # before and after refinement
@@ -37,11 +38,13 @@ class Estimate:
     """What a run is expected to take.
 
     Attributes:
-        forward: seconds of an image's pass through the model.
+        forward: seconds of an image's pass through the model in float32.
+        forward_mixed: the same in the precision that synthesis and the tuning of narrow widths compute in.
         memory_bytes: the most that the process, or the GPU, is expected to hold.
     """
 
     forward: float
+    forward_mixed: float
     memory_bytes: int
 
     def seconds(self, stage: str, config: RunConfig, evaluated: int) -> float | None:
@@ -56,12 +59,14 @@ class Estimate:
         synthesis, tuning, timing = config.synthesis, config.finetune, config.benchmark
         if kind == "synthesize":
             drawn = synthesis.generator.steps * synthesis.generator.batch_size
-            return self.forward * (drawn * _GENERATOR_STEP + synthesis.images * synthesis.refine.steps * _REFINE_STEP)
+            refined = synthesis.images * synthesis.refine.steps
+            return self.forward_mixed * (drawn * _GENERATOR_STEP + refined * _REFINE_STEP)
         if kind == "quantize":
             bits = BitWidths.parse(variant)
             own = tuning.scaled_to(bits)
-            before = synthesis.images * (_INITIALIZATION if bits.weights == 8 else _RECONSTRUCTION)
-            return self.forward * (before + own.steps * own.batch_size * _TUNING_STEP)
+            before = _CALIBRATION + (synthesis.images * _RECONSTRUCTION if bits.weights < 8 else 0)
+            forward = self.forward_mixed if max(bits.weights, bits.activations) < 8 else self.forward
+            return self.forward * before + forward * own.steps * own.batch_size * _TUNING_STEP
         if kind == "evaluate":
             graphs = 1 if variant == FP32 else 2 + (BitWidths.parse(variant).weights <= 4)
             return evaluated * (1 + graphs) * self.forward  # in torch, too
@@ -85,17 +90,21 @@ def estimate(run: Run, variants: Sequence[BitWidths]) -> Estimate:
     shapes = run.model.module
     if run.model.source == "torchvision":
         shapes = copy.deepcopy(shapes).to("meta")
-    return Estimate(_seconds_per_operation(run.device) * run.pass_cost, _memory(run, shapes, variants))
+    exact, mixed = (
+        _seconds_per_operation(run.device, precision) * run.pass_cost
+        for precision in (nullcontext(), mixed_precision(run.device))
+    )
+    return Estimate(exact, mixed, _memory(run, shapes, variants))
 
 
-def _seconds_per_operation(device: torch.device) -> float:
+def _seconds_per_operation(device: torch.device, precision: AbstractContextManager[object]) -> float:
     """Seconds for a multiply-add of `pass_cost`, by a convolution with its BatchNorm and ReLU on a device."""
     shape = (_CHANNELS, _SIDE, _SIDE)
     layer = nn.Sequential(nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1), nn.BatchNorm2d(_CHANNELS), nn.ReLU())
     layer = layer.eval().to(device).to(memory_format=torch.channels_last)
     images = torch.zeros(_IMAGES, *shape, device=device).to(memory_format=torch.channels_last)
     seconds: list[float] = []
-    with torch.no_grad(), mixed_precision(device):
+    with torch.no_grad(), precision:
         while len(seconds) < _FEWEST or (sum(seconds) < _TIMED and len(seconds) < _MOST):
             start = time.perf_counter()
             layer(images).float().sum().item()  # waits for a GPU, too

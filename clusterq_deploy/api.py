@@ -21,6 +21,8 @@ from calib.support.progress import SILENT, Progress
 from calib.synthesis import SynthesisConfig
 from clusterq_deploy import lowering
 from clusterq_deploy.errors import ExportError, ModelError
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.evaluation.measure import predictions
 from clusterq_deploy.files import write_bytes
 from clusterq_deploy.lowering import GraphFormat
 from clusterq_deploy.models import InputSpec
@@ -36,6 +38,7 @@ from clusterq_deploy.quantization import (
     make_student,
 )
 from clusterq_deploy.quantization.grid import Cpu
+from clusterq_deploy.runtimes.runners import TorchRunner
 
 __all__ = ["export", "quantize", "synthesize"]
 
@@ -129,7 +132,9 @@ def quantize(
     widths = BitWidths.parse(bits) if isinstance(bits, str) else bits
     settings = (config or FinetuneConfig()).scaled_to(widths)
     if isinstance(images, Tensor):
-        images = CalibrationSet(images.cpu(), _classes_of(model, images, settings.batch_size))
+        unlabelled = EvaluationSet.from_images("images", images.cpu().numpy())
+        answers = predictions(TorchRunner(model), unlabelled, settings.batch_size)
+        images = CalibrationSet(images.cpu(), torch.from_numpy(answers[:, 0]))
     calibration = images
 
     def tuned(divisor: int) -> Student:
@@ -203,9 +208,3 @@ def _device_of(model: nn.Module) -> torch.device:
     if model.training:
         raise ModelError(f"{type(model).__name__} is in training mode; call .eval() first")
     return next(model.parameters()).device
-
-
-@torch.no_grad()
-def _classes_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    device = next(model.parameters()).device
-    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(batch_size)])

@@ -79,7 +79,8 @@ class Pipeline(Run):
 
     def build(self, variant: str) -> StageRecord | None:
         """Build a variant's TensorRT engine; return None where that cannot be done."""
-        return None if unavailable_reason() else self.do(Stage(build, variant))
+        stage = Stage(build, variant)
+        return None if unavailable(stage) else self.do(stage)
 
     def evaluate(self, variant: str) -> StageRecord:
         """Measure a variant's accuracy in torch and as each runtime executes its graphs."""

@@ -140,10 +140,12 @@ def student_graphs(
         advance()
         return {**asdict(found), "integers": [asdict(site) for site in integers]}
 
-    with progress.task(f"Export {name}", 1 + len(TARGETS) + 3 * len(files) + 2 * fp16) as advance:
+    executed = [target for target in TARGETS if target in map(target_of, files)]
+    fp16 = fp16 and "tensorrt" in files
+    with progress.task(f"Export {name}", 1 + len(executed) + 3 * len(files) + 2 * fp16) as advance:
         marked = export_graph(student, size)
         advance()
-        for target in TARGETS:
+        for target in executed:
             with student.spelled(target):
                 logits[target] = inferred_in_parts(TorchRunner(student).infer, f"{name} in torch")(images)
             advance()

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from calib.support.amp import mixed_precision
+from calib.support.amp import has_fast_bfloat16, mixed_precision
 from calib.support.flops import pass_cost
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.quantization import BitWidths
@@ -90,10 +90,10 @@ def estimate(run: Run, variants: Sequence[BitWidths]) -> Estimate:
     shapes = run.model.module
     if run.model.source == "torchvision":
         shapes = copy.deepcopy(shapes).to("meta")
-    exact, mixed = (
-        _seconds_per_operation(run.device, precision) * run.pass_cost
-        for precision in (nullcontext(), mixed_precision(run.device))
-    )
+    exact = _seconds_per_operation(run.device, nullcontext()) * run.pass_cost
+    mixed = exact
+    if has_fast_bfloat16(run.device):
+        mixed = _seconds_per_operation(run.device, mixed_precision(run.device)) * run.pass_cost
     return Estimate(exact, mixed, _memory(run, shapes, variants))
 
 

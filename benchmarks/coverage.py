@@ -23,14 +23,14 @@ from torch import Tensor
 
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError
-from clusterq_deploy.lowering import GraphFormat, agreement, check_tensorrt, compare_integers, export_graph, spell
+from clusterq_deploy.lowering import GraphFormat, agreement, check_tensorrt, compare_integers, export_graph, lower
 from clusterq_deploy.quantization import BitWidths, Student
 from clusterq_deploy.quantization.sensitivity import answers, compare
 from clusterq_deploy.runtimes.runners import OnnxRunner
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
-SPELLINGS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
+GRAPH_FORMATS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 _COMPARED, _BATCH = 16, 16
 _INTRODUCTION = """# Coverage
 
@@ -47,19 +47,19 @@ longer answer as they did, and a single tie can change an answer.
 |---|---|---|---|---|---|"""
 
 
-def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, spelling: GraphFormat) -> dict[str, Any]:
+def graph_record(graph: onnx.ModelProto, student: Student, images: Tensor, graph_format: GraphFormat) -> dict[str, Any]:
     """What is measured of one graph."""
     onnx.checker.check_model(graph, full_check=True)
     batch = images.numpy()
-    with OnnxRunner(graph.SerializeToString(), optimized=spelling != "tensorrt") as runner:
-        same = agreement(runner, student, batch, spelling=spelling, batch_size=_BATCH)
-    sites = compare_integers(graph, student, batch[:_COMPARED], spelling=spelling)
+    with OnnxRunner(graph.SerializeToString(), optimized=graph_format != "tensorrt") as runner:
+        same = agreement(runner, student, batch, graph_format=graph_format, batch_size=_BATCH)
+    sites = compare_integers(graph, student, batch[:_COMPARED], graph_format=graph_format)
     return {
         "agreement": same,
         "integers": sum(site.values for site in sites),
         "ties": sum(site.ties for site in sites),
         "parts_at": [asdict(site) for site in sites if site.differing],
-        "rules": [asdict(own) for own in check_tensorrt(graph)] if spelling == "tensorrt" else [],
+        "rules": [asdict(own) for own in check_tensorrt(graph)] if graph_format == "tensorrt" else [],
         "size_bytes": graph.ByteSize(),
     }
 
@@ -78,7 +78,7 @@ def measure(name: str, bits: BitWidths, images: int) -> dict[str, Any]:
         "teacher_agreement": compare(own, teacher).agreement,
         "images": images,
         "fp32_size_bytes": export_graph(model.module, size).ByteSize(),
-        "graphs": {s: graph_record(spell(marked, student, s), student, seen, s) for s in SPELLINGS},
+        "graphs": {s: graph_record(lower(marked, student, s), student, seen, s) for s in GRAPH_FORMATS},
         "seconds": time.perf_counter() - start,
     }
 
@@ -102,10 +102,10 @@ def table(results: dict[str, Any]) -> str:
             continue
         graphs = own["graphs"]
         skipped = "; ".join(_grouped(own["skipped_layers"])) or "none"
-        integers = sum(graphs[s]["integers"] for s in SPELLINGS)
-        ties = sum(graphs[s]["ties"] for s in SPELLINGS)
-        parted = sum(site["differing"] for s in SPELLINGS for site in graphs[s]["parts_at"])
-        sizes = " / ".join(f"{graphs[s]['size_bytes'] / own['fp32_size_bytes']:.3f}" for s in SPELLINGS)
+        integers = sum(graphs[s]["integers"] for s in GRAPH_FORMATS)
+        ties = sum(graphs[s]["ties"] for s in GRAPH_FORMATS)
+        parted = sum(site["differing"] for s in GRAPH_FORMATS for site in graphs[s]["parts_at"])
+        sizes = " / ".join(f"{graphs[s]['size_bytes'] / own['fp32_size_bytes']:.3f}" for s in GRAPH_FORMATS)
         cells = (name, own["quantized_layers"], skipped, f"{integers:,}", f"{ties:,} / {parted}", sizes)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     machines: dict[str, list[str]] = {}

@@ -26,7 +26,7 @@ from store import write
 
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark
-from clusterq_deploy.lowering import export_graph, spell
+from clusterq_deploy.lowering import export_graph, lower
 from clusterq_deploy.lowering.torch_export import INPUT
 from clusterq_deploy.lowering.verify import integer_layers
 from clusterq_deploy.quantization import BitWidths
@@ -92,7 +92,7 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
     for bits in BITS:
         student = calibrated(model, BitWidths.parse(bits), seen)
         quantized = len(student.placement.weights)
-        graphs[bits] = spell(export_graph(student, size), student, "onnxruntime")
+        graphs[bits] = lower(export_graph(student, size), student, "onnxruntime")
     with ExitStack() as stack:
         runners = {
             kind: stack.enter_context(OnnxRunner(graph.SerializeToString(), threads=config.cpu_threads))

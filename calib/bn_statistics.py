@@ -215,7 +215,7 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return layer.running_mean, (layer.running_var + layer.eps).sqrt()
 
 
-def class_weights(labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def class_averaging_matrix(labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Shares of the kept samples in their classes.
 
     Args:
@@ -250,7 +250,7 @@ class Centroids:
         """Move the centroids of the classes `present` towards this batch's statistics, by beta.  # (5)
 
         A class that is seen for the first time takes the statistics as they are. `present` and `shares` come
-        from `class_weights`.
+        from `class_averaging_matrix`.
         """
         if not self.mean:
             rows = len(self.seen)
@@ -272,7 +272,7 @@ def within_class_diversity(features: Tensor, labels: Tensor) -> float:
         labels: (N,) int64.
     """
     total = features.var(0, correction=0).sum()
-    present, shares = class_weights(labels, torch.ones_like(labels, dtype=torch.bool))
+    present, shares = class_averaging_matrix(labels, torch.ones_like(labels, dtype=torch.bool))
     centre = shares @ features
     own = centre[torch.searchsorted(present, labels)]
     within = (features - own).square().mean(0).sum()

@@ -53,7 +53,7 @@ def sfda_loss(
     Args:
         moments: of the semantic layers.
         centroids: of the same layers.
-        present, shares: from `calib.bn_statistics.class_weights`, of correctly classified samples.
+        present, shares: from `calib.bn_statistics.class_averaging_matrix`, of correctly classified samples.
         spreads: the channels' deviations (C,), one a semantic layer, to measure distances in; absolute without.
     """
     total = torch.zeros((), device=present.device)
@@ -103,7 +103,7 @@ def icv_loss(
     return total
 
 
-def spread_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
+def image_variance_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
     """How far images are too much alike: a hinge on the variance between them, at every BatchNorm layer.
 
     BatchNorm statistics bind a batch, not its images: (9) is met as well by images that all have the batch's mean

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from calib.bn_statistics import count_executed, tap_batchnorm
-from calib.losses import bns_loss, spread_loss, total_variation
+from calib.losses import bns_loss, image_variance_loss, total_variation
 from calib.recovery import Recovery
 from calib.support.amp import mixed_precision
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
@@ -35,7 +35,7 @@ class RefineConfig(StageConfig):
             linearly by depth: early statistics only loosely bind an image, late ones do.
         ce_weight: weight of L_CE (8), for images whose class the teacher gives less than `confident`.
         variation_weight: weight of the total variation.
-        spread_weight: weight of the spread between images, `calib.losses.spread_loss`.
+        spread_weight: weight of the spread between images, `calib.losses.image_variance_loss`.
         spread_mean, spread_std: the least variance between images of a channel's mean and of its deviation, relative
             to the variance in the BatchNorm buffers.
         shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted alone.
@@ -212,7 +212,7 @@ class _Batch:
         loss = config.bns_weight * bns + config.ce_weight * ce
         variation = total_variation(pixels)
         loss = loss + config.variation_weight * variation
-        spread = spread_loss(tap, config.spread_mean, config.spread_std)
+        spread = image_variance_loss(tap, config.spread_mean, config.spread_std)
         loss = loss + config.spread_weight * spread
         value, *figures = torch.stack([loss, bns, ce, spread, variation]).tolist()
         terms = dict(zip(_TERMS, figures, strict=True))

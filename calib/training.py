@@ -12,7 +12,7 @@ from calib.bn_statistics import (
     Centroids,
     Moments,
     Tap,
-    class_weights,
+    class_averaging_matrix,
     count_executed,
     running_statistics,
     tap_batchnorm,
@@ -195,7 +195,7 @@ class GeneratorTrainer:
         keep = (logits.argmax(1) == labels) & logits.isfinite().all(1)
         if not warmup and bool(keep.any()):
             moments = tap.moments[self.first_semantic :]
-            present, shares = class_weights(labels, keep)
+            present, shares = class_averaging_matrix(labels, keep)
             self.centroids.update(moments, present, shares, config.ema_beta)  # (5)
             spreads = [running_statistics(layer)[1] for layer in tap.layers[self.first_semantic :]]
             units = spreads if config.distance == "relative" else None
@@ -259,7 +259,7 @@ class GeneratorTrainer:
             if not bool(keep.any()):
                 continue
             moments = tap.moments[self.first_semantic :]
-            present, shares = class_weights(labels, keep)
+            present, shares = class_averaging_matrix(labels, keep)
             self.centroids.update(moments, present, shares, self.config.ema_beta)
             if len(rows) < _DEVIATION_BATCHES:
                 own = torch.searchsorted(present, labels[keep])

@@ -75,9 +75,9 @@ def _usage_error(error: click.UsageError) -> _UserError:
 
 
 def _is_of_memory(error: Exception) -> bool:
-    from clusterq_deploy.oom import is_of_memory
+    from clusterq_deploy.oom import is_out_of_memory
 
-    return is_of_memory(error)
+    return is_out_of_memory(error)
 
 
 def _is_ours(error: Exception) -> bool:
@@ -88,7 +88,8 @@ def _is_ours(error: Exception) -> bool:
 
 def _keep_freed_memory() -> None:
     """Let glibc keep what is freed: by default large maps go back to the kernel, and every training step on a CPU
-    takes them anew, page by page, which is a third of its time. No effect elsewhere."""
+    takes them anew, page by page, which is a third of its time. No effect elsewhere.
+    """
     import ctypes
     import sys
 

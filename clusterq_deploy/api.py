@@ -27,15 +27,15 @@ from clusterq_deploy.files import write_bytes
 from clusterq_deploy.lowering import GraphFormat
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.loading import count_classes, require_batchnorm
-from clusterq_deploy.oom import in_memory
+from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Student,
     finetune,
     fit_full_range_biases,
-    initialize,
     make_student,
+    post_training_quantize,
 )
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import TorchRunner
@@ -88,7 +88,7 @@ def synthesize(
             progress=progress,
         )
 
-    made, _ = in_memory(images, "synthesis")
+    made, _ = retry_on_oom(images, "synthesis")
     provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
     return CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
 
@@ -141,14 +141,14 @@ def quantize(
         rng, batch_size = torch.Generator(device).manual_seed(seed), max(1, settings.batch_size // divisor)
         student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
         shown = with_leaves(calibration.images, settings.procedural, rng)
-        started = initialize(student, shown, batch_size=batch_size, rng=rng, progress=progress)
+        started = post_training_quantize(student, shown, batch_size=batch_size, rng=rng, progress=progress)
         flip = survives_flip(model, calibration.images.to(device), calibration.labels.to(device), batch_size)
         scaled = settings.model_copy(update={"batch_size": batch_size})
         finetune(student, started.reference, calibration, config=scaled, flip=flip, rng=rng, progress=progress)
         fit_full_range_biases(student, calibration.images)
         return student
 
-    student, _ = in_memory(tuned, f"quantization to {widths}")
+    student, _ = retry_on_oom(tuned, f"quantization to {widths}")
     return student
 
 

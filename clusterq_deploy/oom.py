@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 _Array = npt.NDArray[np.float32]
 
 
-def in_memory(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[_T, int]:
+def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[_T, int]:
     """The result of `work(divisor)`, and the divisor of its batches that the memory sufficed for: 1, 2, 4, and so on.
 
     Work begins anew with each, or where it was interrupted at the same one, so that its result is the same as if such
@@ -46,7 +46,7 @@ def in_memory(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[
         try:
             return work(divisor), divisor
         except (RuntimeError, MemoryError) as error:
-            if not is_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if divisor >= _LARGEST_DIVISOR:
                 elsewhere = ", or give --device cpu" if "CUDA" in str(error) else ""
@@ -59,14 +59,14 @@ def in_memory(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[
         logger.warning("%s: the memory does not suffice; again, with batches divided by %d", what, divisor)
 
 
-def in_parts(work: Callable[[_Array], _T], what: str) -> Callable[[_Array], list[_T]]:
+def split_on_oom(work: Callable[[_Array], _T], what: str) -> Callable[[_Array], list[_T]]:
     """`work` on a batch (N, C, H, W) in as many parts as the memory asks for: what it gives for each part, in order.
 
     A batch after one that had to be divided is divided likewise from the start.
 
     Args:
         work: of a part of a batch; what it does to one image has to depend on that alone.
-        what: as for `in_memory`, whose errors it raises.
+        what: as for `retry_on_oom`, whose errors it raises.
     """
     divisor = 1
 
@@ -76,19 +76,19 @@ def in_parts(work: Callable[[_Array], _T], what: str) -> Callable[[_Array], list
         def divided(by: int) -> list[_T]:
             return [work(part) for part in np.array_split(images, by) if len(part)]
 
-        found, divisor = in_memory(divided, what, first=divisor)
+        found, divisor = retry_on_oom(divided, what, first=divisor)
         return found
 
     return on
 
 
-def inferred_in_parts(infer: Callable[[_Array], _Array], what: str) -> Callable[[_Array], _Array]:
-    """`infer`, logits (N, classes) of images (N, C, H, W), in as many parts as the memory asks for; see `in_parts`."""
-    parts = in_parts(infer, what)
+def infer_split_on_oom(infer: Callable[[_Array], _Array], what: str) -> Callable[[_Array], _Array]:
+    """Return `infer`, logits (N, classes) of images (N, C, H, W), split by `split_on_oom`."""
+    parts = split_on_oom(infer, what)
     return lambda images: np.concatenate(parts(images))
 
 
-def is_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error, of whatever kind, says that memory did not suffice."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None

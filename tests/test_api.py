@@ -70,7 +70,7 @@ def test_a_graph_computes_what_the_student_computes(target: str, file: str, tmp_
     batch = images.images[:16].numpy()
     with (
         OnnxRunner(path, optimized=target != "tensorrt") as runner,
-        student.spelled("tensorrt" if target == "tensorrt" else "onnxruntime"),
+        student.for_target("tensorrt" if target == "tensorrt" else "onnxruntime"),
     ):
         np.testing.assert_allclose(runner.infer(batch), TorchRunner(student).infer(batch), atol=1e-4)
 

@@ -23,13 +23,13 @@ from clusterq_deploy.evaluation.measure import Predictions, predictions
 from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
-    Initialization,
     PrecisionPlan,
+    PTQResult,
     Sensitivity,
     finetune,
-    initialize,
     make_student,
     plan_precision,
+    post_training_quantize,
     sensitivities,
 )
 from clusterq_deploy.run import checkpoint as files
@@ -125,7 +125,7 @@ def test_initialization_goes_on_to_the_same_student(tmp_path: Path, bits: str, a
 
     def work(checkpoint: Checkpoint) -> tuple[State, Tensor]:
         student, rng = copy.deepcopy(fresh), torch.Generator().manual_seed(0)
-        started = initialize(student, data, batch_size=16, rng=rng, checkpoint=checkpoint)
+        started = post_training_quantize(student, data, batch_size=16, rng=rng, checkpoint=checkpoint)
         return started.state_dict(student), rng.get_state()
 
     whole, drawn = work(NOWHERE)
@@ -174,13 +174,13 @@ def test_fine_tuning_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> N
     fresh = make_student(net, BitWidths.parse(bits))
     start = copy.deepcopy(fresh)
     rng = torch.Generator().manual_seed(0)
-    started = initialize(start, data, batch_size=16, rng=rng)
+    started = post_training_quantize(start, data, batch_size=16, rng=rng)
     kept, after = copy.deepcopy(started.state_dict(start)), rng.get_state()
 
     def work(checkpoint: Checkpoint) -> tuple[State, object]:
         student, rng = copy.deepcopy(fresh), torch.Generator()
         rng.set_state(after)
-        again = Initialization.from_state(student, kept)
+        again = PTQResult.from_state(student, kept)
         assert (again.equalized, again.errors, again.shifts) == (started.equalized, started.errors, started.shifts)
         tuning = finetune(
             student, again.reference, calibration, config=config, flip=True, rng=rng, checkpoint=checkpoint

@@ -16,7 +16,7 @@ from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
-from clusterq_deploy.lowering import annotate, export_graph, spell
+from clusterq_deploy.lowering import annotate, export_graph, lower
 from clusterq_deploy.models import load_model
 from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.runtimes import tensorrt as engine
@@ -26,12 +26,12 @@ BOTH = (".engine", ".fp16.engine")
 
 @pytest.fixture(scope="module")
 def exported() -> bytes:
-    """The bundled model in W8A8, spelled for TensorRT."""
+    """The bundled model in W8A8, lowered for TensorRT."""
     model = load_model("digits", device=torch.device("cpu"))
     student = make_student(model.module, BitWidths(8, 8))
     images = torch.randn(32, *model.input.size, generator=torch.Generator().manual_seed(0))
     calibrate(student, images, batch_size=16, rng=torch.Generator().manual_seed(0))
-    made = spell(export_graph(student, model.input.size), student, "tensorrt")
+    made = lower(export_graph(student, model.input.size), student, "tensorrt")
     named = {"model": model.slug, "source": model.source, "variant": "w8a8", "inputs": model.input}
     return annotate(made, **named, provenance={}).SerializeToString()
 

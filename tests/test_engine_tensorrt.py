@@ -15,7 +15,7 @@ from nets import images, make_net
 
 from calib.support.progress import SILENT
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.lowering import export_graph, quantized_layers, spell, to_half
+from clusterq_deploy.lowering import export_graph, lower, quantized_layers, to_fp16
 from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.runtimes.runners import TorchRunner
 from clusterq_deploy.runtimes.tensorrt import (
@@ -102,11 +102,11 @@ def test_tells_of_its_layers(graph: Path) -> None:
 def test_a_quantized_graph_runs_in_integers_and_agrees_with_torch(tmp_path: Path, fp16: bool) -> None:
     student = make_student(make_net("residual"), BitWidths(8, 8))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    made = spell(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    made = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
     path = tmp_path / "model.trt.onnx"
-    onnx.save(to_half(made) if fp16 else made, path)
+    onnx.save(to_fp16(made) if fp16 else made, path)
     batch = images(64, seed=7).numpy()
-    with student.spelled("tensorrt"):
+    with student.for_target("tensorrt"):
         expected = TorchRunner(student).infer(batch)
     with TensorRTRunner(build(path, BuildConfig())) as runner:
         found = runner.infer(batch)

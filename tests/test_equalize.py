@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clusterq_deploy.quantization import (
     BitWidths,
-    Reference,
+    FloatTwin,
     Student,
     calibrate,
     correct_bias,
@@ -20,7 +20,7 @@ from clusterq_deploy.quantization import (
     reconstruct,
 )
 from clusterq_deploy.quantization.qat.feature_loss import feature_sites, matched_features
-from clusterq_deploy.quantization.reference import ChannelMap
+from clusterq_deploy.quantization.reference import ChannelAffine
 
 
 def rng() -> torch.Generator:
@@ -162,7 +162,7 @@ def test_a_flattened_map_is_shifted_a_channel_at_a_time(
 
 def test_maps_are_exact_in_half_precision_where_values_are_far_from_zero() -> None:
     x = torch.linspace(2.9, 3.1, 64).bfloat16().view(1, 1, 8, 8)
-    own = ChannelMap(torch.tensor([13.2]), torch.tensor([38.28]), "x")
+    own = ChannelAffine(torch.tensor([13.2]), torch.tensor([38.28]), "x")
     expected = x.double() * 13.2 - 38.28
     assert float((own(x).double() - expected).abs().mean()) < 0.01
 
@@ -177,7 +177,7 @@ def test_reconstruction_and_bias_correction_follow_the_maps() -> None:
     teacher, data = narrow(nn.Conv2d(8, 6, 1), nn.ReLU()), images(64)
     for mend in (reconstruct, correct_bias):
         student = make_student(teacher, BitWidths(6, 6), first_last=True)
-        reference = Reference(copy.deepcopy(student), equalize(student, data, rng=rng())[1])
+        reference = FloatTwin(copy.deepcopy(student), equalize(student, data, rng=rng())[1])
         calibrate(student, data, batch_size=32, rng=rng())
         extra = {"rng": rng()} if mend is reconstruct else {}
         with torch.no_grad():
@@ -193,7 +193,7 @@ def test_a_students_features_are_the_teachers_by_their_maps(name: str) -> None:
     teacher = copy.deepcopy(student)
     found, maps = equalize(student, images(), rng=rng(), shifts=False)
     assert any(pair.exponent > 0 for pair in found)
-    reference = Reference(teacher, maps)
+    reference = FloatTwin(teacher, maps)
     assert {own.site for own in maps.values()} <= set(feature_sites(student))
     assert len({own.site for own in maps.values()}) == len(maps) > 0
     with student.in_float(), matched_features(student, reference, images()) as loss, torch.no_grad():

@@ -23,12 +23,12 @@ from clusterq_deploy.lowering import (
     compare_integers,
     export_graph,
     float_graphs,
-    half_baseline,
+    fp16_baseline,
+    lower,
     require_same_integers,
-    spell,
     student_graphs,
     target_of,
-    to_half,
+    to_fp16,
     verify,
 )
 from clusterq_deploy.lowering.graphs import _float_layers
@@ -37,7 +37,7 @@ from clusterq_deploy.models import InputSpec
 from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
-SPELLINGS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
+GRAPH_FORMATS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 
 
 @cache
@@ -47,13 +47,13 @@ def exported(name: str, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
     return student, export_graph(student, (3, 16, 16))
 
 
-def graph_of(name: str, spelling: GraphFormat, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
+def graph_of(name: str, graph_format: GraphFormat, bits: str = "w4a4") -> tuple[Student, onnx.ModelProto]:
     student, marked = exported(name, bits)
-    return student, spell(marked, student, spelling)
+    return student, lower(marked, student, graph_format)
 
 
-def reference(student: Student, spelling: GraphFormat, batch: torch.Tensor) -> np.ndarray:
-    with student.spelled(target_of(spelling)):
+def reference(student: Student, graph_format: GraphFormat, batch: torch.Tensor) -> np.ndarray:
+    with student.for_target(target_of(graph_format)):
         return TorchRunner(student).infer(batch.numpy())
 
 
@@ -61,35 +61,35 @@ def initializers(graph: onnx.ModelProto) -> dict[str, TensorProto]:
     return {i.name: i for i in graph.graph.initializer}
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a5"])
-def test_graphs_compute_what_torch_computes(name: str, spelling: GraphFormat, bits: str) -> None:
-    student, graph = graph_of(name, spelling, bits)
+def test_graphs_compute_what_torch_computes(name: str, graph_format: GraphFormat, bits: str) -> None:
+    student, graph = graph_of(name, graph_format, bits)
     batch = images(64, seed=7)
-    expected = reference(student, spelling, batch)
-    found = verify(graph, batch.numpy(), expected, name=name, optimized=spelling != "tensorrt")
+    expected = reference(student, graph_format, batch)
+    found = verify(graph, batch.numpy(), expected, name=name, optimized=graph_format != "tensorrt")
     assert found.agreement == 1
     assert found.close > 0.8  # the others have a value on a rounding boundary
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a5"])
-def test_the_integers_at_every_quantizer_are_torchs(name: str, spelling: GraphFormat, bits: str) -> None:
-    student, graph = graph_of(name, spelling, bits)
-    found = compare_integers(graph, student, images(32, seed=7).numpy(), spelling=spelling)
+def test_the_integers_at_every_quantizer_are_torchs(name: str, graph_format: GraphFormat, bits: str) -> None:
+    student, graph = graph_of(name, graph_format, bits)
+    found = compare_integers(graph, student, images(32, seed=7).numpy(), graph_format=graph_format)
     require_same_integers(found, name=name)
-    target = target_of(spelling)
+    target = target_of(graph_format)
     assert {own.site for own in found} == {s.name for s in student.placement.activations if target in s.targets}
     assert sum(own.ties for own in found) <= 1e-3 * sum(own.values for own in found)
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @pytest.mark.parametrize("name", NETS)
-def test_onnxs_reference_evaluator_computes_the_same(name: str, spelling: GraphFormat) -> None:
-    _, graph = graph_of(name, spelling)
+def test_onnxs_reference_evaluator_computes_the_same(name: str, graph_format: GraphFormat) -> None:
+    _, graph = graph_of(name, graph_format)
     batch = images(4, seed=7).numpy()
     (logits,) = ReferenceEvaluator(graph).run(None, {"images": batch})
     with OnnxRunner(graph.SerializeToString(), optimized=False) as runner:
@@ -97,16 +97,16 @@ def test_onnxs_reference_evaluator_computes_the_same(name: str, spelling: GraphF
     assert np.median(np.abs(logits - expected)) <= 1e-4 * expected.std()  # but for an image with a value at a tie
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: GraphFormat) -> None:
-    student, graph = graph_of("residual", spelling, "w8a8")
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
+def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(graph_format: GraphFormat) -> None:
+    student, graph = graph_of("residual", graph_format, "w8a8")
     changed = onnx.ModelProto()
     changed.CopyFrom(graph)
     weight = initializers(changed)["b1.0.weight.integers"]
     integers = numpy_helper.to_array(weight).copy()
     integers.flat[5] += 9
     weight.CopyFrom(numpy_helper.from_array(integers, weight.name))
-    found = compare_integers(changed, student, images(8).numpy(), spelling=spelling)
+    found = compare_integers(changed, student, images(8).numpy(), graph_format=graph_format)
     parted = [own for own in found if own.differing]
     assert len(parted) == 1  # what comes behind is computed from the graph's own integers
     assert parted[0].largest >= 1
@@ -118,9 +118,9 @@ def test_a_graph_that_computes_something_else_is_blamed_at_its_layer(spelling: G
     assert readers == ["b2.0"]
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_nodes_doc_string_is_the_module_that_it_is_of(spelling: GraphFormat) -> None:
-    _, quantized = graph_of("residual", spelling)
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
+def test_a_nodes_doc_string_is_the_module_that_it_is_of(graph_format: GraphFormat) -> None:
+    _, quantized = graph_of("residual", graph_format)
     single = export_graph(make_net("residual"), (3, 16, 16))
     for graph, convolution in ((quantized, "b1.0 (QuantizedConv2d)"), (single, "b1.1 (BatchNorm2d)")):  # folded into it
         docs = {node.doc_string for node in graph.graph.node if node.op_type == "Conv"}
@@ -134,7 +134,7 @@ def test_a_nodes_doc_string_is_the_module_that_it_is_of(spelling: GraphFormat) -
 @pytest.mark.parametrize("name", NETS)
 def test_fp16_is_what_is_not_quantized(name: str, bits: str) -> None:
     student, graph = graph_of(name, "tensorrt", bits)
-    half = to_half(graph)
+    half = to_fp16(graph)
     assert check_tensorrt(half) == []
     kinds = Counter(own.data_type for own in half.graph.initializer)
     assert kinds[TensorProto.FLOAT] == 0
@@ -144,7 +144,7 @@ def test_fp16_is_what_is_not_quantized(name: str, bits: str) -> None:
     batch = images(64, seed=7)
     expected = reference(student, "tensorrt", batch)
     verify(half, batch.numpy(), expected, name=name, optimized=False)
-    found = compare_integers(half, student, batch[:16].numpy(), spelling="tensorrt")
+    found = compare_integers(half, student, batch[:16].numpy(), graph_format="tensorrt")
     require_same_integers(found, name=name)
     assert sum(own.ties for own in found) <= 0.05 * sum(own.values for own in found)
 
@@ -162,13 +162,15 @@ def test_the_float_model_in_fp16_is_the_teacher(name: str) -> None:
         np.testing.assert_allclose(runner.infer(batch.numpy()), make_net(name)(batch).numpy(), atol=0.03)
 
 
-@pytest.mark.parametrize(("spelling", "fp16"), [*((own, False) for own in SPELLINGS), ("tensorrt", True)], ids=str)
+@pytest.mark.parametrize(
+    ("graph_format", "fp16"), [*((own, False) for own in GRAPH_FORMATS), ("tensorrt", True)], ids=str
+)
 @pytest.mark.parametrize("name", NETS)
 def test_the_fp16_baseline_of_a_quantized_graph_is_the_same_network_without_quantizers(
-    name: str, spelling: GraphFormat, fp16: bool
+    name: str, graph_format: GraphFormat, fp16: bool
 ) -> None:
-    _, graph = graph_of(name, spelling, "w8a8")
-    baseline = half_baseline(to_half(graph) if fp16 else graph)
+    _, graph = graph_of(name, graph_format, "w8a8")
+    baseline = fp16_baseline(to_fp16(graph) if fp16 else graph)
     assert baseline is not None
     onnx.checker.check_model(baseline)
     operators = [own.op_type for own in baseline.graph.node]
@@ -181,7 +183,7 @@ def test_the_fp16_baseline_of_a_quantized_graph_is_the_same_network_without_quan
         found = runner.infer(batch.numpy())
     expected = make_net(name)(batch).numpy()
     assert np.abs(found - expected).mean() <= 0.05 * expected.std()  # its weights are on the grid of 8 bits
-    assert half_baseline(baseline) is None
+    assert fp16_baseline(baseline) is None
 
 
 def foreign(*nodes: onnx.NodeProto) -> onnx.ModelProto:
@@ -202,7 +204,7 @@ def test_numbers_in_constant_nodes_are_halved_as_their_readers_want_them() -> No
         node("Constant", [], ["two"], value_float=2.0),
         node("Mul", ["larger", "two"], ["logits"]),
     )
-    baseline = half_baseline(model)
+    baseline = fp16_baseline(model)
     assert baseline is not None
     batch = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
     answers = []
@@ -219,7 +221,7 @@ def test_a_graph_that_mixes_types_has_no_fp16_baseline() -> None:
     model = foreign(zeros, onnx.helper.make_node("Add", ["map", "zeros"], ["logits"]))
     model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 8, 8]), "sides"))
     with pytest.raises(ExportError, match="do not fit together in FP16"):
-        half_baseline(model)
+        fp16_baseline(model)
 
 
 def test_integers_that_go_elsewhere_have_no_fp16_baseline() -> None:
@@ -229,12 +231,12 @@ def test_integers_that_go_elsewhere_have_no_fp16_baseline() -> None:
     first = next(own for own in changed.graph.node if own.op_type == "QuantizeLinear")
     changed.graph.node.append(onnx.helper.make_node("Cast", [first.output[0]], ["seen"], to=TensorProto.FLOAT))
     with pytest.raises(ExportError, match="go on into other operators than DequantizeLinear"):
-        half_baseline(changed)
+        fp16_baseline(changed)
 
 
 def test_an_fp16_graph_of_another_model_is_refused() -> None:
     batch, net = images(64), make_net("residual")
-    wrong = to_half(export_graph(net, (3, 16, 16)))
+    wrong = to_fp16(export_graph(net, (3, 16, 16)))
     weight = next(own for own in wrong.graph.initializer if own.name == "a2.0.weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
     with pytest.raises(VerificationError, match=r"logits differ by .* \(expected at most 0\.1\)"):
@@ -262,13 +264,13 @@ def test_what_fp16_cannot_hold_is_refused() -> None:
         values[2] = value
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         with pytest.raises(ExportError, match=said):
-            to_half(changed)
+            to_fp16(changed)
     # the scale of a channel that has nothing but zeros may be any
     weight = initializers(changed)["fc.weight.integers"]
     integers = numpy_helper.to_array(weight).copy()
     integers[2] = 0
     weight.CopyFrom(numpy_helper.from_array(integers, weight.name))
-    assert numpy_helper.to_array(initializers(to_half(changed))["fc.weight.scale"])[2] > 0
+    assert numpy_helper.to_array(initializers(to_fp16(changed))["fc.weight.scale"])[2] > 0
 
 
 def test_a_tie_is_told_from_an_error() -> None:
@@ -281,14 +283,14 @@ def test_a_tie_is_told_from_an_error() -> None:
     torn = beside[np.rint(beside / scale) != np.rint(beside.astype(np.float64) / np.float64(scale))]
     assert len(torn) > 3
     images_of_ties = np.resize(torn, (1, 3, 16, 16))
-    found = compare_integers(graph, student, images_of_ties, spelling="onnxruntime")
+    found = compare_integers(graph, student, images_of_ties, graph_format="onnxruntime")
     require_same_integers(found, name="boundary")
     assert (found[0].site, found[0].ties, found[0].differing) == (first, found[0].values, 0)
     moved = onnx.ModelProto()
     moved.CopyFrom(graph)
     stored = initializers(moved)[f"{first}.scale"]
     stored.CopyFrom(numpy_helper.from_array(np.float32(1.02) * numpy_helper.to_array(stored), stored.name))
-    found = compare_integers(moved, student, images_of_ties, spelling="onnxruntime")
+    found = compare_integers(moved, student, images_of_ties, graph_format="onnxruntime")
     assert found[0].differing > 0  # a fiftieth of 100 steps is no tie
     with pytest.raises(VerificationError, match=f"at the quantizer '{first}'"):
         require_same_integers(found, name="moved")
@@ -327,7 +329,7 @@ def test_gated_activations_multiply_integers(activation: nn.Module, gates: dict[
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
     with torch.no_grad(), student.in_float():
         torch.testing.assert_close(student(images()), net(images()), atol=1e-3, rtol=0)  # biases are settled
-    graph = spell(export_graph(student, (3, 16, 16)), student, "onnxruntime")
+    graph = lower(export_graph(student, (3, 16, 16)), student, "onnxruntime")
     verify(graph, images().numpy(), reference(student, "onnxruntime", images()), name="gated", optimized=True)
     with OnnxRunner(graph.SerializeToString(), write_optimized=tmp_path / "optimized.onnx"):
         kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
@@ -335,7 +337,7 @@ def test_gated_activations_multiply_integers(activation: nn.Module, gates: dict[
     assert kinds["Mul"] == 0
     assert {kind: kinds[kind] for kind in gates} == gates
     assert {"Sigmoid", "HardSigmoid"} & sources_of_quantizers(graph)
-    tensorrt = spell(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    tensorrt = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
     assert not {"Sigmoid", "HardSigmoid"} & sources_of_quantizers(tensorrt)  # it fuses an activation whole
 
 
@@ -348,7 +350,7 @@ def sources_of_quantizers(graph: onnx.ModelProto) -> set[str]:
 def test_what_onnxruntime_runs_in_float_is_noted() -> None:
     student, _ = exported("residual")
     batch = images(64, seed=7).numpy()
-    made = {own.spelling: own for own in student_graphs(student, batch, size=(3, 16, 16), name="w4a4")}
+    made = {own.graph_format: own for own in student_graphs(student, batch, size=(3, 16, 16), name="w4a4")}
     assert [own.file for own in made.values()] == ["model.ort.onnx", "model.trt.onnx", "model.int4.onnx"]
     assert all(own.notes == [] for own in made.values())
     graph = made["onnxruntime"].graph
@@ -427,15 +429,15 @@ class MixedBranches(nn.Module):
         return self.fc(self.conv(torch.cat([left, right], 1)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("spelling", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("graph_format", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
-def test_a_bound_of_one_branch_is_kept_where_the_scale_is_shared(spelling: GraphFormat, bits: str) -> None:
+def test_a_bound_of_one_branch_is_kept_where_the_scale_is_shared(graph_format: GraphFormat, bits: str) -> None:
     torch.manual_seed(0)
     student = make_student(MixedBranches().eval(), BitWidths.parse(bits))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    graph, batch = spell(export_graph(student, (3, 16, 16)), student, spelling), images(64, seed=7)
-    expected = reference(student, spelling, batch)
-    assert verify(graph, batch.numpy(), expected, name="mixed", optimized=spelling == "onnxruntime").close > 0.8
+    graph, batch = lower(export_graph(student, (3, 16, 16)), student, graph_format), images(64, seed=7)
+    expected = reference(student, graph_format, batch)
+    assert verify(graph, batch.numpy(), expected, name="mixed", optimized=graph_format == "onnxruntime").close > 0.8
 
 
 def test_biases_are_integers_for_onnx_runtime() -> None:
@@ -450,7 +452,7 @@ def test_biases_are_integers_for_onnx_runtime() -> None:
 def test_no_trace_of_the_source_is_left() -> None:
     student, marked = exported("residual")
     here = str(Path(__file__).parent)
-    for graph in [marked, *(spell(marked, student, s) for s in SPELLINGS)]:
+    for graph in [marked, *(lower(marked, student, s) for s in GRAPH_FORMATS)]:
         assert here.encode() not in graph.SerializeToString()
         assert b"site-packages" not in graph.SerializeToString()
 

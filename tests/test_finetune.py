@@ -15,12 +15,12 @@ from clusterq_deploy.errors import TuningError
 from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
+    FloatTwin,
     Grid,
-    Reference,
     Student,
     finetune,
-    initialize,
     make_student,
+    post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import Quantizer
 from clusterq_deploy.quantization.qat.finetune import Tuning, distillation_loss
@@ -38,7 +38,7 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
 
     before = distance()
     config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
-    reference = Reference(copy.deepcopy(student))
+    reference = FloatTwin(copy.deepcopy(student))
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert distance() < 0.8 * before
     assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
@@ -56,7 +56,7 @@ def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
 
     quantizer.register_forward_pre_hook(note)
     rng = torch.Generator().manual_seed(0)
-    reference = initialize(student, images(64), batch_size=16, rng=rng).reference
+    reference = post_training_quantize(student, images(64), batch_size=16, rng=rng).reference
     calibration = CalibrationSet(images(64), torch.arange(64) % 10)
     finetune(student, reference, calibration, config=FinetuneConfig(steps=4, batch_size=16), flip=False, rng=rng)
     assert set(met) == {Grid(7, signed=False)}
@@ -71,7 +71,7 @@ def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
     before = {k: v.clone() for k, v in student.state_dict().items()}
     config = FinetuneConfig(steps=4, learning_rate=1.0, scale_learning_rate=1.0, checkpoints=2)
     calibration = CalibrationSet(data, net(data).argmax(1))
-    reference = Reference(copy.deepcopy(student))
+    reference = FloatTwin(copy.deepcopy(student))
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert tuning.kept_step == 0
     for name, value in student.state_dict().items():
@@ -92,7 +92,7 @@ def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tupl
     data = images(128, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     config = FinetuneConfig(steps=160, batch_size=16, checkpoints=4)
-    rng, reference = torch.Generator().manual_seed(0), Reference(copy.deepcopy(student))
+    rng, reference = torch.Generator().manual_seed(0), FloatTwin(copy.deepcopy(student))
     return student, finetune(student, reference, calibration, config=config, flip=False, rng=rng)
 
 

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from clusterq_deploy.quantization import (
     BitWidths,
+    FloatTwin,
     Grid,
-    Initialization,
     LayerHistograms,
-    Reference,
+    PTQResult,
     Student,
     histograms,
     make_student,
 )
 from clusterq_deploy.quantization.histogram import histogram
-from clusterq_deploy.quantization.ptq.initialize import equalize_and_calibrate, mend
+from clusterq_deploy.quantization.ptq.ptq import equalize_and_calibrate, reconstruct_or_correct_bias
 
 IMAGES = 16  # few enough that every value is looked at
 
@@ -37,13 +37,13 @@ def lifted() -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def initialized(name: str, bits: str) -> tuple[Student, Reference]:
+def initialized(name: str, bits: str) -> tuple[Student, FloatTwin]:
     student = make_student(lifted() if name == "lifted" else make_net(name), BitWidths.parse(bits))
     rng = torch.Generator().manual_seed(0)
     return student, equalize_and_calibrate(student, images(), batch_size=16, rng=rng).reference
 
 
-def found(student: Student, reference: Reference, batch_size: int = IMAGES) -> list[LayerHistograms]:
+def found(student: Student, reference: FloatTwin, batch_size: int = IMAGES) -> list[LayerHistograms]:
     rng = torch.Generator().manual_seed(1)
     return histograms(student, reference, images(IMAGES), batch_size=batch_size, rng=rng)
 
@@ -132,7 +132,9 @@ def test_channels_were_mapped_in_what_was_compared() -> None:
 
 def test_a_reconstructed_weight_is_shown_before_its_rounding() -> None:
     student, reference = initialized("residual", "w4a4")
-    mend(student, images(), Initialization(reference, [], {}, {}), rng=torch.Generator().manual_seed(0))
+    reconstruct_or_correct_bias(
+        student, images(), PTQResult(reference, [], {}, {}), rng=torch.Generator().manual_seed(0)
+    )
     layer = student.layers()["b2.0"]
     steps = layer.weight.detach() / layer.weight_quantizer.scale.detach().view(-1, 1, 1, 1)
     assert float((steps - steps.round()).abs().max()) < 1e-3  # the student's own are on the grid
@@ -144,8 +146,8 @@ def test_a_reconstructed_weight_is_shown_before_its_rounding() -> None:
 def test_batches_change_nothing_but_the_order_and_hooks_are_removed() -> None:
     student, reference = initialized("residual", "w8a8")
     assert found(student, reference, 16) == found(student, reference, 5)
-    assert all(not layer._forward_pre_hooks for layer in reference.net.layers().values())
-    assert all(quantizer.enabled for quantizer in reference.net.quantizers().values())
+    assert all(not layer._forward_pre_hooks for layer in reference.graph.layers().values())
+    assert all(quantizer.enabled for quantizer in reference.graph.quantizers().values())
 
 
 def test_what_does_not_fit_the_memory_is_read_in_smaller_batches(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,6 +158,6 @@ def test_what_does_not_fit_the_memory_is_read_in_smaller_batches(caplog: pytest.
         if len(args[0]) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    next(iter(reference.net.layers().values())).register_forward_pre_hook(narrow)
+    next(iter(reference.graph.layers().values())).register_forward_pre_hook(narrow)
     assert found(student, reference) == whole
     assert [record.args[1] for record in caplog.records if record.args] == [2, 4]

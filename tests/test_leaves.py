@@ -8,7 +8,7 @@ from nets import images, make_net
 
 from calib.calibration_set import CalibrationSet
 from calib.leaves import dead_leaves, leaves_beside, with_leaves
-from clusterq_deploy.quantization import BitWidths, FinetuneConfig, finetune, initialize, make_student
+from clusterq_deploy.quantization import BitWidths, FinetuneConfig, finetune, make_student, post_training_quantize
 from clusterq_deploy.quantization.qat.finetune import distillation_loss
 
 
@@ -53,7 +53,7 @@ def test_they_are_tuned_on() -> None:
     net, data = make_net("residual"), images(48, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     start = make_student(net, BitWidths(3, 3))
-    reference = initialize(start, data, batch_size=16, rng=torch.Generator().manual_seed(0)).reference
+    reference = post_training_quantize(start, data, batch_size=16, rng=torch.Generator().manual_seed(0)).reference
     losses = []
     for share in (0.0, 0.5):
         config = FinetuneConfig(steps=8, batch_size=16, procedural=share)

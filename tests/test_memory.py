@@ -20,7 +20,7 @@ from clusterq_deploy.errors import ExportError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
-from clusterq_deploy.oom import in_memory, is_of_memory
+from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
 from clusterq_deploy.quantization import Student
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner, TorchRunner
 
@@ -108,7 +108,7 @@ def test_memory_that_python_lacks_counts_too() -> None:
             raise MemoryError
         return divisor
 
-    assert in_memory(work, "work") == (4, 4)
+    assert retry_on_oom(work, "work") == (4, 4)
 
 
 def test_other_errors_and_too_small_a_memory_are_raised() -> None:
@@ -119,20 +119,20 @@ def test_other_errors_and_too_small_a_memory_are_raised() -> None:
         raise RuntimeError(message)
 
     with pytest.raises(RuntimeError, match="shapes"):
-        in_memory(lambda divisor: work(divisor, "shapes do not fit"), "work")
+        retry_on_oom(lambda divisor: work(divisor, "shapes do not fit"), "work")
     assert calls == [1]
     with pytest.raises(OutOfMemoryError, match="work: the memory does not suffice for batches of 1/64 either"):
-        in_memory(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
+        retry_on_oom(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
     assert calls == [1, 1, 2, 4, 8, 16, 32, 64]
 
 
-@pytest.mark.parametrize("spelling", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("graph_format", ["onnxruntime", "tensorrt"])
 def test_integers_are_counted_once_whatever_the_memory_suffices_for(
-    spelling: GraphFormat, monkeypatch: pytest.MonkeyPatch
+    graph_format: GraphFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, graph = graph_of("residual", spelling)
+    student, graph = graph_of("residual", graph_format)
     batch = images(40, seed=7).numpy()
-    whole = compare_integers(graph, student, batch, spelling=spelling)
+    whole = compare_integers(graph, student, batch, graph_format=graph_format)
     outputs, forward, calls = OnnxRunner.outputs, Student.forward, []
 
     def narrow(self: OnnxRunner, some: Array) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def test_integers_are_counted_once_whatever_the_memory_suffices_for(
 
     monkeypatch.setattr(OnnxRunner, "outputs", narrow)
     monkeypatch.setattr(Student, "forward", tight)
-    assert compare_integers(graph, student, batch, spelling=spelling) == whole
+    assert compare_integers(graph, student, batch, graph_format=graph_format) == whole
     assert calls == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2]
 
 
@@ -169,7 +169,7 @@ def test_a_graph_is_verified_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRunner, "infer", narrow)
     assert verify(graph, batch.numpy(), expected, name="residual", optimized=True) == whole
     same = agreement(
-        OnnxRunner(graph.SerializeToString()), student, batch.numpy(), spelling="onnxruntime", batch_size=20
+        OnnxRunner(graph.SerializeToString()), student, batch.numpy(), graph_format="onnxruntime", batch_size=20
     )
     assert same == 100
     assert calls == [32, 16, 16] * 2 + [20, 10, 10, 6, 6]
@@ -227,10 +227,10 @@ def test_what_is_of_memory() -> None:
         "CUDA out of memory. Tried to allocate 2.00 GiB.",
         "std::bad_alloc",
     ):
-        assert is_of_memory(RuntimeError(message)), message
+        assert is_out_of_memory(RuntimeError(message)), message
     for message in ("could not create a primitive descriptor for a convolution", "shapes do not fit"):
-        assert not is_of_memory(RuntimeError(message)), message
-    assert not is_of_memory(ValueError("out of memory"))
+        assert not is_out_of_memory(RuntimeError(message)), message
+    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_a_benchmark_that_lacked_memory_is_done_again_by_another_process(

@@ -499,7 +499,7 @@ def test_a_module_that_ends_the_process_is_an_error(code: str, tmp_path: Path) -
 
 
 def test_classes_have_the_names_that_the_model_knows(tmp_path: Path) -> None:
-    """torchvision's come with its weights, a user's with `pretrained_cfg`; random weights know no class."""
+    """Torchvision's come with its weights, a user's with `pretrained_cfg`; random weights know no class."""
     assert label_names(torchvision_cfg("resnet18"), 1000)[:2] == ("tench", "goldfish")
     assert label_names({"label_names": ["a", "b"]}, 3) == label_names({"label_names": "abc"}, 3) == ()
     assert label_names(None, 3) == ()

@@ -20,7 +20,14 @@ from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare_features
 from clusterq_deploy.lowering import float_graphs, student_graphs
-from clusterq_deploy.quantization import BitWidths, Student, initialize, make_student, plan_precision, sensitivities
+from clusterq_deploy.quantization import (
+    BitWidths,
+    Student,
+    make_student,
+    plan_precision,
+    post_training_quantize,
+    sensitivities,
+)
 from clusterq_deploy.run.directory import RunDirectory
 
 SIZE = (3, 16, 16)
@@ -61,7 +68,7 @@ class Counter:
 
 def initialized(bits: str, counter: Counter) -> Student:
     student = make_student(make_net("residual"), BitWidths.parse(bits))
-    initialize(student, images(16), batch_size=16, rng=torch.Generator().manual_seed(0), progress=counter)
+    post_training_quantize(student, images(16), batch_size=16, rng=torch.Generator().manual_seed(0), progress=counter)
     return student
 
 

@@ -17,9 +17,9 @@ from clusterq_deploy.quantization import (
     Student,
     calibrate,
     finetune,
-    initialize,
     load_student,
     make_student,
+    post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import Quantizer
 from clusterq_deploy.quantization.graph.ops import value_ranges
@@ -49,7 +49,7 @@ def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:
 def test_grids_fit_int8_or_are_halved_for_it(bits: int, signed: bool, low: int, high: int) -> None:
     grid = Grid(bits, signed)
     assert (grid.low, grid.high) == (low, high)
-    assert grid.halved == (None if high <= 127 else Grid(7, signed=False))
+    assert grid.reduced == (None if high <= 127 else Grid(7, signed=False))
 
 
 def test_a_coarse_quantizer_has_every_second_value() -> None:
@@ -59,7 +59,7 @@ def test_a_coarse_quantizer_has_every_second_value() -> None:
     assert float(quantizer.scale.detach()) * 255 <= 6.0
     x = torch.linspace(0, 7, 1000)
     fine, step = quantizer(x).detach(), float(quantizer.scale.detach())
-    quantizer.coarse = True
+    quantizer.reduce_range = True
     assert float(quantizer.scale.detach()) == 2 * step
     coarse = quantizer(x).detach()
     assert len(fine.unique()) == 256
@@ -240,7 +240,7 @@ def test_a_net_that_takes_views_of_maps_is_synthesized_for_and_tuned() -> None:
         net, classes=10, size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, config=config, device=device, rng=rng
     )
     student = make_student(net, BitWidths(4, 4))
-    started = initialize(student, made.calibration.images, batch_size=16, rng=rng)
+    started = post_training_quantize(student, made.calibration.images, batch_size=16, rng=rng)
     settings = FinetuneConfig(steps=4, batch_size=8, checkpoints=1)
     finetune(student, started.reference, made.calibration, config=settings, flip=False, rng=rng)
     assert bool(student(made.calibration.images).isfinite().all())
@@ -363,7 +363,7 @@ def test_spelling_for_tensorrt_leaves_the_residual_branch_alone() -> None:
     student = student_of("residual")
     with torch.no_grad():
         own = student(images())
-        with student.spelled("tensorrt"):
+        with student.for_target("tensorrt"):
             other = student(images())
         assert not torch.equal(own, other)
         assert torch.equal(student(images()), own)

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from torch import nn
 
-from clusterq_deploy.lowering import GraphFormat, export_graph, spell, target_of
+from clusterq_deploy.lowering import GraphFormat, export_graph, lower, target_of
 from clusterq_deploy.lowering.lower import bounded_name, offset_of, quantized_name
 from clusterq_deploy.quantization import BitWidths, Grid, Student, make_student
 from clusterq_deploy.quantization.fake_quant import Quantizer
@@ -21,7 +21,7 @@ from clusterq_deploy.runtimes.runners import OnnxRunner
 
 Floats = NDArray[np.float32]
 
-SPELLINGS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
+GRAPH_FORMATS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 SIDE, CHANNELS = 6, 3
 SIZE = SIDE * SIDE
 EDGES = (0.0, -0.0, float("inf"), float("-inf"), 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38)
@@ -60,31 +60,31 @@ def tapped(graph: onnx.ModelProto, images: Floats) -> dict[str, np.ndarray]:
         return runner.outputs(images)
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @settings(max_examples=60, deadline=None)
 @given(grid=grids, scale=scales, data=st.data())
 def test_activations_are_quantized_as_by_the_runtime(
-    spelling: GraphFormat, grid: Grid, scale: float, data: st.DataObject
+    graph_format: GraphFormat, grid: Grid, scale: float, data: st.DataObject
 ) -> None:
     student, marked, site = lone_layer(8)
     quantizer = Quantizer(site, grid)
     quantizer.set_scale(torch.tensor(scale))
     student.net.set_submodule(f"quantizers.{site}", quantizer)
     x = data.draw(beside(float(quantizer.scale.detach()))).reshape(1, 1, SIDE, SIDE)
-    if spelling == "tensorrt" and not grid.signed and grid.bits >= 7:
+    if graph_format == "tensorrt" and not grid.signed and grid.bits >= 7:
         x = np.maximum(x, 0)  # no clip there: an unsigned grid is given to tensors alone that are never negative
-    made = tapped(spell(marked, student, spelling), x)
+    made = tapped(lower(marked, student, graph_format), x)
     integers = made.get(bounded_name(site), made[quantized_name(site)]).astype(np.int32)
     given_x = torch.from_numpy(x)
-    with student.spelled(target_of(spelling)):
-        np.testing.assert_array_equal(integers - offset_of(grid, spelling), quantizer.integers(given_x).numpy())
+    with student.for_target(target_of(graph_format)):
+        np.testing.assert_array_equal(integers - offset_of(grid, graph_format), quantizer.integers(given_x).numpy())
         np.testing.assert_array_equal(made[f"{site}.dequantized"], quantizer(given_x).detach().numpy())
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(2, 8), data=st.data())
-def test_weights_are_those_that_the_runtime_restores(spelling: GraphFormat, bits: int, data: st.DataObject) -> None:
+def test_weights_are_those_that_the_runtime_restores(graph_format: GraphFormat, bits: int, data: st.DataObject) -> None:
     student, marked, _ = lone_layer(bits)
     ((name, layer),) = student.layers().items()
     quantizer = layer.weight_quantizer
@@ -93,8 +93,8 @@ def test_weights_are_those_that_the_runtime_restores(spelling: GraphFormat, bits
     weight = np.where(np.isfinite(rows), rows, 0).reshape(layer.weight.shape)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
-    made = tapped(spell(marked, student, spelling), np.zeros((1, 1, SIDE, SIDE), np.float32))
-    with student.spelled(target_of(spelling)):
+    made = tapped(lower(marked, student, graph_format), np.zeros((1, 1, SIDE, SIDE), np.float32))
+    with student.for_target(target_of(graph_format)):
         expected = quantizer(layer.weight).detach().numpy()
     np.testing.assert_array_equal(made[f"{name}.weight.dequantized"], expected)
 

@@ -93,7 +93,7 @@ def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) ->
         torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=1e-4, atol=1e-6)
         assert bool((layer.weight_quantizer.scale > 0).all())
     settled = {k: v.clone() for k, v in student.state_dict().items()}
-    student.settle()
+    student.round_biases_to_accumulator()
     for key, value in student.state_dict().items():
         torch.testing.assert_close(value, settled[key])
 

@@ -17,12 +17,12 @@ from clusterq_deploy.report import (
     EvaluationInfo,
     GpuTelemetry,
     Latency,
+    LatencyStats,
     MissedLayer,
     ModelInfo,
     Reading,
     Report,
     Skipped,
-    Spread,
     Variant,
     read_report,
     to_html,
@@ -49,7 +49,7 @@ GPU = GpuTelemetry(
 )
 
 
-def part(milliseconds: float, variation: float = 0.01) -> Spread:
+def part(milliseconds: float, variation: float = 0.01) -> LatencyStats:
     return spread([milliseconds]).model_copy(update={"coefficient_of_variation": variation})
 
 

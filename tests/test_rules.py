@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cli.main import main
 from clusterq_deploy.errors import ExportError, VerificationError
 from clusterq_deploy.files import read_graph
-from clusterq_deploy.lowering import RULES, check_tensorrt, export_graph, require_tensorrt, spell
+from clusterq_deploy.lowering import RULES, check_tensorrt, export_graph, lower, require_tensorrt
 from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 
 Mutation = Callable[[onnx.ModelProto], str]
@@ -28,7 +28,7 @@ def _exported(name: str, bits: str) -> bytes:
     student = make_student(make_net(name), BitWidths.parse(bits))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
     marked = export_graph(student, (3, 16, 16))
-    return spell(marked, student, "tensorrt").SerializeToString()
+    return lower(marked, student, "tensorrt").SerializeToString()
 
 
 def graph_of(name: str, bits: str = "w8a8") -> onnx.ModelProto:

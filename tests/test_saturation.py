@@ -23,16 +23,16 @@ from calib.calibration_set import CalibrationSet
 from cli.main import main
 from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.lowering import check_saturation, export_graph, pair_sums, require_no_saturation, spell, verify
+from clusterq_deploy.lowering import check_saturation, export_graph, lower, pair_sums, require_no_saturation, verify
 from clusterq_deploy.quantization import (
     BitWidths,
     Student,
     calibrate,
     finetune,
     fit_full_range_biases,
-    initialize,
     load_student,
     make_student,
+    post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import pooled_dims, row_bounds, second_extremes
 from clusterq_deploy.quantization.grid import Cpu, Grid, pair_limit
@@ -50,7 +50,7 @@ def calibrated(net: nn.Module, bits: str = "w8a8", cpu: Cpu = "any", **widths: o
 
 
 def graph_of(student: Student) -> onnx.ModelProto:
-    return spell(export_graph(student, (3, 16, 16)), student, "onnxruntime")
+    return lower(export_graph(student, (3, 16, 16)), student, "onnxruntime")
 
 
 def added_in_pairs(x: Integers, weight: Integers) -> Integers:
@@ -265,7 +265,7 @@ def test_a_graph_of_full_range_saturates_and_its_export_ends(tmp_path: Path) -> 
 def test_tensorrts_graph_keeps_eight_bits() -> None:
     limited, full = (calibrated(make_net("residual"), cpu=cpu) for cpu in ("any", "vnni"))
     layers = limited.layers(), full.layers()
-    with limited.spelled("tensorrt"):
+    with limited.for_target("tensorrt"):
         for name, layer in layers[0].items():
             wide = layers[1][name]
             assert torch.equal(layer.weight, wide.weight)
@@ -284,7 +284,7 @@ def test_biases_of_full_range_make_up_for_the_other_rounding(name: str) -> None:
     student, data = calibrated(make_net(name)), images(64)
     fit_full_range_biases(student, data)
     inputs: dict[str, torch.Tensor] = {}
-    with ExitStack() as hooks, student.in_int8(), torch.no_grad():
+    with ExitStack() as hooks, student.on_int8_grids(), torch.no_grad():
         for own, layer in student.layers().items():
             hook = layer.register_forward_hook(lambda _, args, __, own=own: inputs.update({own: args[0]}))
             hooks.enter_context(hook)
@@ -295,14 +295,14 @@ def test_biases_of_full_range_make_up_for_the_other_rounding(name: str) -> None:
             continue
         dims = pooled_dims(layer, layer(inputs[own]))
         limited = layer(inputs[own]).mean(dims)
-        with student.in_full_range():
+        with student.without_pair_limits():
             full = layer(inputs[own]).mean(dims)
             other = (layer(inputs[own]).mean(dims) - layer.weight_quantizer.bias_shift).detach()
         torch.testing.assert_close(full, limited, atol=1e-4, rtol=1e-4)
         compared += bool((other - limited).abs().max() > 1e-3)
     assert compared > 2  # without them the means differ
-    graph = spell(export_graph(student, (3, 16, 16)), student, "tensorrt")
-    with student.spelled("tensorrt"):
+    graph = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    with student.for_target("tensorrt"):
         expected = TorchRunner(student).infer(data.numpy())
     verify(graph, data.numpy(), expected, name=name, optimized=False)
 
@@ -311,7 +311,7 @@ def test_tuning_keeps_the_limit_and_a_student_comes_back_from_its_file(tmp_path:
 
     net, data = make_net("mobile"), images(32)
     student, rng = make_student(net, BitWidths(8, 8)), torch.Generator().manual_seed(0)
-    started = initialize(student, data, batch_size=16, rng=rng)
+    started = post_training_quantize(student, data, batch_size=16, rng=rng)
     config = FinetuneConfig(steps=6, batch_size=8, checkpoints=2, learning_rate=0.5)
     labels = torch.zeros(len(data), dtype=torch.int64)
     finetune(student, started.reference, CalibrationSet(data, labels), config=config, flip=False, rng=rng)

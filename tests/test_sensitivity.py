@@ -18,7 +18,7 @@ from cli.main import main
 from clusterq_deploy import read_report
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.evaluation.data import load_evaluation
-from clusterq_deploy.lowering import check_tensorrt, export_graph, spell, target_of, verify
+from clusterq_deploy.lowering import check_tensorrt, export_graph, lower, target_of, verify
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import (
     BitWidths,
@@ -103,14 +103,14 @@ def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
     assert again.keep == {"a1.0": 8}
     marked = export_graph(again, (3, 16, 16))
     batch = images(64, seed=7)
-    for spelling in ("onnxruntime", "tensorrt", "int4"):
-        graph = spell(marked, again, spelling)
-        with again.spelled(target_of(spelling)):
+    for graph_format in ("onnxruntime", "tensorrt", "int4"):
+        graph = lower(marked, again, graph_format)
+        with again.for_target(target_of(graph_format)):
             expected = TorchRunner(again).infer(batch.numpy())
-        verify(graph, batch.numpy(), expected, name=spelling, optimized=spelling != "tensorrt")
-        if spelling == "tensorrt":
+        verify(graph, batch.numpy(), expected, name=graph_format, optimized=graph_format != "tensorrt")
+        if graph_format == "tensorrt":
             assert check_tensorrt(graph) == []
-        if spelling == "int4":
+        if graph_format == "int4":
             kinds = {i.name: i.data_type for i in graph.graph.initializer}
             assert kinds["a1.0.weight.integers"] == TensorProto.INT8
             assert kinds["a2.0.weight.integers"] == TensorProto.INT4

@@ -9,11 +9,11 @@ from calib.bn_statistics import (
     Centroids,
     Moments,
     batchnorm_layers,
-    class_weights,
+    class_averaging_matrix,
     tap_batchnorm,
     within_class_diversity,
 )
-from calib.losses import bns_loss, icv_loss, sfda_loss, spread_loss, total_variation
+from calib.losses import bns_loss, icv_loss, image_variance_loss, sfda_loss, total_variation
 from calib.support.errors import NoBatchNormError
 
 
@@ -21,7 +21,7 @@ def test_moments_pool_to_what_the_pixels_say() -> None:
     x = torch.randn(6, 3, 4, 5)
     labels = torch.tensor([0, 0, 2, 2, 2, 1])
     keep = torch.tensor([True, True, True, False, True, False])
-    present, shares = class_weights(labels, keep)
+    present, shares = class_averaging_matrix(labels, keep)
     mean, std = Moments.of(x).pooled(shares)
     assert present.tolist() == [0, 2]
     for row, chosen in enumerate([x[[0, 1]], x[[2, 4]]]):
@@ -126,11 +126,11 @@ def test_centroids_follow_by_beta_and_start_from_the_first_batch() -> None:  # (
     first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
     labels = torch.tensor([0, 0, 2, 2])
     everyone = torch.ones(4, dtype=torch.bool)
-    centroids.update([Moments.of(first)], *class_weights(labels, everyone), 0.2)
+    centroids.update([Moments.of(first)], *class_averaging_matrix(labels, everyone), 0.2)
     assert centroids.seen.tolist() == [True, False, True]
     torch.testing.assert_close(centroids.mean[0][2], first[2:].mean((0, 2, 3)))
     only_zero = torch.tensor([True, True, False, False])
-    centroids.update([Moments.of(second)], *class_weights(labels, only_zero), 0.2)
+    centroids.update([Moments.of(second)], *class_averaging_matrix(labels, only_zero), 0.2)
     expected = 0.8 * first[:2].mean((0, 2, 3)) + 0.2 * second[:2].mean((0, 2, 3))
     torch.testing.assert_close(centroids.mean[0][0], expected)
     torch.testing.assert_close(centroids.mean[0][2], first[2:].mean((0, 2, 3)))  # discarded samples move nothing
@@ -139,7 +139,7 @@ def test_centroids_follow_by_beta_and_start_from_the_first_batch() -> None:  # (
 def test_alignment_is_a_distance_to_the_class_own_centroid() -> None:  # (4)
     x = torch.randn(4, 2, 3, 3)
     labels, everyone = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
-    present, shares = class_weights(labels, everyone)
+    present, shares = class_averaging_matrix(labels, everyone)
     centroids = Centroids(2, torch.device("cpu"))
     moments = [Moments.of(x)]
     centroids.update(moments, present, shares, 0.2)
@@ -151,7 +151,7 @@ def test_alignment_is_a_distance_to_the_class_own_centroid() -> None:  # (4)
 def test_intra_class_variance_is_a_distance_to_a_noisy_centroid() -> None:  # (6)
     centroids = Centroids(1, torch.device("cpu"))
     moments = [Moments.of(torch.randn(2, 2, 4, 4))]
-    present, shares = class_weights(torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool))
+    present, shares = class_averaging_matrix(torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool))
     centroids.update(moments, present, shares, 0.2)
     statistics = [(centroids.mean[0], centroids.std[0])]
     spreads, noise = [torch.tensor([2.0, 4.0])], [(torch.ones(1, 2), torch.zeros(1, 2))]
@@ -191,12 +191,12 @@ def test_spread_is_missed_by_images_that_are_alike_and_costs_nothing_once_there(
     alike, apart = one.expand(16, -1, -1, -1), images(16) * torch.linspace(0.2, 4, 16).view(-1, 1, 1, 1)
     with tap_batchnorm(net) as tap:
         net(alike)
-        shortfall = float(spread_loss(tap, 0.08, 0.03))
+        shortfall = float(image_variance_loss(tap, 0.08, 0.03))
         assert shortfall == pytest.approx(2 * len(tap.layers), rel=1e-3)
         net(apart)
-        assert float(spread_loss(tap, 1e-4, 1e-4)) < 0.05 * shortfall
+        assert float(image_variance_loss(tap, 1e-4, 1e-4)) < 0.05 * shortfall
         wanted = images(16).requires_grad_()
         net(wanted)
-        spread_loss(tap, 10.0, 10.0).backward()
+        image_variance_loss(tap, 10.0, 10.0).backward()
         assert wanted.grad is not None
         assert float(wanted.grad.abs().sum()) > 0

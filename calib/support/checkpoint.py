@@ -31,7 +31,7 @@ NOWHERE: Checkpoint = _Nowhere()
 """A checkpoint that keeps nothing."""
 
 
-class Turn:
+class ScopedCheckpoint:
     """The checkpoint of one of several turns of work that have the same phases; the newest turn's states are kept.
 
     Args:

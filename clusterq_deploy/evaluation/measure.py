@@ -15,8 +15,8 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.environment import available_cores
 from clusterq_deploy.errors import DataError
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.oom import inferred_in_parts, is_of_memory
-from clusterq_deploy.results.engines import Spread
+from clusterq_deploy.oom import infer_split_on_oom, is_out_of_memory
+from clusterq_deploy.results.engines import LatencyStats
 from clusterq_deploy.results.report import Accuracy, Latency
 from clusterq_deploy.runtimes.runners import Array, Runner
 from clusterq_deploy.runtimes.tensorrt.calls import EngineTimes
@@ -78,7 +78,7 @@ def predictions(
         DataError: too many images cannot be read.
         OutOfMemoryError: the memory does not suffice for the smallest parts either.
     """
-    infer, found = inferred_in_parts(runner.infer, f"evaluation on {runner.runtime}"), []
+    infer, found = infer_split_on_oom(runner.infer, f"evaluation on {runner.runtime}"), []
     if kept := checkpoint.load(phase):
         data.unreadable.restore(kept["unreadable"])
         found.append(kept["found"].numpy())
@@ -169,7 +169,7 @@ def benchmark(
                         if name in turns:
                             turns[name].append(_turn(runners[name], images, config, first=index == 0))
                     except (RuntimeError, MemoryError) as error:
-                        if not is_of_memory(error):
+                        if not is_out_of_memory(error):
                             raise
                         unfit.append(f"{name}: a batch of {batch} does not fit the memory")
                         del turns[name]
@@ -234,7 +234,7 @@ def _run_for(runner: Runner, images: Array, seconds: float, runs: int) -> list[f
 
 def summarize(runtime: str, batch: int, times_ms: Sequence[float]) -> Latency:
     """The record of a series of times of one call, in milliseconds."""
-    own = spread(times_ms)
+    own = latency_stats(times_ms)
     return Latency(
         runtime=runtime,
         batch=batch,
@@ -256,15 +256,15 @@ def summarize_engine(runtime: str, batch: int, times: EngineTimes) -> Latency:
         batch=batch,
         runs=len(calls),
         images_per_second=batch * len(calls) / times.wall_seconds,
-        host_to_device=spread([call.host_to_device_ms for call in calls]),
-        compute=spread([call.compute_ms for call in calls]),
-        device_to_host=spread([call.device_to_host_ms for call in calls]),
-        enqueue=spread([call.enqueue_ms for call in calls]),
+        host_to_device=latency_stats([call.host_to_device_ms for call in calls]),
+        compute=latency_stats([call.compute_ms for call in calls]),
+        device_to_host=latency_stats([call.device_to_host_ms for call in calls]),
+        enqueue=latency_stats([call.enqueue_ms for call in calls]),
         cuda_graph=times.cuda_graph,
         wall_seconds=times.wall_seconds,
         gpu=times.gpu,
         quantiles_ms=quantiles(latencies_ms),
-        **spread(latencies_ms).model_dump(),
+        **latency_stats(latencies_ms).model_dump(),
     )
 
 
@@ -274,12 +274,12 @@ def quantiles(times_ms: Sequence[float]) -> list[float]:
     return found
 
 
-def spread(times_ms: Sequence[float]) -> Spread:
+def latency_stats(times_ms: Sequence[float]) -> LatencyStats:
     """Mean, percentiles and coefficient of variation of times in milliseconds."""
     times = np.array(times_ms)
     median, p90, p95, p99 = (float(np.percentile(times, q)) for q in (50, 90, 95, 99))
     mean = float(times.mean())
-    return Spread(
+    return LatencyStats(
         mean_ms=mean,
         median_ms=median,
         p90_ms=p90,

@@ -1,6 +1,6 @@
-"""From a quantized torch model to the ONNX graphs that targets run: trace, spell, verify, check."""
+"""From a quantized torch model to the ONNX graphs that targets run: trace, lower, verify, check."""
 
-from clusterq_deploy.lowering.fp16 import half_baseline, to_half
+from clusterq_deploy.lowering.fp16 import fp16_baseline, to_fp16
 from clusterq_deploy.lowering.graphs import (
     FLOAT_FILE,
     HALF_FILE,
@@ -12,7 +12,7 @@ from clusterq_deploy.lowering.graphs import (
     student_graphs,
 )
 from clusterq_deploy.lowering.integers import SiteComparison, compare_integers, require_same_integers
-from clusterq_deploy.lowering.lower import GraphFormat, spell, target_of
+from clusterq_deploy.lowering.lower import GraphFormat, lower, target_of
 from clusterq_deploy.lowering.qdq import quantized_layers
 from clusterq_deploy.lowering.saturation import PairSum, check_saturation, pair_sums, require_no_saturation
 from clusterq_deploy.lowering.torch_export import annotate, export_graph
@@ -38,15 +38,15 @@ __all__ = [
     "compare_integers",
     "export_graph",
     "float_graphs",
-    "half_baseline",
+    "fp16_baseline",
+    "lower",
     "pair_sums",
     "quantized_layers",
     "require_no_saturation",
     "require_same_integers",
     "require_tensorrt",
-    "spell",
     "student_graphs",
     "target_of",
-    "to_half",
+    "to_fp16",
     "verify",
 ]

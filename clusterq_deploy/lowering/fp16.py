@@ -19,14 +19,14 @@ _FLOAT32_INPUTS = {"Resize": {1, 2}, "Upsample": {1}}
 """Inputs that the operators want in float32, whatever they compute in."""
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with float16 in the place of float32, but for its inputs and outputs; quantizers' scales included.
 
     Scales are rounded to eleven significant bits, and those of dead channels raised to 2^-14: integers may differ from
     the float32 graph's where a value lies near a rounding boundary.
 
     Args:
-        model: a float graph, or one spelled for TensorRT; it is not changed.
+        model: a float graph, or one lowered for TensorRT; it is not changed.
 
     Raises:
         ExportError: a number has no half: larger than 65,504, or a scale that is too small for it.
@@ -61,7 +61,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(proto)
 
 
-def half_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
+def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """The same network in FP16 throughout, which an INT8 engine is compared with: its time, not its accuracy.
 
     Quantizers are taken out, and stored integers become the numbers that they stand for.
@@ -95,7 +95,7 @@ def half_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     if not len(made.graph):
         raise ExportError("nothing but quantizers is in the graph")
     proto = ir.to_proto(made)
-    proto = proto if half else to_half(proto)
+    proto = proto if half else to_fp16(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

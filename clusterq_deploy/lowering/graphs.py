@@ -10,13 +10,13 @@ from torch import nn
 
 from calib.support.progress import SILENT, Advance, Progress
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.lowering.fp16 import to_half
+from clusterq_deploy.lowering.fp16 import to_fp16
 from clusterq_deploy.lowering.integers import compare_integers, require_same_integers
-from clusterq_deploy.lowering.lower import GraphFormat, spell, target_of
+from clusterq_deploy.lowering.lower import GraphFormat, lower, target_of
 from clusterq_deploy.lowering.torch_export import export_graph
 from clusterq_deploy.lowering.trt_rules import require_tensorrt
 from clusterq_deploy.lowering.verify import integer_layers, verify
-from clusterq_deploy.oom import inferred_in_parts
+from clusterq_deploy.oom import infer_split_on_oom
 from clusterq_deploy.quantization.graph.placement import TARGETS, Target
 from clusterq_deploy.quantization.student import Student
 from clusterq_deploy.runtimes.runners import Array, Runner, TorchRunner
@@ -34,17 +34,17 @@ _INT4 = 4
 
 @dataclass(frozen=True)
 class VerifiedGraph:
-    """A spelling of a student that computes what torch computes.
+    """A graph of a student that computes what torch computes.
 
     Attributes:
-        spelling: which one.
+        graph_format: which one.
         file: the name of its file.
         graph: to be written.
         checks: what was found, as JSON: `Verification`, the integers, and of TensorRT's graph its rules.
         notes: what a user should know of it, for the report.
     """
 
-    spelling: GraphFormat
+    graph_format: GraphFormat
     file: str
     graph: onnx.ModelProto
     checks: dict[str, Any]
@@ -84,7 +84,7 @@ def float_graphs(
     """
     images = np.random.default_rng(seed).standard_normal((VERIFIED_IMAGES, *size), dtype=np.float32)
     with progress.task(f"Export {name}", 4) as advance:  # torch's answers, the graph, and its checks in both precisions
-        expected = inferred_in_parts(TorchRunner(model).infer, f"{name} in torch")(images)
+        expected = infer_split_on_oom(TorchRunner(model).infer, f"{name} in torch")(images)
         advance()
         single = export_graph(model, size)
         advance()
@@ -92,7 +92,7 @@ def float_graphs(
         require_tensorrt(single, name=f"{name}/{FLOAT_FILE}")
         advance()
         try:
-            half = to_half(single)
+            half = to_fp16(single)
             verify(half, images, expected, name=f"{name}/{HALF_FILE}", optimized=False)
             require_tensorrt(half, name=f"{name}/{HALF_FILE}")
         except ExportError as error:
@@ -128,14 +128,14 @@ def student_graphs(
         VerificationError: a graph does not compute what torch computes, or TensorRT would refuse it.
     """
     fitting = [own for own in FILES if own in targets and (own != "int4" or student.bits.weights <= _INT4)]
-    files = {spelling: FILES[spelling] for spelling in fitting}
+    files = {graph_format: FILES[graph_format] for graph_format in fitting}
     logits: dict[Target, Array] = {}
 
-    def checked(graph: onnx.ModelProto, spelling: GraphFormat, name: str, advance: Advance) -> dict[str, Any]:
-        expected, for_cpu = logits[target_of(spelling)], spelling != "tensorrt"
+    def checked(graph: onnx.ModelProto, graph_format: GraphFormat, name: str, advance: Advance) -> dict[str, Any]:
+        expected, for_cpu = logits[target_of(graph_format)], graph_format != "tensorrt"
         found = verify(graph, images, expected, name=name, optimized=for_cpu, cpu=student.target_cpu)
         advance()
-        integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], spelling=spelling)
+        integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], graph_format=graph_format)
         require_same_integers(integers, name=name)
         advance()
         return {**asdict(found), "integers": [asdict(site) for site in integers]}
@@ -146,27 +146,27 @@ def student_graphs(
         marked = export_graph(student, size)
         advance()
         for target in executed:
-            with student.spelled(target):
-                logits[target] = inferred_in_parts(TorchRunner(student).infer, f"{name} in torch")(images)
+            with student.for_target(target):
+                logits[target] = infer_split_on_oom(TorchRunner(student).infer, f"{name} in torch")(images)
             advance()
-        for spelling, file in files.items():
-            graph = spell(marked, student, spelling)
-            checks = checked(graph, spelling, f"{name}/{file}", advance)
-            if spelling == "tensorrt":
+        for graph_format, file in files.items():
+            graph = lower(marked, student, graph_format)
+            checks = checked(graph, graph_format, f"{name}/{file}", advance)
+            if graph_format == "tensorrt":
                 if fp16:
                     graph = _halved(graph)
-                    checks["half"] = checked(graph, spelling, f"{name}/{file} in FP16", advance)
+                    checks["half"] = checked(graph, graph_format, f"{name}/{file} in FP16", advance)
                 checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
             notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
-            if spelling == "onnxruntime":
+            if graph_format == "onnxruntime":
                 notes += _float_layers(graph, student)
             advance()
-            yield VerifiedGraph(spelling, file, graph, checks, notes)
+            yield VerifiedGraph(graph_format, file, graph, checks, notes)
 
 
 def _halved(graph: onnx.ModelProto) -> onnx.ModelProto:
     try:
-        return to_half(graph)
+        return to_fp16(graph)
     except ExportError as error:
         raise ExportError(f"{error}; export without --fp16") from error
 
@@ -189,14 +189,14 @@ def agreement(
     student: Student,
     images: Array,
     *,
-    spelling: GraphFormat,
+    graph_format: GraphFormat,
     batch_size: int,
     progress: Progress = SILENT,
 ) -> float:
-    """Percentage of images (N, C, H, W) with the student's top-1, as a runner executes that spelling of it."""
-    infer = inferred_in_parts(runner.infer, f"agreement on {runner.runtime}")
-    reference, same = inferred_in_parts(TorchRunner(student).infer, "agreement on torch"), []
-    with student.spelled(target_of(spelling)), progress.task("Agreement", len(images)) as advance:
+    """Percentage of images (N, C, H, W) with the student's top-1, as a runner executes that graph of it."""
+    infer = infer_split_on_oom(runner.infer, f"agreement on {runner.runtime}")
+    reference, same = infer_split_on_oom(TorchRunner(student).infer, "agreement on torch"), []
+    with student.for_target(target_of(graph_format)), progress.task("Agreement", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             same.append(infer(batch).argmax(1) == reference(batch).argmax(1))

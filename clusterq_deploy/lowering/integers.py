@@ -16,7 +16,7 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.lowering.fp16 import computes_in_half
 from clusterq_deploy.lowering.lower import GraphFormat, bounded_name, offset_of, quantized_name, target_of
-from clusterq_deploy.oom import in_parts
+from clusterq_deploy.oom import split_on_oom
 from clusterq_deploy.quantization.fake_quant import Quantizer
 from clusterq_deploy.quantization.student import Student
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner
@@ -65,7 +65,7 @@ def compare_integers(
     student: Student,
     images: Array,
     *,
-    spelling: GraphFormat,
+    graph_format: GraphFormat,
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> list[SiteComparison]:
@@ -76,18 +76,18 @@ def compare_integers(
     that computes something else is seen by itself.
 
     Args:
-        graph: a spelling of the student.
+        graph: a graph of the student.
         student: calibrated, on any device.
         images: (N, C, H, W) float32, normalized.
-        spelling: which one `graph` is.
+        graph_format: which one `graph` is.
         batch_size: images a pass.
         progress: shows how far it is.
     """
     runner = OnnxRunner(_tapped(graph, student).SerializeToString(), optimized=False)
-    follower = _Follower(student, spelling, _HALF_TIE if computes_in_half(graph) else _TIE)
-    follow = in_parts(lambda part: follower.follow(part, runner.outputs(part)), "integers")
+    follower = _Follower(student, graph_format, _HALF_TIE if computes_in_half(graph) else _TIE)
+    follow = split_on_oom(lambda part: follower.follow(part, runner.outputs(part)), "integers")
     found: dict[str, SiteComparison] = {}
-    with runner, student.spelled(target_of(spelling)), progress.task("Integers", len(images)) as advance:
+    with runner, student.for_target(target_of(graph_format)), progress.task("Integers", len(images)) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             for own in chain.from_iterable(follow(batch)):
@@ -125,8 +125,8 @@ def _tapped(graph: onnx.ModelProto, student: Student) -> onnx.ModelProto:
 class _Follower:
     """Runs a student with a graph's integers in the place of its own, and counts a batch's differences."""
 
-    def __init__(self, student: Student, spelling: GraphFormat, tie: float) -> None:
-        self._student, self._spelling, self._tie = student, spelling, tie
+    def __init__(self, student: Student, graph_format: GraphFormat, tie: float) -> None:
+        self._student, self._graph_format, self._tie = student, graph_format, tie
         self._device = next(student.parameters()).device
         self._counts: dict[str, SiteComparison] = {}
         self._calls: Counter[str] = Counter()
@@ -153,7 +153,7 @@ class _Follower:
         self._calls[site] += 1
         label = site if self._calls[site] == 1 else f"{site}.{self._calls[site]}"
         name = next(n for n in (bounded_name(label), quantized_name(label)) if n in self._theirs)
-        theirs = self._theirs[name].astype(np.int32) - offset_of(quantizer.grid, self._spelling)
+        theirs = self._theirs[name].astype(np.int32) - offset_of(quantizer.grid, self._graph_format)
         given = torch.from_numpy(theirs).to(self._device)
         exact = args[0].double() / quantizer.scale.double()
         own = exact.round().clamp(quantizer.grid.low, quantizer.grid.high).to(torch.int32)

@@ -41,9 +41,9 @@ class _Steps:
     zero_point: ir.Value
 
 
-def target_of(spelling: GraphFormat) -> Target:
-    """The runtime whose quantizers a spelling has."""
-    return "tensorrt" if spelling == "tensorrt" else "onnxruntime"
+def target_of(graph_format: GraphFormat) -> Target:
+    """The runtime whose quantizers a format has."""
+    return "tensorrt" if graph_format == "tensorrt" else "onnxruntime"
 
 
 def quantized_name(label: str) -> str:
@@ -56,25 +56,25 @@ def bounded_name(label: str) -> str:
     return f"{label}.bounded"
 
 
-def offset_of(grid: Grid, spelling: GraphFormat) -> int:
+def offset_of(grid: Grid, graph_format: GraphFormat) -> int:
     """What an activation's integers are stored with on top of the grid's: their zero-point."""
-    return ZERO_POINT if grid.signed and spelling != "tensorrt" else 0
+    return ZERO_POINT if grid.signed and graph_format != "tensorrt" else 0
 
 
-def spell(marked: onnx.ModelProto, student: Student, spelling: GraphFormat) -> onnx.ModelProto:
+def lower(marked: onnx.ModelProto, student: Student, graph_format: GraphFormat) -> onnx.ModelProto:
     """The graph for a target, from the marked graph of `export_graph`.
 
     Args:
         marked: the student's graph; it is not changed.
         student: gives scales and integers.
-        spelling: `onnxruntime`, `tensorrt` or `int4`.
+        graph_format: `onnxruntime`, `tensorrt` or `int4`.
 
     Raises:
         ExportError: a marker has no quantizer, or a bias does not fit INT32.
     """
     model = ir.from_proto(marked)
-    with student.spelled(target_of(spelling)):
-        _Speller(model.graph, student, spelling).run()
+    with student.for_target(target_of(graph_format)):
+        _Lowering(model.graph, student, graph_format).run()
     _remove_unread(model)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     return ir.to_proto(model)
@@ -89,12 +89,12 @@ def _remove_unread(model: ir.Model) -> None:
         model.graph.initializers.pop(name)
 
 
-class _Speller:
+class _Lowering:
     """Rewrites one graph in place; markers go, operators come."""
 
-    def __init__(self, graph: ir.Graph, student: Student, spelling: GraphFormat) -> None:
-        self.graph, self.spelling = graph, spelling
-        self.target = target_of(spelling)
+    def __init__(self, graph: ir.Graph, student: Student, graph_format: GraphFormat) -> None:
+        self.graph, self.graph_format = graph, graph_format
+        self.target = target_of(graph_format)
         self.quantizers = student.quantizers()
         self.layers = {f"{name}.weight": layer for name, layer in student.layers().items()}
         self.absent = {s.name for s in student.placement.activations if self.target not in s.targets}
@@ -158,7 +158,7 @@ class _Speller:
         integers = quantizer.integers(layer.weight.detach()).cpu().numpy()
         scale = self._scale(quantizer)
         kind: type = np.int8
-        if self.spelling == "int4" and quantizer.grid.bits <= 4:
+        if self.graph_format == "int4" and quantizer.grid.bits <= 4:
             kind = ml_dtypes.int4
         stored = self._constant(f"{site}.integers", integers.astype(kind))
         inputs = [stored, self._constant(f"{site}.scale", scale)]
@@ -183,7 +183,7 @@ class _Speller:
             zero = self._constant(f"{site}.zero_point", np.array(0, np.int8))
         else:
             source = self._without_upper_clip(marker, source, quantizer, label)
-            zero = self._constant(f"{site}.zero_point", np.array(offset_of(grid, self.spelling), np.uint8))
+            zero = self._constant(f"{site}.zero_point", np.array(offset_of(grid, self.graph_format), np.uint8))
         step = self._constant(f"{site}.scale", scale)
         integers = self._insert(marker, "QuantizeLinear", [source, step, zero], quantized_name(label))
         if self.target == "onnxruntime":
@@ -194,7 +194,7 @@ class _Speller:
 
     def _integer_clip(self, marker: ir.Node, integers: ir.Value, grid: Grid, label: str) -> ir.Value:
         """Bound UINT8 integers to the grid where it is narrower than the type."""
-        offset = offset_of(grid, self.spelling)
+        offset = offset_of(grid, self.graph_format)
         low, high = grid.low + offset, grid.high + offset
         if (low, high) == (0, 255):
             return integers

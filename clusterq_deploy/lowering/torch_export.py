@@ -23,7 +23,7 @@ INPUT, OUTPUT = "images", "logits"
 def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProto:
     """The ONNX graph of a model, `images` (batch, C, H, W) float32 to `logits` (batch, classes) float32.
 
-    Quantizers come out as one `clusterq::FakeQuantize` node each, named by their site; `spell` turns them into
+    Quantizers come out as one `clusterq::FakeQuantize` node each, named by their site; `lower` turns them into
     operators. A node's doc string says which module it is of, such as `layer1.0.relu (ReLU)`; traces of the source
     (paths, line numbers) are taken out.
 

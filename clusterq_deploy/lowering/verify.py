@@ -12,7 +12,7 @@ from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.lowering.fp16 import computes_in_half
 from clusterq_deploy.lowering.saturation import pair_sums, require_no_saturation
-from clusterq_deploy.oom import inferred_in_parts
+from clusterq_deploy.oom import infer_split_on_oom
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner
 
@@ -92,11 +92,11 @@ def verify(
         pair_sum = max((abs(own.largest) for own in pair_sums(graph)), default=0)
     data = graph.SerializeToString()
     with OnnxRunner(data, optimized=False) as runner:
-        plain = inferred_in_parts(runner.infer, name)(images)
+        plain = infer_split_on_oom(runner.infer, name)(images)
     executed = plain
     if optimized and (cpu == "any" or adds_in_32_bits()):
         with OnnxRunner(data) as runner:
-            executed = inferred_in_parts(runner.infer, name)(images)
+            executed = infer_split_on_oom(runner.infer, name)(images)
     if not (np.isfinite(reference).all() and np.isfinite(plain).all() and np.isfinite(executed).all()):
         raise VerificationError(f"{name} or its torch model gives logits that are not finite; the file is not written")
     difference = np.abs(plain - reference)

@@ -110,7 +110,7 @@ def _shapes_only() -> Iterator[None]:
 
 
 def rename_torchvision(state: State) -> State:
-    """torchvision's weights as its models name them today, without auxiliary heads."""
+    """Torchvision's weights as its models name them today, without auxiliary heads."""
     return {
         _OLD_DENSENET_KEY.sub(r"\1\2.", key): value
         for key, value in state.items()

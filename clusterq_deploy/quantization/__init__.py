@@ -5,10 +5,10 @@ from clusterq_deploy.quantization.histogram import Histogram, LayerHistograms, h
 from clusterq_deploy.quantization.ptq.bias import correct_bias, fit_full_range_biases
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
 from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
-from clusterq_deploy.quantization.ptq.initialize import Initialization, initialize
+from clusterq_deploy.quantization.ptq.ptq import PTQResult, post_training_quantize
 from clusterq_deploy.quantization.ptq.reconstruct import reconstruct
 from clusterq_deploy.quantization.qat.finetune import FinetuneConfig, Tuning, finetune
-from clusterq_deploy.quantization.reference import Reference
+from clusterq_deploy.quantization.reference import FloatTwin
 from clusterq_deploy.quantization.sensitivity import (
     Divergence,
     PrecisionPlan,
@@ -24,12 +24,12 @@ __all__ = [
     "Divergence",
     "Equalized",
     "FinetuneConfig",
+    "FloatTwin",
     "Grid",
     "Histogram",
-    "Initialization",
     "LayerHistograms",
+    "PTQResult",
     "PrecisionPlan",
-    "Reference",
     "Sensitivity",
     "Student",
     "Tuning",
@@ -39,11 +39,11 @@ __all__ = [
     "finetune",
     "fit_full_range_biases",
     "histograms",
-    "initialize",
     "judged_views",
     "load_student",
     "make_student",
     "plan_precision",
+    "post_training_quantize",
     "reconstruct",
     "sensitivities",
 ]

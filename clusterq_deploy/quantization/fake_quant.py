@@ -11,7 +11,7 @@ from clusterq_deploy.quantization.grid import Grid
 
 MARKER = "FakeQuantize"
 MARKER_DOMAIN = "clusterq"
-"""Operator and domain that stand for a quantizer in an exported graph until it is spelled for a target."""
+"""Operator and domain that stand for a quantizer in an exported graph until it is lowered for a target."""
 
 
 _TINY = 1e-30  # the bounds of the grid belong to it
@@ -83,7 +83,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def like_layout(x: Tensor, other: Tensor) -> Tensor:
-    """x in the memory layout of a tensor of the same shape: elementwise work on mixed layouts is ten times as slow."""
+    """X in the memory layout of a tensor of the same shape: elementwise work on mixed layouts is ten times as slow."""
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
@@ -109,8 +109,8 @@ class Quantizer(nn.Module):
     Attributes:
         log_scale: () or (channels,) float32; its logarithm is learned, so the scale stays positive.
         enabled: False lets the tensor pass untouched.
-        coarse: True rounds to `Grid.halved`, where there is one.
-        reduce_range: False leaves `pair_limit` out of account, as targets do that add in 32 bits.
+        reduce_range: True rounds to `Grid.reduced`, where there is one.
+        limit_pairs: False leaves `pair_limit` out of account, as targets do that add in 32 bits.
         floor: the smallest scale that `project` leaves.
         widening: (channels,) float32, at least 1: how much larger the scale is where `pair_limit` counts.
         bias_shift: (channels,) float32: how much larger the layer's bias is where it does not; see
@@ -126,8 +126,8 @@ class Quantizer(nn.Module):
         pair_limit: int | None = None,
     ) -> None:
         super().__init__()
-        self.site, self.limit, self.enabled, self.coarse = site, limit, True, False
-        self.pair_limit, self.reduce_range = pair_limit, True
+        self.site, self.limit, self.enabled, self.reduce_range = site, limit, True, False
+        self.pair_limit, self.limit_pairs = pair_limit, True
         self._grid = grid
         self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
         self.register_buffer("floor", torch.tensor(1e-8))
@@ -141,7 +141,7 @@ class Quantizer(nn.Module):
 
     @property
     def _halved(self) -> Grid | None:
-        return self._grid.halved if self.coarse else None
+        return self._grid.reduced if self.reduce_range else None
 
     @property
     def grid(self) -> Grid:
@@ -150,7 +150,7 @@ class Quantizer(nn.Module):
 
     @property
     def _limited(self) -> bool:
-        return self.pair_limit is not None and self.reduce_range
+        return self.pair_limit is not None and self.limit_pairs
 
     @property
     def scale(self) -> Tensor:
@@ -178,7 +178,7 @@ class Quantizer(nn.Module):
             x: the tensor, or what it is in steps of its scale.
             in_steps: which of the two.
         """
-        if self.pair_limit is None or not self.reduce_range:
+        if self.pair_limit is None or not self.limit_pairs:
             return self.grid.low, self.grid.high
         scale = torch.ones_like(self.log_scale) if in_steps else self.scale
         low, high = row_bounds(second_extremes(x.detach()), scale.detach(), self.grid, self.pair_limit)
@@ -194,7 +194,7 @@ class Quantizer(nn.Module):
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         """Return the bias (O,) that goes with the weight as it is rounded now; None of a layer without one."""
-        if bias is None or self.pair_limit is None or self.reduce_range:
+        if bias is None or self.pair_limit is None or self.limit_pairs:
             return bias
         return bias + self.bias_shift
 

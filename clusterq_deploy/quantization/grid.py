@@ -22,7 +22,7 @@ class Grid:
     """A symmetric integer grid: zero-point 0, values `low` to `high` times a positive scale.
 
     INT8 has room for all of them but the unsigned one of 8 bits, which is UINT8. TensorRT has no UINT8: there a tensor
-    of that grid has every second value of it, `halved`.
+    of that grid has every second value of it, `reduced`.
     """
 
     bits: int
@@ -44,7 +44,7 @@ class Grid:
         return self.high + (ZERO_POINT if self.signed else 0)
 
     @property
-    def halved(self) -> "Grid | None":
+    def reduced(self) -> "Grid | None":
         """The grid for INT8, whose scale is twice as large, where this one is too fine for it; else None."""
         return None if self.signed or self.bits < MAX_BITS else Grid(MAX_BITS - 1, signed=False)
 

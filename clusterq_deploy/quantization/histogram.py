@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clusterq_deploy.oom import in_memory
+from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization.fake_quant import QuantizedLayer, Quantizer
 from clusterq_deploy.quantization.grid import Grid
-from clusterq_deploy.quantization.reference import ChannelMap, Reference
+from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 _IMAGES = 64
@@ -54,7 +54,7 @@ class LayerHistograms:
 
 @torch.no_grad()
 def histograms(
-    student: Student, reference: Reference, images: Tensor, *, batch_size: int, rng: torch.Generator
+    student: Student, reference: FloatTwin, images: Tensor, *, batch_size: int, rng: torch.Generator
 ) -> list[LayerHistograms]:
     """What the teacher has at each quantized layer, in the student's channels and in steps of the student's grids.
 
@@ -71,7 +71,7 @@ def histograms(
     Returns:
         One entry a quantized layer, in order of execution.
     """
-    quantizers, layers, exact = student.quantizers(), student.layers(), reference.net.layers()
+    quantizers, layers, exact = student.quantizers(), student.layers(), reference.graph.layers()
     read = {site.layer: site.input_site for site in student.placement.weights}
     by_site = {own.site: own for own in reference.maps.values()}
     some = images[torch.randperm(len(images), generator=rng, device=rng.device)[:_IMAGES].cpu()]
@@ -79,9 +79,9 @@ def histograms(
 
     def read_by(divisor: int) -> dict[str, Tensor]:
         rng.set_state(state)
-        return _inputs(reference.net, some, max(1, batch_size // divisor), maps, rng)
+        return _inputs(reference.graph, some, max(1, batch_size // divisor), maps, rng)
 
-    inputs, _ = in_memory(read_by, "histograms")
+    inputs, _ = retry_on_oom(read_by, "histograms")
     found = []
     for name, layer in layers.items():
         quantizer, site = layer.weight_quantizer, quantizers[read[name]]
@@ -117,7 +117,11 @@ def _histogram(values: Tensor, quantizer: Quantizer) -> Histogram:
 
 
 def _weights(
-    layer: QuantizedLayer, scale: Tensor, written: ChannelMap | None, read: ChannelMap | None, rng: torch.Generator
+    layer: QuantizedLayer,
+    scale: Tensor,
+    written: ChannelAffine | None,
+    read: ChannelAffine | None,
+    rng: torch.Generator,
 ) -> Tensor:
     """Some of a teacher's weight in steps of the student's scale (O,), whose channels `written` and `read` tell of."""
     weight = layer.weight
@@ -134,7 +138,7 @@ def _weights(
 
 
 def _inputs(
-    net: Student, images: Tensor, batch_size: int, maps: dict[str, ChannelMap | None], rng: torch.Generator
+    net: Student, images: Tensor, batch_size: int, maps: dict[str, ChannelAffine | None], rng: torch.Generator
 ) -> dict[str, Tensor]:
     """Some of the float values that each layer of a teacher reads, (n,) float32 on the CPU, in the student's channels.
 
@@ -148,7 +152,7 @@ def _inputs(
     batches = images.split(batch_size)
     seen: dict[str, list[Tensor]] = {name: [] for name in maps}
 
-    def hook(name: str, own: ChannelMap | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(name: str, own: ChannelAffine | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             (x,) = args
             at = _places(x, max(1, _ACTIVATIONS // len(batches)), rng)

@@ -15,7 +15,7 @@ AT_ONCE = 64  # images that a layer or quantizer is given, where a pass has all 
 
 
 @dataclass(frozen=True)
-class ChannelMap:
+class ChannelAffine:
     """A student's channels from the teacher's: scale * x - shift, both (C,) float32, scale positive.
 
     `site` is that of the quantizer behind the layer that has them: nothing but the next layer reads it.
@@ -41,16 +41,16 @@ class ChannelMap:
 
 
 @dataclass(frozen=True)
-class Reference:
+class FloatTwin:
     """What a student is held against.
 
     Attributes:
-        net: the teacher with the student's graph and sites; it is used `in_float` alone.
+        graph: the teacher with the student's graph and sites; it is used `in_float` alone.
         maps: for each layer whose outputs have other channels in the student, how; see `equalize`.
     """
 
-    net: Student
-    maps: Mapping[str, ChannelMap] = field(default_factory=dict)
+    graph: Student
+    maps: Mapping[str, ChannelAffine] = field(default_factory=dict)
 
 
 def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -64,22 +64,22 @@ def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return whole
 
 
-class SideBySide(fx.Interpreter):
+class TwinInterpreter(fx.Interpreter):
     """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized.
 
     Subclasses say in `layer` what is done at each quantized layer. Without a reference the teacher is what the student
     computes in float as it is now.
     """
 
-    def __init__(self, student: Student, reference: Reference | None) -> None:
+    def __init__(self, student: Student, reference: FloatTwin | None) -> None:
         super().__init__(student.net)
-        self._reference = reference or Reference(copy.deepcopy(student))
-        self._exact, self._maps = self._reference.net.layers(), self._reference.maps
+        self._reference = reference or FloatTwin(copy.deepcopy(student))
+        self._exact, self._maps = self._reference.graph.layers(), self._reference.maps
 
     def compare(self, images: Tensor) -> None:
         """Pass images (N, C, H, W) through both."""
         image = next(node for node in self.graph.nodes if node.op == "placeholder")
-        with self._reference.net.in_float():
+        with self._reference.graph.in_float():
             self.run(initial_env={image: torch.cat([images, images])})  # as an argument it would live to the end
 
     def call_module(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.support.checkpoint import NOWHERE, Checkpoint, Turn
+from calib.support.checkpoint import NOWHERE, Checkpoint, ScopedCheckpoint
 from calib.support.progress import SILENT, Advance, Progress
 from clusterq_deploy.quantization.fake_quant import QuantizedLayer
 from clusterq_deploy.quantization.grid import BitWidths, Cpu
-from clusterq_deploy.quantization.ptq.initialize import equalize_and_calibrate, initialize, mend
+from clusterq_deploy.quantization.ptq.ptq import (
+    equalize_and_calibrate,
+    post_training_quantize,
+    reconstruct_or_correct_bias,
+)
 from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.student import Student, make_student
 
@@ -110,7 +114,7 @@ def sensitivities(
     layers, quantizers = student.layers(), student.quantizers()
     plain = _parameters(layers)
     if (kept := checkpoint.load("mended")) is None:
-        mend(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
+        reconstruct_or_correct_bias(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
         checkpoint.save("mended", lambda: {"student": student.state_dict()}, at_once=True)
     else:
         student.load_state_dict(kept["student"])
@@ -196,8 +200,8 @@ def plan_precision(
         if count not in estimates:
             student = make_student(teacher, bits, first_last=first_last, keep=raised(count), cpu=cpu)
             rng.set_state(state)  # counts differ in their layers alone
-            turn = Turn(checkpoint, "precision", count)
-            initialize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=turn)
+            turn = ScopedCheckpoint(checkpoint, "precision", count)
+            post_training_quantize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=turn)
             estimates[count] = compare(answers(student, judged, batch_size), exact)
             done = {"exact": exact, "estimates": {own: asdict(estimate) for own, estimate in estimates.items()}}
             checkpoint.save("precision", lambda: done, at_once=True)

@@ -70,29 +70,29 @@ class Student(nn.Module):
         return found
 
     @contextmanager
-    def spelled(self, target: Target) -> Iterator[None]:
+    def for_target(self, target: Target) -> Iterator[None]:
         """Compute what `target`'s graph computes: without the quantizers that only the other one has, on its grids."""
         quantizers = self.quantizers()
         absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
         with ExitStack() as switches:
             switches.enter_context(_with(absent, "enabled", False))
             if target == "tensorrt":
-                switches.enter_context(self.in_full_range())
-                switches.enter_context(self.in_int8())
+                switches.enter_context(self.without_pair_limits())
+                switches.enter_context(self.on_int8_grids())
             yield
 
     @contextmanager
-    def in_full_range(self) -> Iterator[None]:
+    def without_pair_limits(self) -> Iterator[None]:
         """Compute with weights whose sums of two are not limited."""
-        with _with([layer.weight_quantizer for layer in self.layers().values()], "reduce_range", False):
+        with _with([layer.weight_quantizer for layer in self.layers().values()], "limit_pairs", False):
             yield
 
     @contextmanager
-    def in_int8(self) -> Iterator[None]:
+    def on_int8_grids(self) -> Iterator[None]:
         """Compute on the grids that INT8 has room for, which are the coarser ones: what is tuned on them fits both."""
         quantizers = self.quantizers()
         both = [quantizers[s.name] for s in self.placement.activations if "tensorrt" in s.targets]
-        with _with(both, "coarse", True):
+        with _with(both, "reduce_range", True):
             yield
 
     @contextmanager
@@ -114,7 +114,7 @@ class Student(nn.Module):
             quantizer.project()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def round_biases_to_accumulator(self) -> None:
         """Round every bias to its layer's accumulator, an INT32 whose step is input scale times weight scale.
 
         Integer kernels add the bias there; done here, the torch model and every graph add the same numbers. A channel

@@ -2,7 +2,14 @@
 
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
-from clusterq_deploy.results.engines import EngineInspection, EngineLayer, GpuTelemetry, MissedLayer, Reading, Spread
+from clusterq_deploy.results.engines import (
+    EngineInspection,
+    EngineLayer,
+    GpuTelemetry,
+    LatencyStats,
+    MissedLayer,
+    Reading,
+)
 from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.results.histograms import Histogram, LayerHistograms
 from clusterq_deploy.results.report import (
@@ -35,6 +42,7 @@ __all__ = [
     "Histogram",
     "ImageNote",
     "Latency",
+    "LatencyStats",
     "LayerHistograms",
     "LayerNote",
     "MissedLayer",
@@ -44,7 +52,6 @@ __all__ = [
     "Reading",
     "Report",
     "Skipped",
-    "Spread",
     "Variant",
     "read_report",
     "to_html",

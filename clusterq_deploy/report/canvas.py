@@ -23,7 +23,7 @@ _POINT = 1 / 72  # of an inch: figures are laid out in points, which become the 
 
 
 def chart_style(name: str) -> AbstractContextManager[None]:
-    """matplotlib's own defaults, whatever the user's are; `name` seeds the ids in the SVG."""
+    """Matplotlib's own defaults, whatever the user's are; `name` seeds the ids in the SVG."""
     fonts = {"font.sans-serif": ["DejaVu Sans"]}  # which it brings along; the page has its own
     return style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name, **fonts}])
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from clusterq_deploy.results.base import Duration, Finite, Record
 
 
-class Spread(Record):
+class LatencyStats(Record):
     """Times over all calls of a measurement, in milliseconds.
 
     `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %.

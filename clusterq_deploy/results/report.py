@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.results.base import Count, Duration, Percent
 from clusterq_deploy.results.base import Record as _Record
-from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, Spread
+from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats
 from clusterq_deploy.results.features import FeatureInfo
 from clusterq_deploy.results.histograms import LayerHistograms
 
@@ -124,7 +124,7 @@ class Artifact(_Record):
     notes: list[str] = Field(default_factory=list)
 
 
-class Latency(Spread):
+class Latency(LatencyStats):
     """Time of one inference call of `batch` images, in milliseconds.
 
     `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
@@ -147,10 +147,10 @@ class Latency(Spread):
     speedup_low: float | None = None
     speedup_high: float | None = None
     quantiles_ms: list[Duration] = Field(default_factory=list)
-    host_to_device: Spread | None = None
-    compute: Spread | None = None
-    device_to_host: Spread | None = None
-    enqueue: Spread | None = None
+    host_to_device: LatencyStats | None = None
+    compute: LatencyStats | None = None
+    device_to_host: LatencyStats | None = None
+    enqueue: LatencyStats | None = None
     cuda_graph: bool | None = None
     wall_seconds: float | None = None
     trtexec: str | None = None

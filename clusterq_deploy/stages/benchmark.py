@@ -12,7 +12,7 @@ from clusterq_deploy.errors import EngineError
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, summarize_engine
 from clusterq_deploy.files import read_graph
 from clusterq_deploy.lowering import quantized_layers
-from clusterq_deploy.oom import is_of_memory
+from clusterq_deploy.oom import is_out_of_memory
 from clusterq_deploy.results.engines import EngineInspection
 from clusterq_deploy.results.report import Latency, Skipped
 from clusterq_deploy.run.manifest import Result, StageRecord
@@ -70,7 +70,7 @@ def work(run: Run, _: str) -> tuple[Result, list[str]]:
                     latency[variant] += [_result(r) for r in time_engine(runner, name, settings)]
                     inspected, text = inspect_engine(runner, name, path, settings.batches[0])
             except EngineError as error:  # loaded, it takes the memory of its largest batch
-                if not is_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 skipped.append(Skipped(stage="benchmark", reason=f"{name}: {' '.join(str(error).split())}"))
                 continue

@@ -19,7 +19,7 @@ from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
 
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}
-"""The spelling of the graph that each of them takes; of the float baseline it is the one in FP32."""
+"""The format of the graph that each of them takes; of the float baseline it is the one in FP32."""
 
 COSTLY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "FusedConv"}
 """The operators that take a network's time; a provider that leaves one to another is not what is measured."""
@@ -78,9 +78,9 @@ def provider_runners(run: Run, exports: Mapping[str, StageRecord], skipped: list
         return
     _, best, high = tuned_batches(run.config)
     batch = (1, best, max(high, EVALUATION_BATCH))  # it refuses what is outside, and an evaluation ends in a part
-    for runtime, spelling in GPU_RUNTIMES.items():
+    for runtime, graph_format in GPU_RUNTIMES.items():
         for variant, record in exports.items():
-            graph = str(graph_for(record, "onnxruntime" if variant == FP32 else spelling))
+            graph = str(graph_for(record, "onnxruntime" if variant == FP32 else graph_format))
             try:
                 runner, shared = open_provider(run.directory.path / graph, runtime, run.model.input.size, batch)
             except ExportError as error:

@@ -60,8 +60,8 @@ def _student_graphs(run: Run, variant: str) -> tuple[Result, list[str]]:
     with closing(made):  # ends its task where a file cannot be written
         for own in made:
             checks[own.file] = own.checks
-            fp16 = run.config.fp16 and own.spelling == "tensorrt"
-            artifacts.append(_write(run, variant, own.graph, own.file, own.spelling, own.notes, fp16=fp16))
+            fp16 = run.config.fp16 and own.graph_format == "tensorrt"
+            artifacts.append(_write(run, variant, own.graph, own.file, own.graph_format, own.notes, fp16=fp16))
     return {"artifacts": artifacts, "verification": checks}, [a["path"] for a in artifacts]
 
 
@@ -100,11 +100,11 @@ def compare_graphs(run: Run, variant: str, images: int) -> Iterator[tuple[str, f
     artifacts, progress = run.finished(f"export/{variant}").result["artifacts"], run.progress
     with progress.task(f"Verify {variant}", len(artifacts)) as advance:
         for artifact in artifacts:
-            graph, spelling = onnx.load(run.directory.path / artifact["path"]), artifact["target"]
+            graph, graph_format = onnx.load(run.directory.path / artifact["path"]), artifact["target"]
             with runner_of(run, artifact) as own:
                 same = lowering.agreement(
-                    own, student, batch, spelling=spelling, batch_size=EVALUATION_BATCH, progress=progress
+                    own, student, batch, graph_format=graph_format, batch_size=EVALUATION_BATCH, progress=progress
                 )
-            found = lowering.compare_integers(graph, student, batch, spelling=spelling, progress=progress)
+            found = lowering.compare_integers(graph, student, batch, graph_format=graph_format, progress=progress)
             advance()
             yield artifact["path"], same, found

@@ -3,7 +3,7 @@
 from clusterq_deploy.errors import FeatureError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare_features
-from clusterq_deploy.oom import in_memory
+from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.results.features import FeatureInfo
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import EVALUATION_BATCH, Run
@@ -39,7 +39,7 @@ def work(run: Run, __: str) -> tuple[Result, list[str]]:
         )
 
     try:
-        found, _ = in_memory(compared, "features")
+        found, _ = retry_on_oom(compared, "features")
     except (FeatureError, OutOfMemoryError) as error:
         skipped = {"skipped": str(error), "provisional": isinstance(error, OutOfMemoryError)}
         return {"inputs": run.data_inputs, **skipped}, []

@@ -7,20 +7,20 @@ import torch
 from pydantic import TypeAdapter
 
 from calib.support.checkpoint import Checkpoint
-from clusterq_deploy.oom import in_memory
+from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import (
     BitWidths,
-    Initialization,
     PrecisionPlan,
+    PTQResult,
     Sensitivity,
     Student,
     Tuning,
     finetune,
     fit_full_range_biases,
     histograms,
-    initialize,
     make_student,
     plan_precision,
+    post_training_quantize,
 )
 from clusterq_deploy.quantization.student import FORMAT
 from clusterq_deploy.run.manifest import Result
@@ -56,7 +56,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
     bits, source, max_drop = BitWidths.parse(variant), run.finished("synthesize"), run.config.max_drop
     settings = run.config.finetune.scaled_to(bits)
 
-    def tuned(divisor: int) -> tuple[PrecisionPlan | None, Student, Initialization, Tuning]:
+    def tuned(divisor: int) -> tuple[PrecisionPlan | None, Student, PTQResult, Tuning]:
         calibration, rng = run.calibration, run.rng(f"quantize/{bits}")
         batch_size = max(1, settings.batch_size // divisor)
         checkpoint = run.checkpoint(f"quantize/{bits}", inputs(run, variant), divisor, ["synthesize"])
@@ -74,7 +74,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
         fit_full_range_biases(student, calibration.images)
         return plan, student, started, tuning
 
-    (plan, student, started, tuning), divisor = in_memory(tuned, f"fine-tuning {bits}")
+    (plan, student, started, tuning), divisor = retry_on_oom(tuned, f"fine-tuning {bits}")
     if plan is not None and max_drop is not None and plan.estimate.expected_drop > max_drop:
         logger.warning("%s: no widths are expected to keep the drop within %g points", bits, max_drop)
     seen = histograms(
@@ -113,7 +113,7 @@ def describe(run: Run, variant: str) -> str:
 
 def _initialized(
     run: Run, bits: BitWidths, batch_size: int, rng: torch.Generator, checkpoint: Checkpoint
-) -> tuple[PrecisionPlan | None, Student, Initialization]:
+) -> tuple[PrecisionPlan | None, Student, PTQResult]:
     """A student as fine-tuning begins with it, and the layers' widths in it if they are planned."""
     max_drop, widths = run.config.max_drop, placement(run)
     kept = checkpoint.load("initialized")
@@ -126,10 +126,10 @@ def _initialized(
         widths["keep"] = plan.keep
     student = make_student(run.model.module, bits, **widths)
     if kept is not None:
-        started = Initialization.from_state(student, kept["state"])
+        started = PTQResult.from_state(student, kept["state"])
         rng.set_state(kept["rng"])
         return plan, student, started
-    started = initialize(
+    started = post_training_quantize(
         student, shown(run), batch_size=batch_size, rng=rng, progress=run.progress, checkpoint=checkpoint
     )
     checkpoint.save(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from calib.leaves import with_leaves
-from clusterq_deploy.oom import in_memory
+from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import BitWidths, Sensitivity, judged_views, make_student, sensitivities
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import Run
@@ -44,7 +44,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
             ),
         )
 
-    found, _ = in_memory(costs, f"sensitivities of {variant}")
+    found, _ = retry_on_oom(costs, f"sensitivities of {variant}")
     return {"layers": [asdict(own) for own in found]}, []
 
 

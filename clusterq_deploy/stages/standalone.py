@@ -17,7 +17,7 @@ from clusterq_deploy.errors import DataError, EngineError, ExportError
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, predictions, score
 from clusterq_deploy.files import read_graph, sha256_file
-from clusterq_deploy.lowering import half_baseline
+from clusterq_deploy.lowering import fp16_baseline
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.run.run import EVALUATION_BATCH
 from clusterq_deploy.runtimes import tensorrt as engine
@@ -70,7 +70,7 @@ def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILE
     engine_path, baseline_path = path.with_suffix(ENGINE), path.with_suffix(f".fp16{ENGINE}")
     built = {engine_path: engine.build_engine(path, engine_path, config, progress)}
     try:
-        if baseline := half_baseline(read_graph(path)):
+        if baseline := fp16_baseline(read_graph(path)):
             _require_own(baseline_path, path)
             with TemporaryDirectory() as folder:
                 graph = Path(folder) / baseline_path.with_suffix(".onnx").name

@@ -6,7 +6,7 @@ import math
 from calib.calibration_set import CalibrationSet
 from calib.synthesis import Synthesis
 from calib.synthesis import synthesize as make_images
-from clusterq_deploy.oom import in_memory
+from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import IMAGES, PREVIEW, Run
 from clusterq_deploy.run.stage import Needs
@@ -42,7 +42,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
             checkpoint=run.checkpoint(NAME, inputs(run, variant), divisor),
         )
 
-    made, divisor = in_memory(images, "synthesis")
+    made, divisor = retry_on_oom(images, "synthesis")
     provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
     calibration = CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
     preview = io.BytesIO()

@@ -6,7 +6,7 @@ from torch import Tensor
 from calib.support.progress import SILENT, Advance, Progress
 from clusterq_deploy.quantization.fake_quant import QuantizedLayer, by_channel, pooled_dims
 from clusterq_deploy.quantization.qat.parametrize import layer_statistics
-from clusterq_deploy.quantization.reference import Reference, SideBySide
+from clusterq_deploy.quantization.reference import FloatTwin, TwinInterpreter
 from clusterq_deploy.quantization.student import Student
 
 _IMAGES = 128
@@ -17,7 +17,7 @@ def correct_bias(
     student: Student,
     images: Tensor,
     *,
-    reference: Reference | None = None,
+    reference: FloatTwin | None = None,
     count: int = _IMAGES,
     progress: Progress = SILENT,
 ) -> dict[str, float]:
@@ -60,18 +60,18 @@ def fit_full_range_biases(student: Student, images: Tensor, *, count: int = _IMA
         count: how many images.
     """
     device = next(student.parameters()).device
-    with student.in_int8():
+    with student.on_int8_grids():
         statistics = layer_statistics(student, images[:count].to(device))
     layers = {name: own for name, own in student.layers().items() if own.weight_quantizer.pair_limit is not None}
     limited = {name: layer.weight_quantizer(layer.weight) for name, layer in layers.items()}
-    with student.in_full_range():
+    with student.without_pair_limits():
         for name, layer in layers.items():
             difference = limited[name] - layer.weight_quantizer(layer.weight)
             layer.weight_quantizer.bias_shift.copy_((difference * statistics[name][0]).flatten(1).sum(1))
 
 
-class _Corrector(SideBySide):
-    def __init__(self, student: Student, reference: Reference | None, advance: Advance) -> None:
+class _Corrector(TwinInterpreter):
+    def __init__(self, student: Student, reference: FloatTwin | None, advance: Advance) -> None:
         super().__init__(student, reference)
         self._advance = advance
         self._steps = student.accumulator_steps()
@@ -84,7 +84,7 @@ class _Corrector(SideBySide):
         if layer.bias is None:
             return answer
         dims = pooled_dims(layer, wanted)
-        step = self._steps[name]  # the bias stays on its accumulator's grid, as `settle` wants it
+        step = self._steps[name]  # the bias stays on its accumulator's grid, as `round_biases_to_accumulator` wants it
         shift = ((answer - wanted).mean(dims) / step).round() * step
         layer.bias.sub_(shift)
         spread = wanted.std(dims).mean().clamp_min(1e-12)

@@ -72,7 +72,7 @@ def set_weight_scale(quantizer: Quantizer, weight: Tensor, importance: Tensor | 
     if quantizer.pair_limit is not None:
         limited = weight_scales(weight, quantizer.grid, importance, quantizer.pair_limit)
         quantizer.widening.copy_((limited / scale).clamp_min(1))
-        scale = scale * (quantizer.widening if quantizer.reduce_range else 1)
+        scale = scale * (quantizer.widening if quantizer.limit_pairs else 1)
     quantizer.set_scale(scale)
 
 
@@ -112,7 +112,7 @@ def calibrate(
     for name, quantizer in student.quantizers().items():
         if name in seen:
             quantizer.set_scale(activation_scale(seen[name], quantizer.grid))
-    student.settle()
+    student.round_biases_to_accumulator()
 
 
 def _activations(

@@ -30,8 +30,8 @@ from clusterq_deploy.quantization.fake_quant import (
     pooled_dims,
 )
 from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantization.ptq.pairs import Pair, find_pairs
-from clusterq_deploy.quantization.reference import ChannelMap
+from clusterq_deploy.quantization.ptq.pairs import LayerPair, find_pairs
+from clusterq_deploy.quantization.reference import ChannelAffine
 from clusterq_deploy.quantization.student import Student
 
 _CLIP = 6.0
@@ -74,7 +74,7 @@ class Equalized:
 
 def equalize(
     student: Student, images: Tensor, *, rng: torch.Generator, shifts: bool = True, progress: Progress = SILENT
-) -> tuple[list[Equalized], dict[str, ChannelMap]]:
+) -> tuple[list[Equalized], dict[str, ChannelAffine]]:
     """Scale and shift the channels between each pair of layers that only homogeneous operations connect, in place.
 
     To be called before `calibrate`. In float the student computes what it did before, but for rounding, and for what
@@ -97,7 +97,7 @@ def equalize(
         return [], {}
     device = next(student.parameters()).device
     done: list[Equalized] = []
-    maps: list[tuple[Pair, ChannelMap]] = []
+    maps: list[tuple[LayerPair, ChannelAffine]] = []
     by_input = {p.node.all_input_nodes[0]: p for p in pairs}
     watched = {node for p in pairs for node in (p.node.all_input_nodes[0], p.clip, p.made) if node is not None}
     seen: dict[fx.Node, list[Tensor]] = {node: [] for node in watched}
@@ -156,8 +156,8 @@ def _lowest(flat: Tensor) -> Tensor:
 
 
 def _choose(
-    pair: Pair, x: Tensor, extremes: Tensor, at_clip: Tensor, rectified: Tensor | None, rng: torch.Generator
-) -> tuple[Equalized, ChannelMap]:
+    pair: LayerPair, x: Tensor, extremes: Tensor, at_clip: Tensor, rectified: Tensor | None, rng: torch.Generator
+) -> tuple[Equalized, ChannelAffine]:
     """The map of the channels that costs the consumer least, and what it brings.
 
     Args:
@@ -199,7 +199,7 @@ def _choose(
         error_before=found[0][0],
         error_after=error,
     )
-    return result, ChannelMap(scale, scale * shift, pair.site)
+    return result, ChannelAffine(scale, scale * shift, pair.site)
 
 
 def _by_channel(values: Tensor, channels: int) -> Tensor:
@@ -207,7 +207,7 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
     return values.view(channels, -1).amax(1)
 
 
-def _low(pair: Pair, rectified: Tensor) -> Tensor:
+def _low(pair: LayerPair, rectified: Tensor) -> Tensor:
     """What each channel (C,) hardly falls below and may be shifted by; 0 where a shift is not possible."""
     channels = len(pair.producer.weight)
     low = torch.quantile(rectified[:, 0], _LOW, dim=0).clamp_min(0).view(channels, -1).amin(1)
@@ -231,10 +231,10 @@ def _spread(reach: Tensor) -> float:
     return float(reach.max() / reach.median().clamp_min(1e-12))
 
 
-def _errors(pair: Pair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, rng: torch.Generator) -> Tensor:
+def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, rng: torch.Generator) -> Tensor:
     """Squared error of the consumer's outputs with quantized input and weight, relative to their variance, (O,).
 
-    A constant error does not count, for it is the bias's to mend, and one at the border of a map counts little.
+    A constant error does not count, for the bias removes it, and one at the border of a map counts little.
     """
     layer, k = pair.consumer, x.shape[1] // len(scale)
     shape = (1, -1, *[1] * (x.dim() - 2))
@@ -288,7 +288,7 @@ def _columns_scaled(layer: QuantizedLayer, factor: Tensor) -> Tensor:
     return (grouped * factor.view(groups, 1, -1, 1)).view_as(weight)
 
 
-def _apply(pair: Pair, found: ChannelMap) -> None:
+def _apply(pair: LayerPair, found: ChannelAffine) -> None:
     producer, consumer = pair.producer, pair.consumer
     columns = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
     k = columns // len(found.scale)

@@ -11,7 +11,7 @@ from clusterq_deploy.quantization.student import Student
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerPair:
     """Two layers between which only homogeneous operations stand.
 
     Attributes:
@@ -32,7 +32,7 @@ class Pair:
     grid: Grid
 
 
-def find_pairs(student: Student) -> list[Pair]:
+def find_pairs(student: Student) -> list[LayerPair]:
     """Every layer whose input comes from one other layer, through homogeneous operations and to no other reader."""
     quantizers, net = student.quantizers(), student.net
     layers = student.layers()
@@ -45,7 +45,7 @@ def find_pairs(student: Student) -> list[Pair]:
         producer, consumer = layers.get(str(source.target)), layers[site.layer]
         if producer is not None:
             names, grid = (str(source.target), site.layer), quantizers[site.input_site].grid
-            pairs.append(Pair(producer, consumer, names, node, clip, made, site.input_site, grid))
+            pairs.append(LayerPair(producer, consumer, names, node, clip, made, site.input_site, grid))
     return pairs
 
 

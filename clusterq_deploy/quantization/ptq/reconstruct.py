@@ -17,7 +17,7 @@ from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.quantization.fake_quant import Bound, QuantizedLayer, by_channel, padded, pooled_dims
 from clusterq_deploy.quantization.ptq.calibrate import set_weight_scale
-from clusterq_deploy.quantization.reference import AT_ONCE, Reference, SideBySide, by_parts
+from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, TwinInterpreter, by_parts
 from clusterq_deploy.quantization.student import Student
 
 _IMAGES = 1024
@@ -37,7 +37,7 @@ def reconstruct(
     images: Tensor,
     *,
     rng: torch.Generator,
-    reference: Reference | None = None,
+    reference: FloatTwin | None = None,
     count: int | None = None,
     damping: float = _DAMPING,
     progress: Progress = SILENT,
@@ -54,7 +54,7 @@ def reconstruct(
     alone.
 
     Args:
-        student: calibrated, not tuned yet: its weights must still be the reference's, but for `Reference.maps`.
+        student: calibrated, not tuned yet: its weights must still be the reference's, but for `FloatTwin.maps`.
             They, biases and weight scales are changed, so that afterwards `in_float` is no longer the teacher.
         images: (N, C, H, W) float32, normalized; the first `count` are used.
         rng: chooses the patches that are looked at.
@@ -74,7 +74,7 @@ def reconstruct(
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
         pass_ = _Reconstructor(student, reference, rng, damping, advance, checkpoint)
         pass_.compare(batch)
-    student.settle()
+    student.round_biases_to_accumulator()
     return {name: own.errors for name, own in pass_.fitted.items()}
 
 
@@ -110,13 +110,13 @@ class _Fitted:
     shift: Tensor | None
 
 
-class _Reconstructor(SideBySide):
+class _Reconstructor(TwinInterpreter):
     """Fits each layer on the way through the graph, but those that a checkpoint has."""
 
     def __init__(
         self,
         student: Student,
-        reference: Reference | None,
+        reference: FloatTwin | None,
         rng: torch.Generator,
         damping: float,
         advance: Callable[..., None],

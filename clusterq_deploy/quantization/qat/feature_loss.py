@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clusterq_deploy.quantization.fake_quant import Quantizer, inner_product, like_layout
 from clusterq_deploy.quantization.graph.placement import TARGETS
-from clusterq_deploy.quantization.reference import ChannelMap, Reference
+from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 
@@ -63,13 +63,13 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], variances
 
 
 @torch.no_grad()
-def _mapped(features: Sequence[Tensor], maps: Sequence[ChannelMap | None]) -> list[Tensor]:
+def _mapped(features: Sequence[Tensor], maps: Sequence[ChannelAffine | None]) -> list[Tensor]:
     """The teacher's features in the student's channels."""
     return [f if own is None else own(f) for f, own in zip(features, maps, strict=True)]
 
 
 @contextmanager
-def matched_features(student: Student, reference: Reference, images: Tensor) -> Iterator[Callable[[], Tensor]]:
+def matched_features(student: Student, reference: FloatTwin, images: Tensor) -> Iterator[Callable[[], Tensor]]:
     """Give the `feature_loss` of the last forward passes of a student and of the teacher.
 
     Args:
@@ -79,8 +79,8 @@ def matched_features(student: Student, reference: Reference, images: Tensor) -> 
     """
     by_site = {own.site: own for own in reference.maps.values()}
     maps = [by_site.get(name) for name in feature_sites(student)]
-    with tap_features(student) as own, tap_features(reference.net) as exact:
-        with torch.no_grad(), reference.net.in_float():
-            reference.net(images)
+    with tap_features(student) as own, tap_features(reference.graph) as exact:
+        with torch.no_grad(), reference.graph.in_float():
+            reference.graph(images)
         variances = [feature.var().clamp_min(1e-8) for feature in _mapped(exact, maps)]
         yield lambda: feature_loss(own, _mapped(exact, maps), variances)

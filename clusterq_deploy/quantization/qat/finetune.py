@@ -20,8 +20,8 @@ from clusterq_deploy.quantization.grid import BitWidths
 from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.qat.feature_loss import matched_features
 from clusterq_deploy.quantization.qat.parametrize import NormalizedParameters, normalized
-from clusterq_deploy.quantization.qat.tuning_loop import Course
-from clusterq_deploy.quantization.reference import Reference
+from clusterq_deploy.quantization.qat.tuning_loop import TuningLoop
+from clusterq_deploy.quantization.reference import FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 _SETTLED = 0.75
@@ -76,7 +76,7 @@ class FinetuneConfig(StageConfig):
     checkpoints: int = Field(8, ge=1)
 
     def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
-        """These settings for a variant: above four bits there is less to mend, so steps are fewer and smaller.
+        """Return the settings for a variant: above four bits there is less to fix, so steps are fewer and smaller.
 
         The weights' are smaller by themselves, being in steps of a finer grid. Where activations have more bits than
         weights, weights move by half as much for every two of them: what they are rounded by on their way is no longer
@@ -149,7 +149,7 @@ class HeldOut:
 
 def finetune(
     student: Student,
-    reference: Reference,
+    reference: FloatTwin,
     calibration: CalibrationSet,
     *,
     config: FinetuneConfig,
@@ -187,9 +187,9 @@ def finetune(
         none = tune.labels.new_full((len(leaves),), _NO_CLASS)
         tune = CalibrationSet(torch.cat([tune.images, leaves]), torch.cat([tune.labels, none]))
     del leaves
-    teacher = reference.net.to(memory_format=torch.channels_last)
+    teacher = reference.graph.to(memory_format=torch.channels_last)
     student.to(memory_format=torch.channels_last)
-    with teacher.in_float(), student.in_int8():
+    with teacher.in_float(), student.on_int8_grids():
         judge = HeldOut(teacher, judged, config.batch_size, config.temperature)
         best = judge.divergence(student)
     losses["held_out_kl"].append(best)
@@ -199,13 +199,13 @@ def finetune(
     widest = max(student.bits.weights, student.bits.activations)
     precision = mixed_precision(device) if widest < 8 else nullcontext()
     with (
-        student.in_int8(),
+        student.on_int8_grids(),
         normalized(student, measured) as parameters,
         progress.task(f"Fine-tuning {student.bits}", steps) as advance,
         teacher.in_float(),
         matched_features(student, reference, judged[:_MEASURED_ON].to(device)) as feature_loss,
     ):
-        course = Course(student, _optimizer(parameters, config), steps, rng, losses, best)
+        course = TuningLoop(student, _optimizer(parameters, config), steps, rng, losses, best)
         if (reached := checkpoint.load("tuning")) is not None:
             course.load_state_dict(reached)
             del reached
@@ -230,7 +230,7 @@ def finetune(
                 course.judge(judge.divergence(student), may_keep=step >= _SETTLED * steps)
             checkpoint.save("tuning", course.state_dict)
         student.load_state_dict(course.kept)
-    student.to(memory_format=torch.contiguous_format).settle()
+    student.to(memory_format=torch.contiguous_format).round_biases_to_accumulator()
     return Tuning(course.losses, course.kept_step)
 
 

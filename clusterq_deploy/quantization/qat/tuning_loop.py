@@ -12,7 +12,7 @@ from clusterq_deploy.errors import TuningError
 from clusterq_deploy.quantization.student import Student
 
 
-class Course:
+class TuningLoop:
     """Where fine-tuning is: optimizer, what was best so far, and the losses.
 
     Args:

@@ -12,12 +12,12 @@ from clusterq_deploy.quantization.ptq.bias import correct_bias
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
 from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
 from clusterq_deploy.quantization.ptq.reconstruct import reconstruct
-from clusterq_deploy.quantization.reference import ChannelMap, Reference
+from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 
 @dataclass(frozen=True)
-class Initialization:
+class PTQResult:
     """What was done to a student.
 
     Attributes:
@@ -29,7 +29,7 @@ class Initialization:
             weights were reconstructed, which corrects biases too.
     """
 
-    reference: Reference
+    reference: FloatTwin
     equalized: list[Equalized]
     errors: dict[str, tuple[float, float]]
     shifts: dict[str, float]
@@ -45,16 +45,16 @@ class Initialization:
         }
 
     @classmethod
-    def from_state(cls, student: Student, state: State) -> "Initialization":
+    def from_state(cls, student: Student, state: State) -> "PTQResult":
         """What was done to a student, done to another one that is fresh from `make_student`, in place."""
         teacher, device = _teacher(student), next(student.parameters()).device
         student.load_state_dict(state["student"])
         maps = {
-            name: ChannelMap(own["scale"].to(device), own["shift"].to(device), own["site"])
+            name: ChannelAffine(own["scale"].to(device), own["shift"].to(device), own["site"])
             for name, own in state["maps"].items()
         }
         equalized = [Equalized(**pair) for pair in state["equalized"]]
-        return cls(Reference(teacher, maps), equalized, state["errors"], state["shifts"])
+        return cls(FloatTwin(teacher, maps), equalized, state["errors"], state["shifts"])
 
 
 def _teacher(student: Student) -> Student:
@@ -62,7 +62,7 @@ def _teacher(student: Student) -> Student:
     return copy.deepcopy(student).requires_grad_(False)
 
 
-def initialize(
+def post_training_quantize(
     student: Student,
     images: Tensor,
     *,
@@ -70,7 +70,7 @@ def initialize(
     rng: torch.Generator,
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
-) -> Initialization:
+) -> PTQResult:
     """Equalize, set all scales, and mend what rounding does to weights and biases, in place, for INT8's grids.
 
     Args:
@@ -84,7 +84,7 @@ def initialize(
     begun = equalize_and_calibrate(
         student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=checkpoint
     )
-    return mend(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
+    return reconstruct_or_correct_bias(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
 
 
 def equalize_and_calibrate(
@@ -95,32 +95,32 @@ def equalize_and_calibrate(
     rng: torch.Generator,
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
-) -> Initialization:
-    """The first half of `initialize`: all scales; weights and biases are the teacher's, in the student's channels."""
+) -> PTQResult:
+    """Set all scales; weights and biases are the teacher's, in the student's channels."""
     if (kept := checkpoint.load("calibration")) is not None:
         rng.set_state(kept["rng"])
-        return Initialization.from_state(student, kept["state"])
+        return PTQResult.from_state(student, kept["state"])
     teacher = _teacher(student)
-    with student.in_int8():
+    with student.on_int8_grids():
         equalized, maps = equalize(student, images, rng=rng, progress=progress)
         calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
-    begun = Initialization(Reference(teacher, maps), equalized, {}, {})
+    begun = PTQResult(FloatTwin(teacher, maps), equalized, {}, {})
     checkpoint.save("calibration", lambda: {"state": begun.state_dict(student), "rng": rng.get_state()}, at_once=True)
     return begun
 
 
-def mend(
+def reconstruct_or_correct_bias(
     student: Student,
     images: Tensor,
-    begun: Initialization,
+    begun: PTQResult,
     *,
     rng: torch.Generator,
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
-) -> Initialization:
+) -> PTQResult:
     """The second half: what rounding does to weights and biases."""
     reference = begun.reference
-    with student.in_int8():
+    with student.on_int8_grids():
         if student.bits.weights < 8:
             errors = reconstruct(
                 student, images, rng=rng, reference=reference, progress=progress, checkpoint=checkpoint

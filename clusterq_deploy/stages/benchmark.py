@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, summarize_engine
+from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark, summarize_engine
 from clusterq_deploy.files import read_graph
 from clusterq_deploy.lowering import quantized_layers
 from clusterq_deploy.oom import is_out_of_memory
@@ -48,16 +48,16 @@ def work(run: Run, _: str) -> tuple[Result, list[str]]:
         timed = {own.key: own for own in _timed(run, sources, skipped)}
         for own in timed.values():
             opened.enter_context(own.runner)
-        runners, unfit = {key: own.runner for key, own in timed.items()}, list[str]()
+        runners = {key: own.runner for key, own in timed.items()}
         single = {own.runner.runtime: key for key, own in timed.items() if own.variant == FP32}
         baselines = {
             key: single[own.runner.runtime]
             for key, own in timed.items()
             if own.variant != FP32 and own.runner.runtime in single
         }
-        found = benchmark(runners, size, settings, run.progress, unfit, baselines)
-        skipped += [Skipped(stage="benchmark", reason=reason) for reason in unfit]
-    for key, records in found.items():
+        timings = benchmark(runners, size, settings, run.progress, baselines)
+        skipped += [Skipped(stage="benchmark", reason=reason) for reason in timings.skipped]
+    for key, records in timings.latencies.items():
         own = timed[key]
         latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]
     inspections: dict[str, list[Result]] = {v: [] for v in variants}

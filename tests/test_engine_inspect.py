@@ -1,0 +1,325 @@
+"""What TensorRT's engine inspector says, in the shapes of its releases, and what is concluded from it."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from tensorrt_double import World, build, open_engine
+
+from clusterq_deploy.errors import EngineError
+from clusterq_deploy.results.engines import EngineInspection
+from clusterq_deploy.runtimes.tensorrt import summarize_layers
+from clusterq_deploy.runtimes.tensorrt.inspect import EngineLayers, parse_layers, type_in
+from clusterq_deploy.stages.benchmark import inspect_engine
+
+
+def tensor(name: str, kind: str, *shape: int) -> dict[str, object]:
+    return {"Name": name, "Location": "Device", "Dimensions": list(shape), "Format/Datatype": kind}
+
+
+INT8 = "Thirty-two wide channel vectorized row major Int8 format"
+FP16 = "Channel major FP16 format where channel % 8 == 0"
+FP32 = "Row major linear FP32"
+DYNAMIC = "N/A due to dynamic shapes"
+
+# TensorRT 10, detailed: a quantizer, two fused convolutions, a layout change, one compiled layer, a float layer.
+DETAILED = {
+    "Layers": [
+        {
+            "Name": "images_QuantizeLinear",
+            "LayerType": "Reformat",
+            "Inputs": [tensor("images", FP32, 8, 3, 32, 32)],
+            "Outputs": [tensor("images_q", "Row major Int8 format", 8, 3, 32, 32)],
+            "ParameterType": "Reformat",
+            "Origin": "QDQ",
+            "TacticValue": "0x00000000000003e8",
+            "StreamId": 0,
+            "Metadata": "[ONNX Layer: images_QuantizeLinear]",
+        },
+        {
+            "Name": "stem.weight_DequantizeLinear + node_conv2d + node_relu",
+            "LayerType": "CaskConvolution",
+            "Inputs": [tensor("images_q", INT8, 8, 3, 32, 32)],
+            "Outputs": [tensor("relu_q", INT8, 8, 16, 32, 32)],
+            "ParameterType": "Convolution",
+            "Weights": {"Type": "Int8", "Count": 432},
+            "Bias": {"Type": "Float", "Count": 16},
+            "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw",
+            "Metadata": "[ONNX Layer: node_conv2d]\x1f[ONNX Layer: node_relu | block (Block)]",
+        },
+        {
+            "Name": "Reformatting CopyNode for Input Tensor 0 to node_conv2d_1",
+            "LayerType": "Reformat",
+            "Inputs": [tensor("relu_q", INT8, 8, 16, 32, 32)],
+            "Outputs": [tensor("relu_half", FP16, 8, 16, 32, 32)],
+            "Origin": "REFORMAT",
+            "Metadata": "",
+        },
+        {
+            "Name": "node_conv2d_1",
+            "LayerType": "CaskConvolution",
+            "Inputs": [tensor("relu_half", FP16, 8, 16, 32, 32)],
+            "Outputs": [tensor("out", FP16, 8, 32, 32, 32)],
+            "Weights": {"Type": "Half", "Count": 4608},
+            "Metadata": "[ONNX Layer: node_conv2d_1]",
+        },
+        {
+            "Name": "__myl_MeanCast_myl0_1",
+            "LayerType": "kgen",
+            "Inputs": [tensor("out", "Half", 8, 32, 32, 32)],
+            "Outputs": [tensor("pooled", "Float", 8, 32)],
+            "TacticName": "__myl_MeanCast_0x1c9a",
+            "Metadata": "[ONNX Layer: node_mean]\x1e[ONNX Layer: node_cast]",
+        },
+        {
+            "Name": "node_linear",
+            "LayerType": "gemm",
+            "Inputs": [tensor("pooled", "Float", 8, 32)],
+            "Outputs": [tensor("logits", "Float", 8, 10)],
+            "Metadata": "[ONNX Layer: node_linear]",
+        },
+        {"Name": "fc.bias", "LayerType": "Constant", "Inputs": [], "Outputs": [tensor("b", FP32, 10)]},
+    ],
+    "Bindings": ["images", "logits"],
+}
+# TensorRT 8.4: no metadata; before the shapes of a dynamic batch are set there are no formats either.
+WITHOUT_METADATA = {
+    "Layers": [
+        {
+            "Name": "stem.weight + stem_q + node_conv2d + node_relu || node_conv2d_1",
+            "LayerType": "CaskConvolution",
+            "Inputs": [tensor("images", DYNAMIC, -1, 3, 32, 32)],
+            "Outputs": [tensor("out", DYNAMIC, -1, 16, 32, 32)],
+            "Weights": {"Type": "Int8", "Count": 432},
+        },
+        {
+            "Name": "node_softmax",
+            "LayerType": "SoftMax",
+            "Inputs": [tensor("out", DYNAMIC, -1, 16)],
+            "Outputs": [tensor("logits", DYNAMIC, -1, 16)],
+        },
+    ]
+}
+NAMES = {"Layers": ["images_q", "node_conv2d + node_relu", "node_linear"], "Bindings": ["images", "logits"]}
+
+
+def read(content: object) -> EngineLayers:
+    return parse_layers(json.dumps(content))
+
+
+def summary(
+    layers: EngineLayers, times_ms: dict[str, float] | None = None, quantized: dict[str, str] | None = None
+) -> EngineInspection:
+    return summarize_layers(layers, times_ms or {}, quantized or {}, engine="w8a8/model.engine", batch=8)
+
+
+def test_parse_layers_reads_kind_type_and_nodes() -> None:
+    engine = read(DETAILED)
+    assert engine.detailed
+    assert [(layer.kind, layer.precision) for layer in engine.layers] == [
+        ("Reformat", "FP32"),
+        ("CaskConvolution", "INT8"),
+        ("Reformat", "INT8"),
+        ("CaskConvolution", "FP16"),
+        ("kgen", "FP16"),
+        ("gemm", "FP32"),
+        ("Constant", "FP32"),
+    ]
+    assert {"node_conv2d", "node_relu"} <= engine.layers[1].nodes
+    assert {"node_mean", "node_cast"} <= engine.layers[4].nodes
+    assert [layer.is_quantizer for layer in engine.layers].index(True) == 0
+    assert [layer.is_reformat for layer in engine.layers].index(True) == 2
+    assert [layer.computes for layer in engine.layers] == [False, True, False, True, True, True, False]
+
+
+def test_parse_layers_reads_types_in_a_separate_field_of_tensorrt_11() -> None:
+    layers = [
+        {
+            "Name": layer["Name"],
+            "LayerType": "CaskConvolution",
+            "Inputs": [{"Name": "x", "Format": "Linear", "DataType": kind}],
+            "Outputs": [],
+        }
+        for layer, kind in zip(DETAILED["Layers"], ("Int8", "Half", "Float"), strict=False)
+    ]
+    assert [layer.precision for layer in read({"Layers": layers}).layers] == ["INT8", "FP16", "FP32"]
+
+
+def test_parse_layers_reads_raw_control_characters_in_metadata() -> None:
+    text = json.dumps(DETAILED).replace("\\u001f", "\x1f").replace("\\u001e", "\x1e")
+    assert "\x1f" in text
+    assert parse_layers(text) == read(DETAILED)
+
+
+def test_parse_layers_without_metadata_uses_names_and_weights() -> None:
+    convolution, softmax = read(WITHOUT_METADATA).layers
+    assert {"node_conv2d", "node_relu", "node_conv2d_1"} <= convolution.nodes
+    assert (convolution.precision, softmax.precision) == ("INT8", None)
+
+
+def test_parse_layers_accepts_names_only() -> None:
+    engine = read(NAMES)
+    assert not engine.detailed
+    assert [layer.name for layer in engine.layers] == NAMES["Layers"]
+    assert engine.layers[1].nodes == {"node_conv2d", "node_relu"}
+    assert {layer.precision for layer in engine.layers} == {None}
+
+
+@pytest.mark.parametrize("text", ["", "\n", '{"Layers": []}'])
+def test_parse_layers_accepts_an_engine_that_tells_nothing(text: str) -> None:
+    assert parse_layers(text) == EngineLayers((), detailed=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("Layers:", "gave no JSON"), ('["a"]', "expected an object"), ('{"Layers": "none"}', "expected an object")],
+)
+def test_parse_layers_refuses_anything_else(text: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    ("description", "kind"),
+    [
+        ("Row major linear BFloat16 format", "BF16"),
+        ("Channel major FP32 format", "FP32"),
+        ("Channel major INT8 format where channel == 4 and column stride % 32 == 0", "INT8"),
+        ("Row major linear UInt8 format", "UINT8"),
+        ("Row major linear FP8 format", "FP8"),
+        ("Half", "FP16"),
+        ("Float", "FP32"),
+        ("Bool", "BOOL"),
+        ("FloatComplex", None),
+        ("Unknown format", None),
+        (DYNAMIC, None),
+    ],
+)
+def test_type_in_a_format(description: str, kind: str | None) -> None:
+    assert type_in(description) == kind
+
+
+def test_summarize_layers_counts_types_and_names_what_missed_int8() -> None:
+    engine = read(DETAILED)
+    times = dict(zip((layer.name for layer in engine.layers), (0.02, 0.1, 0.04, 0.2, 0.03, 0.01, 0.0), strict=True))
+    nodes = {"node_conv2d": "stem", "node_conv2d_1": "block.conv", "node_linear": "fc", "node_gone": "gone"}
+    inspection = summary(engine, times, nodes)
+    assert (inspection.layers, inspection.reformats, inspection.quantizers) == (7, 1, 1)
+    assert inspection.precisions == {"FP16": 2, "INT8": 1, "FP32": 1}
+    assert (inspection.total_ms, inspection.reformat_ms) == (pytest.approx(0.4), 0.04)
+    assert [(layer.name, layer.precision) for layer in inspection.slowest[:2]] == [
+        ("node_conv2d_1", "FP16"),
+        ("stem.weight_DequantizeLinear + node_conv2d + node_relu", "INT8"),
+    ]
+    assert inspection.slowest[0].share == pytest.approx(0.5)
+    assert {missed.layer: missed.reason for missed in inspection.missed} == {
+        "node_conv2d_1": "reads FP16 in node_conv2d_1 (CaskConvolution)",
+        "node_linear": "reads FP32 in node_linear (gemm)",
+        "node_gone": "is named by no layer of the engine",
+    }
+    assert [missed.weight for missed in inspection.missed] == ["block.conv", "fc", "gone"]
+    assert (inspection.quantized_layers, inspection.notes) == (4, [])
+
+
+def test_summarize_layers_lists_the_ten_slowest() -> None:
+    slowest = summary(read(NAMES), {f"layer{index}": float(index) for index in range(25)}).slowest
+    assert [layer.name for layer in slowest] == [f"layer{index}" for index in range(24, 14, -1)]
+    assert slowest[0].share == pytest.approx(24 / 300)
+
+
+def test_summarize_layers_notes_an_unknown_type_instead_of_a_miss() -> None:
+    layer = {"Name": "node_conv2d", "LayerType": "CaskConvolution", "Inputs": [{"Name": "x"}], "Outputs": []}
+    inspection = summary(read({"Layers": [layer]}), {}, {"node_conv2d": "conv.weight"})
+    assert inspection.missed == []
+    assert inspection.notes == ["Of which type these layers are the engine does not tell: node_conv2d."]
+
+
+def test_summarize_layers_notes_that_only_names_are_known() -> None:
+    inspection = summary(read(NAMES), {"node_linear": 0.5}, {"node_conv2d": "stem"})
+    assert (inspection.precisions, inspection.missed, inspection.quantized_layers) == ({}, [], 1)
+    assert inspection.slowest[0].kind is None
+    (note,) = inspection.notes
+    assert note.startswith("The engine tells only the names of its layers: build it with detailed profiling verbosity")
+    (note,) = summary(parse_layers("")).notes
+    assert "tells nothing of its layers" in note
+
+
+LAYERS = {
+    "Layers": [
+        {"Name": "node_conv2d", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Int8"}]},
+        {"Name": "node_conv2d_1", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Half"}]},
+    ]
+}
+
+
+@pytest.fixture
+def engine(world: World, tmp_path: Path) -> Path:
+    """Return an engine next to its graph: two convolutions, of which the first is quantized."""
+    world.inspected = json.dumps(LAYERS)
+    world.layer_ms = {"node_conv2d": 0.25, "node_conv2d_1": 0.5}
+    constants = [
+        helper.make_tensor("zero", TensorProto.INT8, [], [0]),
+        helper.make_tensor("scale", TensorProto.FLOAT, [], [0.1]),
+        helper.make_tensor("integers", TensorProto.INT8, [3, 3, 1, 1], [1] * 9),
+        helper.make_tensor("floats", TensorProto.FLOAT, [5, 3, 4, 4], [1.0] * 240),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"], name="quantize"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], name="dequantize"),
+        helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["w"], name="weight"),
+        helper.make_node("Conv", ["dq", "w"], ["middle"], name="node_conv2d"),
+        helper.make_node("Conv", ["middle", "floats"], ["logits"], name="node_conv2d_1"),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 4, 4])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5, 1, 1])
+    graph = helper.make_graph(nodes, "half quantized", [images], [logits], constants)
+    path = tmp_path / "model.trt.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return build(path, batch=(1, 2, 8))
+
+
+def inspect(engine: Path) -> tuple[EngineInspection, str]:
+    with open_engine(engine) as runner:
+        return inspect_engine(runner, "w8a8/model.engine", engine, batch=4)
+
+
+def test_layer_times_are_of_a_warm_engine_in_a_context_of_their_own(world: World, engine: Path) -> None:
+    with open_engine(engine) as runner:
+        assert runner.layer_times(4, runs=20) == world.layer_ms
+        assert world.batches == [4] * 30
+        runner.measure(4, warmup_ms=0, min_runs=3, min_seconds=0)
+        assert world.profiled_runs == 30  # what is measured is not slowed down by a profiler
+
+
+@pytest.mark.parametrize(
+    ("kind", "reasons"), [("Int8", {}), ("Float", {"integers": "reads FP32 in node_conv2d (CaskConvolution)"})]
+)
+def test_inspect_engine_names_what_is_quantized_and_reads_a_float(
+    world: World, engine: Path, kind: str, reasons: dict[str, str]
+) -> None:
+    world.inspected = world.inspected.replace("Int8", kind)
+    inspection, text = inspect(engine)
+    assert text == world.inspected
+    assert world.inspected_batch == 4  # formats are known once shapes are set
+    assert (inspection.engine, inspection.batch, inspection.detailed) == ("w8a8/model.engine", 4, True)
+    assert (inspection.layers, inspection.quantized_layers) == (2, 1)
+    assert {missed.weight: missed.reason for missed in inspection.missed} == reasons
+    assert [layer.name for layer in inspection.slowest] == ["node_conv2d_1", "node_conv2d"]
+
+
+def test_inspect_engine_needs_no_graph(engine: Path) -> None:
+    engine.with_name("model.trt.onnx").unlink()
+    inspection, _ = inspect(engine)
+    assert (inspection.quantized_layers, inspection.layers) == (0, 2)
+
+
+def test_inspect_engine_notes_what_cannot_be_inspected(world: World, engine: Path) -> None:
+    world.inspected = "not available"
+    inspection, text = inspect(engine)
+    assert text == "not available"
+    assert inspection.notes == [
+        "The engine could not be inspected: the engine inspector gave no JSON: "
+        "Expecting value: line 1 column 1 (char 0)."
+    ]

@@ -18,8 +18,9 @@ from tensorrt_double import World, build
 
 from clusterq_deploy.errors import EngineError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
-from clusterq_deploy.runtimes.tensorrt import BuildConfig, Machine, read_sidecar, sidecar_path
+from clusterq_deploy.runtimes.tensorrt import BuildConfig, read_sidecar, sidecar_path
 from clusterq_deploy.runtimes.tensorrt import build as build_module
+from clusterq_deploy.runtimes.tensorrt.sidecar import Machine
 
 HERE = Path(__file__).parent
 

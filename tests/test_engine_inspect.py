@@ -11,7 +11,7 @@ from tensorrt_double import World, build, open_engine
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.results.engines import EngineInspection
 from clusterq_deploy.runtimes.tensorrt import summarize_layers
-from clusterq_deploy.runtimes.tensorrt.inspect import EngineLayers, parse_layers, type_in
+from clusterq_deploy.runtimes.tensorrt.inspect import Layer, parse_layers, type_in
 from clusterq_deploy.stages.benchmark import inspect_engine
 
 
@@ -105,20 +105,19 @@ WITHOUT_METADATA = {
 NAMES = {"Layers": ["images_q", "node_conv2d + node_relu", "node_linear"], "Bindings": ["images", "logits"]}
 
 
-def read(content: object) -> EngineLayers:
+def read(content: object) -> tuple[Layer, ...]:
     return parse_layers(json.dumps(content))
 
 
 def summary(
-    layers: EngineLayers, times_ms: dict[str, float] | None = None, quantized: dict[str, str] | None = None
+    layers: tuple[Layer, ...], times_ms: dict[str, float] | None = None, quantized: dict[str, str] | None = None
 ) -> EngineInspection:
     return summarize_layers(layers, times_ms or {}, quantized or {}, engine="w8a8/model.engine", batch=8)
 
 
 def test_parse_layers_reads_kind_type_and_nodes() -> None:
-    engine = read(DETAILED)
-    assert engine.detailed
-    assert [(layer.kind, layer.precision) for layer in engine.layers] == [
+    layers = read(DETAILED)
+    assert [(layer.kind, layer.precision) for layer in layers] == [
         ("Reformat", "FP32"),
         ("CaskConvolution", "INT8"),
         ("Reformat", "INT8"),
@@ -127,11 +126,11 @@ def test_parse_layers_reads_kind_type_and_nodes() -> None:
         ("gemm", "FP32"),
         ("Constant", "FP32"),
     ]
-    assert {"node_conv2d", "node_relu"} <= engine.layers[1].nodes
-    assert {"node_mean", "node_cast"} <= engine.layers[4].nodes
-    assert [layer.is_quantizer for layer in engine.layers].index(True) == 0
-    assert [layer.is_reformat for layer in engine.layers].index(True) == 2
-    assert [layer.computes for layer in engine.layers] == [False, True, False, True, True, True, False]
+    assert {"node_conv2d", "node_relu"} <= layers[1].nodes
+    assert {"node_mean", "node_cast"} <= layers[4].nodes
+    assert [layer.is_quantizer for layer in layers].index(True) == 0
+    assert [layer.is_reformat for layer in layers].index(True) == 2
+    assert [layer.computes for layer in layers] == [False, True, False, True, True, True, False]
 
 
 def test_parse_layers_reads_types_in_a_separate_field_of_tensorrt_11() -> None:
@@ -144,7 +143,7 @@ def test_parse_layers_reads_types_in_a_separate_field_of_tensorrt_11() -> None:
         }
         for layer, kind in zip(DETAILED["Layers"], ("Int8", "Half", "Float"), strict=False)
     ]
-    assert [layer.precision for layer in read({"Layers": layers}).layers] == ["INT8", "FP16", "FP32"]
+    assert [layer.precision for layer in read({"Layers": layers})] == ["INT8", "FP16", "FP32"]
 
 
 def test_parse_layers_reads_raw_control_characters_in_metadata() -> None:
@@ -154,22 +153,21 @@ def test_parse_layers_reads_raw_control_characters_in_metadata() -> None:
 
 
 def test_parse_layers_without_metadata_uses_names_and_weights() -> None:
-    convolution, softmax = read(WITHOUT_METADATA).layers
+    convolution, softmax = read(WITHOUT_METADATA)
     assert {"node_conv2d", "node_relu", "node_conv2d_1"} <= convolution.nodes
     assert (convolution.precision, softmax.precision) == ("INT8", None)
 
 
 def test_parse_layers_accepts_names_only() -> None:
-    engine = read(NAMES)
-    assert not engine.detailed
-    assert [layer.name for layer in engine.layers] == NAMES["Layers"]
-    assert engine.layers[1].nodes == {"node_conv2d", "node_relu"}
-    assert {layer.precision for layer in engine.layers} == {None}
+    layers = read(NAMES)
+    assert [layer.name for layer in layers] == NAMES["Layers"]
+    assert layers[1].nodes == {"node_conv2d", "node_relu"}
+    assert {(layer.kind, layer.precision) for layer in layers} == {(None, None)}
 
 
 @pytest.mark.parametrize("text", ["", "\n", '{"Layers": []}'])
 def test_parse_layers_accepts_an_engine_that_tells_nothing(text: str) -> None:
-    assert parse_layers(text) == EngineLayers((), detailed=False)
+    assert parse_layers(text) == ()
 
 
 @pytest.mark.parametrize(
@@ -202,10 +200,10 @@ def test_type_in_a_format(description: str, kind: str | None) -> None:
 
 
 def test_summarize_layers_counts_types_and_names_what_missed_int8() -> None:
-    engine = read(DETAILED)
-    times = dict(zip((layer.name for layer in engine.layers), (0.02, 0.1, 0.04, 0.2, 0.03, 0.01, 0.0), strict=True))
+    layers = read(DETAILED)
+    times = dict(zip((layer.name for layer in layers), (0.02, 0.1, 0.04, 0.2, 0.03, 0.01, 0.0), strict=True))
     nodes = {"node_conv2d": "stem", "node_conv2d_1": "block.conv", "node_linear": "fc", "node_gone": "gone"}
-    inspection = summary(engine, times, nodes)
+    inspection = summary(layers, times, nodes)
     assert (inspection.layers, inspection.reformats, inspection.quantizers) == (7, 1, 1)
     assert inspection.precisions == {"FP16": 2, "INT8": 1, "FP32": 1}
     assert (inspection.total_ms, inspection.reformat_ms) == (pytest.approx(0.4), 0.04)

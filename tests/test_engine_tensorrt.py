@@ -86,7 +86,7 @@ def test_measure_times_each_part(graph: Path, cuda_graph: bool) -> None:
 
 def test_layers_are_named_and_timed(graph: Path) -> None:
     with TensorRTRunner(build(graph)) as runner:
-        layers, times_ms = parse_layers(runner.layer_information(4)).layers, runner.layer_times(4, runs=5)
+        layers, times_ms = parse_layers(runner.layer_information(4)), runner.layer_times(4, runs=5)
         assert layers
         assert {layer.name for layer in layers} >= set(times_ms)
         assert min(times_ms.values()) >= 0

@@ -13,7 +13,6 @@ import torch
 from tensorrt_double import World, build, open_engine
 
 from clusterq_deploy.evaluation.latency import BenchmarkConfig, summarize_engine
-from clusterq_deploy.runtimes.tensorrt import trtexec_command
 from clusterq_deploy.runtimes.tensorrt.timing import CallTimer, gpu_monitor, summarize_samples
 from clusterq_deploy.stages.benchmark import time_engine
 
@@ -50,25 +49,27 @@ def test_measure_enqueues_if_no_cuda_graph_can_be_captured(
     assert "no CUDA graph can be captured" in caplog.text
 
 
-def test_measure_copies_the_batch_and_the_answer(engine: Path) -> None:
+def test_call_timer_copies_the_batch_and_the_answer(engine: Path) -> None:
     with open_engine(engine) as runner, open_engine(engine) as other:
-        buffers = runner._buffers(4)
-        np.testing.assert_array_equal(buffers.host_input, other._buffers(4).host_input)  # the same for every engine
-        buffers.device_input.zero_()
-        assert buffers.host_input.shape == (4, 3, 4, 4)
-        assert buffers.host_input.std() > 0.5
-        runner.measure(4, warmup_ms=0, min_runs=2, min_seconds=0)
+        timer, same = (
+            CallTimer(lambda: runner._enqueue(runner._context), own._input[:4], own._output[:4], own._stream)
+            for own in (runner, other)
+        )
+        np.testing.assert_array_equal(timer._host_input, same._host_input)  # the same images for every engine
+        assert timer._host_input.std() > 0.5
+        runner._set_batch(runner._context, 4)
+        timer.measure(warmup_ms=0, min_runs=2, min_seconds=0, cuda_graph=False)
+        np.testing.assert_array_equal(runner._input[:4], timer._host_input)
         # the engine's answer is the mean of the images, times the class's number
-        means = buffers.host_input.mean(dim=(1, 2, 3))
-        torch.testing.assert_close(buffers.device_output[:, 1], 2 * means)
+        torch.testing.assert_close(timer._host_output[:, 1], 2 * timer._host_input.mean(dim=(1, 2, 3)))
 
 
-def test_the_computation_waits_for_its_images_and_the_copy_back_for_the_computation(engine: Path) -> None:
-    with open_engine(engine) as runner:
-        compute: Any = torch.cuda.Stream("cuda")
-        launches: list[int] = []
-        timer = CallTimer(lambda: launches.append(len(compute.waited_for)), runner._buffers(2), compute)
-        timer.measure(warmup_ms=0, min_runs=3, min_seconds=0, cuda_graph=False)
+def test_call_timer_waits_for_the_images_and_for_the_computation(engine: Path) -> None:
+    compute: Any = torch.cuda.Stream("cuda")
+    launches: list[int] = []
+    batch = torch.zeros(2, 3, 4, 4)
+    timer = CallTimer(lambda: launches.append(len(compute.waited_for)), batch, torch.zeros(2, 5), compute)
+    timer.measure(warmup_ms=0, min_runs=3, min_seconds=0, cuda_graph=False)
     assert compute.waited_for == [timer._upload] * 3
     assert launches == [1, 2, 3]  # each is started after the wait
     assert timer._download.waited_for == [compute] * 3
@@ -129,20 +130,14 @@ def test_time_engine_has_the_trtexec_command_of_each_batch(engine: Path) -> None
     ],
 )
 def test_trtexec_command_quotes_paths_and_has_no_shapes_for_a_fixed_batch(
-    tensorrt: str, cuda_graph: bool, flags: str
+    world: World, graph: Path, tensorrt: str, cuda_graph: bool, flags: str
 ) -> None:
-    command = trtexec_command(
-        "my runs/model.engine",
-        input_name="images",
-        shape=(8, 3, 4, 4),
-        dynamic=False,
-        warmup_ms=200,
-        min_runs=10,
-        min_seconds=2.5,
-        cuda_graph=cuda_graph,
-        version_compatible=True,
-        tensorrt=tensorrt,
-    )
+    world.input_shape = (8, 3, 4, 4)
+    world.move(version=tensorrt)
+    with open_engine(build(graph, version_compatible=True)) as runner:
+        command = runner.trtexec_command(
+            "my runs/model.engine", 8, warmup_ms=200, min_runs=10, min_seconds=2.5, cuda_graph=cuda_graph
+        )
     assert command == (
         "trtexec '--loadEngine=my runs/model.engine' --warmUp=200 --duration=2.5 --iterations=10 "
         f"--percentile=50,90,95,99 {flags} --versionCompatible"

@@ -173,17 +173,14 @@ def summarize_engine(runtime: str, batch: int, times: EngineTimes) -> Latency:
     Throughput is by the time of the whole loop on the host: copies run next to the computation.
     """
     calls = times.calls
-    parts = {
-        "images_per_second": batch * len(calls) / times.wall_seconds,
-        "host_to_device": latency_stats([call.host_to_device_ms for call in calls]),
-        "compute": latency_stats([call.compute_ms for call in calls]),
-        "device_to_host": latency_stats([call.device_to_host_ms for call in calls]),
-        "enqueue": latency_stats([call.enqueue_ms for call in calls]),
-        "cuda_graph": times.cuda_graph,
-        "wall_seconds": times.wall_seconds,
-        "gpu": times.gpu,
+    stats = {
+        part: latency_stats([getattr(call, f"{part}_ms") for call in calls])
+        for part in ("host_to_device", "compute", "device_to_host", "enqueue")
     }
-    return summarize(runtime, batch, [call.latency_ms for call in calls]).model_copy(update=parts)
+    throughput = batch * len(calls) / times.wall_seconds
+    loop = {"cuda_graph": times.cuda_graph, "wall_seconds": times.wall_seconds, "gpu": times.gpu}
+    record = summarize(runtime, batch, [call.latency_ms for call in calls])
+    return record.model_copy(update={"images_per_second": throughput, **stats, **loop})
 
 
 def latency_stats(times_ms: Sequence[float]) -> LatencyStats:

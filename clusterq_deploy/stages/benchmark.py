@@ -134,17 +134,13 @@ def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkCon
     found = []
     for batch in settings.batches:
         times = runner.measure(batch, warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=True)
-        command = engine.trtexec_command(
+        command = runner.trtexec_command(
             name,
-            input_name=runner.input_name,
-            shape=runner.input_shape(batch),
-            dynamic=runner.dynamic,
+            batch,
             warmup_ms=warmup_ms,
             min_runs=min_runs,
             min_seconds=min_seconds,
             cuda_graph=times.cuda_graph,
-            version_compatible=runner.info.options.version_compatible,
-            tensorrt=engine.this_machine().tensorrt,
         )
         record = summarize_engine(runner.runtime, batch, times)
         found.append(record.model_copy(update={"graph": name, "trtexec": command}))

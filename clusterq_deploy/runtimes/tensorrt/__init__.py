@@ -7,25 +7,12 @@ and a test checks every name asked of them against the lists of public members o
 
 from clusterq_deploy.runtimes.tensorrt.build import build_engine
 from clusterq_deploy.runtimes.tensorrt.gpu import unavailable_reason
-from clusterq_deploy.runtimes.tensorrt.inspect import EngineLayers, Layer, parse_layers, summarize_layers
+from clusterq_deploy.runtimes.tensorrt.inspect import parse_layers, summarize_layers
 from clusterq_deploy.runtimes.tensorrt.runner import TensorRTRunner
-from clusterq_deploy.runtimes.tensorrt.sidecar import (
-    BuildConfig,
-    EngineInfo,
-    Machine,
-    read_sidecar,
-    sidecar_path,
-    this_machine,
-)
-from clusterq_deploy.runtimes.tensorrt.timing import EngineTimes, trtexec_command
+from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, read_sidecar, sidecar_path, this_machine
 
 __all__ = [
     "BuildConfig",
-    "EngineInfo",
-    "EngineLayers",
-    "EngineTimes",
-    "Layer",
-    "Machine",
     "TensorRTRunner",
     "build_engine",
     "parse_layers",
@@ -33,6 +20,5 @@ __all__ = [
     "sidecar_path",
     "summarize_layers",
     "this_machine",
-    "trtexec_command",
     "unavailable_reason",
 ]

@@ -42,8 +42,7 @@ def build_engine(
         onnx_path: the graph; of its inputs only the batch dimension may be dynamic.
         engine_path: where the engine goes; the sidecar goes to the same name with `.json` appended.
         config: how to build.
-        progress: shows one task of two steps, parsing and building, and in it TensorRT's own phases, which nest; tasks
-            are opened and closed in several threads.
+        progress: shows parsing and building, and in it TensorRT's own phases, which nest, from several threads.
         derived_from: the file that the graph was made from, such as a quantized one whose FP16 baseline it is; the
             sidecar names it instead of the graph.
 
@@ -70,8 +69,8 @@ def build_engine(
         # The parser owns the weights that the network points to: it has to live until the engine is built.
         parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
         _parse(parser, onnx_path, source)
-        options: trt.IBuilderConfig = _builder_options(builder, config)
-        batch = _set_batch(builder, network, options, config, source)
+        options: trt.IBuilderConfig
+        options, batch = _configure(builder, network, config, source)
         cache_path = timing_cache_path(config, machine)
         cache = use_timing_cache(options, cache_path) if cache_path else None
         advance()
@@ -111,39 +110,41 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
 
     Raises:
         EngineError: TensorRT cannot; the message has every problem with its node, its operator and the node's doc
-            string, and what to do about `source`, the file that the user knows.
+            string, such as its place in the source, and what to do about `source`, the file that the user knows.
     """
     parsed: bool = parser.parse_from_file(str(onnx_path))
     if parsed:
         return
-    docs = _doc_strings(onnx_path)
+    try:
+        docs = {node.name: " ".join(node.doc_string.split()) for node in read_graph(onnx_path).graph.node if node.name}
+    except ExportError:  # TensorRT's own message says what is wrong with the file
+        docs = {}
     problems, descriptions = [], []
     for index in range(parser.num_errors):
         error: trt.ParserError = parser.get_error(index)
         name: str = error.node_name()
-        operator: str = error.node_operator()
+        place: str = error.node_operator() or "no operator"
         description: str = error.desc()
+        if doc := docs.get(name):
+            place += f', "{doc}"' if len(doc) <= _DOC_LENGTH else f', "{doc[:_DOC_LENGTH]}..."'
         descriptions.append(" ".join(description.split()))
-        parts = [operator or "no operator", *([f'"{docs[name]}"'] if name in docs else [])]
-        problems.append(f"{name or 'unnamed node'} ({', '.join(parts)}): {descriptions[-1]}")
+        problems.append(f"{name or 'unnamed node'} ({place}): {descriptions[-1]}")
     diagnosis = diagnose(descriptions)
     hint = f"clusterq check {source} says which of TensorRT's rules the graph breaks"
-    advice = diagnosis.advice if diagnosis else hint
-    raise EngineError(f"TensorRT cannot parse {source}: {'; '.join(problems) or 'no reason given'}; {advice}")
+    raise EngineError(
+        f"TensorRT cannot parse {source}: {'; '.join(problems) or 'no reason given'}; "
+        f"{diagnosis.advice if diagnosis else hint}"
+    )
 
 
-def _doc_strings(onnx_path: Path) -> dict[str, str]:
-    """Return what the exporter noted about each node, such as its place in the source, by the node's name."""
-    try:
-        nodes = read_graph(onnx_path).graph.node
-    except ExportError:  # TensorRT's own message says what is wrong with the file
-        return {}
-    docs = {node.name: " ".join(node.doc_string.split()) for node in nodes if node.name}
-    return {name: doc if len(doc) <= _DOC_LENGTH else f"{doc[:_DOC_LENGTH]}..." for name, doc in docs.items() if doc}
+def _configure(
+    builder: trt.Builder, network: trt.INetworkDefinition, config: BuildConfig, source: Path
+) -> tuple[trt.IBuilderConfig, tuple[int, int, int]]:
+    """Return TensorRT's own configuration for ours, and the batch sizes that the engine accepts.
 
-
-def _builder_options(builder: trt.Builder, config: BuildConfig) -> trt.IBuilderConfig:
-    """Return TensorRT's own configuration for ours, except for the batch sizes."""
+    Every input with a dynamic batch gets its smallest, tuned-for and largest shape; a graph with a fixed batch has no
+    profile.
+    """
     options: trt.IBuilderConfig = builder.create_builder_config()
     options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
     options.builder_optimization_level = config.optimization_level
@@ -152,21 +153,6 @@ def _builder_options(builder: trt.Builder, config: BuildConfig) -> trt.IBuilderC
         options.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if config.hardware_compatible:
         options.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    return options
-
-
-def _set_batch(
-    builder: trt.Builder,
-    network: trt.INetworkDefinition,
-    options: trt.IBuilderConfig,
-    config: BuildConfig,
-    source: Path,
-) -> tuple[int, int, int]:
-    """Set the smallest, tuned-for and largest shape of every dynamic input; a graph with a fixed batch has no profile.
-
-    Returns:
-        The batch sizes that the engine accepts.
-    """
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
     batches = []
     for index in range(network.num_inputs):
@@ -183,10 +169,10 @@ def _set_batch(
     if not batches:
         raise EngineError(f"{source} has no input")
     if -1 not in batches:
-        return (batches[0],) * 3
+        return options, (batches[0],) * 3
     if options.add_optimization_profile(profile) < 0:
         raise failure(f"TensorRT refuses the batch sizes {config.batch} for {source}")
-    return config.batch
+    return options, config.batch
 
 
 def _build(

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,30 +57,19 @@ class Layer:
         return (self.kind or "").lower() == "reformat" or self.name.startswith(_COPY)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLayers:
-    """All layers in order; `detailed` says whether the engine tells more than their names."""
-
-    layers: tuple[Layer, ...]
-    detailed: bool
-
-
-def parse_layers(text: str) -> EngineLayers:
-    """Read the JSON of `EngineInspector.get_engine_information`.
+def parse_layers(text: str) -> tuple[Layer, ...]:
+    """Return the layers in the JSON of `EngineInspector.get_engine_information`, in order.
 
     An engine that is built with detailed profiling verbosity has an object per layer, any other a name, or nothing at
     all. Types are written in words (`Row major Int8 format`, TensorRT 8 and later), as one word (`Half`, layers that
     TensorRT 10 and later compile themselves), or in a field of their own (TensorRT 11). `Metadata` names the ONNX nodes
     from TensorRT 8.6 on; before that only the layer's own name does.
 
-    Args:
-        text: the JSON.
-
     Raises:
         EngineError: it is no JSON, or lists no layers.
     """
     if not text.strip():
-        return EngineLayers((), detailed=False)
+        return ()
     try:
         content = json.loads(text, strict=False)  # metadata is separated by control characters
     except ValueError as error:
@@ -88,8 +77,7 @@ def parse_layers(text: str) -> EngineLayers:
     entries = content.get("Layers") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise EngineError(f'the engine inspector gave {text.strip()[:60]!r}; expected an object with a list "Layers"')
-    layers = tuple(_layer(entry) for entry in entries)
-    return EngineLayers(layers, detailed=any(isinstance(entry, dict) for entry in entries))
+    return tuple(_layer(entry) for entry in entries)
 
 
 def type_in(description: str) -> str | None:
@@ -118,34 +106,29 @@ def _layer(entry: Any) -> Layer:
 
 
 def _precision(entry: dict[str, Any]) -> str | None:
-    """Return the type of a layer's first input, or else of its weights (formats of dynamic shapes have no type)."""
-    weights = entry.get("Weights")
-    descriptions = [_format(tensor) for tensor in entry.get("Inputs", [])[:1]]
-    descriptions += [str(weights.get("Type", ""))] if isinstance(weights, dict) else []
-    descriptions += [_format(tensor) for tensor in entry.get("Outputs", [])[:1]]
+    """Return the type of a layer's first input, or else of its weights (formats of dynamic shapes have no type).
+
+    A tensor's type is written with its format in TensorRT 10, in a field of its own in 11.
+    """
+    tensors = [*entry.get("Inputs", [])[:1], entry.get("Weights"), *entry.get("Outputs", [])[:1]]
+    keys = "DataType", "Datatype", "Format/Datatype", "Type"
+    descriptions = (str(tensor.get(key, "")) for tensor in tensors if isinstance(tensor, dict) for key in keys)
     return next(filter(None, map(type_in, descriptions)), None)
 
 
-def _format(tensor: Any) -> str:
-    """Return what the inspector says about a tensor's type: with its format in TensorRT 10, separately in 11."""
-    if not isinstance(tensor, dict):
-        return ""
-    return str(next((tensor[key] for key in ("DataType", "Datatype", "Format/Datatype") if key in tensor), ""))
-
-
 def summarize_layers(
-    engine_layers: EngineLayers, times_ms: Mapping[str, float], quantized: Mapping[str, str], *, engine: str, batch: int
+    layers: Sequence[Layer], times_ms: Mapping[str, float], quantized: Mapping[str, str], *, engine: str, batch: int
 ) -> EngineInspection:
     """Count an engine's layers by type, find the slowest, and name what is quantized and does not run in INT8.
 
     Args:
-        engine_layers: the engine's layers.
+        layers: the engine's layers.
         times_ms: mean milliseconds of each layer in a call, by name.
         quantized: the graph's quantized nodes, with the names of their weights; each should run in INT8.
         engine: the engine's path, for the record.
         batch: images per call, when it was profiled.
     """
-    layers, detailed = engine_layers.layers, engine_layers.detailed
+    detailed = any(layer.kind is not None for layer in layers)
     by_name = {layer.name: layer for layer in layers}
     computing = [layer for layer in layers if layer.computes]
     total_ms = sum(times_ms.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from clusterq_deploy.errors import EngineError
 from clusterq_deploy.runtimes.runners import Array, Runner
 from clusterq_deploy.runtimes.tensorrt.gpu import explained, failure, require_tensorrt, tensorrt_log, trt
 from clusterq_deploy.runtimes.tensorrt.sidecar import EngineInfo, check_machine, read_sidecar, this_machine
-from clusterq_deploy.runtimes.tensorrt.timing import Buffers, CallTimer, EngineTimes
+from clusterq_deploy.runtimes.tensorrt.timing import CallTimer, EngineTimes
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,6 @@ class TensorRTRunner(Runner):
     Attributes:
         info: the engine's sidecar.
         batch_range: smallest and largest batch that the engine accepts in one call.
-        dynamic: whether it leaves the batch open; otherwise both are the same.
-        input_name: the name of its input.
     """
 
     runtime = "tensorrt"
@@ -53,20 +52,18 @@ class TensorRTRunner(Runner):
             self._context: trt.IExecutionContext = self._engine.create_execution_context()
             if self._context is None:
                 raise failure(f"TensorRT cannot make an execution context for {engine_path}")
-            self.input_name, self._output_name = _input_and_output(self._engine)
-            smallest, largest = _input_shapes(self._engine, self.input_name)
+            self._input_name, self._output_name = _input_and_output(self._engine)
+            shape = tuple(self._engine.get_tensor_shape(self._input_name))
+            self._is_dynamic = -1 in shape
+            profile = self._engine.get_tensor_profile_shape(self._input_name, 0) if self._is_dynamic else [shape] * 3
+            smallest, _, largest = map(tuple, profile)
             self.batch_range = smallest[0], largest[0]
-            self.dynamic = -1 in tuple(self._engine.get_tensor_shape(self.input_name))
-            self._input = torch.zeros(largest, dtype=_torch_dtype(self._engine, self.input_name), device=device)
+            self._input = torch.zeros(largest, dtype=_torch_dtype(self._engine, self._input_name), device=device)
             output_shape = self._set_batch(self._context, largest[0])
             if len(output_shape) != 2 or output_shape[0] != largest[0]:
                 raise EngineError(f"the engine's output has shape {output_shape}; expected ({largest[0]}, classes)")
             self._output = torch.zeros(output_shape, dtype=_torch_dtype(self._engine, self._output_name), device=device)
             self._set_addresses(self._context)
-
-    def input_shape(self, batch: int) -> tuple[int, ...]:
-        """Return the shape (N, C, H, W) of a call of `batch` images."""
-        return (batch, *self._input.shape[1:])
 
     def infer(self, images: Array) -> Array:
         """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
@@ -96,13 +93,12 @@ class TensorRTRunner(Runner):
         """Time many calls of `batch` random images as trtexec does: copies, computation and enqueuing apart.
 
         The next call is enqueued before the last has ended, and copies run next to the computation, so that the GPU
-        waits for neither. Only how the computation is started differs with `cuda_graph`.
+        waits for neither.
 
         Args:
             batch: images per call, within `batch_range`.
             warmup_ms: time to run before the first measurement.
-            min_runs: least number of measurements.
-            min_seconds: least time to measure for.
+            min_runs, min_seconds: least number of measurements, and least time to measure for.
             cuda_graph: replay a CUDA graph instead of enqueuing. If none can be captured, a warning is logged
                 and the engine is enqueued; the result's `cuda_graph` says which it was.
 
@@ -112,18 +108,46 @@ class TensorRTRunner(Runner):
         self._require_open(batch)
         with torch.cuda.stream(self._stream), explained("run the engine"):
             self._set_batch(self._context, batch)
-            buffers = self._buffers(batch)
             graph = self._capture() if cuda_graph else None
             launch = graph.replay if graph is not None else lambda: self._enqueue(self._context)
-            timer = CallTimer(launch, buffers, self._stream)
+            timer = CallTimer(launch, self._input[:batch], self._output[:batch], self._stream)
             return timer.measure(
                 warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=graph is not None
             )
 
+    def trtexec_command(
+        self, engine: str, batch: int, *, warmup_ms: float, min_runs: int, min_seconds: float, cuda_graph: bool
+    ) -> str:
+        """Return the shell command that repeats `measure` with `trtexec`, NVIDIA's own tool.
+
+        trtexec 11 copies nothing and replays a CUDA graph unless it is told otherwise; 10 does the opposite, and does
+        not know the flags of 11. It accepts shapes only for engines that leave the batch open, and loads the runtime
+        that a version-compatible engine carries only if it is told to.
+
+        Args:
+            engine: the engine's path, as the command is to have it.
+            batch, warmup_ms, min_runs, min_seconds, cuda_graph: as for `measure`.
+        """
+        if int(trt.__version__.partition(".")[0]) >= 11:
+            mode = ["--includeDataTransfers", *([] if cuda_graph else ["--noCudaGraph"])]
+        else:  # torch's events are waited for without sleep
+            mode = ["--useSpinWait", *(["--useCudaGraph"] if cuda_graph else [])]
+        shape = "x".join(map(str, (batch, *self._input.shape[1:])))
+        command = [
+            "trtexec",
+            f"--loadEngine={engine}",
+            *([f"--shapes={self._input_name}:{shape}"] if self._is_dynamic else []),
+            f"--warmUp={warmup_ms:g}",
+            f"--duration={min_seconds:g}",
+            f"--iterations={min_runs}",
+            "--percentile=50,90,95,99",
+            *mode,
+            *(["--versionCompatible"] if self.info.options.version_compatible else []),
+        ]
+        return shlex.join(command)
+
     def layer_information(self, batch: int) -> str:
         """Return what TensorRT's engine inspector says about the layers, in JSON, for calls of `batch` images.
-
-        How much that is depends on the profiling verbosity that the engine was built with.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot inspect the engine.
@@ -140,11 +164,7 @@ class TensorRTRunner(Runner):
         """Return mean milliseconds of each layer in a call of `batch` images, in order, by TensorRT's profiler.
 
         The profiler slows the engine down: it has an execution context of its own, and the sum of the layers is more
-        than the time of a call. There is no CUDA graph.
-
-        Args:
-            batch: images per call, within `batch_range`.
-            runs: calls to average over, after a few to warm up.
+        than the time of a call. There is no CUDA graph. The mean is over `runs` calls, after a few to warm up.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
@@ -200,30 +220,20 @@ class TensorRTRunner(Runner):
 
     def _set_batch(self, context: trt.IExecutionContext, batch: int) -> tuple[int, ...]:
         """Shape a context's next call for `batch` images; return the shape of its output."""
-        shape = self.input_shape(batch)
-        if not context.set_input_shape(self.input_name, shape):
+        shape = (batch, *self._input.shape[1:])
+        if not context.set_input_shape(self._input_name, shape):
             raise failure(f"TensorRT refuses the input shape {shape}")
         if unknown := context.infer_shapes():
             raise failure(f"TensorRT cannot infer {', '.join(unknown)} for the input shape {shape}")
         return tuple(context.get_tensor_shape(self._output_name))
 
     def _set_addresses(self, context: trt.IExecutionContext) -> None:
-        context.set_tensor_address(self.input_name, self._input.data_ptr())
+        context.set_tensor_address(self._input_name, self._input.data_ptr())
         context.set_tensor_address(self._output_name, self._output.data_ptr())
 
     def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise failure("TensorRT cannot enqueue the engine")
-
-    def _buffers(self, batch: int) -> Buffers:
-        """Return the memory of one batch of random images; pinned on the host if there is a GPU to copy to."""
-        device_input, device_output = self._input[:batch], self._output[:batch]
-        host_input, host_output = (
-            torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
-            for buffer in (device_input, device_output)
-        )
-        host_input.normal_(generator=torch.Generator().manual_seed(0))
-        return Buffers(host_input, device_input, device_output, host_output)
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """Return one call as a CUDA graph; None if TensorRT cannot be captured."""
@@ -263,16 +273,6 @@ def _input_and_output(engine: trt.ICudaEngine) -> tuple[str, str]:
     if len(inputs) != 1 or len(outputs) != 1:
         raise EngineError(f"the engine has inputs {inputs} and outputs {outputs}; expected one of each")
     return inputs[0], outputs[0]
-
-
-def _input_shapes(engine: trt.ICudaEngine, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the smallest and largest shape of the input; they are the same if the graph fixes the batch."""
-    shape = tuple(engine.get_tensor_shape(name))
-    if -1 not in shape:
-        return shape, shape
-    shapes: list[trt.Dims] = engine.get_tensor_profile_shape(name, 0)
-    smallest, _, largest = shapes
-    return tuple(smallest), tuple(largest)
 
 
 def _torch_dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:

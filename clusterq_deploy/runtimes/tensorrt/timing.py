@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import threading
 import time
 from collections import deque
@@ -46,16 +45,6 @@ _LIMITS: dict[str, _Query] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Buffers:
-    """Memory of one batch; that of the host is pinned, so that copies do not wait for it."""
-
-    host_input: torch.Tensor
-    device_input: torch.Tensor
-    device_output: torch.Tensor
-    host_output: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
     """Milliseconds of one call: the copy to the GPU, the computation, the copy back, and the host's for starting it."""
 
@@ -81,33 +70,43 @@ class EngineTimes:
 
 
 class CallTimer:
-    """Sends calls of one batch to the GPU, and waits for each when the next is under way.
+    """Sends calls with one batch of random images to the GPU, and waits for each when the next is under way.
 
     Copies have their own streams, so that the next batch arrives while this one is computed. Every call carries the
-    same images: a copy into a buffer that is still read changes nothing in it.
+    same images: a copy into a buffer that is still read changes nothing in it. The host's memory is pinned if there is
+    a GPU to copy to, so that copies do not wait for it.
 
     Args:
-        launch: starts the computation on the current stream.
-        buffers: the batch's memory.
+        launch: starts the computation on the current stream, from `device_input` (N, C, H, W) to `device_output`.
+        device_input, device_output: the batch's memory.
         stream: the stream of the computation, which is the current one.
     """
 
-    def __init__(self, launch: Callable[[], None], buffers: Buffers, stream: torch.cuda.Stream) -> None:
-        device = buffers.device_input.device
-        self._launch, self._buffers, self._compute = launch, buffers, stream
-        self._upload = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
-        self._download = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+    def __init__(
+        self,
+        launch: Callable[[], None],
+        device_input: torch.Tensor,
+        device_output: torch.Tensor,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._launch, self._compute = launch, stream
+        self._device_input, self._device_output = device_input, device_output
+        self._host_input, self._host_output = (
+            torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+            for buffer in (device_input, device_output)
+        )
+        self._host_input.normal_(generator=torch.Generator().manual_seed(0))
+        self._upload = torch.cuda.Stream(device_input.device)  # type: ignore[no-untyped-call,unused-ignore]
+        self._download = torch.cuda.Stream(device_input.device)  # type: ignore[no-untyped-call,unused-ignore]
         self._events = cycle([[_event() for _ in range(6)] for _ in range(_UNDER_WAY)])  # creating them takes time
 
     def measure(self, *, warmup_ms: float, min_runs: int, min_seconds: float, cuda_graph: bool) -> EngineTimes:
         """Run for `warmup_ms`, then until both `min_runs` calls are done and `min_seconds` have passed.
 
-        Args:
-            warmup_ms, min_runs, min_seconds: how long to run.
-            cuda_graph: what the record says about `launch`.
+        The result says that `launch` replays a CUDA graph if `cuda_graph` does.
         """
         self._run(0, warmup_ms / 1000)
-        with gpu_monitor(self._buffers.device_input.device) as telemetry:
+        with gpu_monitor(self._device_input.device) as telemetry:
             start = time.perf_counter()
             calls = self._run(min_runs, min_seconds)
             wall_seconds = time.perf_counter() - start
@@ -125,11 +124,10 @@ class CallTimer:
 
     def _start(self) -> Callable[[], Call]:
         """Enqueue a call; return what waits until the GPU has finished it, and returns its times."""
-        buffers = self._buffers
         upload, uploaded, compute, computed, download, downloaded = next(self._events)
         with torch.cuda.stream(self._upload):
             upload.record(self._upload)
-            buffers.device_input.copy_(buffers.host_input, non_blocking=True)
+            self._device_input.copy_(self._host_input, non_blocking=True)
             uploaded.record(self._upload)
         self._compute.wait_event(uploaded)
         compute.record(self._compute)
@@ -140,7 +138,7 @@ class CallTimer:
         self._download.wait_event(computed)
         with torch.cuda.stream(self._download):
             download.record(self._download)
-            buffers.host_output.copy_(buffers.device_output, non_blocking=True)
+            self._host_output.copy_(self._device_output, non_blocking=True)
             downloaded.record(self._download)
 
         def finish() -> Call:
@@ -157,51 +155,6 @@ class CallTimer:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call,unused-ignore]
-
-
-def trtexec_command(
-    engine: str,
-    *,
-    input_name: str,
-    shape: Sequence[int],
-    dynamic: bool,
-    warmup_ms: float,
-    min_runs: int,
-    min_seconds: float,
-    cuda_graph: bool,
-    version_compatible: bool,
-    tensorrt: str,
-) -> str:
-    """Return the shell command that repeats a measurement with `trtexec`, NVIDIA's own tool.
-
-    trtexec 11 copies nothing and replays a CUDA graph unless it is told otherwise; 10 does the opposite, and does not
-    know the flags of 11.
-
-    Args:
-        engine: the engine's path, as the command is to have it.
-        input_name, shape: of the input, (N, C, H, W).
-        dynamic: whether the engine leaves the batch open; only for such engines does trtexec accept shapes.
-        warmup_ms, min_runs, min_seconds: how it is measured.
-        cuda_graph: whether a CUDA graph is replayed.
-        version_compatible: whether the engine carries its own runtime, which trtexec loads only if it is told to.
-        tensorrt: the release that measured, whose trtexec it is.
-    """
-    if int(tensorrt.partition(".")[0]) >= 11:
-        mode = ["--includeDataTransfers", *([] if cuda_graph else ["--noCudaGraph"])]
-    else:  # torch's events are waited for without sleep
-        mode = ["--useSpinWait", *(["--useCudaGraph"] if cuda_graph else [])]
-    command = [
-        "trtexec",
-        f"--loadEngine={engine}",
-        *([f"--shapes={input_name}:{'x'.join(map(str, shape))}"] if dynamic else []),
-        f"--warmUp={warmup_ms:g}",
-        f"--duration={min_seconds:g}",
-        f"--iterations={min_runs}",
-        "--percentile=50,90,95,99",
-        *mode,
-        *(["--versionCompatible"] if version_compatible else []),
-    ]
-    return shlex.join(command)
 
 
 @contextmanager

@@ -221,48 +221,30 @@ def tensorrt_module(world: World) -> ModuleType:
     for name, values in VALUES.items():
         setattr(module, name, type(name, (Strict,), values))
 
-    class ITensor(Strict):
-        name = "images"
+    def strict(owner: str, **members: Any) -> Any:
+        """Return an object of a class that has no more than these members."""
+        return type(owner, (Strict,), members)()
 
-        @property
-        def shape(self) -> tuple[int, ...]:
-            return world.input_shape
+    tensor = strict("ITensor", name="images", shape=property(lambda _: world.input_shape))
+    network = strict("INetworkDefinition", num_inputs=1, get_input=lambda _, index: tensor)
 
-    class INetworkDefinition(Strict):
-        num_inputs = 1
-
-        def get_input(self, index: int) -> ITensor:
-            assert index == 0
-            return ITensor()
-
-    class ParserError(Strict):
-        def __init__(self, index: int) -> None:
-            self._name, self._operator, self._description = world.parser_errors[index]
-
-        def node_name(self) -> str:
-            return self._name
-
-        def node_operator(self) -> str:
-            return self._operator
-
-        def desc(self) -> str:
-            return self._description
+    def parser_error(index: int) -> Any:
+        answers = zip(("node_name", "node_operator", "desc"), world.parser_errors[index], strict=True)
+        return strict("ParserError", **{name: (lambda _, answer=answer: answer) for name, answer in answers})
 
     class OnnxParser(Strict):
-        def __init__(self, network: INetworkDefinition, log: Any) -> None:
-            assert isinstance(network, INetworkDefinition)
+        num_errors = property(lambda _: len(world.parser_errors))
+
+        def __init__(self, parsed_into: Any, log: Any) -> None:
+            assert parsed_into is network
             assert isinstance(log, module.ILogger)
 
         def parse_from_file(self, path: str) -> bool:
             world.parsed.append(Path(path).read_bytes())
             return not world.parser_errors
 
-        @property
-        def num_errors(self) -> int:
-            return len(world.parser_errors)
-
-        def get_error(self, index: int) -> ParserError:
-            return ParserError(index)
+        def get_error(self, index: int) -> Any:
+            return parser_error(index)
 
     class IOptimizationProfile(Strict):
         def set_shape(self, name: str, smallest: Any, tuned: Any, largest: Any) -> None:
@@ -317,9 +299,9 @@ def tensorrt_module(world: World) -> ModuleType:
                 raise world.raises["Builder"]
             self._log = log
 
-        def create_network(self, flags: int) -> INetworkDefinition:
+        def create_network(self, flags: int) -> Any:
             assert flags == 1 << module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-            return INetworkDefinition()
+            return network
 
         def create_builder_config(self) -> IBuilderConfig:
             return IBuilderConfig()
@@ -327,7 +309,7 @@ def tensorrt_module(world: World) -> ModuleType:
         def create_optimization_profile(self) -> IOptimizationProfile:
             return IOptimizationProfile()
 
-        def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
+        def build_serialized_network(self, network: Any, config: IBuilderConfig) -> bytes | None:
             world.options = config
             if "build" in world.raises:
                 raise world.raises["build"]
@@ -393,42 +375,27 @@ def tensorrt_module(world: World) -> ModuleType:
                     self.profiler.report_layer_time(name, slower * milliseconds)
             return True
 
-    class ICudaEngine(Strict):
-        num_io_tensors = 2
-
-        def __init__(self, plan: dict[str, Any]) -> None:
-            self._plan = plan
-
-        def get_tensor_name(self, index: int) -> str:
-            return ("images", "logits")[index]
-
-        def get_tensor_mode(self, name: str) -> str:
-            return "INPUT" if name == "images" else "OUTPUT"
-
-        def get_tensor_dtype(self, name: str) -> str:
-            return "FLOAT"
-
-        def get_tensor_shape(self, name: str) -> list[int]:
-            return list(self._plan["shape"])
-
-        def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
-            assert (name, profile) == ("images", 0)
-            return list(self._plan["profile"])
-
-        def create_execution_context(self) -> IExecutionContext:
-            return IExecutionContext(self._plan)
-
-        def create_engine_inspector(self) -> EngineInspector:
-            return EngineInspector()
+    def cuda_engine(plan: dict[str, Any]) -> Any:
+        return strict(
+            "ICudaEngine",
+            num_io_tensors=2,
+            get_tensor_name=lambda _, index: ("images", "logits")[index],
+            get_tensor_mode=lambda _, name: "INPUT" if name == "images" else "OUTPUT",
+            get_tensor_dtype=lambda _, name: "FLOAT",
+            get_tensor_shape=lambda _, name: list(plan["shape"]),
+            get_tensor_profile_shape=lambda _, name, profile: {("images", 0): list(plan["profile"])}[name, profile],
+            create_execution_context=lambda _: IExecutionContext(plan),
+            create_engine_inspector=lambda _: EngineInspector(),
+        )
 
     class Runtime(Strict):
         def __init__(self, log: Any) -> None:
             self._log = log
 
-        def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+        def deserialize_cuda_engine(self, plan: bytes) -> Any:
             world.host_code_allowed = self.engine_host_code_allowed
             if world.load_error is None:
-                return ICudaEngine(json.loads(plan))
+                return cuda_engine(json.loads(plan))
             self._log.log(module.ILogger.ERROR, world.load_error)
             return None
 

@@ -14,92 +14,65 @@ from clusterq_deploy.runtimes.tensorrt import summarize_layers
 from clusterq_deploy.runtimes.tensorrt.inspect import Layer, parse_layers, type_in
 from clusterq_deploy.stages.benchmark import inspect_engine
 
-
-def tensor(name: str, kind: str, *shape: int) -> dict[str, object]:
-    return {"Name": name, "Location": "Device", "Dimensions": list(shape), "Format/Datatype": kind}
-
-
 INT8 = "Thirty-two wide channel vectorized row major Int8 format"
 FP16 = "Channel major FP16 format where channel % 8 == 0"
 FP32 = "Row major linear FP32"
 DYNAMIC = "N/A due to dynamic shapes"
 
+
+def entry(name: str, kind: str, source: str, target: str, nodes: str = "", **more: object) -> dict[str, object]:
+    """Return a layer as the inspector of TensorRT 8 to 10 writes it, with the types of its input and output."""
+    inputs, outputs = (
+        [{"Name": tensor, "Location": "Device", "Dimensions": [8, 16], "Format/Datatype": datatype}]
+        for tensor, datatype in (("x", source), ("y", target))
+    )
+    metadata = {"Metadata": nodes} if nodes else {}
+    return {"Name": name, "LayerType": kind, "Inputs": inputs, "Outputs": outputs, **metadata, **more}
+
+
 # TensorRT 10, detailed: a quantizer, two fused convolutions, a layout change, one compiled layer, a float layer.
 DETAILED = {
     "Layers": [
-        {
-            "Name": "images_QuantizeLinear",
-            "LayerType": "Reformat",
-            "Inputs": [tensor("images", FP32, 8, 3, 32, 32)],
-            "Outputs": [tensor("images_q", "Row major Int8 format", 8, 3, 32, 32)],
-            "ParameterType": "Reformat",
-            "Origin": "QDQ",
-            "TacticValue": "0x00000000000003e8",
-            "StreamId": 0,
-            "Metadata": "[ONNX Layer: images_QuantizeLinear]",
-        },
-        {
-            "Name": "stem.weight_DequantizeLinear + node_conv2d + node_relu",
-            "LayerType": "CaskConvolution",
-            "Inputs": [tensor("images_q", INT8, 8, 3, 32, 32)],
-            "Outputs": [tensor("relu_q", INT8, 8, 16, 32, 32)],
-            "ParameterType": "Convolution",
-            "Weights": {"Type": "Int8", "Count": 432},
-            "Bias": {"Type": "Float", "Count": 16},
-            "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw",
-            "Metadata": "[ONNX Layer: node_conv2d]\x1f[ONNX Layer: node_relu | block (Block)]",
-        },
-        {
-            "Name": "Reformatting CopyNode for Input Tensor 0 to node_conv2d_1",
-            "LayerType": "Reformat",
-            "Inputs": [tensor("relu_q", INT8, 8, 16, 32, 32)],
-            "Outputs": [tensor("relu_half", FP16, 8, 16, 32, 32)],
-            "Origin": "REFORMAT",
-            "Metadata": "",
-        },
-        {
-            "Name": "node_conv2d_1",
-            "LayerType": "CaskConvolution",
-            "Inputs": [tensor("relu_half", FP16, 8, 16, 32, 32)],
-            "Outputs": [tensor("out", FP16, 8, 32, 32, 32)],
-            "Weights": {"Type": "Half", "Count": 4608},
-            "Metadata": "[ONNX Layer: node_conv2d_1]",
-        },
-        {
-            "Name": "__myl_MeanCast_myl0_1",
-            "LayerType": "kgen",
-            "Inputs": [tensor("out", "Half", 8, 32, 32, 32)],
-            "Outputs": [tensor("pooled", "Float", 8, 32)],
-            "TacticName": "__myl_MeanCast_0x1c9a",
-            "Metadata": "[ONNX Layer: node_mean]\x1e[ONNX Layer: node_cast]",
-        },
-        {
-            "Name": "node_linear",
-            "LayerType": "gemm",
-            "Inputs": [tensor("pooled", "Float", 8, 32)],
-            "Outputs": [tensor("logits", "Float", 8, 10)],
-            "Metadata": "[ONNX Layer: node_linear]",
-        },
-        {"Name": "fc.bias", "LayerType": "Constant", "Inputs": [], "Outputs": [tensor("b", FP32, 10)]},
+        entry(
+            "images_QuantizeLinear",
+            "Reformat",
+            FP32,
+            "Row major Int8 format",
+            "[ONNX Layer: images_QuantizeLinear]",
+            ParameterType="Reformat",
+            Origin="QDQ",
+            StreamId=0,
+        ),
+        entry(
+            "stem.weight_DequantizeLinear + node_conv2d + node_relu",
+            "CaskConvolution",
+            INT8,
+            INT8,
+            "[ONNX Layer: node_conv2d]\x1f[ONNX Layer: node_relu | block (Block)]",
+            Weights={"Type": "Int8", "Count": 432},
+            Bias={"Type": "Float", "Count": 16},
+        ),
+        entry("Reformatting CopyNode for Input Tensor 0 to node_conv2d_1", "Reformat", INT8, FP16, Origin="REFORMAT"),
+        entry(
+            "node_conv2d_1",
+            "CaskConvolution",
+            FP16,
+            FP16,
+            "[ONNX Layer: node_conv2d_1]",
+            Weights={"Type": "Half", "Count": 4608},
+        ),
+        entry("__myl_MeanCast_myl0_1", "kgen", "Half", "Float", "[ONNX Layer: node_mean]\x1e[ONNX Layer: node_cast]"),
+        entry("node_linear", "gemm", "Float", "Float", "[ONNX Layer: node_linear]"),
+        entry("fc.bias", "Constant", FP32, FP32, Inputs=[]),
     ],
     "Bindings": ["images", "logits"],
 }
 # TensorRT 8.4: no metadata; before the shapes of a dynamic batch are set there are no formats either.
+FUSED = "stem.weight + stem_q + node_conv2d + node_relu || node_conv2d_1"
 WITHOUT_METADATA = {
     "Layers": [
-        {
-            "Name": "stem.weight + stem_q + node_conv2d + node_relu || node_conv2d_1",
-            "LayerType": "CaskConvolution",
-            "Inputs": [tensor("images", DYNAMIC, -1, 3, 32, 32)],
-            "Outputs": [tensor("out", DYNAMIC, -1, 16, 32, 32)],
-            "Weights": {"Type": "Int8", "Count": 432},
-        },
-        {
-            "Name": "node_softmax",
-            "LayerType": "SoftMax",
-            "Inputs": [tensor("out", DYNAMIC, -1, 16)],
-            "Outputs": [tensor("logits", DYNAMIC, -1, 16)],
-        },
+        entry(FUSED, "CaskConvolution", DYNAMIC, DYNAMIC, Weights={"Type": "Int8", "Count": 432}),
+        entry("node_softmax", "SoftMax", DYNAMIC, DYNAMIC),
     ]
 }
 NAMES = {"Layers": ["images_q", "node_conv2d + node_relu", "node_linear"], "Bindings": ["images", "logits"]}

@@ -1,5 +1,6 @@
 """Opening and running engines: the flow of control, driven through a double of TensorRT."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,31 +28,18 @@ def test_infer_pads_to_a_fixed_batch(world: World, graph: Path) -> None:
     with open_engine(build(graph)) as runner:
         assert runner.batch_range == (8, 8)
         assert runner.infer(np.zeros((3, 3, 4, 4), np.float32)).shape == (3, 5)
-    assert world.batches == [8]
+    assert (world.batches, world.profiles) == ([8], {})
 
 
-def test_infer_refuses_images_of_another_size(world: World, graph: Path) -> None:
-    with (
-        open_engine(build(graph)) as runner,
-        pytest.raises(EngineError, match=r"\(1, 3, 8, 8\); the engine takes \(N, 3, 4, 4\)"),
-    ):
-        runner.infer(np.zeros((1, 3, 8, 8), np.float32))
-
-
-def test_infer_refuses_a_closed_runner(world: World, graph: Path) -> None:
+def test_runner_refuses_other_images_other_batches_and_any_once_closed(world: World, graph: Path) -> None:
     with open_engine(build(graph)) as runner:
-        pass
+        with pytest.raises(EngineError, match=r"\(1, 3, 8, 8\); the engine takes \(N, 3, 4, 4\)"):
+            runner.infer(np.zeros((1, 3, 8, 8), np.float32))
+        for method in (runner.measure, runner.layer_information, runner.layer_times):
+            with pytest.raises(EngineError, match="batch is 33; the engine takes 1 to 32"):
+                method(33)
     with pytest.raises(EngineError, match="closed"):
         runner.infer(np.zeros((1, 3, 4, 4), np.float32))
-
-
-@pytest.mark.parametrize("method", ["measure", "layer_information", "layer_times"])
-def test_a_batch_outside_the_profile_is_refused(world: World, graph: Path, method: str) -> None:
-    with (
-        open_engine(build(graph)) as runner,
-        pytest.raises(EngineError, match="batch is 33; the engine takes 1 to 32"),
-    ):
-        getattr(runner, method)(33)
 
 
 @pytest.mark.parametrize(
@@ -97,35 +85,23 @@ def test_a_compatible_engine_is_loaded_on_another_machine_that_fits(
             open_engine(engine)
 
 
-def test_a_load_error_has_what_tensorrt_logged(world: World, graph: Path) -> None:
-    engine = build(graph)
-    world.load_error = "Serialization assertion failed"
-    with pytest.raises(EngineError, match=r"cannot load .*; Serialization assertion failed"):
-        open_engine(engine)
-
-
-def test_an_engine_that_is_not_its_sidecars_is_refused(world: World, graph: Path) -> None:
-    engine = build(graph)
-    engine.write_bytes(b"something else")
-    with pytest.raises(EngineError, match="not the file that its sidecar describes"):
-        open_engine(engine)
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("spoil", "message"),
     [
-        (None, "needs its sidecar"),
-        ("{", "no sidecar: the file"),
-        ('{"built_on": {}}', r"no sidecar: built_on\.gpu"),
+        (lambda engine: engine.write_bytes(b"something else"), "not the file that its sidecar describes"),
+        (lambda engine: engine.unlink(), "cannot read .*engine: No such file"),
+        (lambda engine: sidecar_path(engine).unlink(), "needs its sidecar"),
+        (lambda engine: sidecar_path(engine).write_text("{"), "no sidecar: the file"),
+        (lambda engine: sidecar_path(engine).write_text('{"built_on": {}}'), r"no sidecar: built_on\.gpu"),
+        (lambda _: None, r"cannot load .*; Serialization assertion failed"),
     ],
 )
-def test_an_engine_without_a_valid_sidecar_is_refused(
-    world: World, graph: Path, content: str | None, message: str
+def test_a_damaged_engine_is_not_loaded(
+    world: World, graph: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     engine = build(graph)
-    sidecar_path(engine).unlink()
-    if content is not None:
-        sidecar_path(engine).write_text(content)
+    world.load_error = "Serialization assertion failed"
+    spoil(engine)
     with pytest.raises(EngineError, match=message):
         open_engine(engine)
 

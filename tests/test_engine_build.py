@@ -59,7 +59,7 @@ def test_build_refuses_a_compatible_engine_on_an_older_gpu(world: World, graph: 
     world.gpu, world.capability = "Tesla T4", (7, 5)
     build(graph)
     with pytest.raises(
-        EngineError, match=r"Tesla T4 has compute capability 7\.5; --hardware-compatible .* leave it away"
+        EngineError, match=r"Tesla T4 has compute capability 7\.5; --hardware-compatible .* leave the option out"
     ):
         build(graph, hardware_compatible=True)
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import onnx
+import onnx.parser
 import pytest
-from onnx import TensorProto, helper
 from tensorrt_double import World, build, open_engine
 
 from clusterq_deploy.errors import EngineError
@@ -217,6 +217,19 @@ def test_summarize_layers_notes_that_only_names_are_known() -> None:
     assert "tells nothing of its layers" in note
 
 
+HALF_QUANTIZED = """
+<ir_version: 10, opset_import: ["" : 21]>
+half_quantized (float[batch, 3, 4, 4] images) => (float[batch, 1, 4, 4] logits)
+<int8 zero = {0}, float scale = {0.1}, int8[3, 3, 1, 1] integers = {1, 1, 1, 1, 1, 1, 1, 1, 1},
+ float[1, 3, 1, 1] floats = {1, 1, 1}>
+{
+    q = QuantizeLinear(images, scale, zero)
+    dq = DequantizeLinear(q, scale, zero)
+    w = DequantizeLinear(integers, scale, zero)
+    [node_conv2d] middle = Conv(dq, w)
+    [node_conv2d_1] logits = Conv(middle, floats)
+}
+"""
 LAYERS = {
     "Layers": [
         {"Name": "node_conv2d", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Int8"}]},
@@ -230,25 +243,8 @@ def engine(world: World, tmp_path: Path) -> Path:
     """Return an engine next to its graph: two convolutions, of which the first is quantized."""
     world.inspected = json.dumps(LAYERS)
     world.layer_ms = {"node_conv2d": 0.25, "node_conv2d_1": 0.5}
-    constants = [
-        helper.make_tensor("zero", TensorProto.INT8, [], [0]),
-        helper.make_tensor("scale", TensorProto.FLOAT, [], [0.1]),
-        helper.make_tensor("integers", TensorProto.INT8, [3, 3, 1, 1], [1] * 9),
-        helper.make_tensor("floats", TensorProto.FLOAT, [5, 3, 4, 4], [1.0] * 240),
-    ]
-    nodes = [
-        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"], name="quantize"),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], name="dequantize"),
-        helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["w"], name="weight"),
-        helper.make_node("Conv", ["dq", "w"], ["middle"], name="node_conv2d"),
-        helper.make_node("Conv", ["middle", "floats"], ["logits"], name="node_conv2d_1"),
-    ]
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 4, 4])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5, 1, 1])
-    graph = helper.make_graph(nodes, "half quantized", [images], [logits], constants)
-    path = tmp_path / "model.trt.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
-    return build(path, batch=(1, 2, 8))
+    onnx.save(onnx.parser.parse_model(HALF_QUANTIZED), tmp_path / "model.trt.onnx")
+    return build(tmp_path / "model.trt.onnx", batch=(1, 2, 8))
 
 
 def inspect(engine: Path) -> tuple[EngineInspection, str]:

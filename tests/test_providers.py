@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
@@ -30,14 +30,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def graph(batch: int | str = "batch") -> onnx.ModelProto:
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 4, 5])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 60])
-    node = helper.make_node("Flatten", ["images"], ["logits"])
-    return helper.make_model(
-        helper.make_graph([node], "flat", [images], [logits]),
-        opset_imports=[helper.make_opsetid("", 21)],
-        ir_version=10,
-    )
+    shapes = f"(float[{batch}, 3, 4, 5] images) => (float[{batch}, 60] logits)"
+    text = f'<ir_version: 10, opset_import: ["" : 21]> flat {shapes} {{ logits = Flatten(images) }}'
+    return onnx.parser.parse_model(text)
 
 
 @pytest.fixture
@@ -178,19 +173,14 @@ def test_open_provider_names_what_is_left_to_others(
 
 
 @needs_no_gpu
-def test_provider_runners_skip_what_cannot_load_once_with_its_reason(file: Path) -> None:
+def test_provider_runners_skip_what_cannot_load_once_and_try_nothing_on_the_cpu(file: Path) -> None:
     skipped: list[Skipped] = []
     exports = {name: exported("w8a8/model.trt.onnx") for name in ("fp32", "w8a8")}
+    assert list(provider_runners(run_on("cpu", file.parents[1]), exports, skipped)) == skipped == []
     assert list(provider_runners(run_on("cuda", file.parents[1]), exports, skipped)) == []
-    assert [own.stage for own in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
-    for own in skipped:
-        assert own.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
-
-
-def test_provider_runners_are_none_on_the_cpu(file: Path) -> None:
-    skipped: list[Skipped] = []
-    assert list(provider_runners(run_on("cpu", file.parents[1]), {"fp32": exported("none.onnx")}, skipped)) == []
-    assert skipped == []
+    assert [entry.stage for entry in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    for entry in skipped:
+        assert entry.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
 
 
 @pytest.mark.cuda

@@ -65,17 +65,14 @@ def benchmark(
 ) -> BenchmarkResult:
     """Time `infer`, host to host, of several runtimes in turn, in another order each time.
 
-    A batch size that does not fit the memory in a runtime is left out for that runtime.
+    The records can be compared with each other. A batch size that does not fit a runtime's memory is left out for it.
 
     Args:
         runners: by a name of the caller's choice.
         size: (channels, height, width) of an image.
         config: how to measure.
         progress: shows how far it is.
-        baselines: for names whose speed-up over another name is wanted, that other name.
-
-    Returns:
-        Records that can be compared with each other, by name.
+        baselines: for names whose speed-up over another name is needed, that other name.
     """
     latencies: dict[str, list[Latency]] = {name: [] for name in runners}
     skipped = []

@@ -121,11 +121,7 @@ class OnnxRunner(Runner):
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def infer(self, images: Array) -> Array:
-        """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
-
-        Raises:
-            ExportError: the provider cannot run the graph, or not on these images.
-        """
+        """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized. Raises as `outputs` does."""
         return next(iter(self.outputs(images).values()))
 
     def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
@@ -165,7 +161,9 @@ class OnnxRunner(Runner):
         """
         shape = self._session.get_inputs()[0].shape
         if len(shape) != 4 or not all(isinstance(side, int) for side in shape[1:]):
-            raise ExportError(f"the input {self._input} has shape {shape}; expected images whose batch alone is open")
+            raise ExportError(
+                f"the input {self._input} has shape {shape}; expected images of which only the batch is open"
+            )
         batch, channels, height, width = shape
         return batch if isinstance(batch, int) else None, channels, height, width
 
@@ -215,14 +213,9 @@ def _first_line(error: Exception) -> str:
 def provider_list(runtime: str, graph: Path | bytes, batch: tuple[int, int, int] | None) -> list[Provider]:
     """Return the providers of a session, as `InferenceSession` accepts them.
 
-    TensorRT's is asked for no precision, and so uses the types of the graph, as this project's engines do. Its cache of
-    engines is left off: it cannot tell one set of weights from another. What TensorRT does not run goes to CUDA; ONNX
-    Runtime adds the CPU itself.
-
-    Args:
-        runtime: a key of `PROVIDERS`.
-        graph: a file, or the bytes of one; its first input is (N, C, H, W).
-        batch: smallest, tuned-for and largest batch of an engine, for a graph with a dynamic batch.
+    TensorRT's is asked for no precision, and so uses the types of the graph, as this project's engines do, with a
+    profile of (smallest, tuned-for, largest) `batch` if the graph's is dynamic. Its cache of engines is left off: it
+    cannot tell one set of weights from another. What TensorRT does not run goes to CUDA; ONNX Runtime adds the CPU.
     """
     provider = PROVIDERS[runtime]
     if runtime != "onnxruntime-tensorrt":

@@ -42,7 +42,7 @@ def build_engine(
         onnx_path: the graph; of its inputs only the batch dimension may be dynamic.
         engine_path: where the engine goes; the sidecar goes to the same name with `.json` appended.
         config: how to build.
-        progress: shows parsing and building, and in it TensorRT's own phases, which nest, from several threads.
+        progress: shows parsing and building, and in it TensorRT's own nested phases, from several threads.
         derived_from: the file that the graph was made from, such as a quantized one whose FP16 baseline it is; the
             sidecar names it instead of the graph.
 
@@ -58,7 +58,7 @@ def build_engine(
     if config.hardware_compatible and not machine.is_ampere_or_later:
         raise EngineError(
             f"{machine.gpu} has compute capability {machine.compute_capability}; --hardware-compatible engines are for "
-            "8.0 (Ampere) and later, and built there: leave it away"
+            "8.0 (Ampere) and later, and built there: leave the option out"
         )
     source_sha256 = sha256_file(source)
     with progress.task(f"build {engine_path.name}", total=2) as advance, explained(f"build {source}"):

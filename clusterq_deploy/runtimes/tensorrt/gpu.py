@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -104,9 +104,8 @@ class Diagnosis:
     message: str
 
 
-def diagnose(messages: Iterable[str]) -> Diagnosis | None:
+def diagnose(messages: Sequence[str]) -> Diagnosis | None:
     """Return the known failure that one of the messages describes, or None."""
-    messages = list(messages)
     for known in KNOWN_FAILURES.values():
         for message in messages:
             if match := re.search(known.pattern, message, re.IGNORECASE):

@@ -1,4 +1,4 @@
-"""What TensorRT made of a graph: its layers, read from the engine inspector's JSON; their types, times, missed INT8."""
+"""Inspect what TensorRT made of a graph: read the layers from its JSON, and summarize types, times and missed INT8."""
 
 import json
 import re

@@ -216,7 +216,7 @@ class TensorRTRunner(Runner):
             raise EngineError("the runner is closed; open the engine again")
         smallest, largest = self.batch_range
         if batch is not None and not smallest <= batch <= largest:
-            raise EngineError(f"batch is {batch}; the engine takes {smallest} to {largest} images a call")
+            raise EngineError(f"batch is {batch}; the engine takes {smallest} to {largest} images per call")
 
     def _set_batch(self, context: trt.IExecutionContext, batch: int) -> tuple[int, ...]:
         """Shape a context's next call for `batch` images; return the shape of its output."""

@@ -3,7 +3,6 @@
 import importlib
 import os
 import platform
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -87,12 +86,9 @@ def available_cores() -> int:
 @cache
 def driver_version() -> str | None:
     """Return the NVIDIA driver's version, asked of nvidia-smi once: it takes a second; torch has no public call."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # it is not there, or fails
         return None
     return next(iter(answer.stdout.split()), None)

@@ -61,8 +61,8 @@ def test_measure_enqueues_if_no_cuda_graph_can_be_captured(
 def test_call_timer_copies_the_batch_and_the_answer(engine: Path) -> None:
     with open_engine(engine) as runner, open_engine(engine) as other:
         timer, same = (
-            CallTimer(lambda: runner._enqueue(runner._context), own._input[:4], own._output[:4], own._stream)
-            for own in (runner, other)
+            CallTimer(lambda: runner._enqueue(runner._context), opened._input[:4], opened._output[:4], opened._stream)
+            for opened in (runner, other)
         )
         np.testing.assert_array_equal(timer._host_input, same._host_input)  # the same images for every engine
         assert timer._host_input.std() > 0.5

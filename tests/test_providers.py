@@ -148,7 +148,7 @@ def test_placement_counts_the_nodes_that_a_provider_took(file: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
         (None, None),
         (Placement(9, 9, ()), None),
@@ -158,16 +158,16 @@ def test_placement_counts_the_nodes_that_a_provider_took(file: Path, monkeypatch
     ],
 )
 def test_open_provider_names_what_is_left_to_others(
-    place: Placement | None, said: str | None, file: Path, monkeypatch: pytest.MonkeyPatch
+    place: Placement | None, message: str | None, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(runners.PROVIDERS, "onnxruntime-cuda", "CPUExecutionProvider")
     monkeypatch.setattr(OnnxRunner, "placement", lambda _: place)
     if place is not None and not place.taken:
-        with pytest.raises(ExportError, match=said):
+        with pytest.raises(ExportError, match=message):
             open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
         return
     runner, shared = open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
-    assert shared == said
+    assert shared == message
     with runner:
         assert runner.infer(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 60)
 
@@ -188,8 +188,8 @@ def test_provider_runners_skip_what_cannot_load_once_and_try_nothing_on_the_cpu(
 def test_provider_runners_compute_what_the_cpu_computes(file: Path) -> None:
     skipped: list[Skipped] = []
     images = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
-    for own in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
-        with own.runner as runner:
+    for opened in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
+        with opened.runner as runner:
             np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
 
 
@@ -207,9 +207,9 @@ with OnnxRunner(graph()) as runner:
 def test_onnx_runtime_keeps_no_telemetry(command: list[str], tmp_path: Path) -> None:
     """If it is on, it has a database in the user's cache."""
     clean = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    own = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    cache = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT, env={**clean, **own}
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT, env={**clean, **cache}
     )
     assert "9.0" in done.stdout or "Runs work here." in done.stdout
     assert not [path for path in tmp_path.rglob("*") if "microsoft" in path.name.lower()]

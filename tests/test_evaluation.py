@@ -1,4 +1,4 @@
-"""Latency records, and runtimes timed in turn."""
+"""Predictions and their scores; runtimes timed in turn, and the records of their times."""
 
 import subprocess
 import sys
@@ -11,6 +11,9 @@ import torch
 from test_progress import Counter
 from torch import nn
 
+from clusterq_deploy.errors import DataError
+from clusterq_deploy.evaluation.accuracy import predictions, score
+from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.latency import (
     SESSIONS_DIFFER,
     BenchmarkConfig,
@@ -30,6 +33,25 @@ class Fixed(Runner):
 
     def infer(self, images: Array) -> Array:
         return images.reshape(len(images), -1)[:, :6]
+
+
+def test_predictions_are_the_five_best_with_ties_to_the_lower_class() -> None:
+    logits = np.array([[0, 5, 1, 2, 3, 4], [7, 7, 0, 0, 0, 0]], np.float32)
+    data = EvaluationSet.from_images("x", logits.reshape(2, 1, 1, 6))
+    assert predictions(Fixed(), data, 1).tolist() == [[1, 5, 4, 3, 2], [0, 1, 2, 3, 4]]
+
+
+def test_score_is_in_percent() -> None:
+    images = np.zeros((4, 1, 1, 6), np.float32)
+    data = EvaluationSet.from_images("x", images, [1, 2, 3, 0])
+    predicted = np.array([[1, 0, 2, 3, 4], [0, 2, 1, 3, 4], [5, 0, 1, 2, 4], [0, 1, 2, 3, 4]])
+    teacher = np.array([[1, 0, 2, 3, 4], [2, 0, 1, 3, 4], [5, 0, 1, 2, 4], [0, 1, 2, 3, 4]])
+    scored = score("torch", predicted, teacher, data, "file")
+    assert (scored.top1, scored.top5, scored.agreement, scored.graph) == (50, 75, 75, "file")
+    scored = score("torch", predicted, teacher, EvaluationSet.from_images("x", images))
+    assert (scored.top1, scored.top5, scored.agreement) == (None, None, 75)
+    with pytest.raises(DataError, match="do not fit"):
+        score("torch", predicted[:2], teacher, data)
 
 
 def test_summarize_has_percentiles() -> None:

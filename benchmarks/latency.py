@@ -25,7 +25,7 @@ from random_nets import CALIBRATED, MODELS, calibrated, settled
 from store import write
 
 from clusterq_deploy.environment import collect_environment
-from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark
+from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark
 from clusterq_deploy.lowering import export_graph, lower
 from clusterq_deploy.lowering.torch_export import INPUT
 from clusterq_deploy.lowering.verify import integer_layers
@@ -98,7 +98,7 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
             kind: stack.enter_context(OnnxRunner(graph.SerializeToString(), threads=config.cpu_threads))
             for kind, graph in graphs.items()
         }
-        found = benchmark(runners, size, config)
+        found = benchmark(runners, size, config).latencies
     return {
         "threads": config.cpu_threads,
         "quantized_layers": quantized,

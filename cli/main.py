@@ -115,7 +115,7 @@ def _set_up_logging(verbose: bool) -> None:
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
     else:
-        handler.addFilter(lambda record: record.name != "clusterq_deploy.runtimes.tensorrt.log")
+        handler.addFilter(lambda record: record.name != "clusterq_deploy.runtimes.tensorrt.gpu")
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
@@ -135,7 +135,7 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     before wrote.
     """
     ctx.obj = {"quiet": quiet}
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in runtimes.onnx_providers, for the doctor too
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in runtimes.runners, for the doctor too
     _keep_freed_memory()
     _print_any_path()
     _set_up_logging(verbose)

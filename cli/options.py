@@ -79,7 +79,7 @@ class MemorySize(click.ParamType[Any]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from clusterq_deploy.runtimes.tensorrt.config import memory_size
+        from clusterq_deploy.runtimes.tensorrt.sidecar import memory_size
 
         try:
             return memory_size(value)

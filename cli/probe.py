@@ -162,7 +162,7 @@ def _gpus() -> Iterator[Finding]:
 def _tensorrt() -> Iterator[Finding]:
     """TensorRT, whose builder may crash the process."""
     from clusterq_deploy.environment import driver_version
-    from clusterq_deploy.runtimes.tensorrt.availability import gpu_problem, start_builder, tensorrt_problem
+    from clusterq_deploy.runtimes.tensorrt.gpu import gpu_problem, start_builder, tensorrt_problem
 
     row = Finding("TensorRT", "broken", "", "engines", remedies.tensorrt(driver_version(), again=True))
     if problem := tensorrt_problem():

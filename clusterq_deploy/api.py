@@ -21,8 +21,8 @@ from calib.support.progress import SILENT, Progress
 from calib.synthesis import SynthesisConfig
 from clusterq_deploy import lowering
 from clusterq_deploy.errors import ExportError, ModelError
+from clusterq_deploy.evaluation.accuracy import predictions
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.evaluation.measure import predictions
 from clusterq_deploy.files import write_bytes
 from clusterq_deploy.lowering import GraphFormat
 from clusterq_deploy.models import InputSpec

@@ -3,7 +3,6 @@
 import importlib
 import os
 import platform
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 
 from clusterq_deploy.results.report import Environment
 
-# CPU flags of instructions that add up products of 8-bit integers, as Linux spells them.
+# CPU flags of instructions that add up products of 8-bit integers, by their names in Linux.
 _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 _KERNEL_CPUINFO = Path("/proc/cpuinfo")
 
 
 def collect_environment(device: torch.device) -> Environment:
-    """Describe this machine. The GPU is `device`, or the one that engines run on beside a run on the CPU.
+    """Describe this machine. The GPU is `device`, or for a run on the CPU the one that engines run on.
 
     What cannot be found out is None.
     """
@@ -45,7 +44,7 @@ def collect_environment(device: torch.device) -> Environment:
 
 
 def _version(module: str) -> str | None:
-    """The version of a module that imports: a wheel whose libraries do not load counts as absent."""
+    """Return the version of a module that imports: a wheel whose libraries do not load counts as absent."""
     try:
         return str(importlib.import_module(module).__version__)
     except (ImportError, OSError, RuntimeError, AttributeError):
@@ -53,10 +52,14 @@ def _version(module: str) -> str | None:
 
 
 def describe_cpu() -> tuple[str, list[str] | None]:
-    """The CPU's name and its INT8 instructions; None for the latter where its flags cannot be read."""
-    info = _kernel_cpuinfo()
-    name, flags = info.get("model name"), info.get("flags", "").split()
-    if not name or not flags:  # no x86, or no Linux: py-cpuinfo knows more, and takes a second
+    """Return the CPU's name and its INT8 instructions; None for the latter if its flags cannot be read."""
+    try:
+        processor = _KERNEL_CPUINFO.read_text(errors="replace").partition("\n\n")[0]
+    except OSError:  # not Linux
+        processor = ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor.splitlines())}
+    name, flags = fields.get("model name"), fields.get("flags", "").split()
+    if not name or not flags:  # not x86, or not Linux: py-cpuinfo knows more, but takes a second
         try:
             known = cpuinfo.get_cpu_info()
         except Exception:  # it raises bare exceptions on processors that it does not know
@@ -73,32 +76,19 @@ def adds_in_32_bits() -> bool:
     return not x86 or bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
-def _kernel_cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor, by its names; nothing elsewhere."""
-    try:
-        first = _KERNEL_CPUINFO.read_text(errors="replace").partition("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: honours taskset and container pinning
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: respects taskset and container pinning
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @cache
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, asked of nvidia-smi, once: it takes a second; torch has no public call for it."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    """Return the NVIDIA driver's version, asked of nvidia-smi once: it takes a second; torch has no public call."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # it is not there, or fails
         return None
     return next(iter(answer.stdout.split()), None)

@@ -1,8 +1,8 @@
 """A stand-in for the `tensorrt` module and for torch's CUDA, to drive the flow of control without either.
 
-It proves which calls are made and what becomes of their answers; nothing of what TensorRT makes of a graph.
-Its classes refuse, with an AssertionError, every name that not all supported releases have. An engine gives
-`logits[i, k] = (k + 1) * mean(images[i])`, from and to the addresses that it is told.
+It proves which calls are made and what becomes of their answers; nothing about what TensorRT makes of a graph.
+Its classes refuse, with an AssertionError, every name that not all supported releases have. An engine computes
+`logits[i, k] = (k + 1) * mean(images[i])`, from and to the addresses that it is given.
 """
 
 import ctypes
@@ -15,9 +15,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,16 +26,24 @@ import numpy as np
 import pytest
 import torch
 
-from clusterq_deploy.runtimes.tensorrt import build, log, runner, sidecar, timing
+from calib.support.progress import SILENT, Progress
+from clusterq_deploy.runtimes.tensorrt import BuildConfig, TensorRTRunner, build_engine, gpu, runner, sidecar
+from clusterq_deploy.runtimes.tensorrt import build as build_module
 
-_RELEASES: list[dict[str, list[str]]] = list(
-    json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text()).values()
-)
+API: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
+"""The public members of TensorRT's classes, by release and class."""
 
 
-def common_names(owner: str) -> set[str]:
-    """The public members that the class has in every release."""
-    return set.intersection(*(set(release[owner]) for release in _RELEASES))
+def build(graph: Path, progress: Progress = SILENT, **options: object) -> Path:
+    """Build `model.engine` next to a graph."""
+    engine = graph.with_name("model.engine")
+    build_engine(graph, engine, BuildConfig.model_validate(options), progress)
+    return engine
+
+
+def open_engine(engine: Path) -> TensorRTRunner:
+    """Open an engine of the double, whose memory is the computer's."""
+    return TensorRTRunner(engine, device="cpu")
 
 
 class Strict:
@@ -56,13 +63,14 @@ class Strict:
 
 
 def _require(owner: str, name: str) -> None:
-    if not name.startswith("_") and owner in _RELEASES[0]:
-        assert name in common_names(owner), f"{owner}.{name} is not in every release of TensorRT"
+    if not name.startswith("_"):
+        for release, classes in API.items():
+            assert owner not in classes or name in classes[owner], f"{owner}.{name} is not in every release: {release}"
 
 
 @dataclass
 class World:
-    """What the doubles shall do, and what was asked of them."""
+    """What the doubles are to do, and what was asked of them."""
 
     version: str = "10.9.0"
     gpu: str = "NVIDIA Test 100"
@@ -72,6 +80,7 @@ class World:
     parsed: list[bytes] = field(default_factory=list)
     """The graphs that were parsed."""
     parser_errors: tuple[tuple[str, str, str], ...] = ()
+    """Node, operator and description of each."""
     profile_error: str | None = None
     profile_index: int = 0
     build_error: str | None = None
@@ -96,7 +105,7 @@ class World:
     """Which device was made current, in the thread that builds."""
     caches: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="clusterq-test-")))
     """The user's cache directory."""
-    # running and inspecting: a clock of the GPU in milliseconds, and what the inspector and the profiler tell
+    # running and inspecting: a clock of the GPU in milliseconds, and what the inspector and the profiler say
     clock_ms: float = 0.0
     tick_ms: float = 0.25
     execute_ms: float = 1.5
@@ -105,27 +114,29 @@ class World:
     layer_ms: dict[str, float] = field(default_factory=dict)
     profiled_runs: int = 0
 
+    def move(self, **changes: object) -> None:
+        """Go to another machine."""
+        vars(self).update(changes)
+        vars(sys.modules["tensorrt"])["__version__"] = self.version
+
 
 def install(monkeypatch: pytest.MonkeyPatch) -> World:
-    """Put the doubles in the place of `tensorrt` and of the parts of `torch.cuda` that the package uses."""
+    """Replace `tensorrt` and the parts of `torch.cuda` that the package uses."""
     world = World()
     weakref.finalize(world, shutil.rmtree, world.caches, ignore_errors=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world.caches))
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(world))
-    fresh_log = functools.cache(log.tensorrt_log.__wrapped__)
-    for user in (log, build, runner, timing):
-        monkeypatch.setattr(user, "tensorrt_log", fresh_log)
+    new_log = functools.cache(gpu.tensorrt_log.__wrapped__)
+    for user in (gpu, build_module, runner):
+        monkeypatch.setattr(user, "tensorrt_log", new_log)
     monkeypatch.setattr(sidecar, "driver_version", lambda: "555.1")
-
-    def stream(_: object) -> AbstractContextManager[None]:
-        return nullcontext()
 
     class Graph:
         def replay(self) -> None:
             world.replays += 1
             world.clock_ms += world.execute_ms
 
-    def graph(_: Graph, stream: Stream) -> AbstractContextManager[None]:
+    def capture(_: Graph, stream: Stream) -> nullcontext[None]:
         if not world.captures:
             raise RuntimeError("operation not permitted when stream is capturing")
         return nullcontext()
@@ -145,10 +156,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
         "get_device_properties": properties,
         "get_device_name": lambda _: world.gpu,
         "Stream": Stream,
-        "stream": stream,
-        "Event": partial(Event, world),
+        "stream": lambda _: nullcontext(),
+        "Event": functools.partial(Event, world),
         "CUDAGraph": Graph,
-        "graph": graph,
+        "graph": capture,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return world
@@ -167,7 +178,7 @@ class Stream:
 
 
 class Event:
-    """Takes a tick of the GPU's clock to be recorded."""
+    """Its recording takes a tick of the GPU's clock."""
 
     def __init__(self, world: World, enable_timing: bool) -> None:
         assert enable_timing
@@ -186,89 +197,54 @@ class Event:
         return other._at_ms - self._at_ms
 
 
+VALUES: dict[str, dict[str, Any]] = {
+    "BuilderFlag": {"VERSION_COMPATIBLE": "VERSION_COMPATIBLE"},
+    "DataType": {"FLOAT": "FLOAT", "HALF": "HALF", "BF16": "BF16"},
+    "HardwareCompatibilityLevel": {"AMPERE_PLUS": "AMPERE_PLUS"},
+    "ILogger": {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4},
+    "IProfiler": {},
+    "IProgressMonitor": {},
+    "LayerInformationFormat": {"JSON": "JSON"},
+    "MemoryPoolType": {"WORKSPACE": "WORKSPACE"},
+    "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": 1},
+    "ProfilingVerbosity": {"DETAILED": "DETAILED"},
+    "TensorIOMode": {"INPUT": "INPUT", "OUTPUT": "OUTPUT"},
+}
+"""The classes of TensorRT that are used for their values, or only to derive from."""
+
+
 def tensorrt_module(world: World) -> ModuleType:
-    """A module `tensorrt` that does what `world` says."""
+    """Return a module `tensorrt` that does what `world` says."""
+    module: Any = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)  # `find_spec`, which torch._dynamo asks, requires one
+    module.__version__ = world.version
+    for name, values in VALUES.items():
+        setattr(module, name, type(name, (Strict,), values))
 
-    class ILogger(Strict):
-        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+    def strict(owner: str, **members: Any) -> Any:
+        """Return an object of a class that has no more than these members."""
+        return type(owner, (Strict,), members)()
 
-        def __init__(self) -> None: ...
+    tensor = strict("ITensor", name="images", shape=property(lambda _: world.input_shape))
+    network = strict("INetworkDefinition", num_inputs=1, get_input=lambda _, index: tensor)
 
-    class BuilderFlag(Strict):
-        VERSION_COMPATIBLE = "VERSION_COMPATIBLE"
-
-    class DataType(Strict):
-        FLOAT, HALF, BF16 = "FLOAT", "HALF", "BF16"
-
-    class HardwareCompatibilityLevel(Strict):
-        AMPERE_PLUS = "AMPERE_PLUS"
-
-    class IProgressMonitor(Strict):
-        def __init__(self) -> None: ...
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            raise NotImplementedError
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            raise NotImplementedError
-
-        def phase_finish(self, phase_name: str) -> None:
-            raise NotImplementedError
-
-    class ProfilingVerbosity(Strict):
-        DETAILED = "DETAILED"
-
-    class MemoryPoolType(Strict):
-        WORKSPACE = "WORKSPACE"
-
-    class NetworkDefinitionCreationFlag(Strict):
-        STRONGLY_TYPED = 1
-
-    class TensorIOMode(Strict):
-        INPUT, OUTPUT = "INPUT", "OUTPUT"
-
-    class ITensor(Strict):
-        name = "images"
-
-        @property
-        def shape(self) -> tuple[int, ...]:
-            return world.input_shape
-
-    class INetworkDefinition(Strict):
-        num_inputs = 1
-
-        def get_input(self, index: int) -> ITensor:
-            assert index == 0
-            return ITensor()
-
-    class ParserError(Strict):
-        def __init__(self, node: str, operator: str, description: str) -> None:
-            self._node, self._operator, self._description = node, operator, description
-
-        def node_name(self) -> str:
-            return self._node
-
-        def node_operator(self) -> str:
-            return self._operator
-
-        def desc(self) -> str:
-            return self._description
+    def parser_error(index: int) -> Any:
+        answers = zip(("node_name", "node_operator", "desc"), world.parser_errors[index], strict=True)
+        return strict("ParserError", **{name: (lambda _, answer=answer: answer) for name, answer in answers})
 
     class OnnxParser(Strict):
-        def __init__(self, network: INetworkDefinition, log: ILogger) -> None:
-            assert isinstance(network, INetworkDefinition)
-            assert isinstance(log, ILogger)
+        num_errors = property(lambda _: len(world.parser_errors))
+
+        def __init__(self, parsed_into: Any, log: Any) -> None:
+            assert parsed_into is network
+            assert isinstance(log, module.ILogger)
 
         def parse_from_file(self, path: str) -> bool:
             world.parsed.append(Path(path).read_bytes())
             return not world.parser_errors
 
-        @property
-        def num_errors(self) -> int:
-            return len(world.parser_errors)
-
-        def get_error(self, index: int) -> ParserError:
-            return ParserError(*world.parser_errors[index])
+        def get_error(self, index: int) -> Any:
+            return parser_error(index)
 
     class IOptimizationProfile(Strict):
         def set_shape(self, name: str, smallest: Any, tuned: Any, largest: Any) -> None:
@@ -292,7 +268,7 @@ def tensorrt_module(world: World) -> ModuleType:
 
     class IBuilderConfig(Strict):
         def set_memory_pool_limit(self, pool: str, limit: int) -> None:
-            assert pool == MemoryPoolType.WORKSPACE
+            assert pool == "WORKSPACE"
             self._workspace = limit
 
         def set_flag(self, flag: str) -> None:
@@ -310,28 +286,22 @@ def tensorrt_module(world: World) -> ModuleType:
             self._timing_cache = cache
             return b"other-machine" not in cache._entries
 
-    class LayerInformationFormat(Strict):
-        JSON = "JSON"
-
-    class IProfiler(Strict):
-        def __init__(self) -> None: ...
-
     class EngineInspector(Strict):
         def get_engine_information(self, format: str) -> str:
-            assert format == LayerInformationFormat.JSON
+            assert format == "JSON"
             world.inspected_batch = self.execution_context._shape[0]
             return world.inspected
 
     class Builder(Strict):
-        def __init__(self, log: ILogger) -> None:
+        def __init__(self, log: Any) -> None:
             if "Builder" in world.raises:
-                log.log(ILogger.ERROR, world.build_error or "")
+                log.log(module.ILogger.ERROR, world.build_error or "")
                 raise world.raises["Builder"]
             self._log = log
 
-        def create_network(self, flags: int) -> INetworkDefinition:
-            assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
-            return INetworkDefinition()
+        def create_network(self, flags: int) -> Any:
+            assert flags == 1 << module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+            return network
 
         def create_builder_config(self) -> IBuilderConfig:
             return IBuilderConfig()
@@ -339,14 +309,14 @@ def tensorrt_module(world: World) -> ModuleType:
         def create_optimization_profile(self) -> IOptimizationProfile:
             return IOptimizationProfile()
 
-        def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
+        def build_serialized_network(self, network: Any, config: IBuilderConfig) -> bytes | None:
             world.options = config
             if "build" in world.raises:
                 raise world.raises["build"]
             if not self._goes_through_its_phases(config.progress_monitor):
                 return None
             if world.build_error:
-                self._log.log(ILogger.ERROR, world.build_error)
+                self._log.log(module.ILogger.ERROR, world.build_error)
                 return None
             shapes = [list(shape) for shape in world.profiles.get("images", [world.input_shape] * 3)]
             plan = {"shape": world.input_shape, "profile": shapes, "classes": world.classes}
@@ -354,8 +324,8 @@ def tensorrt_module(world: World) -> ModuleType:
                 cache._entries.add(world.measures.encode())
             return json.dumps(plan).encode()
 
-        def _goes_through_its_phases(self, monitor: IProgressMonitor) -> bool:
-            """Two nested phases, the inner one without its last step; False where the monitor cancels."""
+        def _goes_through_its_phases(self, monitor: Any) -> bool:
+            """Run two nested phases, the inner one without its last step; return False if the monitor cancels."""
             monitor.phase_start("Building engine", None, world.steps)
             for step in range(world.steps):
                 monitor.phase_start("Tactic selection", "Building engine", 4)
@@ -366,15 +336,14 @@ def tensorrt_module(world: World) -> ModuleType:
                 world.on_step()
                 if not monitor.step_complete("Building engine", step):
                     world.cancelled_at = step
-                    monitor.phase_finish("Building engine")
-                    return False
+                    break
             monitor.phase_finish("Building engine")
-            return True
+            return world.cancelled_at is None
 
     class IExecutionContext(Strict):
         def __init__(self, plan: dict[str, Any]) -> None:
             self._plan, self._shape, self._addresses = plan, (), {}
-            self.profiler: IProfiler | None = None
+            self.profiler = None
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             assert name == "images"
@@ -406,51 +375,32 @@ def tensorrt_module(world: World) -> ModuleType:
                     self.profiler.report_layer_time(name, slower * milliseconds)
             return True
 
-    class ICudaEngine(Strict):
-        num_io_tensors = 2
-
-        def __init__(self, plan: dict[str, Any]) -> None:
-            self._plan = plan
-
-        def get_tensor_name(self, index: int) -> str:
-            return ("images", "logits")[index]
-
-        def get_tensor_mode(self, name: str) -> str:
-            return TensorIOMode.INPUT if name == "images" else TensorIOMode.OUTPUT
-
-        def get_tensor_dtype(self, name: str) -> str:
-            return DataType.FLOAT
-
-        def get_tensor_shape(self, name: str) -> list[int]:
-            return list(self._plan["shape"])
-
-        def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
-            assert (name, profile) == ("images", 0)
-            return list(self._plan["profile"])
-
-        def create_execution_context(self) -> IExecutionContext:
-            return IExecutionContext(self._plan)
-
-        def create_engine_inspector(self) -> EngineInspector:
-            return EngineInspector()
+    def cuda_engine(plan: dict[str, Any]) -> Any:
+        return strict(
+            "ICudaEngine",
+            num_io_tensors=2,
+            get_tensor_name=lambda _, index: ("images", "logits")[index],
+            get_tensor_mode=lambda _, name: "INPUT" if name == "images" else "OUTPUT",
+            get_tensor_dtype=lambda _, name: "FLOAT",
+            get_tensor_shape=lambda _, name: list(plan["shape"]),
+            get_tensor_profile_shape=lambda _, name, profile: {("images", 0): list(plan["profile"])}[name, profile],
+            create_execution_context=lambda _: IExecutionContext(plan),
+            create_engine_inspector=lambda _: EngineInspector(),
+        )
 
     class Runtime(Strict):
-        def __init__(self, log: ILogger) -> None:
+        def __init__(self, log: Any) -> None:
             self._log = log
 
-        def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+        def deserialize_cuda_engine(self, plan: bytes) -> Any:
             world.host_code_allowed = self.engine_host_code_allowed
             if world.load_error is None:
-                return ICudaEngine(json.loads(plan))
-            self._log.log(ILogger.ERROR, world.load_error)
+                return cuda_engine(json.loads(plan))
+            self._log.log(module.ILogger.ERROR, world.load_error)
             return None
 
-    module = ModuleType("tensorrt")
-    module.__spec__ = ModuleSpec("tensorrt", None)  # `find_spec`, which torch._dynamo asks, wants one
-    classes = [value for value in locals().values() if isinstance(value, type) and issubclass(value, Strict)]
-    for double in classes:
+    for double in (Builder, OnnxParser, Runtime, IBuilderConfig, ITimingCache):
         setattr(module, double.__name__, double)
-    module.__version__ = world.version  # type: ignore[attr-defined]
     return module
 
 

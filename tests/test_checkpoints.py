@@ -17,9 +17,9 @@ from calib.calibration_set import CalibrationSet
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
 from clusterq_deploy.errors import UnreadableImageError
+from clusterq_deploy.evaluation.accuracy import Predictions, predictions
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.images import Images, Unreadable
-from clusterq_deploy.evaluation.measure import Predictions, predictions
 from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,31 +15,22 @@ from pathlib import Path
 import onnx
 import pytest
 from pydantic import ValidationError
-from tensorrt_double import World
+from tensorrt_double import World, build
 
-from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import EngineError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
-from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine, read_sidecar, sidecar_path
-from clusterq_deploy.runtimes.tensorrt import build as builder_module
-from clusterq_deploy.runtimes.tensorrt import timing as timing_module
+from clusterq_deploy.runtimes.tensorrt import BuildConfig, read_sidecar, sidecar_path
+from clusterq_deploy.runtimes.tensorrt import build as build_module
 from clusterq_deploy.runtimes.tensorrt.sidecar import Machine
-from clusterq_deploy.runtimes.tensorrt.timing import timing_cache_path
 
 HERE = Path(__file__).parent
-
-
-def build(graph: Path, progress: Progress = SILENT, **options: object) -> Path:
-    engine = graph.with_name("model.engine")
-    build_engine(graph, engine, BuildConfig.model_validate(options), progress)
-    return engine
 
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_writes_the_engine_and_its_sidecar(world: World, graph: Path) -> None:
+def test_build_writes_the_engine_and_its_sidecar(world: World, graph: Path) -> None:
     engine = build(graph, batch=(1, 2, 4))
     info = read_sidecar(engine)
     assert sidecar_path(engine).name == "model.engine.json"
@@ -54,7 +46,7 @@ def test_writes_the_engine_and_its_sidecar(world: World, graph: Path) -> None:
     assert left(graph.parent) == ["model.engine", "model.engine.json", "model.trt.onnx"]
 
 
-def test_passes_the_options_on(world: World, graph: Path) -> None:
+def test_build_passes_the_options_on(world: World, graph: Path) -> None:
     build(graph, optimization_level=5, workspace_bytes=2**29, version_compatible=True, hardware_compatible=True)
     assert world.flags == ["VERSION_COMPATIBLE"]
     assert world.options.builder_optimization_level == 5
@@ -63,16 +55,16 @@ def test_passes_the_options_on(world: World, graph: Path) -> None:
     assert world.options._workspace == 2**29
 
 
-def test_a_gpu_older_than_the_compatible_ones_is_refused(world: World, graph: Path) -> None:
+def test_build_refuses_a_compatible_engine_on_an_older_gpu(world: World, graph: Path) -> None:
     world.gpu, world.capability = "Tesla T4", (7, 5)
     build(graph)
     with pytest.raises(
-        EngineError, match=r"Tesla T4 has compute capability 7\.5; --hardware-compatible .* leave it away"
+        EngineError, match=r"Tesla T4 has compute capability 7\.5; --hardware-compatible .* leave the option out"
     ):
         build(graph, hardware_compatible=True)
 
 
-def test_builds_on_the_callers_device_in_another_thread(
+def test_build_uses_the_callers_device_in_another_thread(
     world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
@@ -80,40 +72,18 @@ def test_builds_on_the_callers_device_in_another_thread(
     assert world.devices == [3]
 
 
-def test_a_fixed_batch_needs_no_profile(world: World, graph: Path) -> None:
-    world.input_shape = (8, 3, 4, 4)
-    build(graph)
-    assert world.profiles == {}
-
-
-def test_refuses_a_dynamic_image_size(world: World, graph: Path) -> None:
-    world.input_shape = (-1, 3, -1, -1)
-    with pytest.raises(EngineError, match=r"images of .* has shape \(-1, 3, -1, -1\); only"):
-        build(graph)
-
-
-@pytest.mark.parametrize("way", ["raises", "returns -1"])
-def test_reports_an_invalid_profile(world: World, graph: Path, way: str) -> None:
-    if way == "raises":
-        world.profile_error = "Shape provided for max is inconsistent with other shapes."
-    else:
-        world.profile_index = -1
-    with pytest.raises(EngineError, match=r"inconsistent|refuses the batch sizes \(1, 8, 32\)"):
-        build(graph)
-
-
-def test_an_engine_whose_sidecar_cannot_be_written_is_not_left(
+def test_build_leaves_no_engine_if_its_sidecar_cannot_be_written(
     world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(graph)  # an earlier one
     with monkeypatch.context() as patch:
-        patch.setattr(builder_module, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(build_module, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build(graph)
     assert left(graph.parent) == [graph.name]
 
 
-def test_a_missing_graph_is_named(world: World, tmp_path: Path) -> None:
+def test_build_names_a_missing_graph(world: World, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"cannot read .*none\.onnx: No such file"):
         build(tmp_path / "none.onnx")
 
@@ -121,79 +91,78 @@ def test_a_missing_graph_is_named(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"batch": (4, 2, 8)}, {"batch": (0, 1, 1)}, {"optimization_level": 6}, {"fp16": True}]
 )
-def test_config_refuses(options: dict[str, object]) -> None:
+def test_build_config_refuses(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         BuildConfig.model_validate(options)
 
 
-class TestFailures:
-    def test_says_what_tensorrt_logged(self, world: World, graph: Path, caplog: pytest.LogCaptureFixture) -> None:
-        world.build_error = "Nobody knows this\n one."
-        with pytest.raises(EngineError, match=r"cannot build .*onnx; Nobody knows this one\.$"):
-            build(graph)
-        assert [record.levelno for record in caplog.records] == [logging.ERROR]
-        assert left(graph.parent) == ["model.trt.onnx"]
+NO_KERNEL = "Error Code 10: Internal Error (Could not find any implementation for node conv1 + relu.)"
+OLD_DRIVER = "Error Code 6: API Usage Error (CUDA initialization failure with error: 35. Please check)"
+PARSER_ERRORS = ("conv1", "Conv", "no\n kernel"), ("", "", "INVALID_GRAPH"), ("fc", "Gemm", "x")
 
-    def test_a_message_holds_no_error_of_an_earlier_build(self, world: World, graph: Path) -> None:
-        for world.build_error in ("first error", "second error"):
-            with pytest.raises(EngineError) as caught:
-                build(graph)
-        assert str(caught.value).endswith("model.trt.onnx; second error")
 
-    def test_a_known_one_comes_with_its_remedy(self, world: World, graph: Path) -> None:
-        world.build_error = "Error Code 10: Internal Error (Could not find any implementation for node conv1 + relu.)"
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_shape": (-1, 3, -1, -1)}, r"input images of \S+ has shape \(-1, 3, -1, -1\); only .*"),
+        (
+            {"profile_error": "Shape provided for max is inconsistent."},
+            r"TensorRT cannot build \S+; .* is inconsistent\.",
+        ),
+        ({"profile_index": -1}, r"TensorRT refuses the batch sizes \(1, 8, 32\) for \S+"),
+        ({"build_error": "Nobody knows this\n one."}, r"TensorRT cannot build \S+; Nobody knows this one\."),
+        (
+            {"build_error": NO_KERNEL},
+            r"TensorRT cannot build \S+: it has no kernel for the layer conv1 \+ relu: raise --workspace.* "
+            rf"\(TensorRT: {re.escape(NO_KERNEL)}\)",
+        ),
+        (
+            {"build_error": OLD_DRIVER, "raises": {"Builder": TypeError("factory function returned nullptr")}},
+            r".*: the NVIDIA driver is older than .*: install a newer driver.*",
+        ),
+        ({"raises": {"build": MemoryError()}}, r".*onnx: the computer's memory ran out: .*\(TensorRT: MemoryError\)"),
+        (
+            {"parser_errors": PARSER_ERRORS},
+            r"TensorRT cannot parse \S+: conv1 \(Conv\): no kernel; unnamed node \(no operator\): INVALID_GRAPH; "
+            r"fc \(Gemm\): x; clusterq check \S+ says which .*",
+        ),
+    ],
+)
+def test_build_raises_one_line_and_leaves_nothing(
+    world: World, graph: Path, changes: dict[str, object], message: str
+) -> None:
+    vars(world).update(changes)
+    with pytest.raises(EngineError, match=f"^{message}$"):
+        build(graph)
+    assert left(graph.parent) == ["model.trt.onnx"]
+
+
+def test_build_raises_no_error_of_an_earlier_build(world: World, graph: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for world.build_error in ("first error", "second error"):
         with pytest.raises(EngineError) as caught:
             build(graph)
-        assert "onnx: it has no kernel for the layer conv1 + relu: raise --workspace" in str(caught.value)
-        assert str(caught.value).endswith(f"(TensorRT: {world.build_error})")
-
-    def test_an_old_driver_keeps_the_builder_from_starting(self, world: World, graph: Path) -> None:
-        world.build_error = "Error Code 6: API Usage Error (CUDA initialization failure with error: 35. Please check)"
-        world.raises["Builder"] = TypeError("pybind11::init(): factory function returned nullptr")
-        with pytest.raises(EngineError, match=r"the NVIDIA driver is older than .*: install a newer driver"):
-            build(graph)
-
-    def test_the_computers_memory_can_run_out(self, world: World, graph: Path) -> None:
-        world.raises["build"] = MemoryError()
-        with pytest.raises(EngineError, match=r"onnx: the computer's memory ran out: .*\(TensorRT: MemoryError\)$"):
-            build(graph)
-        assert left(graph.parent) == ["model.trt.onnx"]
+    assert str(caught.value).endswith("model.trt.onnx; second error")
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
 
 
-class TestParser:
-    def test_tells_all_that_it_finds(self, world: World, graph: Path) -> None:
-        world.parser_errors = (("conv1", "Conv", "no\n kernel"), ("", "", "INVALID_GRAPH"), ("fc", "Gemm", "x"))
-        with pytest.raises(EngineError) as caught:
-            build(graph)
-        problems = "conv1 (Conv): no kernel; unnamed node (no operator): INVALID_GRAPH; fc (Gemm): x"
-        assert f"cannot parse {graph}: {problems}; clusterq check {graph} says which" in str(caught.value)
-        assert left(graph.parent) == ["model.trt.onnx"]
-
-    def test_gives_the_nodes_doc_string_and_the_remedy(self, world: World, tmp_path: Path) -> None:
-        doc = "net.py(31):  forward\n" + "x" * 200
-        nodes = [
-            onnx.helper.make_node("Round", ["images"], ["a"], name="round", doc_string=doc),
-            onnx.helper.make_node("Relu", ["a"], ["logits"], name="relu", doc_string="another node"),
-        ]
-        ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 3]) for n in ("images", "logits")]
-        path = tmp_path / "model.onnx"
-        onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:])), path)
-        world.parser_errors = (
-            ("round", "Round", "Assertion failed: Plugin not found, are the name and version right?"),
-        )
-        with pytest.raises(EngineError) as caught:
-            build(path)
-        message = str(caught.value)
-        assert 'onnx: round (Round, "net.py(31): forward x' in message
-        assert 'xxx..."): Assertion failed' in message
-        assert "another node" not in message
-        assert message.endswith(
-            "replace it in the model, or load its plugin; clusterq check lists operators that are not ONNX's own"
-        )
+def test_build_names_the_doc_string_of_the_parsers_node_and_the_remedy(world: World, graph: Path) -> None:
+    nodes = [
+        onnx.helper.make_node("Round", ["images"], ["a"], name="round", doc_string="net.py(31):  f\n" + "x" * 200),
+        onnx.helper.make_node("Relu", ["a"], ["logits"], name="relu", doc_string="another node"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:])), graph)
+    world.parser_errors = (("round", "Round", "Assertion failed: Plugin not found, are the name and version right?"),)
+    remedy = "replace it in the model, or load its plugin; clusterq check lists operators that are not ONNX's own"
+    with pytest.raises(
+        EngineError, match=rf'onnx: round \(Round, "net\.py\(31\): f x+\.\.\."\): .*{remedy}$'
+    ) as caught:
+        build(graph)
+    assert "another node" not in str(caught.value)
 
 
 class TestTimingCache:
-    def test_is_kept_for_the_gpu_and_release_in_the_users_cache(self, world: World, graph: Path) -> None:
+    def test_is_kept_per_gpu_and_release_in_the_users_cache(self, world: World, graph: Path) -> None:
         build(graph)
         (cache,) = world.caches.rglob("*.cache")
         assert cache.name.startswith("NVIDIA-Test-100-sm9.0-cuda")
@@ -204,7 +173,7 @@ class TestTimingCache:
         assert world.timing_caches_read == [b"", b"", b"conv1", b"conv1"]
         assert cache.read_bytes() == b"conv1 conv2"
 
-    def test_is_the_file_that_was_given(self, world: World, graph: Path) -> None:
+    def test_is_the_given_file(self, world: World, graph: Path) -> None:
         cache = graph.with_name("timing.cache")
         build(graph, timing_cache=cache)
         assert cache.read_bytes() == b"conv1"
@@ -217,7 +186,7 @@ class TestTimingCache:
         assert list(world.caches.iterdir()) == []
 
     @pytest.mark.parametrize("content", [b"damaged", b"other-machine"])
-    def test_starts_afresh_where_it_does_not_fit(
+    def test_starts_empty_if_the_file_does_not_fit(
         self, world: World, graph: Path, content: bytes, caplog: pytest.LogCaptureFixture
     ) -> None:
         cache = graph.with_name("timing.cache")
@@ -232,26 +201,26 @@ class TestTimingCache:
         build(graph, timing_cache=cache)
         assert cache.read_bytes() == b"conv1 of-another-build"
 
-    def test_concurrent_builds_lose_no_measurement(
+    def test_loses_no_measurement_of_concurrent_builds(
         self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        trt, path = sys.modules["tensorrt"], tmp_path / "timing.cache"
+        trt, path, read = sys.modules["tensorrt"], tmp_path / "timing.cache", build_module._read_cache
 
         def slow_read(file: Path) -> bytes:
-            content = file.read_bytes() if file.exists() else b""
+            content = read(file)
             time.sleep(0.01)  # without a lock every writer would have read by now, and the last would win
             return content
 
-        monkeypatch.setattr(timing_module, "_kept", slow_read)
+        monkeypatch.setattr(build_module, "_read_cache", slow_read)
 
         def write(entry: int) -> None:
-            timing_module.keep_timing_cache(trt.IBuilderConfig(), trt.ITimingCache(f"layer{entry}".encode()), path)
+            build_module.keep_timing_cache(trt.IBuilderConfig(), trt.ITimingCache(f"layer{entry}".encode()), path)
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(write, range(8)))
         assert set(path.read_bytes().split()) == {f"layer{entry}".encode() for entry in range(8)}
 
-    def test_a_folder_that_cannot_be_written_is_a_warning(
+    def test_that_cannot_be_written_is_a_warning(
         self, world: World, graph: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         graph.with_name("file").write_bytes(b"")
@@ -259,15 +228,12 @@ class TestTimingCache:
         assert engine.is_file()
         assert "is not kept" in caplog.text
 
-    def test_the_users_cache_directory_is_that_of_the_platform(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        if sys.platform != "linux":
-            pytest.skip("XDG_CACHE_HOME is Linux's")
+    @pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
+    def test_is_in_the_platforms_cache_directory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         machine = Machine(gpu="A/B", compute_capability="8.6", driver=None, cuda="13.0", tensorrt="11.4.0")
         expected = tmp_path / "clusterq-deploy/timing/A-B-sm8.6-cuda13.0-tensorrt11.4.0.cache"
-        assert timing_cache_path(BuildConfig(), machine) == expected
+        assert build_module.timing_cache_path(BuildConfig(), machine) == expected
 
 
 class Recorder:
@@ -291,28 +257,28 @@ class Recorder:
             self.events.append(f"close {description} {done}/{total}")
 
 
-class TestProgress:
-    def test_shows_the_phases_of_the_build_in_one_another(self, world: World, graph: Path) -> None:
-        world.steps, recorder = 2, Recorder()
+def test_progress_has_the_nested_phases_of_the_build(world: World, graph: Path) -> None:
+    world.steps, recorder = 2, Recorder()
+    build(graph, recorder)
+    inner = ["open Tactic selection", "close Tactic selection 3/4"]
+    assert recorder.events == [
+        "open build model.engine",
+        "open Building engine",
+        *inner,
+        *inner,
+        "close Building engine 2/2",
+        "close build model.engine 2/2",
+    ]
+
+
+def test_progress_closes_what_a_failure_leaves_open(world: World, graph: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("the worst")
+
+    world.on_step, recorder = fail, Recorder()
+    with pytest.raises(EngineError, match="the worst"):
         build(graph, recorder)
-        inner = ["open Tactic selection", "close Tactic selection 3/4"]
-        assert recorder.events == [
-            "open build model.engine",
-            "open Building engine",
-            *inner,
-            *inner,
-            "close Building engine 2/2",
-            "close build model.engine 2/2",
-        ]
-
-    def test_closes_what_a_failure_leaves_open(self, world: World, graph: Path) -> None:
-        def fail() -> None:
-            raise RuntimeError("the worst")
-
-        world.on_step, recorder = fail, Recorder()
-        with pytest.raises(EngineError, match="the worst"):
-            build(graph, recorder)
-        assert recorder.events[-2:] == ["close Building engine 0/3", "close build model.engine 1/2"]
+    assert recorder.events[-2:] == ["close Building engine 0/3", "close build model.engine 1/2"]
 
 
 CANCELLED = """

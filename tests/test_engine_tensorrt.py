@@ -1,6 +1,7 @@
 """The engine package with TensorRT itself and a GPU: a small graph, held against torch."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,22 +13,22 @@ import onnx
 import pytest
 import torch
 from nets import images, make_net
+from tensorrt_double import build
 
-from calib.support.progress import SILENT
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.lowering import export_graph, lower, quantized_layers, to_fp16
 from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.runtimes.runners import TorchRunner
 from clusterq_deploy.runtimes.tensorrt import (
-    BuildConfig,
     TensorRTRunner,
-    build_engine,
+    parse_layers,
     sidecar_path,
     summarize_layers,
     unavailable_reason,
 )
 
 pytestmark = pytest.mark.tensorrt
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -60,15 +61,9 @@ def graph(network: torch.nn.Module, tmp_path: Path) -> Path:
     return path
 
 
-def build(graph: Path, config: BuildConfig) -> Path:
-    engine = graph.with_name("model.engine")
-    build_engine(graph, engine, config, SILENT)
-    return engine
-
-
-def test_computes_what_torch_computes(network: torch.nn.Module, graph: Path) -> None:
+def test_infer_computes_what_torch_computes(network: torch.nn.Module, graph: Path) -> None:
     images = np.random.default_rng(0).normal(size=(11, 3, 16, 16)).astype(np.float32)
-    engine = build(graph, BuildConfig(batch=(2, 2, 4)))
+    engine = build(graph, batch=(2, 2, 4))
     assert json.loads(sidecar_path(engine).read_text())["size_bytes"] == engine.stat().st_size
     with torch.no_grad():
         expected = network(torch.from_numpy(images)).numpy()
@@ -78,8 +73,8 @@ def test_computes_what_torch_computes(network: torch.nn.Module, graph: Path) -> 
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_measures(graph: Path, cuda_graph: bool) -> None:
-    engine = build(graph, BuildConfig(timing_cache=graph.with_name("timing.cache")))
+def test_measure_times_each_part(graph: Path, cuda_graph: bool) -> None:
+    engine = build(graph, timing_cache=graph.with_name("timing.cache"))
     assert graph.with_name("timing.cache").stat().st_size > 0
     with TensorRTRunner(engine) as runner:
         times = runner.measure(4, warmup_ms=10, min_runs=20, min_seconds=0, cuda_graph=cuda_graph)
@@ -89,11 +84,11 @@ def test_measures(graph: Path, cuda_graph: bool) -> None:
         assert times.cuda_graph is cuda_graph
 
 
-def test_tells_of_its_layers(graph: Path) -> None:
-    with TensorRTRunner(build(graph, BuildConfig())) as runner:
-        found, times_ms = runner.layers(4), runner.layer_times(4, runs=5)
-        assert found.layers
-        assert {layer.name for layer in found.layers} >= set(times_ms)
+def test_layers_are_named_and_timed(graph: Path) -> None:
+    with TensorRTRunner(build(graph)) as runner:
+        layers, times_ms = parse_layers(runner.layer_information(4)), runner.layer_times(4, runs=5)
+        assert layers
+        assert {layer.name for layer in layers} >= set(times_ms)
         assert min(times_ms.values()) >= 0
         assert sum(times_ms.values()) > 0
 
@@ -102,54 +97,58 @@ def test_tells_of_its_layers(graph: Path) -> None:
 def test_a_quantized_graph_runs_in_integers_and_agrees_with_torch(tmp_path: Path, fp16: bool) -> None:
     student = make_student(make_net("residual"), BitWidths(8, 8))
     calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    made = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
+    quantized = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
     path = tmp_path / "model.trt.onnx"
-    onnx.save(to_fp16(made) if fp16 else made, path)
+    onnx.save(to_fp16(quantized) if fp16 else quantized, path)
     batch = images(64, seed=7).numpy()
     with student.for_target("tensorrt"):
         expected = TorchRunner(student).infer(batch)
-    with TensorRTRunner(build(path, BuildConfig())) as runner:
-        found = runner.infer(batch)
-        layers = runner.layers(8)
-        inspected = summarize_layers(
-            layers, runner.layer_times(8, runs=5), quantized_layers(made), engine="model.engine", batch=8
-        )
-    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.95
-    assert inspected.quantized_layers == len(quantized_layers(made))
-    assert inspected.precisions.get("INT8", 0) > 0
+    nodes = quantized_layers(quantized)
+    with TensorRTRunner(build(path)) as runner:
+        logits = runner.infer(batch)
+        layers, times_ms = parse_layers(runner.layer_information(8)), runner.layer_times(8, runs=5)
+    inspection = summarize_layers(layers, times_ms, nodes, engine="model.engine", batch=8)
+    assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.95
+    assert inspection.quantized_layers == len(nodes)
+    assert inspection.precisions.get("INT8", 0) > 0
 
 
-def test_a_second_build_reads_what_the_first_measured(graph: Path) -> None:
+def test_build_reads_what_an_earlier_build_measured(graph: Path) -> None:
     cache = graph.with_name("timing.cache")
-    build(graph, BuildConfig(timing_cache=cache))
-    kept = cache.stat().st_size
-    build(graph, BuildConfig(timing_cache=cache))
-    assert cache.stat().st_size == kept  # nothing was left to measure
+    build(graph, timing_cache=cache)
+    size = cache.stat().st_size
+    build(graph, timing_cache=cache)
+    assert cache.stat().st_size == size  # nothing was left to measure
 
 
-def test_a_signal_cancels_a_build_and_leaves_nothing(graph: Path) -> None:
-    script = (
-        "import sys, signal; from pathlib import Path; from calib.support.progress import SILENT; "
-        "from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); graph = Path(sys.argv[1]); "
-        "config = BuildConfig(optimization_level=5, timing_cache='none'); "
-        "build_engine(graph, graph.with_name('model.engine'), config, SILENT); print('at work', flush=True); "
-        "[build_engine(graph, graph.with_name('model.engine'), config, SILENT) for _ in range(1000)]"
-    )
-    command = [sys.executable, "-c", script, str(graph)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+BUILDS = """
+import signal, sys
+from pathlib import Path
+from tensorrt_double import build
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in range(1000):
+    build(Path(sys.argv[1]), optimization_level=5, timing_cache="none")
+    print("built", number, flush=True)
+"""
+
+
+def test_build_is_cancelled_by_a_signal_and_leaves_nothing(graph: Path) -> None:
+    command = [sys.executable, "-c", BUILDS, str(graph)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
         assert process.stdout is not None
         process.stdout.readline()  # TensorRT has started, and builds once more
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
-    assert said.rstrip().endswith("KeyboardInterrupt")
-    left = {own.name for own in graph.parent.iterdir()} - {"model.engine", "model.engine.json"}  # of a build before
+        _, errors = process.communicate(timeout=120)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    left = {path.name for path in graph.parent.iterdir()} - {"model.engine", "model.engine.json"}  # of a build before
     assert left == {graph.name}
     assert sidecar_path(graph.with_name("model.engine")).exists() is graph.with_name("model.engine").exists()
 
 
-def test_an_operator_that_tensorrt_lacks_is_named(tmp_path: Path) -> None:
+def test_build_names_an_operator_that_tensorrt_lacks(tmp_path: Path) -> None:
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
     node = onnx.helper.make_node(
         "NoSuchOperator", ["images"], ["logits"], name="odd", domain="example.org", doc_string="x"
@@ -160,17 +159,17 @@ def test_an_operator_that_tensorrt_lacks_is_named(tmp_path: Path) -> None:
         onnx.helper.make_model(onnx.helper.make_graph([node], "net", ends[:1], ends[1:]), opset_imports=opsets), path
     )
     with pytest.raises(EngineError, match=r'odd \(NoSuchOperator, "x"\): .*an operator is neither TensorRT'):
-        build(path, BuildConfig())
+        build(path)
 
 
-def test_a_compatible_engine_loads(graph: Path) -> None:
-    engine = build(graph, BuildConfig(version_compatible=True, hardware_compatible=True))
+def test_infer_runs_a_compatible_engine(graph: Path) -> None:
+    engine = build(graph, version_compatible=True, hardware_compatible=True)
     with TensorRTRunner(engine) as runner:
         assert runner.infer(np.zeros((1, 3, 16, 16), np.float32)).shape == (1, 10)
 
 
-def test_a_broken_graph_is_an_engine_error(tmp_path: Path) -> None:
+def test_build_refuses_a_broken_graph(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"no graph")
     with pytest.raises(EngineError, match="cannot parse"):
-        build(path, BuildConfig())
+        build(path)

@@ -18,9 +18,9 @@ from test_pipeline import config
 from calib.support.progress import SILENT
 from cli.main import main
 from clusterq_deploy.errors import DataError, UnreadableImageError
+from clusterq_deploy.evaluation.accuracy import predictions, score
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.evaluation.images import read_image
-from clusterq_deploy.evaluation.measure import predictions, score
 from clusterq_deploy.models import InputSpec, LoadedModel
 from clusterq_deploy.pipeline import Pipeline
 from clusterq_deploy.report import read_report

@@ -183,7 +183,8 @@ import numpy as np
 import torch
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.lowering import float_graphs
-from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, predictions
+from clusterq_deploy.evaluation.accuracy import predictions
+from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark
 from clusterq_deploy.models import load_model
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
@@ -198,10 +199,10 @@ taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.
 resource.setrlimit(resource.RLIMIT_AS, ((taken + 400 * 1024) * 1024, resource.RLIM_INFINITY))
 for name, runner in runners.items():
     print(name, (predictions(runner, data, 12000) == whole[name]).mean())
-config, unfit = BenchmarkConfig(batches=(1, 8192), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1), []
-found = benchmark(runners, model.input.size, config, unfit=unfit)
-print([[record.batch for record in records] for records in found.values()])
-print(unfit)
+config = BenchmarkConfig(batches=(1, 8192), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1)
+found = benchmark(runners, model.input.size, config)
+print([[record.batch for record in records] for records in found.latencies.values()])
+print(found.skipped)
 """
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's GPU providers: their options, and what is said where their libraries are not there."""
+"""ONNX Runtime's GPU providers: their options, and what is said if their libraries are not there."""
 
 import os
 import subprocess
@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.results.report import Skipped
 from clusterq_deploy.run.manifest import StageRecord
 from clusterq_deploy.run.run import EVALUATION_BATCH
-from clusterq_deploy.runtimes import onnx_providers
-from clusterq_deploy.runtimes.onnx_providers import RECORD_PLACES, Placement, batch_profile, placement, provider_list
-from clusterq_deploy.runtimes.runners import OnnxRunner
+from clusterq_deploy.runtimes import runners
+from clusterq_deploy.runtimes.runners import OnnxRunner, Placement, provider_list
 from clusterq_deploy.stages import deployables
 from clusterq_deploy.stages.deployables import open_provider, provider_runners
 
@@ -31,14 +30,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def graph(batch: int | str = "batch") -> onnx.ModelProto:
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, 4, 5])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 60])
-    node = helper.make_node("Flatten", ["images"], ["logits"])
-    return helper.make_model(
-        helper.make_graph([node], "flat", [images], [logits]),
-        opset_imports=[helper.make_opsetid("", 21)],
-        ir_version=10,
-    )
+    shapes = f"(float[{batch}, 3, 4, 5] images) => (float[{batch}, 60] logits)"
+    text = f'<ir_version: 10, opset_import: ["" : 21]> flat {shapes} {{ logits = Flatten(images) }}'
+    return onnx.parser.parse_model(text)
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_tensorrt_gets_one_profile_for_all_batches_and_cuda_behind_it(file: Path) -> None:
+def test_provider_list_has_one_profile_for_all_batches_and_cuda_after_tensorrt(file: Path) -> None:
     (tensorrt, options), cuda = provider_list("onnxruntime-tensorrt", file, (1, 8, 32))
     assert (tensorrt, cuda) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     assert options == {
@@ -60,8 +54,11 @@ def test_tensorrt_gets_one_profile_for_all_batches_and_cuda_behind_it(file: Path
     assert provider_list("onnxruntime-cuda", file, (1, 8, 32)) == ["CUDAExecutionProvider"]
 
 
-def test_a_fixed_batch_needs_no_profile() -> None:
-    assert batch_profile(graph(8).SerializeToString(), (1, 8, 32)) == {}
+@pytest.mark.parametrize(("batch", "sizes"), [(8, (1, 8, 32)), ("batch", None)])
+def test_provider_list_has_no_profile_for_a_fixed_batch_or_unknown_sizes(
+    batch: int | str, sizes: tuple[int, int, int] | None
+) -> None:
+    assert provider_list("onnxruntime-tensorrt", graph(batch).SerializeToString(), sizes)[0][1] == {}
 
 
 @needs_no_gpu
@@ -69,7 +66,7 @@ def test_a_fixed_batch_needs_no_profile() -> None:
     ("runtime", "provider"),
     [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", "TensorrtExecutionProvider")],
 )
-def test_a_provider_without_its_libraries_is_an_error_that_names_them(
+def test_onnx_runner_names_the_libraries_that_a_provider_lacks(
     runtime: str, provider: str, file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if provider not in onnxruntime.get_available_providers():
@@ -83,25 +80,22 @@ def test_a_provider_without_its_libraries_is_an_error_that_names_them(
     assert capfd.readouterr() == ("", "")  # neither ONNX Runtime's fallback nor its logger says it again
 
 
-def test_the_release_of_tensorrt_that_a_provider_wants_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_problem_names_the_release_of_tensorrt_that_a_provider_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: str) -> None:
         raise OSError("libnvinfer.so.10: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(onnx_providers.ctypes, "CDLL", refuse)
-    said = onnx_providers.load_problem("TensorrtExecutionProvider")
-    assert said is not None
-    assert said.endswith("directory; it needs TensorRT 10: pip install 'tensorrt==10.*'")
+    monkeypatch.setattr(runners.ctypes, "CDLL", refuse)
+    problem = runners.load_problem("TensorrtExecutionProvider") or ""
+    assert problem.endswith("directory; it needs TensorRT 10: pip install 'tensorrt==10.*'")
 
 
-def test_a_build_without_the_provider_is_told_from_missing_libraries(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_runner_names_a_build_without_the_provider(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ExportError, match="this ONNX Runtime has no CUDAExecutionProvider; install onnxruntime-gpu"):
         OnnxRunner(file, runtime="onnxruntime-cuda")
 
 
-def test_a_call_that_fails_is_an_error_of_one_line(file: Path) -> None:
+def test_infer_raises_an_error_of_one_line(file: Path) -> None:
     with (
         OnnxRunner(file) as runner,
         pytest.raises(ExportError, match=r"^onnxruntime-cpu cannot run the graph: .*dimensions"),
@@ -110,7 +104,7 @@ def test_a_call_that_fails_is_an_error_of_one_line(file: Path) -> None:
 
 
 def run_on(device: str, path: Path) -> Any:
-    """As much of a run as opens the graphs."""
+    """Return as much of a run as opens the graphs."""
     return SimpleNamespace(
         device=torch.device(device),
         directory=SimpleNamespace(path=path),
@@ -124,7 +118,9 @@ def exported(name: str) -> StageRecord:
     return StageRecord("", {}, {}, {"artifacts": artifacts}, 0.0)
 
 
-def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provider_runners_ask_for_a_profile_with_every_batch_of_the_run(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Engines are built for the batches to be timed; a provider takes those of the evaluation too."""
     asked = []
 
@@ -139,19 +135,20 @@ def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytes
     assert {options["batch"] for _, options in asked} == {(1, 8, EVALUATION_BATCH)}
 
 
-def test_onnx_runtime_tells_which_nodes_a_provider_took() -> None:
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(RECORD_PLACES, "1")
-    session = onnxruntime.InferenceSession(graph().SerializeToString(), options, providers=["CPUExecutionProvider"])
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        pytest.skip("ONNX Runtime tells of it from 1.24 on")
-    assert placement(session, "CPUExecutionProvider") == Placement(1, 1, ())
-    assert placement(session, "TensorrtExecutionProvider") == Placement(0, 1, ("Flatten",))
-    assert placement(object(), "CPUExecutionProvider") is None
+def test_placement_counts_the_nodes_that_a_provider_took(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("ONNX Runtime tells from 1.24 on")
+    monkeypatch.setitem(runners.PROVIDERS, "onnxruntime-cuda", "CPUExecutionProvider")  # which is everywhere
+    with OnnxRunner(file, runtime="onnxruntime-cuda") as runner:
+        assert runner.placement() == Placement(1, 1, ())
+        monkeypatch.undo()
+        assert runner.placement() == Placement(0, 1, ("Flatten",))
+        monkeypatch.setattr(runner, "_session", object())  # of an older ONNX Runtime
+        assert runner.placement() is None
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
         (None, None),
         (Placement(9, 9, ()), None),
@@ -160,44 +157,39 @@ def test_onnx_runtime_tells_which_nodes_a_provider_took() -> None:
         (Placement(0, 9, ("Add",)), "onnxruntime-cuda takes none of the 9 nodes of model.trt.onnx"),
     ],
 )
-def test_a_provider_that_leaves_the_work_to_others_is_named(
-    place: Placement | None, said: str | None, file: Path, monkeypatch: pytest.MonkeyPatch
+def test_open_provider_names_what_is_left_to_others(
+    place: Placement | None, message: str | None, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(onnx_providers.PROVIDERS, "onnxruntime-cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(runners.PROVIDERS, "onnxruntime-cuda", "CPUExecutionProvider")
     monkeypatch.setattr(OnnxRunner, "placement", lambda _: place)
     if place is not None and not place.taken:
-        with pytest.raises(ExportError, match=said):
+        with pytest.raises(ExportError, match=message):
             open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
         return
     runner, shared = open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
-    assert shared == said
+    assert shared == message
     with runner:
         assert runner.infer(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 60)
 
 
 @needs_no_gpu
-def test_what_cannot_load_is_skipped_once_with_its_reason(file: Path) -> None:
+def test_provider_runners_skip_what_cannot_load_once_and_try_nothing_on_the_cpu(file: Path) -> None:
     skipped: list[Skipped] = []
     exports = {name: exported("w8a8/model.trt.onnx") for name in ("fp32", "w8a8")}
+    assert list(provider_runners(run_on("cpu", file.parents[1]), exports, skipped)) == skipped == []
     assert list(provider_runners(run_on("cuda", file.parents[1]), exports, skipped)) == []
-    assert [own.stage for own in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
-    for own in skipped:
-        assert own.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
-
-
-def test_a_run_on_the_cpu_tries_no_gpu_provider(file: Path) -> None:
-    skipped: list[Skipped] = []
-    assert list(provider_runners(run_on("cpu", file.parents[1]), {"fp32": exported("none.onnx")}, skipped)) == []
-    assert skipped == []
+    assert [entry.stage for entry in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    for entry in skipped:
+        assert entry.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
-def test_what_loads_gives_the_answers_of_the_cpu(file: Path) -> None:
+def test_provider_runners_compute_what_the_cpu_computes(file: Path) -> None:
     skipped: list[Skipped] = []
     images = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
-    for own in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
-        with own.runner as runner:
+    for opened in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
+        with opened.runner as runner:
             np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
 
 
@@ -212,12 +204,12 @@ with OnnxRunner(graph()) as runner:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["-c", RUNS], ["-m", "cli", "doctor"]], ids=["library", "doctor"])
-def test_onnx_runtime_tells_nobody_what_runs_here(command: list[str], tmp_path: Path) -> None:
-    """Its telemetry, where it is on, keeps a database in the user's cache."""
+def test_onnx_runtime_keeps_no_telemetry(command: list[str], tmp_path: Path) -> None:
+    """If it is on, it has a database in the user's cache."""
     clean = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    own = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    cache = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT, env={**clean, **own}
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT, env={**clean, **cache}
     )
     assert "9.0" in done.stdout or "Runs work here." in done.stdout
     assert not [path for path in tmp_path.rglob("*") if "microsoft" in path.name.lower()]

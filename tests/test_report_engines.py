@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.render import report_table
-from clusterq_deploy.evaluation.measure import spread
+from clusterq_deploy.evaluation.latency import latency_stats
 from clusterq_deploy.report import (
     Accuracy,
     CalibrationInfo,
@@ -50,7 +50,7 @@ GPU = GpuTelemetry(
 
 
 def part(milliseconds: float, variation: float = 0.01) -> LatencyStats:
-    return spread([milliseconds]).model_copy(update={"coefficient_of_variation": variation})
+    return latency_stats([milliseconds]).model_copy(update={"coefficient_of_variation": variation})
 
 
 def timed(**changes: object) -> Latency:

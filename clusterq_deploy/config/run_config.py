@@ -15,11 +15,11 @@ from calib.synthesis import SynthesisConfig
 from clusterq_deploy.config.presets import Effort, Settings, merged, preset, without
 from clusterq_deploy.config.toml import PLACES, with_paths
 from clusterq_deploy.errors import ConfigError
-from clusterq_deploy.evaluation.measure import BenchmarkConfig
+from clusterq_deploy.evaluation.latency import BenchmarkConfig
 from clusterq_deploy.files import is_utf8
 from clusterq_deploy.quantization.grid import MAX_BITS, MIN_BITS, BitWidths, Cpu
 from clusterq_deploy.quantization.qat.finetune import FinetuneConfig
-from clusterq_deploy.runtimes.tensorrt.config import BuildConfig
+from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig
 
 _Part = TypeVar("_Part", bound=StageConfig)
 

@@ -19,8 +19,8 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
+from clusterq_deploy.evaluation.accuracy import Predictions, predictions, reached
 from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
-from clusterq_deploy.evaluation.measure import Predictions, predictions, reached
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import BitWidths, Student, load_student
@@ -191,7 +191,7 @@ class Run:
 
         Args:
             runner: executes the model.
-            checkpoint, phase: as for `measure.predictions`.
+            checkpoint, phase: as for `accuracy.predictions`.
         """
         return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress, checkpoint, phase)
 

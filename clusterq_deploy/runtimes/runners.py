@@ -1,58 +1,36 @@
-"""One way to run a model, whatever executes it: images in, logits out."""
+"""One way to run a model, whatever executes it: images in, logits out. Torch, and ONNX Runtime's providers."""
 
-from contextlib import nullcontext, suppress
+import ctypes
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import nn
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.runtimes.onnx_providers import (
-    PROVIDERS,
-    RECORD_PLACES,
-    Placement,
-    load_problem,
-    placement,
-    provider_list,
-    quiet_logger,
-)
 
 Array = npt.NDArray[np.float32]
+Provider = str | tuple[str, dict[str, str]]
 
+PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+"""ONNX Runtime's name for the provider behind a runtime of the report."""
 
-def _session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, int, int] | None) -> Any:
-    """An InferenceSession of the runtime's provider, which ONNX Runtime may leave out without an error."""
-    import onnxruntime
+_WARNING, _FATAL = 2, 4  # ONNX Runtime's logging levels; the first is its default
 
-    name, place = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), str(graph))
-    provider = PROVIDERS[runtime]
-    if provider not in onnxruntime.get_available_providers():
-        raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
-    on_gpu = runtime != "onnxruntime-cpu"
-    if runtime == "onnxruntime-tensorrt":
-        with suppress(ImportError, OSError):  # it loads the libraries that the provider looks for, and its wheel has
-            import tensorrt  # noqa: F401
-    try:
-        with quiet_logger() if on_gpu else nullcontext():
-            # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
-            providers = provider_list(runtime, graph, batch)
-            session = onnxruntime.InferenceSession(name, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's own exceptions have no public base
-        if on_gpu and (problem := load_problem(provider)) is not None:
-            raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}") from error
-        raise ExportError(f"ONNX Runtime cannot load {place}: {_first_line(error)}") from error
-    if provider not in session.get_providers():
-        problem = load_problem(provider) or "its libraries load, and it does not start; is there an NVIDIA GPU?"
-        raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}")
-    return session
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+# ONNX Runtime reads it when it is imported, which is later: nothing that runs on a client's machine is reported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class Runner(Protocol):
@@ -62,20 +40,22 @@ class Runner(Protocol):
     """The runtime's name in the report: torch, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt or tensorrt."""
 
     def infer(self, images: Array) -> Array:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
+        """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        return None
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """Runs a torch model in eval mode, on the device that its parameters are on."""
 
-    runtime: str = "torch"
+    runtime = "torch"
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -83,27 +63,31 @@ class TorchRunner:
 
     @torch.no_grad()
     def infer(self, images: Array) -> Array:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
+        """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
         logits: Array = self._model(torch.from_numpy(images).to(self._device)).float().cpu().numpy()
         return logits
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        return None
+@dataclass(frozen=True)
+class Placement:
+    """How many of a graph's nodes a provider took, and the operators that it left to others."""
+
+    taken: int
+    nodes: int
+    left: tuple[str, ...]
 
 
-class OnnxRunner:
-    """Runs an ONNX graph in ONNX Runtime, in the session that whoever loads the file has: no option changes results.
+class OnnxRunner(Runner):
+    """Runs an ONNX graph in ONNX Runtime, with the session options that any user of the file has by default.
 
     Args:
         graph: a file, or the bytes of one.
-        runtime: `onnxruntime-cpu`, `onnxruntime-cuda` or `onnxruntime-tensorrt`.
+        runtime: a key of `PROVIDERS`.
         threads: threads of the CPU provider; None leaves the choice to ONNX Runtime.
         optimized: False executes the operators as they are written, for a reference, and for TensorRT's provider.
-        write_optimized: where the graph is written that ONNX Runtime made of it, for this machine alone.
-        batch: smallest, tuned-for and largest batch of TensorRT's provider; see `provider_list`.
+        write_optimized: where to write the graph that ONNX Runtime made from it, for this machine only.
+        batch: smallest, tuned-for and largest batch of an engine of TensorRT's provider; None builds another engine for
+            each size that it has not seen.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph, or the provider's libraries.
@@ -123,62 +107,63 @@ class OnnxRunner:
 
         self.runtime = runtime
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it logs as an error it raises too; its warnings are of no use here
+        options.log_severity_level = _FATAL  # it also raises what it logs as an error; its warnings are of no use here
         if threads is not None:
             options.intra_op_num_threads = threads
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if runtime != "onnxruntime-cpu":
-            options.add_session_config_entry(RECORD_PLACES, "1")
+        if runtime != "onnxruntime-cpu":  # remember which provider took which node, from ONNX Runtime 1.24 on
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
-        self._session = _session(graph, options, runtime, batch)
+        self._session = _open_session(graph, options, runtime, batch)
         self._input = self._session.get_inputs()[0].name
+        self._outputs = [output.name for output in self._session.get_outputs()]
 
     def infer(self, images: Array) -> Array:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
+        """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized. Raises as `outputs` does."""
+        return next(iter(self.outputs(images).values()))
+
+    def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
+        """Return all outputs of the graph for images (N, C, H, W) float32, by name.
 
         Raises:
             ExportError: the provider cannot run the graph, or not on these images.
         """
-        logits: Array = self._run(images)[0]
-        return logits
-
-    def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
-        """Everything that the graph gives for images (N, C, H, W) float32, by name.
-
-        Raises:
-            ExportError: as for `infer`.
-        """
-        names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._run(images), strict=True))
-
-    def _run(self, images: Array) -> list[Any]:
         try:
-            found: list[Any] = self._session.run(None, {self._input: images})
+            return dict(zip(self._outputs, self._session.run(None, {self._input: images}), strict=True))
         except Exception as error:  # a provider that builds its engine at the first call can fail here
             raise ExportError(f"{self.runtime} cannot run the graph: {_first_line(error)}") from error
-        return found
 
     def metadata(self) -> dict[str, str]:
-        """What the exporter wrote into the graph."""
-        found: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        return found
+        """Return what the exporter wrote into the graph."""
+        entries: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return entries
 
     def placement(self) -> Placement | None:
-        """How much of the graph the GPU provider of this runner took; None where ONNX Runtime does not tell."""
-        return placement(self._session, PROVIDERS[self.runtime])
+        """Return how much of the graph this runner's provider took; None if ONNX Runtime is too old to tell."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return None
+        nodes = [
+            (part.ep_name == PROVIDERS[self.runtime], node.op_type)
+            for part in self._session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        ]
+        left = sorted({operator for taken, operator in nodes if not taken})
+        return Placement(sum(taken for taken, _ in nodes), len(nodes), tuple(left))
 
     @property
     def input_shape(self) -> tuple[int | None, int, int, int]:
-        """(batch, channels, height, width) of the input; the batch is None where any does.
+        """(batch, channels, height, width) of the input; the batch is None if any is accepted.
 
         Raises:
-            ExportError: the graph leaves more open, or takes no images.
+            ExportError: more dimensions than the batch are open, or the input is no images.
         """
         shape = self._session.get_inputs()[0].shape
         if len(shape) != 4 or not all(isinstance(side, int) for side in shape[1:]):
-            raise ExportError(f"the input {self._input} has shape {shape}; expected images whose batch alone is open")
+            raise ExportError(
+                f"the input {self._input} has shape {shape}; expected images of which only the batch is open"
+            )
         batch, channels, height, width = shape
         return batch if isinstance(batch, int) else None, channels, height, width
 
@@ -187,8 +172,79 @@ class OnnxRunner:
         """The width of the logits."""
         return int(self._session.get_outputs()[0].shape[-1])
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         del self._session
+
+
+def _open_session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, int, int] | None) -> Any:
+    """Return an InferenceSession in the runtime's provider, which ONNX Runtime may leave out without an error."""
+    import onnxruntime
+
+    model, name = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), str(graph))
+    provider, on_gpu = PROVIDERS[runtime], runtime != "onnxruntime-cpu"
+    if provider not in onnxruntime.get_available_providers():
+        raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
+    if runtime == "onnxruntime-tensorrt":
+        with suppress(ImportError, OSError):  # it loads the libraries that the provider looks for, and its wheel has
+            import tensorrt  # noqa: F401
+    if on_gpu:
+        onnxruntime.set_default_logger_severity(_FATAL)  # the error already has what it would write to stderr
+    try:
+        # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
+        providers = provider_list(runtime, graph, batch)
+        session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's own exceptions have no public base
+        if on_gpu and (problem := load_problem(provider)) is not None:
+            raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}") from error
+        raise ExportError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+    finally:
+        if on_gpu:
+            onnxruntime.set_default_logger_severity(_WARNING)
+    if provider not in session.get_providers():
+        problem = load_problem(provider) or "its libraries load, and it does not start; is there an NVIDIA GPU?"
+        raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}")
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def provider_list(runtime: str, graph: Path | bytes, batch: tuple[int, int, int] | None) -> list[Provider]:
+    """Return the providers of a session, as `InferenceSession` accepts them.
+
+    TensorRT's is asked for no precision, and so uses the types of the graph, as this project's engines do, with a
+    profile of (smallest, tuned-for, largest) `batch` if the graph's is dynamic. Its cache of engines is left off: it
+    cannot tell one set of weights from another. What TensorRT does not run goes to CUDA; ONNX Runtime adds the CPU.
+    """
+    provider = PROVIDERS[runtime]
+    if runtime != "onnxruntime-tensorrt":
+        return [provider]
+    options = {}
+    if batch is not None:
+        model = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
+        images = model.graph.input[0]
+        first, *rest = images.type.tensor_type.shape.dim
+        size = "x".join(str(dimension.dim_value) for dimension in rest)
+        if not first.HasField("dim_value"):
+            shapes = {name: f"{images.name}:{n}x{size}" for name, n in zip(("min", "opt", "max"), batch, strict=True)}
+            options = {f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()}
+    return [(provider, options), PROVIDERS["onnxruntime-cuda"]]
+
+
+def load_problem(provider: str) -> str | None:
+    """Return why the library of a provider that ONNX Runtime was built with does not load; None if it does.
+
+    For use after a session that did without it: the library expects that ONNX Runtime has begun to load it.
+    """
+    import onnxruntime
+
+    short = provider.removesuffix("ExecutionProvider").lower()
+    library = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{short}.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        if match := re.search(r"libnvinfer\.so\.(\d+)", str(error)):  # another major release does not work
+            return f"{error}; it needs TensorRT {match[1]}: pip install 'tensorrt=={match[1]}.*'"
+        return f"{error}; install what it needs (onnxruntime.ai, Execution Providers)"
+    return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, summarize_engine
+from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark, summarize_engine
 from clusterq_deploy.files import read_graph
 from clusterq_deploy.lowering import quantized_layers
 from clusterq_deploy.oom import is_out_of_memory
@@ -48,16 +48,16 @@ def work(run: Run, _: str) -> tuple[Result, list[str]]:
         timed = {own.key: own for own in _timed(run, sources, skipped)}
         for own in timed.values():
             opened.enter_context(own.runner)
-        runners, unfit = {key: own.runner for key, own in timed.items()}, list[str]()
+        runners = {key: own.runner for key, own in timed.items()}
         single = {own.runner.runtime: key for key, own in timed.items() if own.variant == FP32}
         baselines = {
             key: single[own.runner.runtime]
             for key, own in timed.items()
             if own.variant != FP32 and own.runner.runtime in single
         }
-        found = benchmark(runners, size, settings, run.progress, unfit, baselines)
-        skipped += [Skipped(stage="benchmark", reason=reason) for reason in unfit]
-    for key, records in found.items():
+        timings = benchmark(runners, size, settings, run.progress, baselines)
+        skipped += [Skipped(stage="benchmark", reason=reason) for reason in timings.skipped]
+    for key, records in timings.latencies.items():
         own = timed[key]
         latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]
     inspections: dict[str, list[Result]] = {v: [] for v in variants}
@@ -134,17 +134,13 @@ def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkCon
     found = []
     for batch in settings.batches:
         times = runner.measure(batch, warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=True)
-        command = engine.trtexec_command(
+        command = runner.trtexec_command(
             name,
-            input_name=runner.input_name,
-            shape=runner.input_shape(batch),
-            dynamic=runner.dynamic,
+            batch,
             warmup_ms=warmup_ms,
             min_runs=min_runs,
             min_seconds=min_seconds,
             cuda_graph=times.cuda_graph,
-            version_compatible=runner.info.options.version_compatible,
-            tensorrt=engine.this_machine().tensorrt,
         )
         record = summarize_engine(runner.runtime, batch, times)
         found.append(record.model_copy(update={"graph": name, "trtexec": command}))

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from clusterq_deploy.evaluation.measure import score
+from clusterq_deploy.evaluation.accuracy import score
 from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.results.report import Accuracy
 from clusterq_deploy.run.manifest import Result

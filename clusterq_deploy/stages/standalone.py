@@ -14,8 +14,9 @@ import torch
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import DataError, EngineError, ExportError
+from clusterq_deploy.evaluation.accuracy import predictions, score
 from clusterq_deploy.evaluation.data import load_evaluation
-from clusterq_deploy.evaluation.measure import BenchmarkConfig, benchmark, predictions, score
+from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark
 from clusterq_deploy.files import read_graph, sha256_file
 from clusterq_deploy.lowering import fp16_baseline
 from clusterq_deploy.models import InputSpec
@@ -152,11 +153,10 @@ def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -
             settings, runners = _with_batch(settings, fixed, path), {on_cpu.runtime: on_cpu}
             for provided in _provider_sessions(path, shape, tuned_batches(config)):
                 runners[provided.runtime] = opened.enter_context(provided)
-            unfit: list[str] = []
-            timed = benchmark(runners, (channels, height, width), settings, progress, unfit)
-        for reason in unfit:
+            timings = benchmark(runners, (channels, height, width), settings, progress)
+        for reason in timings.skipped:
             logger.warning("%s", reason)
-        for runtime, records in timed.items():
+        for runtime, records in timings.latencies.items():
             threads = settings.cpu_threads if runtime == "onnxruntime-cpu" else None
             rows += [{**own.model_dump(mode="json", exclude_none=True), "threads": threads} for own in records]
         for row in rows:

@@ -2,26 +2,17 @@
 
 Importing this package needs neither TensorRT nor a GPU; `unavailable_reason` says if the rest works here.
 Only names that TensorRT 10.3 to 11.4 share are used. Objects of TensorRT carry their class as an annotation,
-and a test holds every name asked of them against the lists of public members of those releases.
+and a test checks every name asked of them against the lists of public members of those releases.
 """
 
-from clusterq_deploy.runtimes.tensorrt.availability import unavailable_reason
 from clusterq_deploy.runtimes.tensorrt.build import build_engine
-from clusterq_deploy.runtimes.tensorrt.calls import EngineTimes
-from clusterq_deploy.runtimes.tensorrt.config import BuildConfig
-from clusterq_deploy.runtimes.tensorrt.inspection import summarize_layers
-from clusterq_deploy.runtimes.tensorrt.layers import EngineLayers, Layer, parse_layers
+from clusterq_deploy.runtimes.tensorrt.gpu import unavailable_reason
+from clusterq_deploy.runtimes.tensorrt.inspect import parse_layers, summarize_layers
 from clusterq_deploy.runtimes.tensorrt.runner import TensorRTRunner
-from clusterq_deploy.runtimes.tensorrt.sidecar import EngineInfo, Machine, read_sidecar, sidecar_path, this_machine
-from clusterq_deploy.runtimes.tensorrt.trtexec import trtexec_command
+from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, read_sidecar, sidecar_path, this_machine
 
 __all__ = [
     "BuildConfig",
-    "EngineInfo",
-    "EngineLayers",
-    "EngineTimes",
-    "Layer",
-    "Machine",
     "TensorRTRunner",
     "build_engine",
     "parse_layers",
@@ -29,6 +20,5 @@ __all__ = [
     "sidecar_path",
     "summarize_layers",
     "this_machine",
-    "trtexec_command",
     "unavailable_reason",
 ]

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
 
-from calib.support.progress import Progress
-from clusterq_deploy.errors import EngineError
-from clusterq_deploy.files import sha256_file, write_bytes, write_text
-from clusterq_deploy.runtimes.tensorrt.availability import require_tensorrt
-from clusterq_deploy.runtimes.tensorrt.config import BuildConfig
-from clusterq_deploy.runtimes.tensorrt.log import explained, failure, tensorrt_log
-from clusterq_deploy.runtimes.tensorrt.monitor import Phases, interruptible, progress_monitor
-from clusterq_deploy.runtimes.tensorrt.parse import parse
-from clusterq_deploy.runtimes.tensorrt.sidecar import EngineInfo, require_compatible, sidecar_path, this_machine
-from clusterq_deploy.runtimes.tensorrt.timing import keep_timing_cache, timing_cache_path, use_timing_cache
-
-if TYPE_CHECKING:
-    import tensorrt as trt
+from calib.support.progress import Advance, Progress
+from clusterq_deploy.errors import EngineError, ExportError, RunDirectoryError
+from clusterq_deploy.files import read_graph, sha256_file, write_bytes, write_text
+from clusterq_deploy.runtimes.tensorrt.gpu import diagnose, explained, failure, require_tensorrt, tensorrt_log, trt
+from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, EngineInfo, Machine, sidecar_path, this_machine
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BuildConfig", "EngineInfo", "build_engine"]
+_DOC_LENGTH = 160
+_LOCK_TIMEOUT_S = 30
+_POLL_S = 0.5  # on Windows a wait without a timeout does not notice Ctrl-C
 
 
 def build_engine(
@@ -37,56 +36,51 @@ def build_engine(
     """Build an engine for the current CUDA device, and write it with its sidecar.
 
     The network is strongly typed: every precision is the graph's own. Both files appear whole or not at all;
-    the sidecar comes last, and holds the engine's digest. Ctrl-C cancels the build, and leaves nothing behind.
+    the sidecar comes last, and has the engine's digest. Ctrl-C cancels the build, and leaves nothing behind.
 
     Args:
         onnx_path: the graph; of its inputs only the batch dimension may be dynamic.
-        engine_path: where the engine goes; the sidecar goes to the same name with `.json` behind it.
+        engine_path: where the engine goes; the sidecar goes to the same name with `.json` appended.
         config: how to build.
-        progress: shows one task of two steps, parsing and building, and in it TensorRT's own phases, which nest; tasks
-            are opened and closed in several threads.
-        derived_from: the file that the graph was made of, such as a quantized one whose FP16 baseline it is; the
-            sidecar names it in the graph's place.
+        progress: shows parsing and building, and in it TensorRT's own nested phases, from several threads.
+        derived_from: the file that the graph was made from, such as a quantized one whose FP16 baseline it is; the
+            sidecar names it instead of the graph.
 
     Raises:
         TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
-        EngineError: TensorRT cannot parse the graph, or cannot build it; or not as this GPU allows.
+        EngineError: TensorRT cannot parse the graph, or cannot build it, or not as this GPU allows.
         RunDirectoryError: the graph cannot be read, or the engine cannot be written.
-        KeyboardInterrupt: Ctrl-C was pressed; so does any exception of a signal handler end a build.
+        KeyboardInterrupt: Ctrl-C was pressed; any exception of a signal handler ends a build in the same way.
     """
     require_tensorrt()
-    import tensorrt as trt
-
     started = time.perf_counter()
     source, machine = derived_from or onnx_path, this_machine()
-    require_compatible(machine, config)
+    if config.hardware_compatible and not machine.is_ampere_or_later:
+        raise EngineError(
+            f"{machine.gpu} has compute capability {machine.compute_capability}; --hardware-compatible engines are for "
+            "8.0 (Ampere) and later, and built there: leave the option out"
+        )
     source_sha256 = sha256_file(source)
-    with (
-        progress.task(f"build {engine_path.name}", total=2) as advance,
-        Phases(progress) as phases,
-        explained(f"build {source}"),
-    ):
+    with progress.task(f"build {engine_path.name}", total=2) as advance, explained(f"build {source}"):
         builder: trt.Builder = trt.Builder(tensorrt_log())
         network: trt.INetworkDefinition = builder.create_network(
             1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         )
         # The parser owns the weights that the network points to: it has to live until the engine is built.
         parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
-        parse(parser, onnx_path, source)
+        _parse(parser, onnx_path, source)
         options: trt.IBuilderConfig
-        options, taken = _builder_config(builder, network, config, source)
+        options, batch = _configure(builder, network, config, source)
         cache_path = timing_cache_path(config, machine)
-        cache = None if cache_path is None else use_timing_cache(options, cache_path)
+        cache = use_timing_cache(options, cache_path) if cache_path else None
         advance()
-        plan: trt.IHostMemory | None = _build(builder, network, options, phases)
+        plan: trt.IHostMemory | None = _build(builder, network, options, progress)
         if not plan:
             raise failure(f"TensorRT cannot build {source}")
         advance()
 
-    if taken != config and "batch" in config.model_fields_set and derived_from is None:
-        logger.warning(
-            "%s fixes the batch at %d; the batch sizes %s do not count", source, taken.batch[0], config.batch
-        )
+    if batch != config.batch and "batch" in config.model_fields_set and derived_from is None:
+        logger.warning("%s fixes the batch at %d; the batch sizes %s do not count", source, batch[0], config.batch)
     engine = memoryview(plan)
     info = EngineInfo(
         built_on=machine,
@@ -95,43 +89,62 @@ def build_engine(
         derived=derived_from is not None,
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         size_bytes=engine.nbytes,
-        options=taken,
+        options=config.model_copy(update={"batch": batch}),
         seconds=time.perf_counter() - started,
         created=datetime.now(UTC).replace(microsecond=0),
     )
-    sidecar_path(engine_path).unlink(missing_ok=True)  # that of an earlier engine
+    sidecar_path(engine_path).unlink(missing_ok=True)  # of an earlier engine
     write_bytes(engine_path, engine)
     try:
         write_text(sidecar_path(engine_path), info.model_dump_json(indent=2) + "\n")
     except BaseException:
         engine_path.unlink(missing_ok=True)
         raise
-    if cache_path is not None:
+    if cache_path:
         keep_timing_cache(options, cache, cache_path)
     return info
 
 
-def _build(
-    builder: trt.Builder, network: trt.INetworkDefinition, options: trt.IBuilderConfig, phases: Phases
-) -> trt.IHostMemory | None:
-    """The serialized engine, None where TensorRT gives up; an exception of a signal handler cancels the build."""
-    cancelled = threading.Event()
-    options.progress_monitor = progress_monitor(phases, cancelled)
-    device = torch.cuda.current_device()
+def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
+    """Parse the graph into the parser's network.
 
-    def work() -> trt.IHostMemory | None:
-        torch.cuda.set_device(device)  # each thread has a current device of its own
-        return builder.build_serialized_network(network, options)
+    Raises:
+        EngineError: TensorRT cannot; the message has every problem with its node, its operator and the node's doc
+            string, such as its place in the source, and what to do about `source`, the file that the user knows.
+    """
+    parsed: bool = parser.parse_from_file(str(onnx_path))
+    if parsed:
+        return
+    try:
+        docs = {node.name: " ".join(node.doc_string.split()) for node in read_graph(onnx_path).graph.node if node.name}
+    except ExportError:  # TensorRT's own message says what is wrong with the file
+        docs = {}
+    problems, descriptions = [], []
+    for index in range(parser.num_errors):
+        error: trt.ParserError = parser.get_error(index)
+        name: str = error.node_name()
+        place: str = error.node_operator() or "no operator"
+        description: str = error.desc()
+        if doc := docs.get(name):
+            place += f', "{doc}"' if len(doc) <= _DOC_LENGTH else f', "{doc[:_DOC_LENGTH]}..."'
+        descriptions.append(" ".join(description.split()))
+        problems.append(f"{name or 'unnamed node'} ({place}): {descriptions[-1]}")
+    diagnosis = diagnose(descriptions)
+    hint = f"clusterq check {source} says which of TensorRT's rules the graph breaks"
+    raise EngineError(
+        f"TensorRT cannot parse {source}: {'; '.join(problems) or 'no reason given'}; "
+        f"{diagnosis.advice if diagnosis else hint}"
+    )
 
-    return interruptible(work, cancelled.set)
 
+def _configure(
+    builder: trt.Builder, network: trt.INetworkDefinition, config: BuildConfig, source: Path
+) -> tuple[trt.IBuilderConfig, tuple[int, int, int]]:
+    """Return TensorRT's own configuration for ours, and the batch sizes that the engine accepts.
 
-def _builder_config(
-    builder: trt.Builder, network: trt.INetworkDefinition, config: BuildConfig, onnx_path: Path
-) -> tuple[trt.IBuilderConfig, BuildConfig]:
-    """TensorRT's own configuration, and ours with the batch sizes that the engine will take."""
-    import tensorrt as trt
-
+    Every input with a dynamic batch gets its smallest, tuned-for and largest shape; a graph with a fixed batch has no
+    profile.
+    """
     options: trt.IBuilderConfig = builder.create_builder_config()
     options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
     options.builder_optimization_level = config.optimization_level
@@ -140,20 +153,6 @@ def _builder_config(
         options.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if config.hardware_compatible:
         options.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    return options, _with_batch(builder, network, options, config, onnx_path)
-
-
-def _with_batch(
-    builder: trt.Builder,
-    network: trt.INetworkDefinition,
-    options: trt.IBuilderConfig,
-    config: BuildConfig,
-    onnx_path: Path,
-) -> BuildConfig:
-    """Give every dynamic input its smallest, tuned-for and largest shape; a graph that fixes the batch has no profile.
-
-    The configuration with the batch sizes that the engine takes.
-    """
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
     batches = []
     for index in range(network.num_inputs):
@@ -161,16 +160,141 @@ def _with_batch(
         batch, *rest = tensor.shape
         if -1 in rest:
             raise EngineError(
-                f"input {tensor.name} of {onnx_path} has shape {(batch, *rest)}; "
+                f"input {tensor.name} of {source} has shape {(batch, *rest)}; "
                 "only the first dimension, the batch, may be dynamic (-1)"
             )
         if batch == -1:
             profile.set_shape(tensor.name, *((size, *rest) for size in config.batch))
         batches.append(batch)
-    if -1 in batches:
-        if options.add_optimization_profile(profile) < 0:
-            raise failure(f"TensorRT refuses the batch sizes {config.batch} for {onnx_path}")
-        return config
     if not batches:
-        raise EngineError(f"{onnx_path} has no input")
-    return config.model_copy(update={"batch": (batches[0],) * 3})
+        raise EngineError(f"{source} has no input")
+    if -1 not in batches:
+        return options, (batches[0],) * 3
+    if options.add_optimization_profile(profile) < 0:
+        raise failure(f"TensorRT refuses the batch sizes {config.batch} for {source}")
+    return options, config.batch
+
+
+def _build(
+    builder: trt.Builder, network: trt.INetworkDefinition, options: trt.IBuilderConfig, progress: Progress
+) -> trt.IHostMemory | None:
+    """Return the serialized engine, None if TensorRT gives up; an exception of a signal handler cancels the build.
+
+    The build runs in a thread while this one waits: Python runs signal handlers in the main thread, between its own
+    instructions, so that a long call into a library there would hold back Ctrl-C until it returns; a wait does not.
+    """
+    cancelled = threading.Event()
+    device = torch.cuda.current_device()
+
+    def work() -> trt.IHostMemory | None:
+        torch.cuda.set_device(device)  # each thread has a current device of its own
+        return builder.build_serialized_network(network, options)
+
+    with _progress_monitor(progress, cancelled) as monitor, ThreadPoolExecutor(1, "build") as pool:
+        options.progress_monitor = monitor
+        try:
+            future = pool.submit(work)
+            while not wait([future], timeout=_POLL_S).done:
+                pass
+            return future.result()
+        except BaseException:
+            cancelled.set()
+            raise
+
+
+@contextmanager
+def _progress_monitor(progress: Progress, cancelled: threading.Event) -> Iterator[trt.IProgressMonitor]:
+    """Yield what shows TensorRT's phases as tasks of `progress`, and ends the build once `cancelled` is set.
+
+    TensorRT names the phases and calls from several threads; a name is free again once its phase has finished. A phase
+    may finish before all its steps are done; those that are open at the end of the context are closed.
+    """
+    lock = threading.Lock()
+    phases: dict[str, tuple[ExitStack, Advance, int]] = {}
+
+    def close(name: str) -> None:
+        if name in phases:
+            phases.pop(name)[0].close()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # the binding requires this call instead of super()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with lock:
+                close(phase_name)
+                stack = ExitStack()
+                phases[phase_name] = stack, stack.enter_context(progress.task(phase_name, num_steps)), 0
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            with lock:
+                if phase_name in phases:
+                    stack, advance, done = phases[phase_name]
+                    advance(max(0, step + 1 - done))  # steps are counted from 0
+                    phases[phase_name] = stack, advance, max(done, step + 1)
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            with lock:
+                close(phase_name)
+
+    try:
+        yield Monitor()
+    finally:
+        with lock:
+            for name in reversed(list(phases)):
+                close(name)
+
+
+def timing_cache_path(config: BuildConfig, machine: Machine) -> Path | None:
+    """Return the file of the timing cache that a build on `machine` uses; None if it uses none.
+
+    By default there is one file per GPU model, CUDA and TensorRT release, because measurements are bound to them.
+    """
+    if config.timing_cache == "none" or config.optimization_level == 0:  # level 0 measures nothing
+        return None
+    if config.timing_cache is not None:
+        return config.timing_cache
+    bound = f"{machine.gpu} sm{machine.compute_capability} cuda{machine.cuda} tensorrt{machine.tensorrt}"
+    name = re.sub(r"[^\w.]+", "-", bound)
+    return user_cache_path("clusterq-deploy", appauthor=False) / "timing" / f"{name}.cache"
+
+
+def use_timing_cache(options: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
+    """Let the builder use, and add to, what is kept at `path`; if that is for another machine or damaged, nothing."""
+    cache: trt.ITimingCache | None = options.create_timing_cache(_read_cache(path))
+    if cache is not None and options.set_timing_cache(cache, False):
+        return cache
+    logger.warning("the timing cache %s is of another machine or damaged: it is started afresh", path)
+    tensorrt_log().errors.clear()
+    empty: trt.ITimingCache = options.create_timing_cache(b"")
+    options.set_timing_cache(empty, False)
+    return empty
+
+
+def keep_timing_cache(options: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> None:
+    """Write the cache to `path`, together with what other builds have written there meanwhile.
+
+    A failure is a warning: the engine is complete, and the cache only saves time.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
+            others: trt.ITimingCache | None = options.create_timing_cache(_read_cache(path))
+            if others is not None:
+                cache.combine(others, False)  # leaves out what is for another machine, or measured by both
+            serialized: trt.IHostMemory | None = cache.serialize()
+            if serialized is not None:
+                write_bytes(path, memoryview(serialized))
+    except (OSError, NotImplementedError, RunDirectoryError) as error:  # filelock: a file system without locks
+        logger.warning("the timing cache %s is not kept: %s", path, error)
+
+
+def _read_cache(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        logger.warning("the timing cache %s cannot be read: %s", path, error.strerror)
+        return b""

@@ -1,85 +1,75 @@
-"""Run and time a TensorRT engine, with torch tensors as its buffers."""
+"""Run, time and inspect a TensorRT engine, with torch tensors as its buffers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.runtimes.runners import Array
-from clusterq_deploy.runtimes.tensorrt.availability import require_tensorrt
-from clusterq_deploy.runtimes.tensorrt.calls import Buffers, CallTimer, EngineTimes
-from clusterq_deploy.runtimes.tensorrt.inspection import layer_information, layer_profiler
-from clusterq_deploy.runtimes.tensorrt.layers import EngineLayers, parse_layers
-from clusterq_deploy.runtimes.tensorrt.log import explained, failure, tensorrt_log
+from clusterq_deploy.runtimes.runners import Array, Runner
+from clusterq_deploy.runtimes.tensorrt.gpu import explained, failure, require_tensorrt, tensorrt_log, trt
 from clusterq_deploy.runtimes.tensorrt.sidecar import EngineInfo, check_machine, read_sidecar, this_machine
-
-if TYPE_CHECKING:
-    import tensorrt as trt
+from clusterq_deploy.runtimes.tensorrt.timing import CallTimer, EngineTimes
 
 logger = logging.getLogger(__name__)
 
 _PROFILE_WARMUP_RUNS = 10
 
 
-class TensorRTRunner:
-    """Runs an engine with one input (N, C, H, W) and one output (N, classes). A context manager.
+class TensorRTRunner(Runner):
+    """Runs an engine with one input (N, C, H, W) and one output (N, classes).
 
-    Batches of any size are taken: above the engine's largest they are split, below its smallest padded. One
+    Batches of any size are accepted: above the engine's largest they are split, below its smallest padded. One
     pair of buffers of the largest batch lives as long as the runner, so that addresses never change.
 
     Attributes:
         info: the engine's sidecar.
-        batch_range: smallest and largest batch that the engine takes in one call.
-        dynamic: whether it leaves the batch open; else both are the same.
-        input_name: the name of its input.
+        batch_range: smallest and largest batch that the engine accepts in one call.
     """
 
-    runtime: str = "tensorrt"
+    runtime = "tensorrt"
 
     def __init__(self, engine_path: Path, device: str = "cuda") -> None:
         """Load the engine at `engine_path` onto a CUDA device, once its sidecar says that it can run there.
 
         Raises:
             TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
-            EngineError: the engine is of another machine, differs from its sidecar, or cannot be loaded.
+            EngineError: the engine is for another machine, differs from its sidecar, or cannot be loaded.
         """
         require_tensorrt()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
         with torch.cuda.stream(self._stream), explained(f"load {engine_path}"):
             self.info = read_sidecar(engine_path)
             check_machine(engine_path, self.info, this_machine())
-            self._engine: trt.ICudaEngine | None = _deserialize(engine_path, self.info)
-            self._context: trt.IExecutionContext | None = self._engine.create_execution_context()
+            self._engine: trt.ICudaEngine = _deserialize(engine_path, self.info)
+            self._context: trt.IExecutionContext = self._engine.create_execution_context()
             if self._context is None:
                 raise failure(f"TensorRT cannot make an execution context for {engine_path}")
-            self.input_name, self._output_name = _input_and_output(self._engine)
-            smallest, largest = _input_shapes(self._engine, self.input_name)
+            self._input_name, self._output_name = _input_and_output(self._engine)
+            shape = tuple(self._engine.get_tensor_shape(self._input_name))
+            self._is_dynamic = -1 in shape
+            profile = self._engine.get_tensor_profile_shape(self._input_name, 0) if self._is_dynamic else [shape] * 3
+            smallest, _, largest = map(tuple, profile)
             self.batch_range = smallest[0], largest[0]
-            self.dynamic = -1 in tuple(self._engine.get_tensor_shape(self.input_name))
-            self._input = torch.zeros(largest, dtype=_torch_dtype(self._engine, self.input_name), device=device)
+            self._input = torch.zeros(largest, dtype=_torch_dtype(self._engine, self._input_name), device=device)
             output_shape = self._set_batch(self._context, largest[0])
             if len(output_shape) != 2 or output_shape[0] != largest[0]:
                 raise EngineError(f"the engine's output has shape {output_shape}; expected ({largest[0]}, classes)")
             self._output = torch.zeros(output_shape, dtype=_torch_dtype(self._engine, self._output_name), device=device)
             self._set_addresses(self._context)
 
-    def input_shape(self, batch: int) -> tuple[int, ...]:
-        """(N, C, H, W) of a call of `batch` images."""
-        return (batch, *self._input.shape[1:])
-
     def infer(self, images: Array) -> Array:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
+        """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized.
 
         Raises:
-            EngineError: the images have another shape than the engine takes, or TensorRT cannot run.
+            EngineError: the images have another shape than the engine accepts, or TensorRT cannot run.
         """
         self._require_open()
         if images.shape[1:] != self._input.shape[1:]:
@@ -98,87 +88,104 @@ class TensorRTRunner:
         return logits
 
     def measure(
-        self,
-        batch: int,
-        warmup_ms: float = 200,
-        min_runs: int = 10,
-        min_seconds: float = 3,
-        cuda_graph: bool = False,
+        self, batch: int, warmup_ms: float = 200, min_runs: int = 10, min_seconds: float = 3, cuda_graph: bool = False
     ) -> EngineTimes:
         """Time many calls of `batch` random images as trtexec does: copies, computation and enqueuing apart.
 
-        The next call is enqueued before the last has ended, and copies run beside the computation, so that the GPU
-        waits for neither. Only how the computation is started differs with `cuda_graph`.
+        The next call is enqueued before the last has ended, and copies run next to the computation, so that the GPU
+        waits for neither.
 
         Args:
-            batch: images a call, within `batch_range`.
+            batch: images per call, within `batch_range`.
             warmup_ms: time to run before the first measurement.
-            min_runs: least number of measurements.
-            min_seconds: least time to measure for.
+            min_runs, min_seconds: least number of measurements, and least time to measure for.
             cuda_graph: replay a CUDA graph instead of enqueuing. If none can be captured, a warning is logged
                 and the engine is enqueued; the result's `cuda_graph` says which it was.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
         """
-        self._require_open()
-        self._require_batch(batch)
+        self._require_open(batch)
         with torch.cuda.stream(self._stream), explained("run the engine"):
             self._set_batch(self._context, batch)
-            buffers = self._buffers(batch)
             graph = self._capture() if cuda_graph else None
             launch = graph.replay if graph is not None else lambda: self._enqueue(self._context)
-            timer = CallTimer(launch, buffers, self._stream)
+            timer = CallTimer(launch, self._input[:batch], self._output[:batch], self._stream)
             return timer.measure(
                 warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=graph is not None
             )
 
-    def layer_information(self, batch: int) -> str:
-        """What TensorRT's engine inspector tells of the layers, in JSON, for calls of `batch` images.
+    def trtexec_command(
+        self, engine: str, batch: int, *, warmup_ms: float, min_runs: int, min_seconds: float, cuda_graph: bool
+    ) -> str:
+        """Return the shell command that repeats `measure` with `trtexec`, NVIDIA's own tool.
 
-        How much that is depends on the profiling verbosity that the engine was built with.
+        trtexec 11 copies nothing and replays a CUDA graph unless it is told otherwise; 10 does the opposite, and does
+        not know the flags of 11. It accepts shapes only for engines that leave the batch open, and loads the runtime
+        that a version-compatible engine carries only if it is told to.
+
+        Args:
+            engine: the engine's path, as the command is to have it.
+            batch, warmup_ms, min_runs, min_seconds, cuda_graph: as for `measure`.
+        """
+        if int(trt.__version__.partition(".")[0]) >= 11:
+            mode = ["--includeDataTransfers", *([] if cuda_graph else ["--noCudaGraph"])]
+        else:  # torch's events are waited for without sleep
+            mode = ["--useSpinWait", *(["--useCudaGraph"] if cuda_graph else [])]
+        shape = "x".join(map(str, (batch, *self._input.shape[1:])))
+        command = [
+            "trtexec",
+            f"--loadEngine={engine}",
+            *([f"--shapes={self._input_name}:{shape}"] if self._is_dynamic else []),
+            f"--warmUp={warmup_ms:g}",
+            f"--duration={min_seconds:g}",
+            f"--iterations={min_runs}",
+            "--percentile=50,90,95,99",
+            *mode,
+            *(["--versionCompatible"] if self.info.options.version_compatible else []),
+        ]
+        return shlex.join(command)
+
+    def layer_information(self, batch: int) -> str:
+        """Return what TensorRT's engine inspector says about the layers, in JSON, for calls of `batch` images.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot inspect the engine.
         """
-        self._require_open()
-        self._require_batch(batch)
+        self._require_open(batch)
         with explained("inspect the engine"):
             self._set_batch(self._context, batch)
-            return layer_information(self._engine, self._context)
-
-    def layers(self, batch: int) -> EngineLayers:
-        """The same as records.
-
-        Raises:
-            EngineError: as for `layer_information`, or it is not in a shape that is known.
-        """
-        return parse_layers(self.layer_information(batch))
+            inspector: trt.EngineInspector = self._engine.create_engine_inspector()
+            inspector.execution_context = self._context  # with its shapes, formats are known too
+            information: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+            return information
 
     def layer_times(self, batch: int, runs: int = 50) -> dict[str, float]:
-        """Mean milliseconds of each layer in a call of `batch` images, by TensorRT's profiler, in execution order.
+        """Return mean milliseconds of each layer in a call of `batch` images, in order, by TensorRT's profiler.
 
         The profiler slows the engine down: it has an execution context of its own, and the sum of the layers is more
-        than the time of a call. There is no CUDA graph.
-
-        Args:
-            batch: images a call, within `batch_range`.
-            runs: calls to take the mean of, after a few to warm up.
+        than the time of a call. There is no CUDA graph. The mean is over `runs` calls, after a few to warm up.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
         """
-        self._require_open()
-        self._require_batch(batch)
+        self._require_open(batch)
         times_ms: dict[str, float] = {}
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)  # the binding requires this call instead of super()
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times_ms[layer_name] = times_ms.get(layer_name, 0.0) + ms
+
         with torch.cuda.stream(self._stream), explained("profile the engine"):
-            engine: trt.ICudaEngine = self._engine
-            context: trt.IExecutionContext | None = engine.create_execution_context()
+            context: trt.IExecutionContext | None = self._engine.create_execution_context()
             if context is None:
                 raise failure("TensorRT cannot make an execution context to profile")
             self._set_batch(context, batch)
             self._set_addresses(context)
-            profiler: trt.IProfiler = layer_profiler(times_ms)
+            profiler = Profiler()
             context.profiler = profiler  # each call reports to it, and waits for its layers to end
             for run in range(_PROFILE_WARMUP_RUNS + runs):
                 if run == _PROFILE_WARMUP_RUNS:
@@ -187,56 +194,49 @@ class TensorRTRunner:
                 self._stream.synchronize()
         return {name: total / runs for name, total in times_ms.items()}
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with nullcontext() if kind is None else suppress(RuntimeError):  # CUDA repeats an error that is being told
+            with (
+                nullcontext() if kind is None else suppress(RuntimeError)
+            ):  # CUDA repeats an error that is being raised
                 self._stream.synchronize()
         finally:
             self._context = self._engine = None
             self._input = self._output = torch.empty(0)
 
-    def _require_open(self) -> None:
+    def _require_open(self, batch: int | None = None) -> None:
+        """Return if the runner is open, and accepts a call of `batch` images.
+
+        Raises:
+            EngineError: the runner is closed, or the batch is outside `batch_range`.
+        """
         if self._context is None:
             raise EngineError("the runner is closed; open the engine again")
-
-    def _require_batch(self, batch: int) -> None:
         smallest, largest = self.batch_range
-        if not smallest <= batch <= largest:
-            raise EngineError(f"batch is {batch}; the engine takes {smallest} to {largest} images a call")
+        if batch is not None and not smallest <= batch <= largest:
+            raise EngineError(f"batch is {batch}; the engine takes {smallest} to {largest} images per call")
 
     def _set_batch(self, context: trt.IExecutionContext, batch: int) -> tuple[int, ...]:
-        """Shape a context's next call for `batch` images; the shape of its output."""
+        """Shape a context's next call for `batch` images; return the shape of its output."""
         shape = (batch, *self._input.shape[1:])
-        if not context.set_input_shape(self.input_name, shape):
+        if not context.set_input_shape(self._input_name, shape):
             raise failure(f"TensorRT refuses the input shape {shape}")
         if unknown := context.infer_shapes():
             raise failure(f"TensorRT cannot infer {', '.join(unknown)} for the input shape {shape}")
         return tuple(context.get_tensor_shape(self._output_name))
 
     def _set_addresses(self, context: trt.IExecutionContext) -> None:
-        context.set_tensor_address(self.input_name, self._input.data_ptr())
+        context.set_tensor_address(self._input_name, self._input.data_ptr())
         context.set_tensor_address(self._output_name, self._output.data_ptr())
 
     def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise failure("TensorRT cannot enqueue the engine")
 
-    def _buffers(self, batch: int) -> Buffers:
-        """The memory of one batch of random images; pinned on the host where there is a GPU to copy to."""
-        device_input, device_output = self._input[:batch], self._output[:batch]
-        host_input, host_output = (
-            torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda) for own in (device_input, device_output)
-        )
-        host_input.normal_(generator=torch.Generator().manual_seed(0))
-        return Buffers(host_input, device_input, device_output, host_output)
-
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        """One call as a CUDA graph; None where TensorRT cannot be captured."""
+        """Return one call as a CUDA graph; None if TensorRT cannot be captured."""
         self._enqueue(self._context)  # TensorRT settles what depends on the shapes at the first call after they are set
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -245,14 +245,12 @@ class TensorRTRunner:
                 self._enqueue(self._context)
         except RuntimeError as error:
             logger.warning("no CUDA graph can be captured, each call is enqueued: %s", error)
-            tensorrt_log().errors.clear()  # a later failure is another
+            tensorrt_log().errors.clear()  # they must not explain a later failure
             return None
         return graph
 
 
 def _deserialize(engine_path: Path, info: EngineInfo) -> trt.ICudaEngine:
-    import tensorrt as trt
-
     try:
         plan = engine_path.read_bytes()
     except OSError as error:
@@ -269,8 +267,6 @@ def _deserialize(engine_path: Path, info: EngineInfo) -> trt.ICudaEngine:
 
 
 def _input_and_output(engine: trt.ICudaEngine) -> tuple[str, str]:
-    import tensorrt as trt
-
     names: list[str] = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     outputs = [name for name in names if name not in inputs]
@@ -279,19 +275,7 @@ def _input_and_output(engine: trt.ICudaEngine) -> tuple[str, str]:
     return inputs[0], outputs[0]
 
 
-def _input_shapes(engine: trt.ICudaEngine, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Smallest and largest shape of the input; they are the same where the graph fixes the batch."""
-    shape = tuple(engine.get_tensor_shape(name))
-    if -1 not in shape:
-        return shape, shape
-    shapes: list[trt.Dims] = engine.get_tensor_profile_shape(name, 0)
-    smallest, _, largest = shapes
-    return tuple(smallest), tuple(largest)
-
-
 def _torch_dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:
-    import tensorrt as trt
-
     dtypes = {
         trt.DataType.FLOAT: torch.float32,
         trt.DataType.HALF: torch.float16,

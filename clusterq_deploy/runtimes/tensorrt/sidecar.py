@@ -1,20 +1,72 @@
-"""The sidecar of an engine, `model.engine.json`: where, from what and how it was built."""
+"""How an engine is built, and its sidecar `model.engine.json`: where, from what and how it was built."""
 
 import logging
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from calib.support.config import StageConfig
 from clusterq_deploy.environment import driver_version
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.runtimes.tensorrt.config import BuildConfig
+from clusterq_deploy.runtimes.tensorrt.gpu import trt
 
 logger = logging.getLogger(__name__)
 
-AMPERE = (8, 0)
+_UNITS = {"": 2**20, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def memory_size(value: object) -> object:
+    """Return the bytes of a size such as `4GiB`, `512MiB` or `512`, which is in MiB; a number is returned as it is.
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([1-9]\d*)\s*([KMG]iB)?", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{value!r} is no size such as 4GiB, 512MiB or 512, in MiB")
+    return int(match[1]) * _UNITS[(match[2] or "").lower()]
+
+
+class BuildConfig(StageConfig):
+    """Settings of the build stage.
+
+    Raises:
+        pydantic.ValidationError: a value is out of range, or the batch sizes are not in ascending order.
+    """
+
+    batch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 32)
+    """Smallest, tuned-for and largest batch size of a graph with a dynamic batch dimension."""
+
+    workspace_bytes: Annotated[int, Field(ge=2**10, strict=True), BeforeValidator(memory_size)] = 4 * 2**30
+    """Most scratch memory on the GPU that a layer may use: a number of bytes, at least 1,024, or a `memory_size`."""
+
+    optimization_level: int = Field(default=3, ge=0, le=5)
+    """How long the builder searches: 0 uses the first implementation that works, 5 compares the most."""
+
+    timing_cache: Literal["none"] | Path | None = None
+    """File that keeps the builder's measurements from one build to the next; created if it does not exist.
+
+    None is one file per GPU and release of TensorRT in the user's cache directory, `none` is no file. Level 0
+    measures nothing and uses none.
+    """
+
+    version_compatible: bool = False
+    """Let later TensorRT releases run the engine, at some cost in speed."""
+
+    hardware_compatible: bool = False
+    """Let every GPU of compute capability 8.0 (Ampere) or later run the engine, at some cost in speed."""
+
+    @model_validator(mode="after")
+    def _batch_ascends(self) -> Self:
+        if list(self.batch) != sorted(self.batch):
+            raise ValueError(f"batch is {self.batch}; expected (min, opt, max) with min <= opt <= max")
+        return self
 
 
 class Machine(BaseModel):
@@ -28,16 +80,21 @@ class Machine(BaseModel):
     cuda: str | None
     tensorrt: str
 
+    @property
+    def is_ampere_or_later(self) -> bool:
+        """Whether hardware-compatible engines run here."""
+        return _numbers(self.compute_capability) >= (8, 0)
+
     def binding(self, config: BuildConfig) -> dict[str, str]:
-        """What an engine that is built so cannot do without, by the name of the field."""
-        wanted = {"gpu", "compute_capability"} if not config.hardware_compatible else set()
-        return self.model_dump(include=wanted | ({"tensorrt"} if not config.version_compatible else set()))
+        """Return what an engine built with `config` requires of a machine, by field name."""
+        fields = {"gpu", "compute_capability"} if not config.hardware_compatible else set()
+        return self.model_dump(include=fields | ({"tensorrt"} if not config.version_compatible else set()))
 
 
 class EngineInfo(BaseModel):
     """Content of the sidecar. Digests are SHA-256.
 
-    `source` is the file name of the ONNX graph; where `derived` says so, of the one that the engine's was made of.
+    `source` is the file name of the ONNX graph; if `derived`, of the one that the engine's graph was made from.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,8 +112,6 @@ class EngineInfo(BaseModel):
 
 def this_machine() -> Machine:
     """Describe the current CUDA device and what drives it."""
-    import tensorrt as trt
-
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Machine(
         gpu=gpu.name,
@@ -67,21 +122,8 @@ def this_machine() -> Machine:
     )
 
 
-def require_compatible(machine: Machine, config: BuildConfig) -> None:
-    """Return if a machine can build what is asked for.
-
-    Raises:
-        EngineError: an engine for other GPUs is asked of one that is older than they.
-    """
-    if config.hardware_compatible and _numbers(machine.compute_capability) < AMPERE:
-        raise EngineError(
-            f"{machine.gpu} has compute capability {machine.compute_capability}; --hardware-compatible engines are for "
-            "8.0 (Ampere) and later, and built there: leave it away"
-        )
-
-
 def sidecar_path(engine_path: Path) -> Path:
-    """`model.engine.json` for `model.engine`."""
+    """Return `model.engine.json` for `model.engine`."""
     return engine_path.with_name(f"{engine_path.name}.json")
 
 
@@ -96,12 +138,12 @@ def read_sidecar(engine_path: Path) -> EngineInfo:
         return EngineInfo.model_validate_json(path.read_bytes())
     except OSError as error:
         raise EngineError(
-            f"cannot read {path}: {error.strerror}; an engine needs its sidecar beside it: build it again"
+            f"cannot read {path}: {error.strerror}; an engine needs its sidecar next to it: build it again"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise EngineError(f"{path} is no sidecar: {where}: {first['msg']}; build the engine again") from error
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise EngineError(f"{path} is no sidecar: {place}: {first['msg']}; build the engine again") from error
 
 
 def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
@@ -110,40 +152,28 @@ def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
     Raises:
         EngineError: it cannot; the message names everything that differs.
     """
-    built = info.built_on
+    built, options = info.built_on, info.options
+    ampere = options.hardware_compatible and here.is_ampere_or_later
+    later = options.version_compatible and _is_supported_later(built.tensorrt, here.tensorrt)
     differences = [
-        f"{what} is {value_here}, the engine is built for {value_built}"
-        for what, value_built, value_here, fits in (
-            ("GPU", built.gpu, here.gpu, info.options.hardware_compatible or built.gpu == here.gpu),
-            (
-                "compute capability",
-                built.compute_capability,
-                here.compute_capability,
-                _same_architecture(info, here),
-            ),
-            ("TensorRT", built.tensorrt, here.tensorrt, _version_fits(info, here)),
+        f"{what} is {running}, the engine is built for {expected}"
+        for what, expected, running, compatible in (
+            ("GPU", built.gpu, here.gpu, options.hardware_compatible),
+            ("compute capability", built.compute_capability, here.compute_capability, ampere),
+            ("TensorRT", built.tensorrt, here.tensorrt, later),
         )
-        if not fits
+        if running != expected and not compatible
     ]
     if differences:
         raise EngineError(f"{engine_path} cannot run here: {'; '.join(differences)}; build it again here")
-    for what, value_built, value_here in (("driver", built.driver, here.driver), ("CUDA", built.cuda, here.cuda)):
-        if value_built != value_here:
-            logger.warning("%s was built with %s %s, here it is %s", engine_path, what, value_built, value_here)
+    for what, expected, running in (("driver", built.driver, here.driver), ("CUDA", built.cuda, here.cuda)):
+        if running != expected:
+            logger.warning("%s was built with %s %s, here it is %s", engine_path, what, expected, running)
 
 
-def _same_architecture(info: EngineInfo, here: Machine) -> bool:
-    if info.options.hardware_compatible:
-        return _numbers(here.compute_capability) >= AMPERE
-    return info.built_on.compute_capability == here.compute_capability
-
-
-def _version_fits(info: EngineInfo, here: Machine) -> bool:
-    if not info.options.version_compatible:
-        return info.built_on.tensorrt == here.tensorrt
-    built, running = _numbers(info.built_on.tensorrt), _numbers(here.tensorrt)
-    # NVIDIA supports later releases of the same major version, and of the next one.
-    return running >= built and running[0] <= built[0] + 1
+def _is_supported_later(built: str, running: str) -> bool:
+    """Return whether NVIDIA supports an engine of one release in another: a later one, up to the next major one."""
+    return _numbers(running) >= _numbers(built) and _numbers(running)[0] <= _numbers(built)[0] + 1
 
 
 def _numbers(version: str) -> tuple[int, ...]:

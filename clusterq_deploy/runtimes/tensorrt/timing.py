@@ -1,78 +1,247 @@
-"""The timing cache: what the builder measured of each layer, kept from one build to the next."""
+"""Time an engine as trtexec does: copies and computation apart, by CUDA events, while NVML is asked about the GPU."""
 
 from __future__ import annotations
 
-import logging
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, Literal
 
-from filelock import FileLock
-from platformdirs import user_cache_path
+import torch
 
-from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.files import write_bytes
-from clusterq_deploy.runtimes.tensorrt.config import BuildConfig
-from clusterq_deploy.runtimes.tensorrt.log import tensorrt_log
-from clusterq_deploy.runtimes.tensorrt.sidecar import Machine
+from clusterq_deploy.results.engines import GpuTelemetry, Reading
 
-if TYPE_CHECKING:
-    import tensorrt as trt
+_UNDER_WAY = 2  # calls on the GPU at a time: the next is there when one ends
+_INTERVAL_S = 0.1
+_THROTTLING = {
+    "SwPowerCap": "power limit",
+    "HwSlowdown": "hardware slowdown",
+    "SyncBoost": "sync boost",
+    "SwThermalSlowdown": "temperature (software)",
+    "HwThermalSlowdown": "temperature (hardware)",
+    "HwPowerBrakeSlowdown": "external power brake",
+}
+"""NVML's reasons for clocks that are lower than requested, and what the report calls them."""
 
-logger = logging.getLogger(__name__)
+_Query = Callable[[Any, Any], float]
+_Sample = Mapping[str, float | None]
 
-_LOCK_TIMEOUT_S = 30
+_SAMPLED: dict[str, _Query] = {
+    "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+    "power_watts": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+    "temperature_celsius": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+    "reasons": lambda nvml, gpu: nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
+}
+_LIMITS: dict[str, _Query] = {
+    "sm_clock_limit_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "memory_clock_limit_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+    "power_limit_watts": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+}
 
 
-def timing_cache_path(config: BuildConfig, machine: Machine) -> Path | None:
-    """The file of the cache that a build on `machine` uses; None where it uses none.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Milliseconds of one call: the copy to the GPU, the computation, the copy back, and the host's for starting it."""
 
-    By default every GPU model, CUDA and TensorRT release has a file of its own, for what was measured is bound to them.
+    host_to_device_ms: float
+    compute_ms: float
+    device_to_host_ms: float
+    enqueue_ms: float
+
+    @property
+    def latency_ms(self) -> float:
+        """What trtexec calls the latency: the sum of the three parts on the GPU."""
+        return self.host_to_device_ms + self.compute_ms + self.device_to_host_ms
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTimes:
+    """A measurement: the calls in order, the seconds from the first to the end of the last, and the GPU meanwhile."""
+
+    calls: list[Call]
+    wall_seconds: float
+    cuda_graph: bool
+    gpu: GpuTelemetry
+
+
+class CallTimer:
+    """Sends calls with one batch of random images to the GPU, and waits for each when the next is under way.
+
+    Copies have their own streams, so that the next batch arrives while this one is computed. Every call carries the
+    same images: a copy into a buffer that is still read changes nothing in it. The host's memory is pinned if there is
+    a GPU to copy to, so that copies do not wait for it.
+
+    Args:
+        launch: starts the computation on the current stream, from `device_input` (N, C, H, W) to `device_output`.
+        device_input, device_output: the batch's memory.
+        stream: the stream of the computation, which is the current one.
     """
-    if config.timing_cache == "none" or config.optimization_level == 0:  # level 0 takes no measurements
-        return None
-    if isinstance(config.timing_cache, Path):
-        return config.timing_cache
-    bound = f"{machine.gpu} sm{machine.compute_capability} cuda{machine.cuda} tensorrt{machine.tensorrt}"
-    name = re.sub(r"[^\w.]+", "-", bound)
-    return user_cache_path("clusterq-deploy", appauthor=False) / "timing" / f"{name}.cache"
+
+    def __init__(
+        self,
+        launch: Callable[[], None],
+        device_input: torch.Tensor,
+        device_output: torch.Tensor,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._launch, self._compute = launch, stream
+        self._device_input, self._device_output = device_input, device_output
+        self._host_input, self._host_output = (
+            torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+            for buffer in (device_input, device_output)
+        )
+        self._host_input.normal_(generator=torch.Generator().manual_seed(0))
+        self._upload = torch.cuda.Stream(device_input.device)  # type: ignore[no-untyped-call,unused-ignore]
+        self._download = torch.cuda.Stream(device_input.device)  # type: ignore[no-untyped-call,unused-ignore]
+        self._events = cycle([[_event() for _ in range(6)] for _ in range(_UNDER_WAY)])  # creating them takes time
+
+    def measure(self, *, warmup_ms: float, min_runs: int, min_seconds: float, cuda_graph: bool) -> EngineTimes:
+        """Run for `warmup_ms`, then until both `min_runs` calls are done and `min_seconds` have passed.
+
+        The result says that `launch` replays a CUDA graph if `cuda_graph` does.
+        """
+        self._run(0, warmup_ms / 1000)
+        with gpu_monitor(self._device_input.device) as telemetry:
+            start = time.perf_counter()
+            calls = self._run(min_runs, min_seconds)
+            wall_seconds = time.perf_counter() - start
+        return EngineTimes(calls, wall_seconds, cuda_graph, telemetry())
+
+    def _run(self, min_runs: int, seconds: float) -> list[Call]:
+        calls: list[Call] = []
+        running: deque[Callable[[], Call]] = deque()
+        end = time.perf_counter() + seconds
+        while len(calls) + len(running) < min_runs or time.perf_counter() < end:
+            running.append(self._start())
+            if len(running) == _UNDER_WAY:
+                calls.append(running.popleft()())
+        return calls + [finish() for finish in running]
+
+    def _start(self) -> Callable[[], Call]:
+        """Enqueue a call; return what waits until the GPU has finished it, and returns its times."""
+        upload, uploaded, compute, computed, download, downloaded = next(self._events)
+        with torch.cuda.stream(self._upload):
+            upload.record(self._upload)
+            self._device_input.copy_(self._host_input, non_blocking=True)
+            uploaded.record(self._upload)
+        self._compute.wait_event(uploaded)
+        compute.record(self._compute)
+        before = time.perf_counter()
+        self._launch()
+        enqueue_ms = 1000 * (time.perf_counter() - before)
+        computed.record(self._compute)
+        self._download.wait_event(computed)
+        with torch.cuda.stream(self._download):
+            download.record(self._download)
+            self._host_output.copy_(self._device_output, non_blocking=True)
+            downloaded.record(self._download)
+
+        def finish() -> Call:
+            downloaded.synchronize()
+            return Call(
+                host_to_device_ms=upload.elapsed_time(uploaded),
+                compute_ms=compute.elapsed_time(computed),
+                device_to_host_ms=download.elapsed_time(downloaded),
+                enqueue_ms=enqueue_ms,
+            )
+
+        return finish
 
 
-def use_timing_cache(options: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
-    """Let the builder use, and add to, what is kept at `path`; of another machine or damaged, it starts afresh."""
-    cache: trt.ITimingCache | None = options.create_timing_cache(_kept(path))
-    if cache is not None and options.set_timing_cache(cache, False):
-        return cache
-    logger.warning("the timing cache %s is of another machine or damaged: it is started afresh", path)
-    tensorrt_log().errors.clear()
-    empty: trt.ITimingCache = options.create_timing_cache(b"")
-    options.set_timing_cache(empty, False)
-    return empty
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call,unused-ignore]
 
 
-def keep_timing_cache(options: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> None:
-    """Write the cache to `path`, together with what other builds have written there meanwhile.
+@contextmanager
+def gpu_monitor(device: torch.device | str) -> Iterator[Callable[[], GpuTelemetry]]:
+    """Ask NVML about a CUDA device every 100 ms, in a thread, while the context is open; no setting is changed.
 
-    A failure is a warning: the engine is complete, and the cache only saves time.
+    Yields:
+        What returns the record of the time until then. If NVML cannot be asked, it says why; nothing is raised.
     """
+    gpu, problem = _nvml_device(device)
+    if problem:
+        yield lambda: GpuTelemetry(reason=problem)
+        return
+    import pynvml
+
+    samples: list[_Sample] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        samples.append(_ask(gpu, _SAMPLED))
+        while not stop.wait(_INTERVAL_S):
+            samples.append(_ask(gpu, _SAMPLED))
+
+    limits = _ask(gpu, _LIMITS)
+    thread = threading.Thread(target=watch, name="gpu_monitor", daemon=True)
+    thread.start()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
-            others: trt.ITimingCache | None = options.create_timing_cache(_kept(path))
-            if others is not None:
-                cache.combine(others, False)  # leaves out what is of another machine, or measured by both
-            serialized: trt.IHostMemory | None = cache.serialize()
-            if serialized is not None:
-                write_bytes(path, memoryview(serialized))
-    except (OSError, NotImplementedError, RunDirectoryError) as error:  # filelock: a file system without locks
-        logger.warning("the timing cache %s is not kept: %s", path, error)
+        yield lambda: summarize_samples(samples, limits)
+    finally:
+        stop.set()
+        thread.join()
+        pynvml.nvmlShutdown()
 
 
-def _kept(path: Path) -> bytes:
+def _nvml_device(device: torch.device | str) -> tuple[Any, str | None]:
+    """Start NVML; return its handle of a device, or why there is none."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        logger.warning("the timing cache %s cannot be read: %s", path, error.strerror)
-        return b""
+        import pynvml
+    except ModuleNotFoundError:
+        return None, "nvidia-ml-py is not installed: pip install 'clusterq-deploy[tensorrt]'"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return None, f"NVML does not start: {error}"
+    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), None
+    except pynvml.NVMLError as error:
+        pynvml.nvmlShutdown()
+        return None, f"NVML does not know the device: {error}"
+
+
+def _ask(gpu: Any, queries: Mapping[str, _Query]) -> dict[str, float | None]:
+    """Return NVML's answers; None for what the device or the driver does not tell."""
+    import pynvml
+
+    answers: dict[str, float | None] = {}
+    for name, query in queries.items():
+        try:
+            answers[name] = query(pynvml, gpu)
+        except pynvml.NVMLError:
+            answers[name] = None
+    return answers
+
+
+def summarize_samples(samples: Sequence[_Sample], limits: _Sample) -> GpuTelemetry:
+    """Return the record of NVML's answers: samples over a measurement, and the device's limits."""
+    import pynvml
+
+    readings = {name: _reading(samples, name) for name in _SAMPLED if name != "reasons"}
+    masks = [int(mask) for sample in samples if (mask := sample["reasons"]) is not None]
+    bits = {words: getattr(pynvml, f"nvmlClocksEventReason{name}") for name, words in _THROTTLING.items()}
+    shares = {words: sum(bool(mask & bit) for mask in masks) / len(masks) for words, bit in bits.items() if masks}
+    clocks: Literal["set", "steady", "floating"] | None = None
+    if any(mask & pynvml.nvmlClocksEventReasonApplicationsClocksSetting for mask in masks):
+        clocks = "set"
+    elif sm_clock := readings["sm_clock_mhz"]:
+        clocks = "steady" if sm_clock.lowest == sm_clock.highest else "floating"
+    return GpuTelemetry(
+        samples=len(samples),
+        clocks=clocks,
+        throttling={words: share for words, share in shares.items() if share} if masks else None,
+        **readings,
+        **limits,
+    )
+
+
+def _reading(samples: Sequence[_Sample], quantity: str) -> Reading | None:
+    values = [value for sample in samples if (value := sample[quantity]) is not None]
+    return Reading(lowest=min(values), mean=sum(values) / len(values), highest=max(values)) if values else None

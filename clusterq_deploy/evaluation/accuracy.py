@@ -1,0 +1,91 @@
+"""Accuracy, as a runtime executes the model."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from calib.support.checkpoint import NOWHERE, Checkpoint, State
+from calib.support.progress import SILENT, Progress
+from clusterq_deploy.errors import DataError
+from clusterq_deploy.evaluation.data import EvaluationSet
+from clusterq_deploy.oom import infer_split_on_oom
+from clusterq_deploy.results.report import Accuracy
+from clusterq_deploy.runtimes.runners import Runner
+
+Predictions = npt.NDArray[np.int64]
+
+
+def predictions(
+    runner: Runner,
+    data: EvaluationSet,
+    batch_size: int,
+    progress: Progress = SILENT,
+    checkpoint: Checkpoint = NOWHERE,
+    phase: str = "predictions",
+) -> Predictions:
+    """Return the five most likely classes of each readable image, most likely first: (N, min(5, classes)) int64.
+
+    Ties go to the lower class. If a batch does not fit the memory, it and those after it are computed in parts.
+
+    Args:
+        runner: executes the model.
+        data: the images.
+        batch_size: images per batch.
+        progress: shows how far it is.
+        checkpoint: saves the predictions so far, for the same runner on the same data.
+        phase: this runner's name in the checkpoint.
+
+    Raises:
+        DataError: too many images cannot be read.
+        OutOfMemoryError: the memory is not enough for the smallest parts either.
+    """
+    infer, ranked = infer_split_on_oom(runner.infer, f"evaluation on {runner.runtime}"), []
+    if saved := checkpoint.load(phase):
+        data.unreadable.restore(saved["unreadable"])
+        ranked.append(saved["found"].numpy())
+
+    def state() -> State:
+        return reached(np.concatenate(ranked), data)
+
+    with progress.task(f"Evaluating on {runner.runtime}", len(data)) as advance:
+        done = sum(map(len, ranked))
+        advance(done)
+        for images, _ in data.batches(batch_size, done):
+            ranked.append(np.argsort(-infer(images), axis=1, kind="stable")[:, :5])
+            checkpoint.save(phase, state)
+            advance(len(images))
+    checkpoint.save(phase, state, at_once=True)
+    return np.concatenate(ranked)
+
+
+def reached(ranked: Predictions, data: EvaluationSet) -> State:
+    """Return the state that `predictions` continues from, for the first images of the set."""
+    return {"found": torch.from_numpy(ranked), "unreadable": data.unreadable.rows()}
+
+
+def score(
+    runtime: str, predicted: Predictions, teacher: Predictions, data: EvaluationSet, graph: str | None = None
+) -> Accuracy:
+    """Return percentages from `predictions` of a model and of its teacher on the same images, the readable ones.
+
+    Args:
+        runtime: what executed the model.
+        predicted, teacher: (N, 5) from `predictions`.
+        data: the images, for their labels.
+        graph: the file that was executed.
+
+    Raises:
+        DataError: the counts differ.
+    """
+    readable = data.kept
+    if len(predicted) != len(teacher) or len(predicted) != len(readable):
+        raise DataError(
+            f"{len(predicted)} predictions, {len(teacher)} of the teacher and {len(readable)} images do not fit: "
+            "leave the data as it is while it is evaluated"
+        )
+    top1 = top5 = None
+    if data.labels is not None:
+        hits = predicted == data.labels[readable, None]
+        top1, top5 = 100 * float(hits[:, 0].mean()), 100 * float(hits.any(axis=1).mean())
+    agreement = 100 * float((predicted[:, 0] == teacher[:, 0]).mean())
+    return Accuracy(runtime=runtime, top1=top1, top5=top5, agreement=agreement, graph=graph)

@@ -1,0 +1,233 @@
+"""TensorRT and the GPU: the module itself, whether both work here, and what it means when they fail."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from clusterq_deploy.errors import ClusterQError, EngineError, TensorRTMissing
+
+logger = logging.getLogger(__name__)
+
+
+class _Module:
+    """The `tensorrt` module, imported when one of its names is first needed."""
+
+    def __getattr__(self, name: str) -> Any:
+        import tensorrt
+
+        return getattr(tensorrt, name)
+
+
+trt: Any = _Module()
+"""TensorRT, as the whole package uses it: this is the only place that imports it."""
+
+
+@dataclass(frozen=True)
+class KnownFailure:
+    """A failure that is recognized by what TensorRT, CUDA or torch says.
+
+    Attributes:
+        pattern: regular expression, searched for in a message, ignoring case.
+        cause: what is wrong; `{what}` is the pattern's group of that name.
+        remedy: what to do.
+    """
+
+    pattern: str
+    cause: str
+    remedy: str
+
+
+KNOWN_FAILURES = {
+    "driver too old": KnownFailure(
+        r"CUDA initialization failure with error:? 35\b|driver version is insufficient|InsufficientDriver"
+        r"|driver on your system is too old",
+        "the NVIDIA driver is older than the CUDA release that is used",
+        "install a newer driver, or the torch and TensorRT wheels of the CUDA release that nvidia-smi shows",
+    ),
+    "no GPU": KnownFailure(
+        r"CUDA initialization failure with error:? 100\b|no CUDA-capable device|ErrorNoDevice"
+        r"|Found no NVIDIA driver|No CUDA GPUs are available",
+        "no NVIDIA GPU is visible to torch",
+        "check nvidia-smi, CUDA_VISIBLE_DEVICES, and a container's --gpus",
+    ),
+    "unknown GPU": KnownFailure(
+        r"\bSM (?P<what>\S+) is not supported|Unsupported SM",
+        "this release of TensorRT does not support this GPU",
+        "install one whose support matrix names it",
+    ),
+    "host memory": KnownFailure(
+        r"bad_alloc|\bMemoryError\b|host memory",
+        "the computer's memory ran out",
+        "close other programs, or give a container more",
+    ),
+    # before "no implementation": a layer that lacked memory has no implementation either, and memory is the cause
+    "GPU memory": KnownFailure(
+        r"out of memory|OutOfMemory|MemoryAllocation\b|allocating \d+-byte buffer"
+        r"|CUDA initialization failure with error:? 2\b",
+        "the GPU's memory ran out",
+        "end what else uses it (nvidia-smi lists it), or lower --workspace or the largest size of --batch",
+    ),
+    "no implementation": KnownFailure(
+        r"could not find any implementation for node (?P<what>.+?)[.)\s]*$",
+        "it has no kernel for the layer {what}",
+        "raise --workspace, end what else uses the GPU's memory, or install a newer TensorRT; clusterq check says "
+        "which of its rules the graph breaks",
+    ),
+    "no operator": KnownFailure(
+        r"plugin not found|could not find plugin|no importer registered for op",
+        "an operator is neither TensorRT's own nor a plugin's",
+        "replace it in the model, or load its plugin; clusterq check lists operators that are not ONNX's own",
+    ),
+    "CUDA broken": KnownFailure(
+        r"CUDA initialization failure with error:? (?P<what>\d+)",
+        "CUDA does not start (error {what})",
+        "check nvidia-smi; after an update of the driver, restart",
+    ),
+}
+"""Every known failure; if several match, the first is the cause."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A recognized failure: its cause and remedy as one clause, and the message that it was recognized by."""
+
+    advice: str
+    message: str
+
+
+def diagnose(messages: Sequence[str]) -> Diagnosis | None:
+    """Return the known failure that one of the messages describes, or None."""
+    for known in KNOWN_FAILURES.values():
+        for message in messages:
+            if match := re.search(known.pattern, message, re.IGNORECASE):
+                cause = known.cause.format(**match.groupdict())
+                return Diagnosis(f"{cause}: {known.remedy}", message)
+    return None
+
+
+@cache
+def tensorrt_log() -> trt.ILogger:
+    """Return the one logger that all of TensorRT's objects share: TensorRT keeps the first that it gets, process-wide.
+
+    Errors and warnings are logged as such, information at debug level, and verbose messages are dropped.
+    `errors` holds the newest error messages. TensorRT calls the logger from its own threads.
+    """
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+        trt.ILogger.INFO: logging.DEBUG,
+    }
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # the binding requires this call instead of super()
+            self.errors: deque[str] = deque(maxlen=10)
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            if (level := levels.get(severity)) is None:
+                return
+            logger.log(level, "%s", msg)
+            if level == logging.ERROR:
+                self.errors.append(msg)
+
+    return Log()
+
+
+def failure(message: str, *details: str) -> EngineError:
+    """Return an EngineError of one line: what failed, why, and what to do if that is known.
+
+    Args:
+        message: what failed.
+        details: messages about it, in addition to the errors that TensorRT logged since `explained` began.
+    """
+    lines = [" ".join(text.split()) for text in (*details, *tensorrt_log().errors)]
+    if diagnosis := diagnose(lines):
+        return EngineError(f"{message}: {diagnosis.advice} (TensorRT: {diagnosis.message})")
+    return EngineError("; ".join([message, *lines]))
+
+
+@contextmanager
+def explained(action: str) -> Iterator[None]:
+    """Forget earlier errors, and turn what TensorRT's bindings raise in the block into an EngineError.
+
+    The bindings raise TypeError if an object cannot be created, MemoryError for C++'s bad_alloc, and ValueError or
+    RuntimeError otherwise.
+
+    Args:
+        action: what the block does, for the message: `start the builder`.
+
+    Raises:
+        EngineError: the block raised one of these; the project's own errors pass unchanged.
+    """
+    tensorrt_log().errors.clear()
+    try:
+        yield
+    except ClusterQError:
+        raise
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise failure(f"TensorRT cannot {action}", str(error) or type(error).__name__) from error
+
+
+def unavailable_reason() -> str | None:
+    """Return one line with everything that keeps engines from being built and run here; None if nothing does."""
+    return "; ".join(filter(None, (gpu_problem(), tensorrt_problem()))) or None
+
+
+def require_tensorrt() -> None:
+    """Return if engines can be built and run here.
+
+    Raises:
+        TensorRTMissing: they cannot; the message is that of `unavailable_reason`.
+    """
+    if reason := unavailable_reason():
+        raise TensorRTMissing(reason)
+
+
+def gpu_problem() -> str | None:
+    """Return one line with what keeps torch from an NVIDIA GPU, and how to fix it; None if nothing does."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a build for the CUDA that nvidia-smi shows"
+    try:
+        torch.cuda.init()  # unlike is_available, it says why not
+    except RuntimeError as error:
+        if diagnosis := diagnose([str(error)]):
+            return diagnosis.advice
+    no_gpu = KNOWN_FAILURES["no GPU"]
+    return f"{no_gpu.cause}: {no_gpu.remedy}"
+
+
+def tensorrt_problem() -> str | None:
+    """Return one line with what keeps TensorRT from being imported; None if nothing does."""
+    try:
+        version = str(trt.__version__)
+    except (ImportError, OSError, RuntimeError) as error:  # a shared library is missing, or is for another CUDA
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":
+            return "tensorrt is not installed: pip install 'clusterq-deploy[tensorrt]'"
+        return f"tensorrt is installed but cannot be imported: {' '.join(str(error).split())}"
+    if tuple(map(int, version.split(".")[:2])) < (10, 3):
+        return f"tensorrt {version} is too old: install 10.3 or later"
+    return None
+
+
+def start_builder() -> None:
+    """Start TensorRT's builder, which loads its libraries and uses the GPU, and end it.
+
+    A TensorRT that does not fit the driver may crash the process here.
+
+    Raises:
+        EngineError: it does not start.
+    """
+    with explained("start the builder"):
+        trt.Builder(tensorrt_log())

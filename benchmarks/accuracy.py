@@ -48,22 +48,22 @@ How to read the tables:
 - **top-1** is that of `model.ort.onnx` as ONNX Runtime executes it, **TensorRT's graph** that of `model.trt.onnx`,
   executed in ONNX Runtime without optimization. **Drop** is FP32 less that, in points; **agreement** the share of
   images on which both predict the same.
-- **±** is the standard deviation over seeds, where there is more than one. It says nothing of the choice of test
-  images: for that there is the **standard error** of one seed's drop on so many images, in points. It is an upper
-  bound, the square root of (share of disagreement - drop²) / images, and more seeds do not lessen it.
-- **time** is synthesis and that variant alone: scales, fine-tuning, export. **Commands** is the wall time of the two
+- **±** is the standard deviation over seeds, if there is more than one. It says nothing about the choice of test
+  images, as the **standard error** of one seed's drop on this many images does, in points. That is an upper bound,
+  the square root of (share of disagreement - drop²) / images, and more seeds do not lessen it.
+- **time** is synthesis and only that variant: scales, fine-tuning, export. **Commands** is the wall time of the two
   processes that did it, with loading, evaluation and a short latency measurement. **Peak memory** is the larger of
   the two processes' resident memory. One synthesis serves all variants of a seed; each row counts it in full.
 - **First and last 8 bits** is the default: the weights of both layers, what they read, and what the first one writes,
   as in BRECQ and Genie; **all layers** is `--first-last`, the setting of most papers.
 
-What is comparable with the published numbers: never the top-1 itself, for the FP32 checkpoints are others. A drop is,
-where the table says that the setting is the same, with four differences in mind. The images: 5,000 and 2,500 of the
-10,000 test images of CIFAR-10 and CIFAR-100; 650 of the 50,000 of ImageNet, an easy subset on which models score 8 to
-15 points above their published top-1. The grid: the papers' is asymmetric, with a zero-point in weights and
-activations, in fake quantization; here zero-points are 0 and weights symmetric per channel, which is what integer
-kernels run. Additions: what they read has 8 bits here, and in most of the papers the width of the layers. The schedule:
-the papers train for far longer, on GPUs.
+What is comparable with the published numbers: never the top-1 itself, because the FP32 checkpoints differ. A drop is,
+if the table says that the setting is the same, with four differences in mind. The images: 5,000 and 2,500 of the 10,000
+test images of CIFAR-10 and CIFAR-100; 650 of the 50,000 of ImageNet, an easy subset on which models score 8 to 15
+points above their published top-1. The grid: the papers' is asymmetric, with a zero-point in weights and activations,
+in fake quantization; here zero-points are 0 and weights symmetric per channel, which is what integer kernels run.
+Additions: what they read has 8 bits here, and in most of the papers the width of the layers. The schedule: the papers
+train for far longer, on GPUs.
 
 """
 _ABLATION = """\

@@ -34,7 +34,7 @@ class Cell:
         bits: such as w4a4.
         first_last: whether the first and last layers have those bits too, not 8.
         recipe, effort, seed: as for `clusterq run`; an effort of None is not passed on.
-        label: the row's name, where settings make it another row.
+        label: the row's name, if settings make it another row.
         settings: of `RunConfig`, on top of the recipe's.
     """
 

@@ -1,7 +1,7 @@
 """torchvision's classifiers with random weights, for what does not need trained ones: no network, and no licence.
 
-BatchNorm statistics are those of natural noise, and the last layer is fitted to tell groups of it apart, so that
-answers are as far from each other as a trained model's.
+BatchNorm statistics are those of natural noise, and the last layer is fitted to tell groups of it apart, so that logits
+are as far from each other as a trained model's.
 """
 
 import torch
@@ -45,7 +45,7 @@ def groups_of_noise(count: int, size: tuple[int, int, int], rng: torch.Generator
 
 
 def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -> None:
-    """Give a random model statistics and a last layer that a trained one might have, in place."""
+    """Set statistics and a last layer of a random model as a trained one might have them, in place."""
     images, labels = groups_of_noise(_FITTED, size, rng)
     for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
         nn.init.uniform_(norm.weight, 0.5, 1.5, generator=rng)

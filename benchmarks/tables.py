@@ -90,7 +90,7 @@ _FIGURES: dict[str, Callable[[Sequence[Record]], str]] = {
 }
 _ABLATION_FIGURES = list(_FIGURES)[:5]
 _ABLATION_HEAD = ("images from", "model", "steps (warm-up)", *_ABLATION_FIGURES, "within-class diversity %",
-                  "FP32 gives their label %")  # fmt: skip
+                  "FP32 % on synthetic images")  # fmt: skip
 
 
 def model_section(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from calib.kernels import normalize_with_moments, spatial_moments
+from calib.kernels import TappedNorm
 from calib.support.errors import NoBatchNormError
 
 _VARIANCE_FLOOR = 1e-8  # keeps the gradient of sqrt finite if a channel is constant
@@ -33,7 +33,8 @@ class Moments:
         """Compute the moments of x, (N, C, ...) float of any precision."""
         if x.dim() == 2:
             return cls(x.float(), torch.zeros_like(x, dtype=torch.float32))
-        return cls(*spatial_moments(x))
+        _, mean, var = TappedNorm.apply(x, None)
+        return cls(mean, var)
 
     def pool(self, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (K, C) of K groups of samples.
@@ -130,9 +131,9 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
         if x.dim() == 2:
             tap.add(layer, Moments.of(x))
             return type(layer).forward(layer, x)
-        y, mean, var = normalize_with_moments(x, layer)
+        y, mean, var = TappedNorm.apply(x, layer)
         tap.add(layer, Moments(mean, var))
-        return y
+        return cast(Tensor, y)
 
     with ExitStack() as undo:
         undo.enter_context(teacher.register_forward_pre_hook(lambda *_: tap.clear()))

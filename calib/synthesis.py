@@ -19,7 +19,7 @@ from calib.support.errors import SynthesisError
 from calib.support.progress import SILENT, Progress
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
-# of the recipe `paper`: the weights of the equations are the defaults, only (6) differs, here as it is written
+# of the recipe `paper`: the weights of the equations are the defaults; only (6) differs, which is here as published
 _PAPER = {"icv_noise": "class", "distance": "absolute", "lambda_mean": 0.5, "lambda_std": 1.0, "largest": 0}
 _PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # without data an epoch is a pass as long as the set that is made
 
@@ -42,7 +42,7 @@ class SynthesisConfig(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _apply_recipe(cls, values: Any) -> Any:
-        """Give settings that are not set the recipe's values."""
+        """Fill in the recipe's values for settings that are not set."""
         if not isinstance(values, dict) or values.get("recipe") != "paper":
             return values
         generator, refine = values.get("generator", {}), values.get("refine", {})
@@ -109,7 +109,7 @@ def synthesize(
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization of pixels in [0, 1], one value per channel.
         config: how to make it.
-        device: where to compute.
+        device: the device to compute on, the teacher's.
         rng: source of all randomness.
         progress: shows how far it is.
         checkpoint: keeps what is reached. On a CPU, work that resumes from it ends with the same images as without

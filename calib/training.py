@@ -28,7 +28,7 @@ class GeneratorConfig(StageConfig):
     """How the generator is trained. A weight of 0 switches its term off.
 
     Attributes:
-        steps, warmup_steps: optimizer steps in all, and how many of them use L_CE + a1 L_BNS alone.  # (7)
+        steps, warmup_steps: optimizer steps in all, and how many of them use only L_CE + a1 L_BNS (7).
         batch_size: images per step: `samples_per_class` of each of `batch_size / samples_per_class` classes.
         ce_weight, bns_weight, sfda_weight, icv_weight: 1, a1, a2, a3 of (10).
         ema_beta: beta of (5); 0 keeps the centroids as the warmed-up generator set them.
@@ -104,7 +104,7 @@ class GeneratorTrainer:
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization.
         config: how to train.
-        device: where to train.
+        device: the device to train on.
         rng: source of all randomness.
     """
 

@@ -130,18 +130,10 @@ def synthesize(
         device=device,
         rng=rng,
     )
-    if (drawn := checkpoint.load("drawn")) is None:
-        history = trainer.train(progress, checkpoint)
-        labels = ClassSampler(classes, rng).draw(config.images).to(device)
-        images = trainer.sample(labels)
-        flip = survives_flip(teacher, images, labels, config.generator.batch_size)
-        state = {"history": history, "labels": labels, "images": images, "flip": flip, "rng": rng.get_state()}
-        checkpoint.save("drawn", lambda: state, at_once=True)
-    else:
-        history, flip = drawn["history"], drawn["flip"]
-        labels, images = drawn["labels"].to(device), drawn["images"].to(device)
-        rng.set_state(drawn["rng"])
-    losses = {f"generator.{name}": values for name, values in history.items()}
+    losses = {f"generator.{name}": values for name, values in trainer.train(progress, checkpoint).items()}
+    labels = ClassSampler(classes, rng).draw(config.images).to(device)
+    images = trainer.sample(labels)
+    flip = survives_flip(teacher, images, labels, config.generator.batch_size)
     if config.refine.steps:
         offset, scale = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (mean, std))
         images, history = refine(

@@ -274,7 +274,8 @@ class GeneratorTrainer:
                     elif values:
                         values.append(values[-1])  # of a batch without a correctly classified image
                 advance(1, **losses)
-                checkpoint.save("generator", lambda: {**self.state_dict(), "history": history})
+                last = index == config.steps - 1
+                checkpoint.save("generator", lambda: {**self.state_dict(), "history": history}, at_once=last)
         return history
 
     @torch.no_grad()

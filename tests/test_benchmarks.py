@@ -88,6 +88,11 @@ def test_one_synthesis_serves_all_bits_and_nothing_is_made_twice(bench: Bench) -
     assert bench.call("--bits", "w4a4", "--again").exit_code == 0
     assert bench.calls() == ["synthesize", "run w4a4"]
     assert len(bench.results.cells) == 3
+    (figures,) = (bench.path / "work").glob("*/synthesize.json")
+    figures.unlink()  # as if it was interrupted between the command and its figures
+    bench.results.path.unlink()
+    bench.call("--bits", "w8a8")
+    assert bench.calls() == ["synthesize", "run w8a8"]
 
 
 def test_record_says_what_was_measured_and_how(bench: Bench) -> None:
@@ -136,15 +141,6 @@ def test_other_sources_of_the_package_are_measured_again(bench: Bench) -> None:
     assert result.exit_code == 1
     assert "changed while they were measured" in result.stderr
     assert len(bench.results.cells) == 1
-
-
-def test_synthesis_without_its_figures_is_made_again(bench: Bench) -> None:
-    bench.call("--bits", "w8a8")
-    (figures,) = (bench.path / "work").glob("*/synthesize.json")
-    figures.unlink()  # as if it had ended between the command and its figures
-    bench.calls()
-    bench.call("--bits", "w4a4")
-    assert bench.calls() == ["synthesize", "run w4a4"]
 
 
 def test_missing_files_are_named(bench: Bench) -> None:

@@ -27,24 +27,18 @@ def matrix(*labels: int) -> tuple[Tensor, Tensor]:
     return class_averaging_matrix(torch.tensor(labels), torch.ones(len(labels), dtype=torch.bool))
 
 
-def test_pool_equals_statistics_of_the_pixels() -> None:
+def test_pool_and_batch_equal_statistics_of_the_pixels() -> None:
     x, labels = draw(6, 3, 4, 5), torch.tensor([0, 0, 2, 2, 2, 1])
     keep = torch.tensor([True, True, True, False, True, False])
     present, shares = class_averaging_matrix(labels, keep)
-    mean, std = Moments.of(x).pool(shares)
     assert present.tolist() == [0, 2]
-    for row, members in enumerate([x[[0, 1]], x[[2, 4]]]):
-        torch.testing.assert_close(mean[row], members.mean((0, 2, 3)))
-        torch.testing.assert_close(std[row], members.std((0, 2, 3), correction=0))
-
-
-def test_batch_equals_statistics_of_maps_and_of_vectors() -> None:
-    x = draw(6, 3, 4, 5)
-    mean, std = Moments.of(x).batch()
-    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
-    torch.testing.assert_close(std, x.std((0, 2, 3), correction=0))
-    _, std = Moments.of(x[:, :, 0, 0]).batch()
-    torch.testing.assert_close(std, x[:, :, 0, 0].std(0, correction=0))
+    mean, std = Moments.of(x).pool(shares)
+    pooled = [(mean[0], std[0], x[[0, 1]]), (mean[1], std[1], x[[2, 4]])]
+    vectors = x[:, :, 0, 0]
+    for mean, std, members in [*pooled, (*Moments.of(x).batch(), x), (*Moments.of(vectors).batch(), vectors)]:
+        axes = (0, *range(2, members.dim()))
+        torch.testing.assert_close(mean, members.mean(axes))
+        torch.testing.assert_close(std, members.std(axes, correction=0))
 
 
 def test_moments_have_the_gradient_of_their_formulas() -> None:
@@ -175,12 +169,9 @@ def test_within_class_diversity_is_the_share_of_variance(features: tuple[int, ..
     assert within_class_diversity(values, torch.tensor([0, 0, 1, 1])) == pytest.approx(expected)
 
 
-def test_total_variation_of_a_ramp_is_its_slope() -> None:
-    assert float(total_variation(torch.arange(4.0).expand(1, 1, 4, 4))) == 1.0
-
-
 @pytest.mark.parametrize("shape", [(19, 3, 7, 9), (2, 1, 2, 5), (1, 1, 1, 1)])
-def test_total_variation_has_the_gradient_of_its_equation(shape: tuple[int, ...]) -> None:
+def test_total_variation_has_the_value_and_gradient_of_its_equation(shape: tuple[int, ...]) -> None:
+    assert float(total_variation(torch.arange(4.0).expand(1, 1, 4, 4))) == 1.0
     assert torch.autograd.gradcheck(total_variation, draw(*shape).double().requires_grad_())
 
 

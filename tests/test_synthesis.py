@@ -39,7 +39,7 @@ def digits() -> LoadedModel:
 
 
 def options() -> dict[str, Any]:
-    """Those of the bundled model, for what makes images from it."""
+    """Return the options of what makes images from the bundled model."""
     spec = digits().input
     return {"classes": 10, "size": spec.size, "mean": spec.mean, "std": spec.std, "device": CPU}
 
@@ -112,16 +112,17 @@ def test_centroids_differ_between_classes_and_follow_the_generator_by_beta(beta:
     assert set(moved) == {beta > 0}
 
 
-def test_misclassified_images_do_not_count_for_centroids() -> None:
+@pytest.mark.parametrize(("logit", "first_seen"), [(1000.0, True), (math.nan, False)])
+def test_images_without_their_label_or_finite_logits_do_not_count_for_centroids(logit: float, first_seen: bool) -> None:
     class AlwaysFirst(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1000 * F.one_hot(torch.tensor(0), 10)
+            return super().forward(x) + logit * F.one_hot(torch.tensor(0), 10)
 
     confused = trainer()
     confused.teacher = AlwaysFirst(digits().module)
     confused.initialize_centroids()
     confused.step(warmup=False)
-    assert confused.centroids.seen.tolist() == [True] + [False] * 9
+    assert confused.centroids.seen.tolist() == [first_seen] + [False] * 9
 
 
 @pytest.mark.slow
@@ -279,9 +280,8 @@ def test_preview_shows_one_class_per_column(channels: int) -> None:
     assert previewed_classes(labels, 5).tolist() == [0, 1, 2, 3, 4]
     assert previewed_classes(labels, 3).tolist() == [0, 2, 4]
     assert grid.shape == (3 * 66 - 2, 5 * 66 - 2, 3)
-    assert [grid[y, x, 0] for y, x in ((10, 2 * 66 + 10), (10, 10), (10, 65), (142, 10), (142, 76))] == [
-        128, 0, 255, 0, 255,
-    ]  # fmt: skip
+    places = [(10, 142), (10, 10), (10, 65), (142, 10), (142, 76)]  # an image, another, a gap, an image, no image
+    assert [grid[place][0] for place in places] == [128, 0, 255, 0, 255]
 
 
 class SharedNorm(nn.Module):

@@ -129,9 +129,9 @@ def main(models: tuple[str, ...], bits: str, images: int, out: Path, write_table
         return
     code = code_digest()
     for name in models:
-        known = results["models"].get(name, {})
-        if known.get("code") == code and known.get("bits") == bits and known.get("images") == images:
-            print(f"there already: {name}")
+        record = results["models"].get(name, {})
+        if (record.get("code"), record.get("bits"), record.get("images")) == (code, bits, images):
+            print(f"already measured: {name}")
             continue
         try:
             record = measure(name, BitWidths.parse(bits), images)

@@ -146,7 +146,7 @@ class Harness:
         groups: dict[str, list[Cell]] = {}
         for cell in cells:
             if not again and self.results.has(cell.key, None if keep_old else self.code):
-                print(f"there already: {cell}", flush=True)
+                print(f"already measured: {cell}", flush=True)
             else:
                 groups.setdefault(cell.synthesis, []).append(cell)
         return sum(self._measure_group(group, again) for group in groups.values())

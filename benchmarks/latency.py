@@ -136,7 +136,7 @@ def main(models: tuple[str, ...], seconds: float, out: Path) -> None:
     code = code_digest()
     for name in models or MODELS:
         if results["models"].get(name, {}).get("code") == code:
-            print(f"there already: {name}")
+            print(f"already measured: {name}")
             continue
         results["models"][name] = {**measure(name, config), "code": code}
         results["environment"] = collect_environment(torch.device("cpu")).model_dump(mode="json")

@@ -94,7 +94,11 @@ _ABLATION_HEAD = ("images from", "model", "steps (warm-up)", *_ABLATION_FIGURES,
 
 
 def model_section(
-    model: Model, planned: Sequence[Cell], cells: Sequence[Record], failed: Sequence[Record], known: Sequence[Published]
+    model: Model,
+    planned: Sequence[Cell],
+    cells: Sequence[Record],
+    failed: Sequence[Record],
+    published: Sequence[Published],
 ) -> str:
     """Write a model's heading, its measured and planned rows, and published numbers."""
     measured = [cell for cell in cells if cell["model"] == model.name]
@@ -110,9 +114,9 @@ def model_section(
             rows.append([_setting(bits, first_last), _UNMEASURED, *[_DASH] * len(_FIGURES)])
     parts = [f"## {model.title}\n", _measured_on(measured), table(["setting", "recipe", *_FIGURES], rows)]
     parts.append(_failures([record for record in failed if record["model"] == model.name]))
-    if published := [_published_row(entry) for entry in known if entry.model == model.name]:
+    if rows := [_published_row(entry) for entry in published if entry.model == model.name]:
         head = ["setting", "method and source", "FP32 → quantized", "drop", "comparable?"]
-        parts += ["Published:\n", table(head, published)]
+        parts += ["Published:\n", table(head, rows)]
     return "\n".join(part for part in parts if part)
 
 

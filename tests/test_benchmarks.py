@@ -83,7 +83,7 @@ def test_one_synthesis_serves_all_bits_and_nothing_is_made_twice(bench: Bench) -
     assert bench.calls() == ["synthesize", "run w8a8"]
     assert bench.call().exit_code == 0
     assert bench.calls() == ["run w4a8", "run w4a4"]
-    assert "there already: digits-default-s0 w8a8" in bench.call().stdout
+    assert "already measured: digits-default-s0 w8a8" in bench.call().stdout
     assert bench.calls() == []
     assert bench.call("--bits", "w4a4", "--again").exit_code == 0
     assert bench.calls() == ["synthesize", "run w4a4"]

@@ -7,14 +7,12 @@ seeds are most of a day on a CPU: `--scale` shortens it, the warm-up in proporti
     python benchmarks/accuracy.py --table
 """
 
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import click
-import harness
 import tables
 from cells import ROOT, Cell, Model, merged
+from harness import Options, add_options, carry_out, parse_seeds
 from store import Results
 
 RESULTS = ROOT / "benchmarks/results/ablation.json"
@@ -43,7 +41,7 @@ def cells(
     effort: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> list[Cell]:
-    """Every row from every seed, all layers at the same bits as in the paper; `settings` come on top."""
+    """Return every row for every seed, all layers at the same bits as in the paper; `settings` come on top."""
     steps = max(2, round(scale * STEPS))
     schedule = {"steps": steps, "warmup_steps": min(steps - 1, max(1, round(scale * WARMUP_STEPS)))}
     return [
@@ -63,37 +61,21 @@ def cells(
 
 
 def section(results: Results) -> str:
-    """The part of docs/accuracy.md."""
+    """Return the part of docs/accuracy.md."""
     return tables.ablation_section(cells(), results.cells, results.failed)
 
 
 @click.command()
 @click.option("--model", default=MODELS[0].name, show_default=True, type=click.Choice([m.name for m in MODELS]))
 @click.option("--bits", default="w4a4", show_default=True, help="Bits of all layers, the first and last too.")
-@click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, type=harness.SEEDS)
+@click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, type=parse_seeds, metavar="n,n,...")
 @click.option("--scale", default=SCALE, show_default=True, type=click.FloatRange(0, 1, min_open=True),
               help="Share of the published schedule.")  # fmt: skip
-@harness.options(RESULTS)
-def main(
-    model: str,
-    bits: str,
-    seeds: tuple[int, ...],
-    scale: float,
-    models_file: Path | None,
-    data_dir: Path | None,
-    effort: str | None,
-    settings: Path | None,
-    out: Path,
-    results: Path,
-    again: bool,
-    keep_old: bool,
-) -> None:
-    """Measure what is not among the results yet, and print the table; exit code 1 where a cell failed."""
-    wanted = cells(model, bits, seeds, scale, effort, tomllib.loads(settings.read_text()) if settings else None)
-    places = harness.places(MODELS, wanted, out, models_file, data_dir)
-    store = Results(results)
-    failures = harness.carry_out(harness.Harness(MODELS, places, store), wanted, again=again, keep_old=keep_old)
-    print(section(store))
+@add_options(RESULTS)
+def main(model: str, bits: str, seeds: tuple[int, ...], scale: float, options: Options) -> None:
+    """Measure what is not among the results yet, and print the table; exit code 1 if a cell failed."""
+    failures = carry_out(MODELS, cells(model, bits, seeds, scale, options.effort, options.settings), options)
+    print(section(options.results))
     raise SystemExit(1 if failures else 0)
 
 

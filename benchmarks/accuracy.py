@@ -6,15 +6,14 @@ What is among the results is not measured again, so that the same command goes o
     python benchmarks/accuracy.py --table
 """
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import ablation
 import click
-import harness
 import tables
 from cells import ROOT, Cell, Model
+from harness import Options, add_options, carry_out, parse_seeds
 from published import PUBLISHED
 from store import Results, write
 
@@ -49,22 +48,22 @@ How to read the tables:
 - **top-1** is that of `model.ort.onnx` as ONNX Runtime executes it, **TensorRT's graph** that of `model.trt.onnx`,
   executed in ONNX Runtime without optimization. **Drop** is FP32 less that, in points; **agreement** the share of
   images on which both predict the same.
-- **±** is the standard deviation over seeds, where there is more than one. It says nothing of the choice of test
-  images: for that there is the **standard error** of one seed's drop on so many images, in points. It is an upper
-  bound, the square root of (share of disagreement - drop²) / images, and more seeds do not lessen it.
-- **time** is synthesis and that variant alone: scales, fine-tuning, export. **Commands** is the wall time of the two
+- **±** is the standard deviation over seeds, if there is more than one. It says nothing about the choice of test
+  images, as the **standard error** of one seed's drop on this many images does, in points. That is an upper bound,
+  the square root of (share of disagreement - drop²) / images, and more seeds do not lessen it.
+- **time** is synthesis and only that variant: scales, fine-tuning, export. **Commands** is the wall time of the two
   processes that did it, with loading, evaluation and a short latency measurement. **Peak memory** is the larger of
   the two processes' resident memory. One synthesis serves all variants of a seed; each row counts it in full.
 - **First and last 8 bits** is the default: the weights of both layers, what they read, and what the first one writes,
   as in BRECQ and Genie; **all layers** is `--first-last`, the setting of most papers.
 
-What is comparable with the published numbers: never the top-1 itself, for the FP32 checkpoints are others. A drop is,
-where the table says that the setting is the same, with four differences in mind. The images: 5,000 and 2,500 of the
-10,000 test images of CIFAR-10 and CIFAR-100; 650 of the 50,000 of ImageNet, an easy subset on which models score 8 to
-15 points above their published top-1. The grid: the papers' is asymmetric, with a zero-point in weights and
-activations, in fake quantization; here zero-points are 0 and weights symmetric per channel, which is what integer
-kernels run. Additions: what they read has 8 bits here, and in most of the papers the width of the layers. The schedule:
-the papers train for far longer, on GPUs.
+What is comparable with the published numbers: never the top-1 itself, because the FP32 checkpoints differ. A drop is,
+if the table says that the setting is the same, with four differences in mind. The images: 5,000 and 2,500 of the 10,000
+test images of CIFAR-10 and CIFAR-100; 650 of the 50,000 of ImageNet, an easy subset on which models score 8 to 15
+points above their published top-1. The grid: the papers' is asymmetric, with a zero-point in weights and activations,
+in fake quantization; here zero-points are 0 and weights symmetric per channel, which is what integer kernels run.
+Additions: what they read has 8 bits here, and in most of the papers the width of the layers. The schedule: the papers
+train for far longer, on GPUs.
 
 """
 _ABLATION = """\
@@ -85,7 +84,7 @@ def planned(
     effort: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> list[Cell]:
-    """The cells of the matrix, in the order of the tables; what is empty restricts nothing."""
+    """Return the cells of the matrix, in the order of the tables; what is empty does not restrict them."""
     return [
         Cell(model, width, first_last, recipe, effort, seed, settings=settings or {})
         for model, kinds in MATRIX.items()
@@ -98,20 +97,19 @@ def planned(
 
 
 def page(results: Results, ablated: Results) -> str:
-    """The text of docs/accuracy.md."""
+    """Return the text of docs/accuracy.md."""
     parts = [tables.model_section(model, planned(), results.cells, results.failed, PUBLISHED) for model in MODELS]
     return _INTRO + "\n".join([*parts, _ABLATION + ablation.section(ablated)])
 
 
 @click.command()
-@click.option("--model", "names", multiple=True, type=click.Choice(list(MATRIX)), help="These alone.  [default: all]")
-@click.option("--bits", multiple=True, metavar="wXaY", help="These alone.  [default: all]")
-@click.option("--seeds", type=harness.SEEDS, help="For every cell, in place of the matrix's.")
+@click.option("--model", "names", multiple=True, type=click.Choice(list(MATRIX)), help="Only these.  [default: all]")
+@click.option("--bits", multiple=True, metavar="wXaY", help="Only these.  [default: all]")
+@click.option("--seeds", type=parse_seeds, metavar="n,n,...", help="For every cell, in place of the matrix's.")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
 @click.option("--table", is_flag=True, help="Measure nothing: write the page from the results.")
 @click.option("--page", "page_file", type=click.Path(path_type=Path), default=PAGE, help="The page to write.")
-@click.option("--ablation-results", type=click.Path(path_type=Path), default=ablation.RESULTS, hidden=True)
-@harness.options(RESULTS)
+@add_options(RESULTS)
 def main(
     names: tuple[str, ...],
     bits: tuple[str, ...],
@@ -119,26 +117,16 @@ def main(
     recipe: str,
     table: bool,
     page_file: Path,
-    ablation_results: Path,
-    models_file: Path | None,
-    data_dir: Path | None,
-    effort: str | None,
-    settings: Path | None,
-    out: Path,
-    results: Path,
-    again: bool,
-    keep_old: bool,
+    options: Options,
 ) -> None:
-    """Measure what is not among the results yet, and write the page; exit code 1 where a cell failed."""
-    store, failures = Results(results), 0
+    """Measure what is not among the results yet, and write the page; exit code 1 if a cell failed."""
+    failures = 0
     if not table:
-        own = tomllib.loads(settings.read_text()) if settings else None
-        wanted = planned(names, bits, seeds or (), recipe, effort, own)
-        if not wanted:
+        cells = planned(names, bits, seeds or (), recipe, options.effort, options.settings)
+        if not cells:
             raise click.UsageError("no cell of the matrix has that model and those bits")
-        places = harness.places(MODELS, wanted, out, models_file, data_dir)
-        failures = harness.carry_out(harness.Harness(MODELS, places, store), wanted, again=again, keep_old=keep_old)
-    write(page_file, page(store, Results(ablation_results)))
+        failures = carry_out(MODELS, cells, options)
+    write(page_file, page(options.results, Results(ablation.RESULTS)))
     raise SystemExit(1 if failures else 0)
 
 

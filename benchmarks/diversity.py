@@ -25,46 +25,53 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "class": {"icv_noise": "class", "lambda_mean": 0.5, "lambda_std": 1.0},
     "latent": {},
 }
-SAMPLES_A_CLASS = 24
+SAMPLES_PER_CLASS = 24
 
 
 @click.command()
 @click.argument("name", metavar="MODEL")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=160, show_default=True)
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", "device_name", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(name: str, seeds: int, steps: int, device: str, out: Path | None) -> None:
+def main(name: str, seeds: int, steps: int, device_name: str, out: Path | None) -> None:
     """Measure MODEL, print a line for each setting, and write the results."""
-    on = resolve_device(device)
-    model = load_model(name, device=on)
+    device = resolve_device(device_name)
+    model = load_model(name, device=device)
     rows = []
     for setting, options in SETTINGS.items():
-        values = [measure(model, steps, seed, on, options) for seed in range(seeds)]
+        config = GeneratorConfig(steps=steps, warmup_steps=steps * 3 // 8, **options)
+        values = [measure(model, make_trainer(model, config, device, seed)) for seed in range(seeds)]
         rows.append({"setting": setting, "diversity": values, "mean": statistics.mean(values)})
         print(f"{setting}: {rows[-1]['mean']:.3f}  ({', '.join(f'{v:.3f}' for v in values)})")
     if out:
-        environment = collect_environment(on).model_dump(mode="json")
-        result = {"model": model.slug, "steps": steps, "rows": rows, "environment": environment}
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_results(out, device, {"model": model.slug, "steps": steps, "rows": rows})
 
 
-def measure(model: LoadedModel, steps: int, seed: int, device: torch.device, options: dict[str, Any]) -> float:
-    """Diversity after training with these options, in [0, 1]."""
-    config = GeneratorConfig(steps=steps, warmup_steps=steps * 3 // 8, **options)
-    spec = model.input
-    trainer = GeneratorTrainer(
+def make_trainer(model: LoadedModel, config: GeneratorConfig, device: torch.device, seed: int) -> GeneratorTrainer:
+    """Make a trainer of a generator for a model."""
+    return GeneratorTrainer(
         model.module,
         classes=model.classes,
-        size=spec.size,
-        mean=spec.mean,
-        std=spec.std,
+        size=model.input.size,
+        mean=model.input.mean,
+        std=model.input.std,
         config=config,
         device=device,
         rng=torch.Generator(device).manual_seed(seed),
     )
+
+
+def write_results(path: Path, device: torch.device, results: dict[str, Any]) -> None:
+    """Write results with the versions and the machine of their measurement as JSON."""
+    environment = collect_environment(device).model_dump(mode="json")
+    path.write_text(json.dumps({**results, "environment": environment}, indent=2) + "\n")
+
+
+def measure(model: LoadedModel, trainer: GeneratorTrainer) -> float:
+    """Train a generator, and return the diversity of its images, in [0, 1]."""
     trainer.train()
-    labels = torch.arange(model.classes, device=device).repeat_interleave(SAMPLES_A_CLASS)
+    labels = torch.arange(model.classes, device=trainer.device).repeat_interleave(SAMPLES_PER_CLASS)
     with torch.no_grad(), tap_batchnorm(model.module) as tap:
         model.module(trainer.sample(labels))
     return within_class_diversity(tap.moments[-1].mean, labels)

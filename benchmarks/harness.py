@@ -2,9 +2,10 @@
 
 A cell is a model at a bit width, by a recipe, from a seed. `clusterq synthesize` makes the images once for all cells
 that share them, then `clusterq run` makes each cell in the same run directory, so that wall time and peak memory are
-those of a process that did this and nothing else.
+those of a process that did only this.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -13,18 +14,19 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 import tomli_w
-from cells import ROOT, Cell, Model, Places, Record, arguments, digest, merged, read_cell
+from cells import ROOT, Cell, Model, Record, arguments, digest, merged, read_cell
 from store import Results, write
 
 # Nothing of the product is imported here: Linux counts the memory of the process that starts a child into the
-# child's peak, so the starting one has to stay small beside torch.
+# child's peak, so the starting one has to be small compared to torch.
 
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "cli")
 TIMING = {"benchmark": {"batches": [1], "min_seconds": 0.1, "min_runs": 3, "rounds": 1}}
@@ -39,22 +41,22 @@ class CommandError(Exception):
 
 
 class SourcesChangedError(Exception):
-    """The package is another one than when the measurement began."""
+    """The package is not the same as when the measurement began."""
 
 
 def code_digest() -> str:
-    """Identifies the sources that decide the numbers: another text of docs or reports measures nothing anew."""
-    found = {}
-    for package, left_out in _MEASURED.items():
+    """Identify the sources that decide the numbers: after changes of docs or reports nothing is measured again."""
+    digests = {}
+    for package, excluded in _MEASURED.items():
         for file in sorted((ROOT / package).rglob("*.py")):
             name = file.relative_to(ROOT)
-            if name.parts[1] not in left_out:
-                found[name.as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return digest(found)
+            if name.parts[1] not in excluded:
+                digests[name.as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digest(digests)
 
 
 def commit() -> str | None:
-    """The commit that is measured, with `+` where the package's sources differ from it; None without git."""
+    """Return the measured commit, with `+` if the package's sources differ from it; None without git."""
     try:
         head = _git("rev-parse", "--short=10", "HEAD").strip()
         return head + "+" if _git("status", "--porcelain", "--", "calib", "clusterq_deploy", "cli").strip() else head
@@ -66,8 +68,18 @@ def _git(*args: str) -> str:
     return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def measured(arguments: list[str], log: Path) -> Record:
-    """Run `clusterq` in a process of its own: its wall time, CPU time and peak memory.
+@dataclass(frozen=True)
+class Measured:
+    """A command that was run, without the paths of this machine, and what it took."""
+
+    command: str
+    wall_seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+
+def run_measured(arguments: list[str], log: Path, shown: Iterable[str] = ()) -> Measured:
+    """Run `clusterq` in a process of its own, and measure it. `shown` are the arguments to note in place of these.
 
     Raises:
         CommandError: it ended with an error.
@@ -96,29 +108,32 @@ def measured(arguments: list[str], log: Path) -> Record:
     if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines()
         raise CommandError(lines[-1].strip() if lines else f"exit code {process.returncode}, nothing on stderr")
-    return {
-        "wall_seconds": wall_seconds,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-    }
+    peak_memory_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    command = " ".join(["clusterq", *(shown or arguments)])
+    return Measured(command, wall_seconds, usage.ru_utime + usage.ru_stime, peak_memory_bytes)
 
 
 class Harness:
     """Measures cells and keeps their results.
 
     Args:
-        models: what cells may name.
-        places: where things lie.
+        models: those that cells name.
         results: where records go.
+        workdir: folder of the runs.
+        models_file, data_dir: the models' factories and their evaluation data, if another than the bundled model is
+            measured.
     """
 
-    def __init__(self, models: Iterable[Model], places: Places, results: Results) -> None:
+    def __init__(
+        self, models: Iterable[Model], results: Results, workdir: Path, models_file: Path | None, data_dir: Path | None
+    ) -> None:
         self.models = {model.name: model for model in models}
-        self.places, self.results = places, results
+        self.results, self.workdir = results, workdir.resolve()
+        self.models_file, self.data_dir = models_file and models_file.resolve(), data_dir and data_dir.resolve()
         self.code, self.commit = code_digest(), commit()
 
     def measure(self, cells: Iterable[Cell], *, again: bool = False, keep_old: bool = False) -> int:
-        """Measure the cells that are not among the results; gives the number of those that failed.
+        """Measure the cells that are not among the results. Return the number of those that failed.
 
         Args:
             cells: what to measure.
@@ -126,153 +141,162 @@ class Harness:
             keep_old: results of other sources of the package count too.
 
         Raises:
-            SourcesChangedError: the package's sources changed on the way; what was measured before is kept.
+            SourcesChangedError: the package's sources changed meanwhile; what was measured before is kept.
         """
         groups: dict[str, list[Cell]] = {}
         for cell in cells:
-            groups.setdefault(cell.synthesis, []).append(cell)
-        failures = 0
-        for group in groups.values():
-            there = [] if again else [c for c in group if self.results.has(c.key, None if keep_old else self.code)]
-            for cell in there:
-                print(f"there already: {cell}", flush=True)
-            wanted = [cell for cell in group if cell not in there]
-            if wanted:
-                failures += self._measure_group(wanted, again)
-        return failures
+            if not again and self.results.has(cell.key, None if keep_old else self.code):
+                print(f"already measured: {cell}", flush=True)
+            else:
+                groups.setdefault(cell.synthesis, []).append(cell)
+        return sum(self._measure_group(group, again) for group in groups.values())
 
     def _measure_group(self, cells: list[Cell], again: bool) -> int:
-        folder = self.places.workdir / f"{cells[0].synthesis}-{self.code[:8]}"
+        """Measure cells that share their images. Return the number of those that failed."""
+        folder = self.workdir / f"{cells[0].synthesis}-{self.code[:8]}"
         if again:
             shutil.rmtree(folder, ignore_errors=True)
-        failures = 0
-        made: Record | CommandError
         try:
-            made = self._synthesize(cells[0], folder)
+            synthesis = self._synthesize(cells[0], folder)
         except CommandError as error:
-            made = error
+            for cell in cells:
+                self._note_failure(cell, error)
+            return len(cells)
+        failures = 0
         for cell in cells:
             try:
-                if isinstance(made, CommandError):
-                    raise made
-                record, config = self._run(cell, folder, made)
+                record, config = self._run(cell, folder, synthesis)
             except CommandError as error:
                 failures += 1
-                line = self.places.hidden(str(error))
-                self.results.fail({"key": cell.key, **asdict(cell), "error": line})
-                print(f"failed: {cell}: {line}", flush=True)
-            else:
-                if code_digest() != self.code:
-                    raise SourcesChangedError("the package's sources changed while they were measured; start again")
-                self.results.add(record, config)
-                print(f"{cell}: {record['top1']:.2f} %, drop {record['drop']:.2f}", flush=True)
+                self._note_failure(cell, error)
+                continue
+            if code_digest() != self.code:
+                raise SourcesChangedError("the package's sources changed while they were measured; start again")
+            self.results.add(record, config)
+            print(f"{cell}: {record['top1']:.2f} %, drop {record['drop']:.2f}", flush=True)
         return failures
 
-    def _synthesize(self, cell: Cell, folder: Path) -> Record:
-        """The calibration set of a group of cells: made by the first of them, and measured once."""
+    def _note_failure(self, cell: Cell, error: CommandError) -> None:
+        line = self.hide_folders(str(error))
+        self.results.fail({"key": cell.key, **asdict(cell), "error": line})
+        print(f"failed: {cell}: {line}", flush=True)
+
+    def hide_folders(self, text: str) -> str:
+        """Return the text without the folders of this machine."""
+        folders = [self.workdir, self.data_dir, self.models_file and self.models_file.parent, ROOT, Path.home()]
+        for folder in sorted((str(f) for f in folders if f), key=len, reverse=True):
+            text = text.replace(f"{folder}/", "")
+        return text
+
+    def _synthesize(self, cell: Cell, folder: Path) -> Measured:
+        """Make the calibration set of a group of cells, with the settings of one of them, once."""
         figures = folder / "synthesize.json"
         if figures.is_file():
-            known: Record = json.loads(figures.read_text())
-            return known
+            return Measured(**json.loads(figures.read_text()))
         shutil.rmtree(folder, ignore_errors=True)  # made in part, or made and not measured
         write(folder / "settings.toml", tomli_w.dumps(merged(TIMING, cell.settings)))
-        found = self._command(cell, "synthesize", folder)
-        write(figures, json.dumps(found))
-        return found
+        measured = self._command(cell, "synthesize", folder)
+        write(figures, json.dumps(asdict(measured)))
+        return measured
 
-    def _run(self, cell: Cell, folder: Path, made: Record) -> tuple[Record, Record]:
-        """Make one cell from the calibration set: its record and settings. What an earlier attempt left is remade."""
+    def _run(self, cell: Cell, folder: Path, synthesis: Measured) -> tuple[Record, Record]:
+        """Make one cell from the calibration set, without what an earlier attempt left. Return record and settings."""
         shutil.rmtree(folder / "run" / cell.bits, ignore_errors=True)
-        ran = self._command(cell, "run", folder)
+        run = self._command(cell, "run", folder)
         text = (folder / "run" / "report.json").read_text(encoding="utf-8")
-        write(folder / "reports" / f"{cell.slug}.json", text)  # the next cell's run writes its own over it
+        write(folder / "reports" / f"{cell.slug}.json", text)  # the next cell's run overwrites its own
         record, config = read_cell(json.loads(text), cell)
-        whole = {
-            **record,
-            "wall_seconds": made["wall_seconds"] + ran["wall_seconds"],
-            "cpu_seconds": made["cpu_seconds"] + ran["cpu_seconds"],
-            "peak_memory_bytes": max(made["peak_memory_bytes"], ran["peak_memory_bytes"]),
-            "commands": [made, ran],
+        costs = {
+            "wall_seconds": synthesis.wall_seconds + run.wall_seconds,
+            "cpu_seconds": synthesis.cpu_seconds + run.cpu_seconds,
+            "peak_memory_bytes": max(synthesis.peak_memory_bytes, run.peak_memory_bytes),
+            "commands": [asdict(synthesis), asdict(run)],
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
             "code": self.code,
             "commit": self.commit,
         }
-        return whole, config
+        return {**record, **costs}, config
 
-    def _command(self, cell: Cell, verb: str, folder: Path) -> Record:
+    def _command(self, cell: Cell, verb: str, folder: Path) -> Measured:
         model = self.models[cell.model]
-        data = str(self.places.data_dir / model.data) if self.places.data_dir and model.data else None
-        real = arguments(cell, verb, self.places.model(model), data, folder / "settings.toml", folder / "run")
-        found = measured(real, folder / "logs" / f"{verb}-{cell.slug}.txt")
-        name = self.places.model(model, whole=False)
-        shown = arguments(cell, verb, name, model.data, Path("settings.toml"), Path("runs") / cell.synthesis)
-        return {"command": " ".join(["clusterq", *shown]), **found}
+        name, shown, data = model.name, model.name, None
+        if model.data and self.models_file and self.data_dir:
+            name, shown = (f"{file}:{model.name}" for file in (self.models_file, self.models_file.name))
+            data = str(self.data_dir / model.data)
+        return run_measured(
+            arguments(cell, verb, name, data, folder / "settings.toml", folder / "run"),
+            folder / "logs" / f"{verb}-{cell.slug}.txt",
+            arguments(cell, verb, shown, model.data, Path("settings.toml"), Path("runs") / cell.synthesis),
+        )
 
 
-class _Seeds(click.ParamType[Any]):
-    name = "n,n,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of seeds such as 0,1,2", param, ctx)
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Read seeds such as `0,1,2`."""
+    return tuple(int(part) for part in text.split(","))
 
 
-SEEDS = _Seeds()
+@dataclass(frozen=True)
+class Options:
+    """The options that every table's script has."""
+
+    models_file: Path | None
+    data_dir: Path | None
+    effort: str | None
+    settings: dict[str, Any]
+    out: Path
+    results: Results
+    again: bool
+    keep_old: bool
 
 
-def options(results: Path) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options that every table's script has; `results` is its JSON file."""
+def add_options(results: Path) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with the `Options`, which it gets as `options`; `results` is its JSON file."""
     folder, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
     existing = click.Path(path_type=Path, dir_okay=False, exists=True)
-    own = [
-        click.option("--models-file", type=file, help="Python file with a factory for each model but digits."),
+    shared = [
+        click.option("--models-file", type=file, help="Python file with a factory for each model except digits."),
         click.option("--data-dir", type=folder, help="Folder of the evaluation data."),
         click.option("--effort", help="Passed on to clusterq."),
-        click.option("--settings", type=existing, help="TOML settings for every run, on top of the recipe's."),
+        click.option("--settings", type=existing, help="TOML settings for every run, on top of the recipe's.",
+                     callback=lambda _, __, path: tomllib.loads(path.read_text()) if path else {}),
         click.option("--out", type=folder, default="runs/benchmarks", show_default=True, help="Folder of the runs."),
-        click.option("--results", type=file, default=results, help="JSON file of the results."),
+        click.option("--results", type=file, default=results, help="JSON file of the results.",
+                     callback=lambda _, __, path: Results(path)),
         click.option("--again", is_flag=True, help="Measure what is among the results too."),
         click.option("--keep-old", is_flag=True, help="Keep results of other sources of the package."),
-    ]
+    ]  # fmt: skip
 
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(own):
-            function = option(function)
-        return function
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            options = Options(**{field.name: values.pop(field.name) for field in fields(Options)})
+            function(**values, options=options)
 
-    return apply
+        for option in reversed(shared):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def places(
-    models: Iterable[Model], cells: Iterable[Cell], out: Path, models_file: Path | None, data: Path | None
-) -> Places:
-    """Where things lie, checked against what the cells need.
+def carry_out(models: Iterable[Model], cells: list[Cell], options: Options) -> int:
+    """Measure cells as a script does. Return the number of failures; a child is ended with the script.
 
     Raises:
-        click.UsageError: a file or folder that they need is not given, or not there.
+        click.UsageError: a file or folder that the cells need is not given, or does not exist.
     """
     used = {cell.model for cell in cells}
-    needed = [data / model.data if data else None for model in models if model.name in used and model.data]
-    for option, path in (
-        ("--models-file", models_file if needed else ROOT),
-        *(("--data-dir", path) for path in needed),
-    ):
+    names = [model.data for model in models if model.name in used and model.data]
+    needed = [("--data-dir", options.data_dir and options.data_dir / name) for name in names]
+    for option, path in [("--models-file", options.models_file), *needed] if names else []:
         if path is None:
-            raise click.UsageError(f"give {option}: all models but digits need it; or choose --model digits")
+            raise click.UsageError(f"give {option}: all models except digits need it; or choose --model digits")
         if not path.exists():
             raise click.UsageError(f"{option}: {path} does not exist")
-    return Places(out.resolve(), models_file and models_file.resolve(), data and data.resolve())
-
-
-def carry_out(harness: Harness, cells: list[Cell], *, again: bool, keep_old: bool) -> int:
-    """Measure the cells, as a script does: gives the number of failures, and takes its child along when it is ended."""
+    harness = Harness(models, options.results, options.out, options.models_file, options.data_dir)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return harness.measure(cells, again=again, keep_old=keep_old)
+        return harness.measure(cells, again=options.again, keep_old=options.keep_old)
     except SourcesChangedError as error:
         raise click.ClickException(str(error)) from error
     finally:

@@ -1,7 +1,7 @@
-"""How fast ONNX Runtime's graphs are on this CPU, beside FP32 and beside what its own `quantize_static` makes.
+"""How fast ONNX Runtime's graphs are on this CPU, compared with FP32 and with what its own `quantize_static` makes.
 
-All graphs of a net are timed in one process, in turn, and only ratios of such times
-are compared: a machine that does something else meanwhile slows all of them, but not alike.
+All graphs of a net are timed in one process, in turn, and only ratios of such times are compared: a machine that does
+something else meanwhile slows all of them, though not equally.
 
     python benchmarks/latency.py                  # all, resumable; results in benchmarks/results/latency.json
     python benchmarks/latency.py --model resnet18
@@ -19,10 +19,11 @@ import numpy as np
 import onnx
 import torch
 from harness import code_digest
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization import QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from random_nets import CALIBRATED, MODELS, calibrated, settled
 from store import write
+from tables import table
 
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark
@@ -36,27 +37,22 @@ RESULTS = Path(__file__).parent / "results" / "latency.json"
 BITS = ("w8a8", "w4a4")
 _THREADS = 2
 _FP32, _THEIRS = "fp32", "quantize_static"
-_COLUMNS = (
-    "model",
-    "FP32, ms",
-    "W8A8, times as fast",
-    "quantize_static, times as fast",
-    "time of W8A8 / of quantize_static",
-    "time of W4A4 / of W8A8",
-    "integer layers",
-)
+_RATIOS = {
+    "W8A8, times as fast": (_FP32, "w8a8"),
+    "quantize_static, times as fast": (_FP32, _THEIRS),
+    "time of W8A8 / of quantize_static": ("w8a8", _THEIRS),
+    "time of W4A4 / of W8A8": ("w4a4", "w8a8"),
+}
 _INTRODUCTION = f"""## Latency
 
 By `python benchmarks/latency.py`: {_THREADS} threads, medians of calls that take turns, at batch 1 / 32.
 *quantize_static* is ONNX Runtime's own quantizer (U8S8, per channel, MinMax). *Integer layers* are those that ONNX
 Runtime's CPU provider runs on integers in W8A8's graph, of those that were quantized.
-
-| {" | ".join(_COLUMNS)} |
-|{"---|" * len(_COLUMNS)}"""
+"""
 
 
-class _Images(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
-    """Gives `quantize_static` one batch after another."""
+class _Images:
+    """A CalibrationDataReader of ONNX Runtime: hands `quantize_static` one batch after another."""
 
     def __init__(self, images: Array) -> None:
         self._batches = iter(np.array_split(images, max(1, len(images) // 8)))
@@ -67,7 +63,7 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has 
 
 
 def statically_quantized(graph: onnx.ModelProto, images: Array) -> onnx.ModelProto:
-    """What ONNX Runtime's own quantizer makes of a float graph, with images (N, C, H, W) to calibrate on."""
+    """Quantize a float graph by ONNX Runtime's own quantizer, with images (N, C, H, W) to calibrate on."""
     with tempfile.TemporaryDirectory() as folder:
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
         quant_pre_process(graph, prepared)
@@ -83,7 +79,7 @@ def statically_quantized(graph: onnx.ModelProto, images: Array) -> onnx.ModelPro
 
 
 def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
-    """Milliseconds of a model's graphs, and how many of its layers run on integers."""
+    """Time a model's graphs, in milliseconds, and count the layers that run on integers."""
     model, seen = settled(name, CALIBRATED)
     size = model.input.size
     graphs = {_FP32: export_graph(model.module, size)}
@@ -98,49 +94,40 @@ def measure(name: str, config: BenchmarkConfig) -> dict[str, Any]:
             kind: stack.enter_context(OnnxRunner(graph.SerializeToString(), threads=config.cpu_threads))
             for kind, graph in graphs.items()
         }
-        found = benchmark(runners, size, config).latencies
+        records = benchmark(runners, size, config).latencies
     return {
         "threads": config.cpu_threads,
         "quantized_layers": quantized,
         "integer_layers": {kind: sum(integer_layers(graphs[kind])) for kind in (_THEIRS, *BITS)},
-        "median_ms": {kind: {str(r.batch): r.median_ms for r in records} for kind, records in found.items()},
+        "median_ms": {kind: {str(r.batch): r.median_ms for r in batches} for kind, batches in records.items()},
         "variation": {
-            kind: {str(r.batch): r.coefficient_of_variation for r in records} for kind, records in found.items()
+            kind: {str(r.batch): r.coefficient_of_variation for r in batches} for kind, batches in records.items()
         },
     }
 
 
-def section() -> list[str]:
-    """The lines of docs/coverage.md."""
+def section() -> str:
+    """Return the part of docs/coverage.md."""
     if not RESULTS.is_file():
-        return []
+        return ""
     results = json.loads(RESULTS.read_text())
-    lines = []
-    for name, own in results["models"].items():
-        median = own["median_ms"]
-        batches = list(median[_FP32])
-
-        def ratio(above: str, below: str, times: dict[str, Any] = median, sizes: list[str] = batches) -> str:
-            return " / ".join(f"{times[above][size] / times[below][size]:.2f}" for size in sizes)
-
-        cells = (
-            name,
-            " / ".join(f"{median[_FP32][size]:.1f}" for size in batches),
-            ratio(_FP32, "w8a8"),
-            ratio(_FP32, _THEIRS),
-            ratio("w8a8", _THEIRS),
-            ratio("w4a4", "w8a8"),
-            f"{own['integer_layers']['w8a8']} of {own['quantized_layers']}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    found = results["environment"]
-    versions = f"{found['cpu']}, torch {found['torch']}, ONNX Runtime {found['onnxruntime']}."
-    return [_INTRODUCTION, *lines, "", versions, ""]
+    rows = []
+    for name, record in results["models"].items():
+        median = record["median_ms"]
+        ratios = [
+            " / ".join(f"{median[above][batch] / median[below][batch]:.2f}" for batch in median[above])
+            for above, below in _RATIOS.values()
+        ]
+        layers = f"{record['integer_layers']['w8a8']} of {record['quantized_layers']}"
+        rows.append([name, " / ".join(f"{ms:.1f}" for ms in median[_FP32].values()), *ratios, layers])
+    machine = results["environment"]
+    versions = f"{machine['cpu']}, torch {machine['torch']}, ONNX Runtime {machine['onnxruntime']}.\n"
+    return "\n".join([_INTRODUCTION, table(["model", "FP32, ms", *_RATIOS, "integer layers"], rows), versions])
 
 
 @click.command()
 @click.option("--model", "models", multiple=True, help="Which ones; all of coverage.py by default.")
-@click.option("--seconds", default=3.0, show_default=True, help="Each graph is timed at least so long at each batch.")
+@click.option("--seconds", default=3.0, show_default=True, help="At least, per graph and batch size.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(models: tuple[str, ...], seconds: float, out: Path) -> None:
     """Time the models that have not been timed with these sources, and keep the results."""
@@ -149,7 +136,7 @@ def main(models: tuple[str, ...], seconds: float, out: Path) -> None:
     code = code_digest()
     for name in models or MODELS:
         if results["models"].get(name, {}).get("code") == code:
-            print(f"there already: {name}")
+            print(f"already measured: {name}")
             continue
         results["models"][name] = {**measure(name, config), "code": code}
         results["environment"] = collect_environment(torch.device("cpu")).model_dump(mode="json")

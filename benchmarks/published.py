@@ -1,4 +1,4 @@
-"""Published accuracies that the tables of docs/accuracy.md stand beside. Top-1 in percent, drops in points."""
+"""Published accuracies for the tables of docs/accuracy.md. Top-1 in percent, drops in points."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ GENIE = "Genie, CVPR 2023"
 
 @dataclass(frozen=True)
 class Published:
-    """A published number, and in words what it can be compared with; what is not known of it is None.
+    """A published number, and in words what it can be compared with; what the paper does not state is None.
 
-    The drop is given where FP32 and top-1 are not; else it is their difference.
+    `stated_drop` is for papers without both FP32 and top-1.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """torchvision's classifiers with random weights, for what does not need trained ones: no network, and no licence.
 
-BatchNorm statistics are those of natural noise, and the last layer is fitted to tell groups of it apart, so that
-answers are as far from each other as a trained model's.
+BatchNorm statistics are those of natural noise, and the last layer is fitted to tell groups of it apart, so that logits
+are as far from each other as a trained model's.
 """
 
 import torch
@@ -27,9 +27,9 @@ _RIDGE = 0.3
 
 
 def leaky_resnet18() -> nn.Module:
-    """ResNet-18 with LeakyReLU in the place of ReLU."""
+    """Make a ResNet-18 with LeakyReLU in place of ReLU."""
     net: nn.Module = torchvision.models.resnet18(weights=None)
-    net.pretrained_cfg = torchvision_cfg("resnet18")
+    vars(net)["pretrained_cfg"] = torchvision_cfg("resnet18")
     for block in list(net.modules()):
         for name, child in block.named_children():
             if isinstance(child, nn.ReLU):
@@ -38,17 +38,16 @@ def leaky_resnet18() -> nn.Module:
 
 
 def groups_of_noise(count: int, size: tuple[int, int, int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) in groups that share most of their noise, and the groups (N,)."""
+    """Draw images (N, C, H, W) in groups that share most of their noise; return them and the groups (N,)."""
     centres = natural_noise(torch.Size((_GROUPS, *size)), torch.Generator().manual_seed(SEED))
     labels = torch.arange(count) % _GROUPS
     return 0.97 * centres[labels] + 0.24 * natural_noise(torch.Size((count, *size)), rng), labels
 
 
 def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -> None:
-    """Give a random model statistics and a last layer that a trained one might have, in place."""
+    """Set statistics and a last layer of a random model as a trained one might have them, in place."""
     images, labels = groups_of_noise(_FITTED, size, rng)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for norm in norms:
+    for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
         nn.init.uniform_(norm.weight, 0.5, 1.5, generator=rng)
         nn.init.normal_(norm.bias, 0, 0.3, generator=rng)
         norm.reset_running_stats()
@@ -63,28 +62,28 @@ def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -
     features = torch.cat(inputs)
     mean = features.mean(0)
     centred = (features - mean).double()
-    wanted = 10 * torch.eye(len(last.weight), dtype=torch.float64)[labels]
+    target = 10 * torch.eye(len(last.weight), dtype=torch.float64)[labels]
     gram = centred.T @ centred
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     with torch.no_grad():
-        last.weight.copy_(torch.linalg.solve(gram, centred.T @ wanted).T)
+        last.weight.copy_(torch.linalg.solve(gram, centred.T @ target).T)
         if last.bias is not None:
-            last.bias.copy_(wanted.mean(0) - last.weight.double() @ mean.double())
+            last.bias.copy_(target.mean(0) - last.weight.double() @ mean.double())
 
 
 def settled(name: str, images: int) -> tuple[LoadedModel, Tensor]:
-    """A random model with statistics, and images (N, C, H, W) for it."""
+    """Make a random model with statistics, and images (N, C, H, W) for it."""
     rng = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
-    own = name == leaky_resnet18.__name__  # it makes its own weights, as random
-    source, weights = (f"{__file__}:{name}", None) if own else (name, "none")
+    has_factory = name == leaky_resnet18.__name__  # which makes random weights
+    source, weights = (f"{__file__}:{name}", None) if has_factory else (name, "none")
     model = load_model(source, weights=weights, device=torch.device("cpu"))
     settle(model.module, model.input.size, rng)
     return model, groups_of_noise(images, model.input.size, rng)[0]
 
 
 def calibrated(model: LoadedModel, bits: BitWidths, seen: Tensor) -> Student:
-    """A student whose scales come from the first images."""
+    """Make a student whose scales come from the first images."""
     student = make_student(model.module, bits)
     rng = torch.Generator().manual_seed(SEED)
     calibrate(student, seen[:CALIBRATED], batch_size=_BATCH, rng=rng)

@@ -3,9 +3,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-Record = dict[str, Any]
+from cells import Record
 
 _ORDER = ("model", "recipe", "effort", "label", "first_last", "bits", "seed", "key")
 
@@ -20,10 +20,19 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-class Results:
-    """`cells` that were measured, `failed` ones, and the `configs` of the runs by their digest.
+class Content(TypedDict):
+    """Cells that were measured, failed ones, and the configurations of the runs by their digest."""
 
-    The file is read and written for every change, so that it is complete whenever the script ends.
+    schema: int
+    cells: list[Record]
+    failed: list[Record]
+    configs: dict[str, Record]
+
+
+class Results:
+    """The results of a table, in a file.
+
+    It is read and written for every change, so that it is complete whenever the script ends.
 
     Args:
         path: the JSON file; made when the first record comes.
@@ -32,48 +41,44 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def _read(self) -> Record:
+    def read(self) -> Content:
+        """Return what the file holds."""
         if not self.path.is_file():
             return {"schema": 1, "cells": [], "failed": [], "configs": {}}
-        content: Record = json.loads(self.path.read_text(encoding="utf-8"))
+        content: Content = json.loads(self.path.read_text(encoding="utf-8"))
         return content
 
     @property
     def cells(self) -> list[Record]:
-        """The measured cells, one a key."""
-        found: list[Record] = self._read()["cells"]
-        return found
+        """The measured cells, one per key."""
+        return self.read()["cells"]
 
     @property
     def failed(self) -> list[Record]:
         """The cells whose last attempt failed."""
-        found: list[Record] = self._read()["failed"]
-        return found
+        return self.read()["failed"]
 
     def has(self, key: str, code: str | None) -> bool:
-        """Whether a cell was measured, with this code of the package where one is given."""
+        """Return whether a cell was measured, with this code of the package if one is given."""
         return any(cell["key"] == key and code in (None, cell["code"]) for cell in self.cells)
 
     def add(self, record: Record, config: Record) -> None:
-        """Put a measured cell, and the settings behind its `config_digest`, in the place of what its key had."""
-        content = self._read()
-        content["cells"] = _replaced(content["cells"], record)
+        """Replace a cell by what was measured, and note the settings behind its `config_digest`."""
+        content = self.read()
+        content["cells"] = _replace(content["cells"], record)
         content["failed"] = [cell for cell in content["failed"] if cell["key"] != record["key"]]
         configs = {**content["configs"], record["config_digest"]: config}
         used = {cell["config_digest"] for cell in content["cells"]}
         content["configs"] = {name: configs[name] for name in sorted(used)}
-        self._write(content)
+        write(self.path, json.dumps(content, indent=1) + "\n")
 
     def fail(self, record: Record) -> None:
         """Note that a cell failed; an earlier result of it stays."""
-        content = self._read()
-        content["failed"] = _replaced(content["failed"], record)
-        self._write(content)
-
-    def _write(self, content: Record) -> None:
+        content = self.read()
+        content["failed"] = _replace(content["failed"], record)
         write(self.path, json.dumps(content, indent=1) + "\n")
 
 
-def _replaced(records: list[Record], record: Record) -> list[Record]:
-    others = [known for known in records if known["key"] != record["key"]]
+def _replace(records: list[Record], record: Record) -> list[Record]:
+    others = [other for other in records if other["key"] != record["key"]]
     return sorted([*others, record], key=lambda r: [str(r[name]) for name in _ORDER])

@@ -1,4 +1,4 @@
-"""The class-conditional generator."""
+"""The class-conditional generator, and the sampler of its classes."""
 
 import math
 from itertools import pairwise
@@ -32,13 +32,13 @@ class Generator(nn.Module):
     """G(z | y): latents and classes to images.
 
     A seed map of at most 8x8 is doubled until it has the size to draw at; every convolution is followed by a
-    class-conditional BatchNorm. Larger images are enlarged from that, bilinearly. Pixels leave in [0, 1] and are then
-    normalized as the teacher wants them, so every image is one that a camera could have written.
+    class-conditional BatchNorm. Larger images are upsampled from that, bilinearly. Pixels are in [0, 1] before the
+    teacher's normalization is applied, so every image is one that a camera could have written.
 
     Args:
         classes: number of classes.
         size: (channels, height, width) of an image.
-        mean, std: the teacher's normalization, a value a channel.
+        mean, std: the teacher's normalization, one value per channel.
         latent: length of z.
         width: channels of the largest map, doubled with every halving down to the seed, up to 256.
         largest: the largest side to draw at; 0 draws at any image's own size.
@@ -76,24 +76,24 @@ class Generator(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, channels, 1, 1))
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Images (N, channels, height, width) float32, normalized, of z (N, latent) and labels (N,) int64."""
+        """Return images (N, channels, height, width) float32, normalized, of z (N, latent) and labels (N,) int64."""
         x = self.seed(z + self.label(labels)).view(len(z), self.widths[0], *self.sides[0])
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.leaky_relu(self.first(x, labels), 0.2)
         sides = self.sides[1:] or self.sides
         for conv, norm, side in zip(self.convs, self.norms, sides, strict=True):
-            x = F.leaky_relu(norm(enlarged(x, cast(nn.Conv2d, conv), side), labels), 0.2)
+            x = F.leaky_relu(norm(upsample_and_convolve(x, cast(nn.Conv2d, conv), side), labels), 0.2)
         x = self.last(x)
         if list(x.shape[-2:]) != self.size:
             x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
-        return (torch.sigmoid(2 * x.contiguous()) - self.mean) / self.std  # in the layout that a teacher is used to
+        return (torch.sigmoid(2 * x.contiguous()) - self.mean) / self.std  # in the layout that teachers expect
 
 
-def enlarged(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
-    """A 3x3 convolution of x (N, C, H, W), enlarged to `size` by its nearest pixels.
+def upsample_and_convolve(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
+    """Apply a 3x3 convolution to x (N, C, H, W), upsampled to `size` by its nearest pixels.
 
-    Twice as large is one transposed convolution: neighbours that are the same pixel share a sum of weights, and the
-    pass takes 16 products a pixel of x in place of 36.
+    If that is twice the size, one transposed convolution does it: neighbours that are the same pixel share a sum of
+    weights, and the pass takes 16 products per pixel of x instead of 36.
     """
     if list(size) == [2 * side for side in x.shape[-2:]]:
         weight = conv.weight.transpose(0, 1).flip(2, 3)
@@ -103,3 +103,23 @@ def enlarged(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
         x = F.interpolate(x, size=size, mode="nearest")
     y: Tensor = conv(x)
     return y
+
+
+class ClassSampler:
+    """Labels for batches that cover all classes evenly: a shuffled round through the classes, then the next.
+
+    Attributes:
+        queue: what is left of the round, (n,) int64.
+    """
+
+    def __init__(self, classes: int, rng: torch.Generator) -> None:
+        self._classes, self._rng = classes, rng
+        self.queue = torch.empty(0, dtype=torch.int64, device=rng.device)
+
+    def draw(self, count: int) -> Tensor:
+        """Return the next labels, (count,) int64."""
+        while len(self.queue) < count:
+            order = torch.randperm(self._classes, generator=self._rng, device=self._rng.device)
+            self.queue = torch.cat([self.queue, order])
+        labels, self.queue = self.queue[:count], self.queue[count:]
+        return labels

@@ -1,17 +1,16 @@
 """Refinement of the generator's images, pixel by pixel, against the teacher's BatchNorm statistics."""
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from calib.bn_statistics import count_executed, tap_batchnorm
-from calib.losses import bns_loss, image_variance_loss, total_variation
-from calib.recovery import Recovery
-from calib.support.amp import mixed_precision
+from calib.bn_statistics import tap_batchnorm
+from calib.kernels import total_variation
+from calib.losses import bns_loss, image_variance_loss
+from calib.support.amp import FiniteSteps, mixed_precision
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.config import StageConfig
 from calib.support.errors import SynthesisError
@@ -20,25 +19,24 @@ from calib.training import History
 
 _TERMS = ("bns", "ce", "spread", "variation")
 _SHARED_NOISE = 0.8  # of the noise's variance
-_GOOD_EVERY = 10  # steps, between the states that a loss which is not finite goes back to
 
 
 class RefineConfig(StageConfig):
     """How images are refined. `steps = 0` leaves them as the generator made them.
 
     Attributes:
-        steps: optimizer steps a batch, Adam with cosine decay from `learning_rate`.
+        steps: optimizer steps per batch, by Adam with cosine decay from `learning_rate`.
         batch_size: images that share one set of batch statistics.
         noise: share of noise blended into the generator's images at the start. Its power falls with frequency as
-            that of photographs does, so that images start with layouts of their own.
+            that of photographs does, so that each image starts with its own layout.
         bns_weight: weight of L_BNS (9), in channel deviations; its layers weigh `shallow_weight` to `deep_weight`,
-            linearly by depth: early statistics only loosely bind an image, late ones do.
-        ce_weight: weight of L_CE (8), for images whose class the teacher gives less than `confident`.
+            linearly by depth: early statistics constrain an image only loosely.
+        ce_weight: weight of L_CE (8), for images of whose class the teacher is less than `confident`.
         variation_weight: weight of the total variation.
-        spread_weight: weight of the spread between images, `calib.losses.image_variance_loss`.
+        spread_weight: weight of `image_variance_loss`, which holds images apart.
         spread_mean, spread_std: the least variance between images of a channel's mean and of its deviation, relative
             to the variance in the BatchNorm buffers.
-        shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted alone.
+        shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted by itself.
     """
 
     steps: int = Field(60, ge=0)
@@ -57,8 +55,8 @@ class RefineConfig(StageConfig):
     shift: int = Field(2, ge=0)
 
 
-def shifted(images: Tensor, down: int, right: int, flip: bool) -> Tensor:
-    """Images (N, C, H, W) moved by whole pixels, the border replicated, and mirrored left to right if `flip`."""
+def shift_images(images: Tensor, down: int, right: int, flip: bool) -> Tensor:
+    """Move images (N, C, H, W) by whole pixels, with the border replicated, and mirror them left to right if `flip`."""
     reach = max(abs(down), abs(right))
     if reach:
         padded = F.pad(images, (reach,) * 4, mode="replicate")
@@ -68,10 +66,10 @@ def shifted(images: Tensor, down: int, right: int, flip: bool) -> Tensor:
 
 
 def natural_noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Gaussian noise (N, C, H, W) float32 of unit variance whose amplitude falls as 1/f, as that of photographs.
+    """Draw Gaussian noise (N, C, H, W) float32 of unit variance whose amplitude falls as 1/f, as in photographs.
 
     Field, Relations between the statistics of natural images and the response properties of cortical cells, JOSA A
-    1987. Channels share most of it, as those of a photograph do.
+    1987. Channels share most of it, as those of photographs do.
     """
     count, channels, height, width = shape
     rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
@@ -85,17 +83,17 @@ def natural_noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def survives_flip(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> bool:
-    """Whether mirrored images keep their class: true for photographs, false for digits and letters.
+    """Return whether mirrored images keep their class: true for photographs, false for digits and letters.
 
-    Asked of the teacher, on those of the images (N, C, H, W) that it gives their labels (N,). Synthetic images are
-    less robust than photographs: half of them must keep their class and twice as many as upside down, or four fifths.
+    The teacher decides, on the images (N, C, H, W) that it classifies as their labels (N,). Synthetic images are less
+    robust than photographs: half of them must keep their class and twice as many as upside down, or four fifths.
     """
     right = mirrored = upset = 0
-    for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        correct = teacher(part).argmax(1) == own
+    for batch, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        correct = teacher(batch).argmax(1) == targets
         right += int(correct.sum())
-        mirrored += int((correct & (teacher(part.flip(-1)).argmax(1) == own)).sum())
-        upset += int((correct & (teacher(part.flip(-2)).argmax(1) == own)).sum())
+        mirrored += int((correct & (teacher(batch.flip(-1)).argmax(1) == targets)).sum())
+        upset += int((correct & (teacher(batch.flip(-2)).argmax(1) == targets)).sum())
     return right > 0 and (mirrored >= 0.8 * right or mirrored >= max(0.5 * right, 2 * upset))
 
 
@@ -111,7 +109,7 @@ def refine(
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> tuple[Tensor, History]:
-    """Optimize images directly, a batch at a time.
+    """Optimize the pixels of images, batch by batch.
 
     Args:
         teacher: frozen, in eval mode, on the images' device.
@@ -125,44 +123,38 @@ def refine(
         checkpoint: keeps what is reached.
 
     Returns:
-        The refined images, of half precision's values, and each loss term by step, averaged over batches.
+        The refined images, rounded to half precision, and each loss term by step, averaged over batches.
 
     Raises:
-        SynthesisError: the loss of a batch is not finite, and stays so from its last good state and at smaller
-            learning rates.
+        SynthesisError: the loss of a batch or its gradient is not finite, three steps in a row.
     """
-    count = count_executed(teacher, images)
-    span = config.deep_weight - config.shallow_weight
-    weights = [config.shallow_weight + span * i / max(1, count - 1) for i in range(count)]
     history: History = {name: [0.0] * config.steps for name in _TERMS}
-    parts = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
+    batches = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
     refined: list[Tensor] = []
-    kept = checkpoint.load("refine")
-    if kept is not None:
-        refined, history = kept["refined"], kept["history"]
-    with progress.task("Refinement", len(parts) * config.steps) as advance:
-        if refined:
-            advance(len(refined) * config.steps)
-        for part, own in parts[len(refined) :]:
-            batch = _Batch(part, config, limits, rng)
-            if kept is not None:
-                batch.load_state_dict(kept["batch"])
-                rng.set_state(kept["rng"])
-                kept = None
-                advance(batch.done)
-            while (step := batch.done) < config.steps:
-                figures = batch.step(teacher, own, weights, flip)
-                advance(batch.done - step, **figures)
-                checkpoint.save("refine", partial(_reached, refined, history, batch, rng))
+    state = checkpoint.load("refine")
+    if state is not None:
+        refined, history = state["refined"], state["history"]
+
+    def save(batch: _Batch) -> None:
+        checkpoint.save("refine", lambda: {"refined": refined, "history": history, "batch": batch.state_dict()})
+
+    with progress.task("Refinement", len(batches) * config.steps) as advance:
+        advance(len(refined) * config.steps)
+        for start, targets in batches[len(refined) :]:
+            batch = _Batch(start, targets, config, limits, rng)
+            if state is not None:
+                batch.load_state_dict(state["batch"])
+                state = None
+                advance(len(batch.losses))
+            while len(batch.losses) < config.steps:
+                if batch.step(teacher, flip):
+                    advance(1, **batch.losses[-1])
+                save(batch)
             refined.append(batch.pixels.detach().half().cpu())
-            for step, figures in enumerate(batch.losses):
-                for name, value in figures.items():
-                    history[name][step] += value / len(parts)
+            for step, terms in enumerate(batch.losses):
+                for name, value in terms.items():
+                    history[name][step] += value / len(batches)
     return torch.cat(refined).to(images.device).float(), history
-
-
-def _reached(refined: list[Tensor], history: History, batch: "_Batch", rng: torch.Generator) -> State:
-    return {"refined": refined, "history": history, "batch": batch.state_dict(), "rng": rng.get_state()}
 
 
 class _Batch:
@@ -170,91 +162,60 @@ class _Batch:
 
     Attributes:
         pixels: (N, C, H, W) float32, normalized.
-        losses: the value of each loss term by step.
+        losses: the value of each loss term, for each step that was taken.
     """
 
     def __init__(
-        self, images: Tensor, config: RefineConfig, limits: tuple[Tensor, Tensor], rng: torch.Generator
+        self, images: Tensor, labels: Tensor, config: RefineConfig, limits: tuple[Tensor, Tensor], rng: torch.Generator
     ) -> None:
         noise = natural_noise(images.shape, rng).to(images.device)
         self.pixels = nn.Parameter(torch.lerp(images, noise, config.noise).clamp(*limits))
-        self._module = nn.ParameterList([self.pixels])
-        self._config, self._limits, self._rng = config, limits, rng
-        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=config.learning_rate, fused=True)
+        self.losses: list[dict[str, float]] = []
+        self._labels, self._config, self._limits, self._rng = labels, config, limits, rng
+        self._optimizer = torch.optim.Adam([self.pixels], lr=config.learning_rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(1, config.steps))
-        self._recovery = Recovery(
-            self._module,
-            self._optimizer,
+        self._steps = FiniteSteps(
             "refinement",
             error=SynthesisError,
             advice="try another --seed, or a smaller synthesis.refine.learning_rate in --config",
         )
-        self.losses: list[dict[str, float]] = []
-        self._good = self.done, self._schedule.state_dict()
 
-    @property
-    def done(self) -> int:
-        """Steps taken."""
-        return len(self.losses)
-
-    def step(self, teacher: nn.Module, labels: Tensor, weights: list[float], flip: bool) -> dict[str, float]:
-        """One optimizer step; gives the value of each loss term.
-
-        Where the loss is not finite, the steps since the last good state are taken back, to be done with smaller ones.
-        """
-        config, pixels = self._config, self.pixels
-        down, right, mirror = _draw_move(config.shift, self._rng)
+    def step(self, teacher: nn.Module, flip: bool) -> bool:
+        """Take an optimizer step. Return False if it was skipped, as its loss or gradient is not finite."""
+        config, pixels, rng = self._config, self.pixels, self._rng
+        move = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng, device=rng.device).tolist()
+        mirror = bool(torch.randint(2, (), generator=rng, device=rng.device))
         with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
-            logits = teacher(shifted(pixels, down, right, flip and mirror)).float()
-        bns = bns_loss(tap, weights, relative=True)
-        unsure = logits.softmax(1).gather(1, labels[:, None]).squeeze(1) < config.confident
-        ce = (F.cross_entropy(logits, labels, reduction="none") * unsure).mean()
-        loss = config.bns_weight * bns + config.ce_weight * ce
+            logits = teacher(shift_images(pixels, move[0], move[1], flip and mirror)).float()
+        bns = bns_loss(tap, config.shallow_weight, config.deep_weight, relative=True)
+        unsure = logits.softmax(1).gather(1, self._labels[:, None]).squeeze(1) < config.confident
+        ce = (F.cross_entropy(logits, self._labels, reduction="none") * unsure).mean()
         variation = total_variation(pixels)
-        loss = loss + config.variation_weight * variation
         spread = image_variance_loss(tap, config.spread_mean, config.spread_std)
-        loss = loss + config.spread_weight * spread
-        value, *figures = torch.stack([loss, bns, ce, spread, variation]).tolist()
-        terms = dict(zip(_TERMS, figures, strict=True))
-        if self._recovery.went_back(value):
-            done, schedule = self._good
-            del self.losses[done:]
-            self._schedule.load_state_dict(schedule)
-        else:
-            if self.done % _GOOD_EVERY == 0:
-                self._recovery.save()
-                self._good = self.done, self._schedule.state_dict()
-            self.losses.append(terms)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._optimizer.step()
-            self._schedule.step()
-            with torch.no_grad():
-                pixels.clamp_(*self._limits)
-        return terms
+        loss = config.bns_weight * bns + config.ce_weight * ce
+        loss = loss + config.variation_weight * variation + config.spread_weight * spread
+        if not self._steps.step(self._optimizer, loss):
+            return False
+        self._schedule.step()
+        with torch.no_grad():
+            pixels.clamp_(*self._limits)
+        self.losses.append(dict(zip(_TERMS, torch.stack([bns, ce, spread, variation]).tolist(), strict=True)))
+        return True
 
     def state_dict(self) -> State:
-        """All that its steps go on from."""
+        """Return all that its steps resume from."""
         return {
             "losses": self.losses,
-            "pixels": self._module.state_dict(),
+            "pixels": self.pixels.detach(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "recovery": self._recovery.state_dict(),
-            "good": self._good,
+            "rng": self._rng.get_state(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from what `state_dict` returned."""
         self.losses = state["losses"]
-        self._module.load_state_dict(state["pixels"])
+        self.pixels.data.copy_(state["pixels"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self._recovery.load_state_dict(state["recovery"])
-        self._good = state["good"]
-
-
-def _draw_move(shift: int, rng: torch.Generator) -> tuple[int, int, bool]:
-    draws = torch.randint(-shift, shift + 1, (2,), generator=rng, device=rng.device).tolist()
-    mirror = bool(torch.randint(2, (), generator=rng, device=rng.device))
-    return int(draws[0]), int(draws[1]), mirror
+        self._rng.set_state(state["rng"])

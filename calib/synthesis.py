@@ -1,4 +1,4 @@
-"""Data-free synthesis, whole: train a generator, sample it evenly over the classes, refine what it made."""
+"""Data-free synthesis: train a generator, sample it evenly over the classes, refine its images."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calib.bn_statistics import tap_batchnorm, within_class_diversity
 from calib.calibration_set import CalibrationSet
-from calib.labels import balanced_labels
+from calib.generator import ClassSampler
 from calib.refine import RefineConfig, refine, survives_flip
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.support.config import StageConfig
@@ -19,17 +19,8 @@ from calib.support.errors import SynthesisError
 from calib.support.progress import SILENT, Progress
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
-# the weights of the equations are the defaults; what differs is (6), here as it is written, and the refinement
-_PAPER: dict[str, dict[str, Any]] = {
-    "generator": {
-        "icv_noise": "class",
-        "distance": "absolute",
-        "lambda_mean": 0.5,
-        "lambda_std": 1.0,
-        "largest": 0,
-    },
-    "refine": {"steps": 0},
-}
+# of the recipe `paper`: the weights of the equations are the defaults; only (6) differs, which is here as published
+_PAPER = {"icv_noise": "class", "distance": "absolute", "lambda_mean": 0.5, "lambda_std": 1.0, "largest": 0}
 _PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # without data an epoch is a pass as long as the set that is made
 
 
@@ -37,10 +28,10 @@ class SynthesisConfig(StageConfig):
     """How the calibration set is made.
 
     Attributes:
-        recipe: `default`, or `paper`: the generator alone, by the equations with their published weights and
-            schedule: 400 epochs, 50 of them warm-up, each as long as the set that is made.
+        recipe: `default`, or `paper`: only the generator, by the equations with their published weights and schedule
+            of 400 epochs, 50 of them warm-up, each as long as the set that is made.
         images: size of the set.
-        generator, refine: the two parts.
+        generator, refine: settings of the two parts.
     """
 
     recipe: Literal["default", "paper"] = "default"
@@ -50,44 +41,42 @@ class SynthesisConfig(StageConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_the_recipe(cls, values: Any) -> Any:
-        """Settings that were not given take the recipe's values."""
+    def _apply_recipe(cls, values: Any) -> Any:
+        """Fill in the recipe's values for settings that are not set."""
         if not isinstance(values, dict) or values.get("recipe") != "paper":
             return values
-        filled = dict(values)
-        for part, settings in _PAPER.items():
-            given = filled.get(part, {})
-            filled[part] = {**settings, **given} if isinstance(given, dict) else given
-        generator, images = filled["generator"], filled.get("images", cls.model_fields["images"].default)
-        if isinstance(generator, dict) and "steps" not in generator and isinstance(images, int):
-            epoch = math.ceil(images / int(generator.get("batch_size", GeneratorConfig().batch_size)))
-            schedule = {"steps": _PAPER_EPOCHS * epoch, "warmup_steps": _PAPER_WARMUP_EPOCHS * epoch}
-            filled["generator"] = {**schedule, **generator}
-        return filled
+        generator, refine = values.get("generator", {}), values.get("refine", {})
+        if isinstance(generator, dict):
+            sizes = values.get("images", 1024), generator.get("batch_size", GeneratorConfig().batch_size)
+            schedule = {}
+            if "steps" not in generator and all(isinstance(size, int) and size > 0 for size in sizes):
+                epoch = math.ceil(sizes[0] / sizes[1])
+                schedule = {"steps": _PAPER_EPOCHS * epoch, "warmup_steps": _PAPER_WARMUP_EPOCHS * epoch}
+            generator = {**_PAPER, **schedule, **generator}
+        if isinstance(refine, dict):
+            refine = {"steps": 0, **refine}
+        return {**values, "generator": generator, "refine": refine}
 
     def with_smaller_batches(self, divisor: int) -> "SynthesisConfig":
-        """The same work in batches of a divisor-th of the size, at least two images."""
-
-        def smaller(batch_size: int) -> dict[str, int]:
-            return {"batch_size": max(2, batch_size // divisor)}
-
+        """Return the same settings with batch sizes divided by `divisor`, of at least two images."""
+        parts: dict[str, GeneratorConfig | RefineConfig] = {"generator": self.generator, "refine": self.refine}
         return self.model_copy(
             update={
-                "generator": self.generator.model_copy(update=smaller(self.generator.batch_size)),
-                "refine": self.refine.model_copy(update=smaller(self.refine.batch_size)),
+                name: part.model_copy(update={"batch_size": max(2, part.batch_size // divisor)})
+                for name, part in parts.items()
             }
         )
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """What synthesis gives.
+    """The result of synthesis.
 
     Attributes:
         calibration: the images, on the CPU.
-        teacher_top1: share (percent) of images that the teacher gives their label.
-        within_class_diversity: share of the variance of the teacher's last BatchNorm inputs that lies within classes;
-            None where no class has two images.
+        teacher_top1: share (percent) of images that the teacher classifies as their label.
+        within_class_diversity: share of the variance of the teacher's last BatchNorm inputs that is within classes;
+            None if no class has two images.
         flip: whether images keep their class when mirrored.
         losses: each term by step.
     """
@@ -118,17 +107,17 @@ def synthesize(
         teacher: a classifier with BatchNorm, in eval mode, on `device`; images (N, C, H, W) to logits (N, classes).
         classes: number of classes.
         size: (channels, height, width) of an image.
-        mean, std: the teacher's normalization of pixels in [0, 1], a value a channel.
+        mean, std: the teacher's normalization of pixels in [0, 1], one value per channel.
         config: how to make it.
-        device: where to compute.
+        device: the device to compute on, the teacher's.
         rng: source of all randomness.
         progress: shows how far it is.
-        checkpoint: keeps what is reached. On a CPU, work that goes on from it ends with the images that it would have
-            ended with; on a GPU some gradients are summed in any order.
+        checkpoint: keeps what is reached. On a CPU, work that resumes from it ends with the same images as without
+            the interruption; on a GPU some gradients are summed in any order.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
-        SynthesisError: it diverges, also from its last good state and at smaller learning rates.
+        SynthesisError: it diverges.
     """
     teacher = _channels_last(teacher, torch.zeros(2, *size, device=device))
     trainer = GeneratorTrainer(
@@ -141,24 +130,12 @@ def synthesize(
         device=device,
         rng=rng,
     )
-    if (drawn := checkpoint.load("drawn")) is None:
-        history = trainer.train(progress, checkpoint)
-        labels = balanced_labels(config.images, classes, rng).to(device)
-        images = trainer.sample(labels)
-        flip = survives_flip(teacher, images, labels, config.generator.batch_size)
-        state = {"history": history, "labels": labels, "images": images, "flip": flip, "rng": rng.get_state()}
-        checkpoint.save("drawn", lambda: state, at_once=True)
-    else:
-        history, flip = drawn["history"], drawn["flip"]
-        labels, images = drawn["labels"].to(device), drawn["images"].to(device)
-        rng.set_state(drawn["rng"])
-    losses = {f"generator.{name}": values for name, values in history.items()}
+    losses = {f"generator.{name}": values for name, values in trainer.train(progress, checkpoint).items()}
+    labels = ClassSampler(classes, rng).draw(config.images).to(device)
+    images = trainer.sample(labels)
+    flip = survives_flip(teacher, images, labels, config.generator.batch_size)
     if config.refine.steps:
-        shape = (1, size[0], 1, 1)
-        offset, scale = (
-            torch.tensor(mean, device=device).view(shape),
-            torch.tensor(std, device=device).view(shape),
-        )
+        offset, scale = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (mean, std))
         images, history = refine(
             teacher,
             images,
@@ -171,7 +148,7 @@ def synthesize(
             checkpoint=checkpoint,
         )
         losses |= {f"refine.{name}": values for name, values in history.items()}
-        # a generator's images may be too poor to tell; refined without flips, photographs survive one all the same
+        # a generator's images may be too poor to decide; refined without flips, photographs survive one all the same
         flip = flip or survives_flip(teacher, images, labels, config.generator.batch_size)
     images = images.half().float()  # as it will be read back
     if not bool(images.isfinite().all()):
@@ -183,9 +160,9 @@ def synthesize(
 
 @torch.no_grad()
 def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of the teacher whose convolutions run channels last: on CPUs and GPUs a pass takes down to half the time.
+    """Return a copy of the teacher that runs channels last: on CPUs and GPUs a pass takes down to half the time.
 
-    The teacher itself where it takes a `view` of a map that has none in that layout.
+    A teacher that applies `view` to a map that has none in this layout is returned as it is.
     """
     changed = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
     try:
@@ -197,11 +174,11 @@ def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float | None]:
-    """The teacher's top-1 (percent), and the diversity of its last BatchNorm layer's inputs within classes."""
+    """Return the teacher's top-1 (percent), and the diversity of its last BatchNorm layer's inputs within classes."""
     right, features = 0, []
     with tap_batchnorm(teacher) as tap:
-        for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            right += int((teacher(part).argmax(1) == own).sum())
+        for batch, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            right += int((teacher(batch).argmax(1) == targets).sum())
             features.append(tap.moments[-1].mean)
     diversity = within_class_diversity(torch.cat(features), labels) if len(labels.unique()) < len(labels) else None
     return 100 * right / len(labels), diversity

@@ -69,7 +69,7 @@ class GraphError(ClusterQError, ValueError):
 
 
 class TuningError(ClusterQError):
-    """Fine-tuning diverges, from its last good state and at smaller learning rates too."""
+    """Fine-tuning diverges: its loss or gradient stays without a finite value."""
 
 
 class OutOfMemoryError(ClusterQError):

@@ -2,9 +2,9 @@
 
     python examples/custom_module.py --out runs/custom.onnx
 
-What makes a module of your own fit: BatchNorm with running statistics, a forward that torch.fx can trace, logits as its
-answer. The command line wants a factory, a function without arguments that returns the module in eval mode, and a
-`pretrained_cfg` on it that says how its input is made (or --input-size, --mean and --std):
+It needs BatchNorm with running statistics, a forward that torch.fx can trace, and logits as its output. The command
+line requires a factory, a function without arguments that returns the module in eval mode, and a `pretrained_cfg` on it
+that says how its input is made (or --input-size, --mean and --std):
 
     clusterq run path/to/module.py:factory --weights weights.safetensors
 """
@@ -45,14 +45,14 @@ class Net(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Images (1797, 1, 8, 8) float32, normalized, and their labels (1797,) int64."""
+    """Return images (1797, 1, 8, 8) float32, normalized, and their labels (1797,) int64."""
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     return (images - MEAN) / STD, torch.from_numpy(data.target)
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    """A trained model, in eval mode."""
+    """Train a model, and return it in eval mode."""
     torch.manual_seed(0)
     model = Net().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -74,7 +74,7 @@ def quantize(model: nn.Module, graph: Path, **synthesis: object) -> Path:
 
 
 def top1(graph: Path, images: np.ndarray, labels: np.ndarray) -> float:
-    """Accuracy in percent, as ONNX Runtime executes the graph."""
+    """Return the accuracy in percent, as ONNX Runtime executes the graph."""
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: images})
     return 100 * float((logits.argmax(1) == labels).mean())
@@ -89,9 +89,9 @@ def main(epochs: int, out: Path) -> None:
     model = train(images[~held_out], labels[~held_out], epochs)
     graph = quantize(model, out, images=512)
     with torch.no_grad():
-        in_float = 100 * (model(images[held_out]).argmax(1) == labels[held_out]).float().mean().item()
-    in_int8 = top1(graph, images[held_out].numpy(), labels[held_out].numpy())
-    print(f"held-out top-1: {in_float:.2f} % in float, {in_int8:.2f} % in INT8: {graph}")
+        float_top1 = 100 * (model(images[held_out]).argmax(1) == labels[held_out]).float().mean().item()
+    int8_top1 = top1(graph, images[held_out].numpy(), labels[held_out].numpy())
+    print(f"held-out top-1: {float_top1:.2f} % in float, {int8_top1:.2f} % in INT8: {graph}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A torchvision classifier as an INT8 graph, and that graph alone in ONNX Runtime.
+"""A torchvision classifier as an INT8 graph, and that graph by itself in ONNX Runtime.
 
     python examples/torchvision_int8.py PHOTO --model resnet18
 
-`make_graph` needs this project, and no data. What stands below it needs numpy, Pillow and ONNX Runtime alone: it is
-all that a service that answers with the model has to have.
+`make_graph` needs this project, and no data. The functions below it need only numpy, Pillow and ONNX Runtime: they are
+all that a service with this model needs.
 """
 
 import json
@@ -19,7 +19,7 @@ Spec = dict[str, Any]
 
 
 def make_graph(model: str, out: Path, **settings: Any) -> Path:
-    """Quantize a model to INT8 in the run directory `out`; gives the graph for ONNX Runtime.
+    """Quantize a model to INT8 in the run directory `out`. Return the graph for ONNX Runtime.
 
     `settings` are those of a run.toml, on top of `effort = "fast"`: nothing is fine-tuned, INT8 rarely needs it.
     """
@@ -36,7 +36,7 @@ def make_graph(model: str, out: Path, **settings: Any) -> Path:
 
 
 def open_graph(graph: Path, threads: int = 0) -> tuple[onnxruntime.InferenceSession, Spec]:
-    """A session, and how the graph wants its input, which stands in its metadata; 0 threads is one a core."""
+    """Open a session, and read from the graph's metadata how its input is made; 0 threads is one per core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -44,7 +44,7 @@ def open_graph(graph: Path, threads: int = 0) -> tuple[onnxruntime.InferenceSess
 
 
 def preprocess(image: Image.Image, spec: Spec) -> np.ndarray:
-    """An image of any size as (channels, height, width) float32, normalized."""
+    """Return an image of any size as (channels, height, width) float32, normalized."""
     channels, height, width = spec["size"]
     image = image.convert("L" if channels == 1 else "RGB")
     enlargement = (spec["resize"] or min(height, width)) / min(image.size)
@@ -58,12 +58,12 @@ def preprocess(image: Image.Image, spec: Spec) -> np.ndarray:
 
 
 def classify(session: onnxruntime.InferenceSession, images: np.ndarray, best: int = 5) -> list[list[tuple[int, float]]]:
-    """For each of the images (N, channels, height, width) the likeliest classes, with their probabilities."""
+    """Return the likeliest classes of each image (N, channels, height, width), with their probabilities."""
     (logits,) = session.run(None, {session.get_inputs()[0].name: images})
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :best]
-    return [[(int(c), float(row[c])) for c in own] for own, row in zip(order, probabilities, strict=True)]
+    return [[(int(c), float(row[c])) for c in likeliest] for likeliest, row in zip(order, probabilities, strict=True)]
 
 
 @click.command(help=__doc__.splitlines()[0])

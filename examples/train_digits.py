@@ -2,8 +2,8 @@
 
     python examples/train_digits.py --out clusterq_deploy/assets
 
-The held-out images are fixed by their own seed, are never trained on, and choose nothing: training runs for
-a fixed number of epochs and keeps the last one. Takes a few minutes on one core.
+The held-out images are fixed by their own seed, are never trained on, and select nothing: training runs for a fixed
+number of epochs and keeps the last one. It takes a few minutes on one core.
 """
 
 import math
@@ -28,7 +28,7 @@ BATCH = 64
 
 
 def load_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Images (N, 8, 8, 1) uint8 and labels (N,) int64 to train on, then the held-out ones."""
+    """Return images (N, 8, 8, 1) uint8 and labels (N,) int64 to train on, then the held-out ones."""
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = data.target.astype(np.int64)
@@ -39,12 +39,12 @@ def load_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def preprocess(images: np.ndarray, spec: InputSpec) -> Tensor:
-    """(N, 8, 8, 1) uint8 -> (N, 1, 32, 32) float32, normalized, exactly as evaluation does it."""
+    """Return images (N, 8, 8, 1) uint8 as (N, 1, 32, 32) float32, normalized, exactly as evaluation does it."""
     return torch.from_numpy(np.stack([spec.preprocess(Image.fromarray(image[..., 0])) for image in images]))
 
 
 def augment(images: Tensor, background: float, generator: torch.Generator) -> Tensor:
-    """Turn (12 degrees at most), scale (12%) and shift (2 of 32 pixels); (N, 1, 32, 32) both ways."""
+    """Turn (at most 12 degrees), scale (12%) and shift (2 of 32 pixels) images (N, 1, 32, 32)."""
 
     def uniform(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
@@ -58,7 +58,7 @@ def augment(images: Tensor, background: float, generator: torch.Generator) -> Te
 
 
 def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int, background: float) -> DigitsNet:
-    """Train from scratch with SGD and one learning-rate cycle; the model of the last epoch, in eval mode."""
+    """Train from scratch with SGD and one learning-rate cycle. Return the model of the last epoch, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the initial weights
     net = DigitsNet()
@@ -81,12 +81,12 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int, background:
 
 @torch.no_grad()
 def top1(net: DigitsNet, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent."""
+    """Return the accuracy in percent."""
     return 100 * (net(images).argmax(1) == labels).float().mean().item()
 
 
 def as_stored(value: Tensor) -> Tensor:
-    """A weight or statistic as the file has it: of half precision."""
+    """Return a weight or statistic as the file has it: in half precision."""
     return value.half() if value.is_floating_point() else value
 
 

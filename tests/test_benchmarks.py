@@ -8,10 +8,12 @@ from pathlib import Path
 
 import ablation
 import accuracy
+import coverage
 import harness
 import pytest
 import tables
-from cells import ROOT, Cell, Places, arguments, read_cell
+from cells import ROOT, Cell, arguments, read_cell
+from click import Command
 from click.testing import CliRunner, Result
 from store import Results
 
@@ -44,28 +46,31 @@ if args[0] == "run":
 
 
 class Bench:
-    """The script in a folder of its own, with a stand-in for the commands."""
+    """The scripts in a folder of their own, with a stand-in for the commands."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.patch = path, monkeypatch
         (path / "stand_in.py").write_text(STAND_IN)
         monkeypatch.setattr(harness, "PROGRAM", (sys.executable, str(path / "stand_in.py")))
         monkeypatch.setenv("CALLS", str(path / "calls"))
-        self.results = Results(path / "accuracy.json")
+        monkeypatch.setattr(ablation, "RESULTS", path / "ablation.json")
+        self.results, self.page = Results(path / "accuracy.json"), path / "page.md"
 
-    def call(self, *more: str) -> Result:
-        files = ["--results", self.results.path, "--page", self.path / "page.md", "--out", self.path / "work"]
-        options = [*files, "--ablation-results", self.path / "ablation.json"]
-        result = CliRunner().invoke(accuracy.main, [*map(str, options), *more])
+    def call(self, *options: str, models: tuple[str, ...] = ("--model", "digits")) -> Result:
+        files = ["--results", str(self.results.path), "--page", str(self.page)]
+        return self.invoke(accuracy.main, *files, *models, *options)
+
+    def invoke(self, script: Command, *options: str) -> Result:
+        result = CliRunner().invoke(script, ["--out", str(self.path / "work"), *options])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
         return result
 
     def calls(self) -> list[str]:
-        """The commands since the last time this was asked."""
+        """Return the commands since the last time this was called."""
         path = self.path / "calls"
-        found = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
         path.write_text("")
-        return found
+        return lines
 
 
 @pytest.fixture
@@ -73,23 +78,25 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
 
 
-DIGITS = ("--model", "digits")
-
-
 def test_one_synthesis_serves_all_bits_and_nothing_is_made_twice(bench: Bench) -> None:
-    assert bench.call(*DIGITS, "--bits", "w8a8").exit_code == 0
+    assert bench.call("--bits", "w8a8").exit_code == 0
     assert bench.calls() == ["synthesize", "run w8a8"]
-    assert bench.call(*DIGITS).exit_code == 0
+    assert bench.call().exit_code == 0
     assert bench.calls() == ["run w4a8", "run w4a4"]
-    assert "there already: digits-default-s0 w8a8" in bench.call(*DIGITS).stdout
+    assert "already measured: digits-default-s0 w8a8" in bench.call().stdout
     assert bench.calls() == []
-    assert bench.call(*DIGITS, "--bits", "w4a4", "--again").exit_code == 0
+    assert bench.call("--bits", "w4a4", "--again").exit_code == 0
     assert bench.calls() == ["synthesize", "run w4a4"]
     assert len(bench.results.cells) == 3
+    (figures,) = (bench.path / "work").glob("*/synthesize.json")
+    figures.unlink()  # as if it was interrupted between the command and its figures
+    bench.results.path.unlink()
+    bench.call("--bits", "w8a8")
+    assert bench.calls() == ["synthesize", "run w8a8"]
 
 
-def test_a_result_says_what_was_measured_and_how(bench: Bench) -> None:
-    bench.call(*DIGITS, "--bits", "W4A4", "--seeds", "1")
+def test_record_says_what_was_measured_and_how(bench: Bench) -> None:
+    bench.call("--bits", "W4A4", "--seeds", "1")
     (cell,) = bench.results.cells
     assert (cell["fp32_top1"], cell["top1"], cell["drop"], cell["seed"]) == (92, 91, 1, 1)
     assert (cell["synthesis_seconds"], cell["quantize_seconds"]) == (60, 5)
@@ -101,70 +108,63 @@ def test_a_result_says_what_was_measured_and_how(bench: Bench) -> None:
     assert str(bench.path) not in content
 
 
-def test_a_failing_command_is_noted_and_the_rest_goes_on(bench: Bench) -> None:
+def test_failing_command_is_noted_and_the_rest_goes_on(bench: Bench) -> None:
     bench.patch.setenv("FAILS", "w4a8")
-    result = bench.call(*DIGITS)
+    result = bench.call()
     assert result.exit_code == 1
     assert bench.calls() == ["synthesize", "run w8a8", "run w4a8", "run w4a4"]
     (failure,) = bench.results.failed
     assert (failure["bits"], failure["error"]) == ("w4a8", "Error: no luck with x")
     assert "failed: digits-default-s0 w4a8: Error: no luck with x" in result.stdout
-    assert "- failed: W4A8, first and last 8 bits, default, seed 0" in (bench.path / "page.md").read_text()
+    assert "- failed: W4A8, first and last 8 bits, default, seed 0" in bench.page.read_text()
+    bench.patch.setenv("FAILS", "synthesize")
+    assert bench.call("--again").exit_code == 1
+    assert bench.calls() == ["synthesize"]
+    assert (len(bench.results.failed), len(bench.results.cells)) == (3, 2)  # earlier results stay
     bench.patch.delenv("FAILS")
-    assert bench.call(*DIGITS).exit_code == 0
-    assert bench.calls() == ["run w4a8"]
+    assert bench.call("--again").exit_code == 0
     assert (bench.results.failed, len(bench.results.cells)) == ([], 3)
 
 
-def test_a_failure_leaves_an_earlier_result(bench: Bench) -> None:
-    bench.call(*DIGITS, "--bits", "w8a8")
-    bench.patch.setenv("FAILS", "synthesize")
-    assert bench.call(*DIGITS, "--bits", "w8a8", "--again").exit_code == 1
-    assert [len(bench.results.cells), len(bench.results.failed)] == [1, 1]
-
-
-def test_other_sources_of_the_package_are_measured_anew(bench: Bench) -> None:
-    bench.call(*DIGITS, "--bits", "w8a8")
+def test_other_sources_of_the_package_are_measured_again(bench: Bench) -> None:
+    bench.call("--bits", "w8a8")
     bench.calls()
     bench.patch.setattr(harness, "code_digest", lambda: "another")
-    bench.call(*DIGITS, "--bits", "w8a8", "--keep-old")
+    bench.call("--bits", "w8a8", "--keep-old")
     assert bench.calls() == []
-    bench.call(*DIGITS, "--bits", "w8a8")
+    bench.call("--bits", "w8a8")
     assert bench.calls() == ["synthesize", "run w8a8"]
     assert [cell["code"] for cell in bench.results.cells] == ["another"]
-    changing = iter(["before", "after"])
-    bench.patch.setattr(harness, "code_digest", lambda: next(changing))
-    result = bench.call(*DIGITS, "--bits", "w4a4")
+    digests = iter(["before", "after"])
+    bench.patch.setattr(harness, "code_digest", lambda: next(digests))
+    result = bench.call("--bits", "w4a4")
     assert result.exit_code == 1
     assert "changed while they were measured" in result.stderr
     assert len(bench.results.cells) == 1
 
 
-def test_what_an_interrupt_left_is_made_again(bench: Bench) -> None:
-    bench.call(*DIGITS, "--bits", "w8a8")
-    (figures,) = (bench.path / "work").glob("*/synthesize.json")
-    figures.unlink()  # as if it had ended between the command and its figures
-    bench.calls()
-    bench.call(*DIGITS, "--bits", "w4a4")
-    assert bench.calls() == ["synthesize", "run w4a4"]
-
-
 def test_missing_files_are_named(bench: Bench) -> None:
-    assert "give --models-file" in bench.call("--model", "resnet20_cifar10").stderr
-    assert "does not exist" in bench.call("--models-file", str(bench.path / "models.py")).stderr
-    assert "no cell of the matrix" in bench.call(*DIGITS, "--bits", "w2a2").stderr
+    assert "give --models-file" in bench.call(models=("--model", "resnet20_cifar10")).stderr
+    assert "does not exist" in bench.call("--models-file", str(bench.path / "models.py"), models=()).stderr
+    assert "no cell of the matrix" in bench.call("--bits", "w2a2").stderr
 
 
-def test_the_command_of_a_cell() -> None:
-    cell = Cell("net", "w4a4", True, "paper", "fast", 2)
-    places = Places(Path("/w"), Path("/m/models.py"), Path("/d"))
-    made = arguments(cell, "run", "models.py:net", "data.npz", Path("settings.toml"), Path("runs/x"))
-    assert " ".join(made) == (
+def test_arguments_of_a_cell_are_what_the_commands_accept() -> None:
+    cell_with_all = Cell("net", "w4a4", True, "paper", "fast", 2)
+    line = " ".join(arguments(cell_with_all, "run", "models.py:net", "data.npz", Path("settings.toml"), Path("runs/x")))
+    assert line == (
         "run models.py:net --recipe paper --seed 2 --effort fast --bits w4a4 --first-last --data data.npz "
         "--config settings.toml --out runs/x"
     )
-    assert places.hidden("cannot read /d/data.npz of /m/models.py") == "cannot read data.npz of models.py"
-    assert "--effort" not in arguments(Cell("net", "w4a4"), "synthesize", "net", None, Path("s"), Path("o"))
+    for cell in (Cell("digits", "w4a4"), cell_with_all):
+        for command in (commands.run, commands.synthesize):
+            line = arguments(cell, str(command.name), "digits", "data.npz", Path("settings.toml"), Path("runs/x"))
+            assert ("--effort" in line) is (cell.effort is not None)
+            parameters = command.make_context(command.name, line[1:]).params
+            assert (parameters["config_file"], parameters["seed"]) == (Path("settings.toml"), cell.seed)
+    settings = [harness.merged(harness.TIMING, cell.settings) for cell in ablation.cells()]
+    generators = [make_config({"model": "digits", **values}).synthesis.generator for values in settings]
+    assert {(generator.steps, generator.warmup_steps) for generator in generators} == {(800, 100)}
 
 
 def test_keys_tell_cells_apart() -> None:
@@ -174,9 +174,9 @@ def test_keys_tell_cells_apart() -> None:
     assert [c.seed for c in accuracy.planned(("resnet20_cifar10",), ("w4a4",)) if c.first_last] == [0, 1, 2]
 
 
-def test_mean_spread_and_standard_error() -> None:
-    assert tables.mean_and_spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert tables.mean_and_spread([-0.001]) == "0.00"
+def test_texts_of_figures() -> None:
+    assert tables.mean_and_std([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert tables.mean_and_std([-0.001]) == "0.00"
     # 5 % of 5,000 images differ; by hand: sqrt((0.05 - 0.01^2) / 5000)
     assert tables.standard_error(1, 95, 5000) == pytest.approx(100 * math.sqrt(0.0499 / 5000))
     assert tables.standard_error(0, 100, 10) == 0
@@ -184,32 +184,22 @@ def test_mean_spread_and_standard_error() -> None:
     assert [tables.memory(m) for m in (2.54e9, 7.3e8)] == ["2.5 GB", "730 MB"]
 
 
-def test_the_page_shows_seeds_their_spread_and_what_is_published(bench: Bench) -> None:
-    bench.call(*DIGITS, "--bits", "w4a4", "--seeds", "0,1,2")
-    page = (bench.path / "page.md").read_text()
-    (row,) = [line for line in page.splitlines() if line.startswith("| W4A4, first and last 8 bits | default")]
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2:10] == [
-        "3",
-        "92.00",
-        "91.00 ± 1.00",
-        "1.00 ± 1.00",
-        "0.32",
-        "95.00 ± 0.00",
-        "91.00 ± 1.00",
-        "1 min 5 s",
-    ]
+def test_page_shows_seeds_their_deviation_and_what_is_published(bench: Bench) -> None:
+    bench.call("--bits", "w4a4", "--seeds", "0,1,2")
+    page = bench.page.read_text()
+    row = "| 3 | 92.00 | 91.00 ± 1.00 | 1.00 ± 1.00 | 0.32 | 95.00 ± 0.00 | 91.00 ± 1.00 | 1 min 5 s |"
+    assert f"| W4A4, first and last 8 bits | default {row}" in page
     assert "5,000 images of digits, held out; 2 cores of Some CPU" in page
     assert "| W8A8, first and last 8 bits | not yet measured |" in page
     assert "| ResNet-20 W4A4, all layers | ClusterQ, arXiv 2205.00179 | 93.89 → 92.06 | 1.83 | Setting yes" in page
     assert bench.call("--table").exit_code == 0
-    assert (bench.path / "page.md").read_text() == page
+    assert bench.page.read_text() == page
 
 
-def test_the_ablation_leaves_out_one_part_at_a_time(bench: Bench) -> None:
-    results = Results(bench.path / "ablation.json")
-    options = ["--model", "digits", "--seeds", "0,1", "--scale", "0.0125", "--out", str(bench.path / "work")]
-    result = CliRunner().invoke(ablation.main, [*options, "--results", str(results.path)])
+def test_ablation_leaves_out_one_part_at_a_time(bench: Bench) -> None:
+    results = Results(ablation.RESULTS)
+    options = ["--model", "digits", "--seeds", "0,1", "--scale", "0.0125", "--results", str(results.path)]
+    result = bench.invoke(ablation.main, *options)
     assert result.exit_code == 0, result.output
     assert bench.calls() == ["synthesize", "run w4a4"] * 10
     settings = {cell["label"]: cell["settings"]["synthesis"]["generator"] for cell in results.cells}
@@ -219,16 +209,17 @@ def test_the_ablation_leaves_out_one_part_at_a_time(bench: Bench) -> None:
     row = "| without EMA (5) | digits, W4A4, all layers | 80 (10) | 2 | 92.00 | 90.50 ± 0.71 | 1.50 ± 0.71 |"
     assert row in result.stdout
     bench.call("--table")
-    assert row in (bench.path / "page.md").read_text()
+    assert row in bench.page.read_text()
 
 
-def test_the_page_in_the_docs_is_that_of_the_results() -> None:
+def test_pages_in_the_docs_are_those_of_the_results() -> None:
     page = accuracy.page(Results(accuracy.RESULTS), Results(ablation.RESULTS))
     assert accuracy.PAGE.read_text() == page, "run python benchmarks/accuracy.py --table"
+    page = coverage.page(json.loads(coverage.RESULTS.read_text()))
+    assert coverage.PAGE.read_text() == page, "run python benchmarks/coverage.py --table"
 
 
-def test_a_real_report_has_what_is_read_of_it() -> None:
-    """The cells above come from a stand-in; this is the report of a run of its own."""
+def test_read_cell_reads_a_real_report() -> None:
     report = json.loads((ROOT / "benchmarks/results/digits.json").read_text())
     record, config = read_cell(report, Cell("digits", "w4a4"))
     assert (record["images"], record["fp32_top1"], record["runtime"]) == (450, record["top1"], "onnxruntime-cpu")
@@ -238,34 +229,21 @@ def test_a_real_report_has_what_is_read_of_it() -> None:
     assert all(record["environment"][name] for name in ("python", "torch", "onnx", "onnxruntime", "cpu", "cores"))
 
 
-def test_the_real_commands_take_these_arguments() -> None:
-    for cell in (Cell("digits", "w4a4"), Cell("digits", "w3a3", True, "paper", seed=2)):
-        for command in (commands.run, commands.synthesize):
-            made = arguments(cell, str(command.name), "digits", "data.npz", Path("settings.toml"), Path("runs/x"))
-            context = command.make_context(command.name, made[1:])
-            assert context.params["config_file"] == Path("settings.toml")
-            assert context.params["seed"] == cell.seed
-    settings = [harness.merged(harness.TIMING, cell.settings) for cell in ablation.cells()]
-    made_of = [make_config({"model": "digits", **own}).synthesis.generator for own in settings]
-    assert {g.steps for g in made_of} == {800}
-    assert {g.warmup_steps for g in made_of} == {100}
-
-
-def test_a_real_command_is_measured_and_its_error_is_its_last_line(tmp_path: Path) -> None:
-    figures = harness.measured(["--version"], tmp_path / "log")
-    assert 0 < figures["cpu_seconds"] < 60
-    assert figures["wall_seconds"] > 0
+def test_run_measured_measures_a_real_command_and_raises_its_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = harness.run_measured(["--version"], tmp_path / "log")
+    assert 0 < measured.cpu_seconds < 60
+    assert measured.wall_seconds > 0
     with pytest.raises(harness.CommandError, match=r"^Error: No such option.*--bitts"):
-        harness.measured(["run", "digits", "--bitts", "w4a4"], tmp_path / "log")
-    bad = tmp_path / "bad.py"
-    bad.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "PROGRAM", (sys.executable, str(bad)))
-        with pytest.raises(harness.CommandError, match="ended by signal 9"):
-            harness.measured([], tmp_path / "log")
+        harness.run_measured(["run", "digits", "--bitts", "w4a4"], tmp_path / "log")
+    killed = (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(harness, "PROGRAM", killed)
+    with pytest.raises(harness.CommandError, match="ended by signal 9"):
+        harness.run_measured([], tmp_path / "log")
 
 
-def test_the_script_that_measures_stays_small() -> None:
+def test_script_that_measures_imports_nothing_heavy() -> None:
     """A child's peak counts the memory of the process that started it: torch in the script would be in every figure."""
     heavy = "{'torch', 'numpy', 'clusterq_deploy'} & set(sys.modules)"
     code = f"import sys, accuracy; sys.exit(len({heavy}))"

@@ -1,1 +1,1 @@
-"""What all of synthesis needs, and nothing of ClusterQ: progress, checkpoints, settings, errors, precision."""
+"""What all of synthesis needs and what is not ClusterQ: progress, checkpoints, settings, errors, precision."""

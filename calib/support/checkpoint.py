@@ -8,10 +8,10 @@ State = dict[str, Any]
 
 
 class Checkpoint(Protocol):
-    """Keeps the newest state of each phase of some work, for the same work after it was interrupted."""
+    """Keeps the newest state of each phase of some work, for the same work after an interruption."""
 
     def load(self, phase: str) -> State | None:
-        """The state that a phase was left in, its tensors on the CPU; None where it begins."""
+        """Return the state that a phase was left in, its tensors on the CPU; None if it has not begun."""
         ...
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
@@ -32,26 +32,23 @@ NOWHERE: Checkpoint = _Nowhere()
 
 
 class ScopedCheckpoint:
-    """The checkpoint of one of several turns of work that have the same phases; the newest turn's states are kept.
+    """The checkpoint of one of several turns of work that have the same phases; only the newest turn's are kept.
 
     Args:
         checkpoint: of the whole.
-        phase: stands in front of the names of the turns' phases.
+        scope: prefix of the names of the turns' phases.
         number: of the turn.
     """
 
-    def __init__(self, checkpoint: Checkpoint, phase: str, number: int) -> None:
-        self._checkpoint, self._phase, self._number = checkpoint, phase, number
+    def __init__(self, checkpoint: Checkpoint, scope: str, number: int) -> None:
+        self._checkpoint, self._scope, self._number = checkpoint, scope, number
 
     def load(self, phase: str) -> State | None:
-        """As `Checkpoint.load`; another turn's state is none."""
-        kept = self._checkpoint.load(f"{self._phase}-{phase}")
-        if kept is None or kept["turn"] != self._number:
-            return None
-        state: State = kept["state"]
-        return state
+        """Return the state that a phase of this turn was left in; None if it has not begun."""
+        saved = self._checkpoint.load(f"{self._scope}-{phase}")
+        return saved["state"] if saved and saved["turn"] == self._number else None
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        """As `Checkpoint.save`."""
-        own = f"{self._phase}-{phase}"
-        self._checkpoint.save(own, lambda: {"turn": self._number, "state": state()}, at_once=at_once)
+        """Keep the state of a phase of this turn, in place of those of other turns."""
+        scoped = f"{self._scope}-{phase}"
+        self._checkpoint.save(scoped, lambda: {"turn": self._number, "state": state()}, at_once=at_once)

@@ -16,29 +16,29 @@ class StageConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_type(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
-        if not any(isinstance(own, BeforeValidator) for own in field.metadata):  # which may take a text for a number
-            _require_kind(value, _kinds(field.annotation))
+        if not any(isinstance(item, BeforeValidator) for item in field.metadata):  # which may accept a text
+            _require_type(value, _types(field.annotation))
         return value
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
+def _types(annotation: Any) -> set[Any]:
+    """Return the types that an annotation is made of."""
     if get_origin(annotation) is Annotated:
-        return _kinds(annotation.__origin__)
+        return _types(annotation.__origin__)
     inner = get_args(annotation)
-    return {kind for own in inner for kind in _kinds(own)} if inner else {annotation}
+    return {part for argument in inner for part in _types(argument)} if inner else {annotation}
 
 
-def _require_kind(value: Any, kinds: set[Any]) -> None:
-    """Return unless a value, or one in a list, is of a type that pydantic would make a number or a bool of."""
+def _require_type(value: Any, types: set[Any]) -> None:
+    """Raise a ValueError if pydantic would make a number or a bool of a value of another type, or of one in a list."""
     if isinstance(value, list | tuple):
-        for own in value:
-            _require_kind(own, kinds)
-    elif isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+        for item in value:
+            _require_type(item, types)
+    elif isinstance(value, bool) and bool not in types and types & {int, float}:
         raise ValueError("expected a number")
-    elif isinstance(value, str) and kinds <= {int, float, bool, type(None), ...}:
-        raise ValueError(f"expected {'true or false' if bool in kinds else 'a number'}, not a text")
-    elif isinstance(value, int | float) and not isinstance(value, bool) and kinds <= {bool, type(None)}:
+    elif isinstance(value, str) and types <= {int, float, bool, type(None), ...}:
+        raise ValueError(f"expected {'true or false' if bool in types else 'a number'}, not a text")
+    elif isinstance(value, int | float) and not isinstance(value, bool) and types <= {bool, type(None)}:
         raise ValueError("expected true or false")

@@ -1,4 +1,4 @@
-"""What a pass through a model costs, from the model alone: the same on every machine."""
+"""What a pass through a model costs, from the model only: the same on every machine."""
 
 from contextlib import ExitStack
 
@@ -6,15 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-_OPERATIONS_A_VALUE = 100
-"""A value that is written, normalized and read again costs as much time on a CPU as so many multiply-adds."""
+_OPERATIONS_PER_VALUE = 100  # a value written, normalized and read again takes as long on a CPU as these multiply-adds
 
 
 def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
-    """Cost of a forward pass of one image, in multiply-adds.
+    """Return the cost of a forward pass of one image, in multiply-adds.
 
-    Counted are those of convolutions and matrix products, and 100 for each value that such a layer writes: layers of
-    few channels are bound by memory, not by arithmetic.
+    These are those of convolutions and matrix products, and 100 for each value that such a layer writes: layers of few
+    channels are bound by memory, not by arithmetic.
 
     Args:
         model: images (1, C, H, W) float32 to logits.
@@ -32,4 +31,4 @@ def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(count))
         model(image)
-    return float(counter.get_total_flops()) / 2 + _OPERATIONS_A_VALUE * written
+    return float(counter.get_total_flops()) / 2 + _OPERATIONS_PER_VALUE * written

@@ -9,13 +9,10 @@ Advance = Callable[..., None]
 
 
 class Progress(Protocol):
-    """Shows how far a task is. The library takes one; `cli` renders it, `SILENT` ignores it."""
+    """Shows how far a task is. The library accepts one; `cli` renders it, `SILENT` ignores it."""
 
     def task(self, description: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a task of `total` units; the context gives the function that advances it.
-
-        It may be opened while another one runs, and in any thread.
-        """
+        """Open a task of `total` units, also while another one runs and in any thread; yield what advances it."""
         ...
 
 

@@ -173,7 +173,7 @@ def finetune(
         checkpoint: keeps what is reached, should the process end; the student must come as it came the first time.
 
     Raises:
-        TuningError: the loss is not finite, and stays so from the last good state and at smaller learning rates.
+        TuningError: the loss or its gradient is not finite, three steps in a row.
     """
     losses: dict[str, list[float]] = {"distillation": [], "features": [], "held_out_kl": []}
     if not config.steps:
@@ -225,8 +225,8 @@ def finetune(
                 matching = feature_loss()
                 course.losses["features"].append(matching.item())
                 loss = loss + config.feature_weight * matching
-            advance(1, loss=(value := loss.item()))
-            if course.follow(loss, value) and (step % every == 0 or step == steps):
+            advance(1, loss=loss.item())
+            if course.follow(loss) and (step % every == 0 or step == steps):
                 course.judge(judge.divergence(student), may_keep=step >= _SETTLED * steps)
             checkpoint.save("tuning", course.state_dict)
         student.load_state_dict(course.kept)

@@ -1,12 +1,11 @@
-"""The way of a student through fine-tuning: steps, steps back, and which of its states is kept."""
+"""The way of a student through fine-tuning: its steps, and which of its states is kept."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor
 
-from calib.recovery import Recovery
+from calib.support.amp import FiniteSteps
 from calib.support.checkpoint import State
 from clusterq_deploy.errors import TuningError
 from clusterq_deploy.quantization.student import Student
@@ -41,9 +40,7 @@ class TuningLoop:
         self._student, self._rng, self._best = student, rng, start
         self._optimizer = optimizer
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        self._recovery = Recovery(
-            student,
-            optimizer,
+        self._steps = FiniteSteps(
             f"fine-tuning {student.bits}",
             error=TuningError,
             advice="try other images (--seed), or --effort fast, which does without",
@@ -51,18 +48,15 @@ class TuningLoop:
         self.done, self.losses = 0, losses
         self.kept, self.kept_step = copy.deepcopy(student.state_dict()), 0
 
-    def follow(self, loss: Tensor, value: float) -> bool:
-        """One optimizer step down a loss of this value; False where it is not finite, and the last good state is back.
+    def follow(self, loss: Tensor) -> bool:
+        """Take an optimizer step down a loss (). Return False if it was skipped, as loss or gradient is not finite.
 
         Raises:
             TuningError: as for `finetune`.
         """
         self.done += 1
-        if self._recovery.went_back(value):
+        if not self._steps.step(self._optimizer, loss):
             return False
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._optimizer.step()
         self._schedule.step()
         self._student.project()
         return True
@@ -70,8 +64,6 @@ class TuningLoop:
     def judge(self, divergence: float, *, may_keep: bool) -> None:
         """Take note of the student's divergence on held-out images."""
         self.losses["held_out_kl"].append(divergence)
-        if math.isfinite(divergence):
-            self._recovery.save()
         if divergence < self._best and may_keep:
             self._best, self.kept, self.kept_step = divergence, copy.deepcopy(self._student.state_dict()), self.done
 
@@ -82,7 +74,6 @@ class TuningLoop:
             "student": self._student.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "recovery": self._recovery.state_dict(),
             "kept": (self._best, self.kept_step, self.kept),
             "losses": self.losses,
             "rng": self._rng.get_state(),
@@ -94,6 +85,5 @@ class TuningLoop:
         self._student.load_state_dict(state["student"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self._recovery.load_state_dict(state["recovery"])
         self._best, self.kept_step, self.kept = state["kept"]
         self._rng.set_state(state["rng"])

@@ -18,7 +18,7 @@ from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.evaluation.features import compare
+from clusterq_deploy.evaluation import features
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
 from clusterq_deploy.quantization import Student
@@ -189,7 +189,7 @@ from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 torch.set_num_threads(1)
 model = load_model("digits", device=torch.device("cpu"))
-graph = float_graphs(model.module, model.input.size, seed=0, name="fp32").single
+graph = float_graphs(model.module, model.input.size, seed=0, name="fp32").fp32
 images = np.random.default_rng(0).standard_normal((12000, *model.input.size), dtype=np.float32)
 data = EvaluationSet.from_images("noise", images)
 runners = {"torch": TorchRunner(model.module), "ort": OnnxRunner(graph.SerializeToString(), threads=1)}
@@ -266,7 +266,7 @@ def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
     run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
     run.begin()
     run.synthesize()
-    monkeypatch.setattr(compare, "_ROOM", 1 << 60)
+    monkeypatch.setattr(features, "_ROOM", 1 << 60)
     found = run.features().result
     assert found["skipped"].startswith("features: the memory does not suffice for batches of 1/64 either")
     monkeypatch.undo()
@@ -276,16 +276,16 @@ def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
 
 def test_room_for_a_comparison_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    separation = compare.separation
+    separation = features.separation
 
     def watched(*arguments: Any) -> Any:
         taken.append(tracemalloc.get_traced_memory()[0])
         return separation(*arguments)
 
-    monkeypatch.setattr(compare, "separation", watched)
+    monkeypatch.setattr(features, "separation", watched)
     some = EvaluationSet.from_images("some", images(40).numpy(), [index % 4 for index in range(40)])
     tracemalloc.start()
-    compare.compare_features(make_net("residual"), some, None, classes=10, seed=0)
+    features.compare_features(make_net("residual"), some, None, classes=10, seed=0)
     tracemalloc.stop()
     assert taken
-    assert max(taken) < compare._ROOM
+    assert max(taken) < features._ROOM

@@ -1,9 +1,9 @@
-"""From a quantized torch model to the ONNX graphs that targets run: trace, lower, verify, check."""
+"""Make the ONNX graphs that targets run from a quantized torch model: trace, lower, verify, check."""
 
 from clusterq_deploy.lowering.fp16 import fp16_baseline, to_fp16
 from clusterq_deploy.lowering.graphs import (
     FLOAT_FILE,
-    HALF_FILE,
+    FP16_FILE,
     VERIFIED_IMAGES,
     FloatGraphs,
     VerifiedGraph,
@@ -21,7 +21,7 @@ from clusterq_deploy.lowering.verify import Verification, verify
 
 __all__ = [
     "FLOAT_FILE",
-    "HALF_FILE",
+    "FP16_FILE",
     "RULES",
     "VERIFIED_IMAGES",
     "Break",

@@ -27,7 +27,7 @@ _DECODERS = min(8, os.cpu_count() or 1)
 
 
 class Classifier(Protocol):
-    """What evaluation data must know of a model; a `LoadedModel` is one."""
+    """What evaluation data must know about a model, such as a `LoadedModel`."""
 
     @property
     def name(self) -> str: ...

@@ -70,43 +70,43 @@ def compare_features(
         notes.append(f"No image of {real.name} is of a class that is compared.")
     else:
         sets["real"] = real
-    captured: dict[str, _Captured] = {}
+    features, labels = {}, {}
     for name, data in sets.items():
         chosen = data.subset(evenly(_labels(data), compared, _MOST_IMAGES))
-        features = capture(network, chosen, batch_size=batch_size, progress=progress)
-        captured[name] = _Captured(data.name, _labels(chosen)[chosen.kept], features)
+        features[name] = capture(network, chosen, batch_size=batch_size, progress=progress)
+        labels[name] = _labels(chosen)[chosen.kept]
     separations, overlap = {}, None
-    with progress.task("Geometry of features", len(captured) + 2) as advance:  # overlap and projection
-        for name, part in captured.items():
-            separations[name] = separation(part.features, part.labels)
+    with progress.task("Geometry of features", len(sets) + 2) as advance:  # overlap and projection
+        for name in sets:
+            separations[name] = separation(features[name], labels[name])
             advance()
-        if "real" in captured:
-            overlap = density_and_coverage(captured["real"].features, captured["synthetic"].features)
+        if "real" in sets:
+            overlap = density_and_coverage(features["real"], features["synthetic"])
         advance()
-        projection, points = _project_together(list(captured.values()), seed)
+        projection, points = _project_together(list(features.values()), list(labels.values()), seed)
         advance()
     notes += [
         f"No silhouette and no diversity of {name} images: {result.reason}."
         for name, result in separations.items()
         if result.reason
     ]
-    if "real" in captured and overlap is None:
+    if "real" in sets and overlap is None:
         notes.append(f"No density and no coverage: they need more than {NEIGHBOURS} real images.")
     if projection is None:
         notes.append("No projection: there are too few images, or all have the same features.")
     records = {
         name: FeatureSet(
-            dataset=part.dataset,
-            images=len(part.labels),
-            classes=len(np.unique(part.labels)),
-            silhouette=separations[name].silhouette,
-            within_class_diversity=separations[name].within_class_diversity,
+            dataset=sets[name].name,
+            images=len(labels[name]),
+            classes=len(np.unique(labels[name])),
+            silhouette=result.silhouette,
+            within_class_diversity=result.within_class_diversity,
             points=shown,
         )
-        for (name, part), shown in zip(captured.items(), points, strict=True)
+        for (name, result), shown in zip(separations.items(), points, strict=True)
     }
     return FeatureInfo(
-        width=captured["synthetic"].features.shape[1],
+        width=features["synthetic"].shape[1],
         synthetic=records["synthetic"],
         real=records.get("real"),
         density=overlap[0] if overlap else None,
@@ -116,15 +116,6 @@ def compare_features(
     )
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Captured:
-    """The images of one set that count: labels (N,) int64 and features (N, F) float32."""
-
-    dataset: str
-    labels: Labels
-    features: Array
-
-
 def _labels(data: EvaluationSet) -> Labels:
     if data.labels is None:
         raise DataError(f"{data.name} has no labels; features are compared by class")
@@ -132,16 +123,10 @@ def _labels(data: EvaluationSet) -> Labels:
 
 
 def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
-    """Return a copy of the teacher that ends in front of its classifier.
+    """Return a copy of the teacher that ends in front of its classifier, with features (N, F) float32.
 
-    The classifier is the last Linear or Conv2d of the traced graph, and as wide as the logits.
-
-    Args:
-        teacher: images (N, C, H, W) to logits (N, classes); it is copied, not changed.
-        classes: the width of the logits.
-
-    Returns:
-        Images (N, C, H, W) float32 to features (N, F) float32; averaged over space or positions.
+    The classifier is the last Linear or Conv2d of the traced graph, and as wide as the logits (N, classes). Features
+    are averaged over space or positions.
 
     Raises:
         GraphError: the teacher cannot be traced.
@@ -187,13 +172,7 @@ def _over_space(x: Tensor) -> Tensor:
 
 
 def capture(network: nn.Module, data: EvaluationSet, *, batch_size: int = BATCH, progress: Progress = SILENT) -> Array:
-    """Return features (N, F) float32 of all images of a set that can be read, in its order.
-
-    Args:
-        network: from `penultimate`.
-        data: the images.
-        batch_size: images per forward pass.
-        progress: shows how far it is.
+    """Return features (N, F) float32, by a network of `penultimate`, of all images that can be read, in their order.
 
     Raises:
         FeatureError: there are values that are not finite, or no image can be read.
@@ -236,13 +215,12 @@ def evenly(labels: Labels, classes: Labels, limit: int) -> Indices:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How features are separated by class.
+    """How features are separated by class; `reason` says why the numbers are None.
 
     Attributes:
         silhouette: mean silhouette coefficient (Rousseeuw 1987), in [-1, 1]: 1 if every image is far nearer to its
             own class than to the next one, 0 if it is between the two.
         within_class_diversity: share of the variance that is within classes, in [0, 1].
-        reason: why the two are None, if they are.
     """
 
     silhouette: float | None
@@ -273,11 +251,7 @@ def density_and_coverage(real: Array, synthetic: Array) -> tuple[float, float] |
 
     A real image's ball reaches to its fifth nearest real neighbour. Density is how many balls a synthetic image is
     in, on average, over k: about 1 if both sets are alike. Coverage is the share of balls in which a synthetic
-    image is, in [0, 1]. None unless there are more than five real images.
-
-    Args:
-        real: (N, F) float32.
-        synthetic: (M, F) float32.
+    image is, in [0, 1]. Features are (N, F) and (M, F) float32. None unless there are more than five real images.
     """
     from sklearn.metrics import pairwise_distances
 
@@ -289,17 +263,11 @@ def density_and_coverage(real: Array, synthetic: Array) -> tuple[float, float] |
 
 
 def project(features: Array, seed: int) -> tuple[Array, dict[str, float | int | str]] | None:
-    """Project features to the plane by t-SNE (van der Maaten and Hinton 2008), from their principal components.
+    """Project features (N, F) float32, finite, to the plane by t-SNE (van der Maaten and Hinton 2008).
 
-    It runs in one thread: with more, sums come in another order and the picture turns out otherwise.
-
-    Args:
-        features: (N, F) float32, finite.
-        seed: the source of what is random.
-
-    Returns:
-        Places (N, 2) float32, and the parameters. None for fewer than 4 images, for fewer than 2 features, and if all
-        images have the same features.
+    It starts from the principal components, and runs in one thread: with more, sums are in another order and the
+    picture differs. Return places (N, 2) float32, and the parameters; None for fewer than 4 images, for fewer than 2
+    features, and if all images have the same features.
     """
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -318,17 +286,17 @@ def project(features: Array, seed: int) -> tuple[Array, dict[str, float | int | 
     return places, parameters
 
 
-def _project_together(sets: list[_Captured], seed: int) -> tuple[Projection | None, list[Points]]:
+def _project_together(features: list[Array], labels: list[Labels], seed: int) -> tuple[Projection | None, list[Points]]:
     """Return one projection of all sets, and the places of the images that are shown of each."""
-    classes = most_frequent(np.concatenate([part.labels for part in sets]), _SHOWN_CLASSES)
-    shown = [evenly(part.labels, classes, _SHOWN_IMAGES // len(sets)) for part in sets]
-    projected = project(np.concatenate([part.features[rows] for part, rows in zip(sets, shown, strict=True)]), seed)
+    classes = most_frequent(np.concatenate(labels), _SHOWN_CLASSES)
+    shown = [evenly(part, classes, _SHOWN_IMAGES // len(labels)) for part in labels]
+    projected = project(np.concatenate([part[rows] for part, rows in zip(features, shown, strict=True)]), seed)
     if projected is None:
-        return None, [Points() for _ in sets]
+        return None, [Points() for _ in labels]
     places, points = np.split(projected[0], np.cumsum([len(rows) for rows in shown])[:-1]), []
-    for place, part, rows in zip(places, sets, shown, strict=True):
+    for place, part, rows in zip(places, labels, shown, strict=True):
         x, y = ([round(float(value), 2) for value in column] for column in place.T)
-        points.append(Points(x=x, y=y, labels=part.labels[rows].tolist()))
+        points.append(Points(x=x, y=y, labels=part[rows].tolist()))
     return Projection(method="t-SNE", parameters=projected[1]), points
 
 

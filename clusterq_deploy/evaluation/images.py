@@ -128,13 +128,8 @@ class Unreadable:
     def log(self) -> None:
         """Log how many there are, with the first names, if there are more than were logged last."""
         if len(self) > self._logged:
-            logger.warning(
-                "%d of the %d images of %r cannot be read and are left out: %s",
-                len(self),
-                self.total,
-                self.dataset,
-                self._listed(),
-            )
+            message = "%d of the %d images of %r cannot be read and are left out: %s"
+            logger.warning(message, len(self), self.total, self.dataset, self._listed())
         self._logged = len(self)
 
     def summary(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from onnx_ir import convenience
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.lowering.qdq import constant, dequantized, name_of
+from clusterq_deploy.lowering.qdq import constant, dequantized, name_of, store
 
 _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).tiny)  # below it digits are lost
@@ -20,13 +20,10 @@ _FLOAT32_INPUTS = {"Resize": {1, 2}, "Upsample": {1}}
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with float16 in place of float32, quantizers' scales too, except at its inputs and outputs.
+    """Return a float graph, or one lowered for TensorRT, with float16 in place of float32 except at its ends.
 
     Scales are rounded to eleven significant bits, and those of dead channels raised to 2^-14: integers may differ from
-    the float32 graph's if a value is near a rounding boundary.
-
-    Args:
-        model: a float graph, or one lowered for TensorRT; it is not changed.
+    the float32 graph's if a value is near a rounding boundary. `model` is not changed.
 
     Raises:
         ExportError: FP16 cannot hold a number: it is larger than 65,504, or a scale that is too small.
@@ -61,13 +58,8 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """Return the same network in FP16 throughout, to compare an INT8 engine's time with, not its accuracy.
 
-    Quantizers are taken out, and stored integers become the numbers that they stand for.
-
-    Args:
-        model: a graph with explicit Q/DQ, or a float one; it is not changed.
-
-    Returns:
-        The graph; None for one that computes in FP16 and has no quantizers.
+    Quantizers are removed, and stored integers become the numbers that they stand for. `model` is not changed. None
+    if it computes in FP16 already and has no quantizers.
 
     Raises:
         ExportError: operators other than DequantizeLinear read integers, or FP16 cannot hold a number.
@@ -119,10 +111,7 @@ def _remove_dequantizer(graph: ir.Graph, node: ir.Node) -> None:
     if replacement is node.inputs[0]:
         if not origin.constant:
             raise ExportError(f"{name_of(node)} reads integers that no QuantizeLinear makes")
-        numbers = ir.tensor(_evaluate(graph, node))
-        replacement = ir.Value(name=f"{output.name}.float", const_value=numbers, shape=ir.Shape(numbers.shape))
-        replacement.dtype = numbers.dtype
-        graph.register_initializer(replacement)
+        replacement = store(graph, f"{output.name}.float", _evaluate(graph, node))
     output.replace_all_uses_with(replacement, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 

@@ -33,14 +33,10 @@ _COMPARED_IMAGES = 16
 
 @dataclass(frozen=True)
 class VerifiedGraph:
-    """A graph of a student that computes what torch computes.
+    """A graph of a student that computes what torch computes, and the name of its file.
 
-    Attributes:
-        graph_format: which one.
-        file: the name of its file.
-        graph: to be written.
-        checks: what was measured, as JSON: `Verification`, the integers, and for TensorRT the warnings of its rules.
-        notes: what a user should know of it, for the report.
+    `checks` has as JSON what was measured: `Verification`, the integers, and for TensorRT the warnings of its rules.
+    `notes` has what a user should know of the graph, for the report.
     """
 
     graph_format: GraphFormat
@@ -52,12 +48,9 @@ class VerifiedGraph:
 
 @dataclass(frozen=True)
 class FloatGraphs:
-    """The teacher's graphs.
+    """The teacher's graphs in FP32 and, for TensorRT, in FP16 except for its inputs and outputs.
 
-    Attributes:
-        fp32: in FP32.
-        fp16: in FP16 except for its inputs and outputs, for TensorRT; None if the model does not fit FP16.
-        no_fp16: why `fp16` is None.
+    `no_fp16` says why `fp16` is None: the model does not fit FP16.
     """
 
     fp32: onnx.ModelProto
@@ -68,14 +61,7 @@ class FloatGraphs:
 def float_graphs(
     model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str, progress: Progress = SILENT
 ) -> FloatGraphs:
-    """Return the teacher's graphs, verified on noise.
-
-    Args:
-        model: in eval mode.
-        size: (channels, height, width).
-        seed: of the noise.
-        name: what messages call the teacher, such as fp32.
-        progress: shows how far it is.
+    """Return the graphs of a teacher in eval mode, verified on noise of the size (channels, height, width).
 
     Raises:
         ExportError: torch cannot export the model.
@@ -118,8 +104,8 @@ def student_graphs(
         images: (N, C, H, W) float32, normalized, to compare graphs and torch on.
         size: (channels, height, width).
         name: what messages call the student, such as w4a4.
-        targets: which graphs.
-        fp16: whether TensorRT's computes in FP16 what is not quantized.
+        targets: the formats to export.
+        fp16: whether TensorRT's graph computes in FP16 what is not quantized.
         progress: shows how far it is; its task is open until the last graph is taken, or the generator closed.
 
     Raises:

@@ -39,7 +39,7 @@ _FP16_TIE = 0.5
 
 @dataclass(frozen=True)
 class SiteComparison:
-    """The integers of one quantizer, in a graph and in torch, from the same integers in front of it.
+    """How many integers of one quantizer differ in a graph and in torch, from the same integers in front of it.
 
     Attributes:
         site: the quantizer, named after the layer whose output it quantizes, or `layer.narrow`.
@@ -72,10 +72,10 @@ def compare_integers(
     layer that computes something else shows by itself.
 
     Args:
-        graph: a graph of the student.
+        graph: a graph of the student, of `graph_format`.
         student: calibrated, on any device.
         images: (N, C, H, W) float32, normalized.
-        graph_format: which one `graph` is.
+        graph_format: its quantizers are compared.
         batch_size: images per pass.
         progress: shows how far it is.
     """

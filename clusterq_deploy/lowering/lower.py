@@ -20,7 +20,7 @@ from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.lowering.qdq import constant, operand
+from clusterq_deploy.lowering.qdq import constant, operand, store
 from clusterq_deploy.quantization.fake_quant import MARKER, MARKER_DOMAIN, Quantizer
 from clusterq_deploy.quantization.graph.placement import Target
 from clusterq_deploy.quantization.grid import ZERO_POINT, Grid
@@ -69,12 +69,7 @@ def offset_of(grid: Grid, graph_format: GraphFormat) -> int:
 
 
 def lower(marked: onnx.ModelProto, student: Student, graph_format: GraphFormat) -> onnx.ModelProto:
-    """Return the graph for a target, made from the marked graph of `export_graph`.
-
-    Args:
-        marked: the student's graph; it is not changed.
-        student: has the scales and integers.
-        graph_format: `onnxruntime`, `tensorrt` or `int4`.
+    """Return the graph for a target, made from a student's marked graph of `export_graph`, which is not changed.
 
     Raises:
         ExportError: a marker has no quantizer, or a bias does not fit INT32.
@@ -182,8 +177,8 @@ class _Lowering:
         low, high = grid.low + offset, grid.high + offset
         if (low, high) == (0, 255):
             return integers
-        bounds = [self._constant(f"{label}.low", np.array(low, np.uint8))]
-        bounds.append(self._constant(f"{label}.high", np.array(high, np.uint8)))
+        ends = {"low": low, "high": high}
+        bounds = [self._constant(f"{label}.{end}", np.array(value, np.uint8)) for end, value in ends.items()]
         return self._insert(marker, "Clip", [integers, *bounds], bounded_name(label))  # Min takes half as long again
 
     def _clip_for_tensorrt(self, marker: ir.Node, quantizer: Quantizer, label: str) -> ir.Value:
@@ -191,10 +186,8 @@ class _Lowering:
         grid, scale, source = quantizer.grid, self._scale(quantizer), self._input(marker, 0)
         if (grid.low, grid.high) in {(-128, 127), (0, 127)}:
             return source
-        bounds = [
-            self._constant(f"{label}.min", grid.low * scale),
-            self._constant(f"{label}.max", grid.high * scale),
-        ]
+        ends = {"min": grid.low, "max": grid.high}
+        bounds = [self._constant(f"{label}.{end}", value * scale) for end, value in ends.items()]
         rectifier = self._redundant_rectifier(marker, quantizer)
         source = source if rectifier is None else self._input(rectifier, 0)
         return self._insert(marker, "Clip", [source, *bounds], f"{label}.clipped")
@@ -266,12 +259,7 @@ class _Lowering:
         return value
 
     def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-        self.graph.register_initializer(value)
-        return value
+        return self.graph.initializers.get(name) or store(self.graph, name, array)
 
     def _insert(self, before: ir.Node, operator: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
         """Insert a node in front of another and return its output; both have the given name."""

@@ -80,6 +80,14 @@ def constant(node: ir.Node, index: int) -> npt.NDArray[np.float64] | None:
     return None if tensor is None else tensor.numpy().astype(np.float64)
 
 
+def store(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """Store an array in a graph as an initializer, and return its tensor."""
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
 def zero_point(quantizer: ir.Node) -> npt.NDArray[np.float64] | None:
     """Return the zero-point of a QuantizeLinear or DequantizeLinear, 0 by default; None if it is no constant."""
     return np.zeros(1) if operand(quantizer, 2) is None else constant(quantizer, 2)

@@ -14,17 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from clusterq_deploy.errors import ExportError, VerificationError
+from clusterq_deploy.lowering import qdq
 from clusterq_deploy.lowering.lower import MOVING
-from clusterq_deploy.lowering.qdq import (
-    all_nodes,
-    constant,
-    integer_type,
-    name_of,
-    operand,
-    producer,
-    stored_integers,
-    zero_point,
-)
 from clusterq_deploy.lowering.trt_rules import Break
 
 INT16_MAX = 2**15 - 1
@@ -40,14 +31,10 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PairSum:
-    """The largest sum of two products of a layer, of one output channel.
+    """The largest sum of two products of a layer, by magnitude, and the output channel that has it.
 
-    Attributes:
-        node: name of the layer's node.
-        weight: name of its weight, or of its second input if it has none.
-        channel: the output channel of the largest sum.
-        largest: the sum of largest magnitude that two products of this channel can have.
-        depthwise: whether each output channel reads one input channel of its own, which ONNX Runtime adds in 32 bits.
+    `node` and `weight` are names; a layer without a weight has its second input's. In a `depthwise` layer each output
+    channel reads one input channel of its own, and ONNX Runtime adds in 32 bits.
     """
 
     node: str
@@ -83,29 +70,22 @@ def pair_sums(model: onnx.ModelProto) -> list[PairSum]:
         ExportError: it is no valid ONNX.
     """
     try:
-        nodes = all_nodes(ir.from_proto(model))
+        nodes = qdq.all_nodes(ir.from_proto(model))
     except (ir.serde.SerdeError, ValueError, TypeError) as error:
         raise ExportError(f"the graph is no valid ONNX: {str(error).strip().splitlines()[0]}") from error
     return [pair for node in nodes if (pair := _pair_sum(node)) is not None]
 
 
 def check_saturation(model: onnx.ModelProto) -> list[Break]:
-    """Return a warning for each layer that saturates on x86 CPUs without VNNI in ONNX Runtime.
-
-    Args, Raises: as for `pair_sums`.
-    """
+    """Return a warning for each layer of `pair_sums` that saturates on x86 CPUs without VNNI in ONNX Runtime."""
     saturating = (pair for pair in pair_sums(model) if not pair.fits and not pair.depthwise)
     return [Break("saturation", "warning", pair.node, pair.message) for pair in saturating]
 
 
 def require_no_saturation(model: onnx.ModelProto, *, name: str) -> int:
-    """Return the largest magnitude of a sum of two products in a graph, 0 if it has none.
+    """Return the largest magnitude of a sum of two products in a graph, which messages call `name`; 0 without any.
 
     Depthwise layers count too: another runtime's kernel may add them in pairs.
-
-    Args:
-        model: the graph.
-        name: what messages call it.
 
     Raises:
         VerificationError: 16 bits do not hold a sum.
@@ -134,7 +114,7 @@ def _pair_sum(node: ir.Node) -> PairSum | None:
     bottom, top = np.minimum(least.sum(1), least.min(1)), np.maximum(most.sum(1), most.max(1))
     channel = int(np.maximum(-bottom, top).argmax())
     largest = int(top[channel] if top[channel] >= -bottom[channel] else bottom[channel])
-    return PairSum(name_of(node), name, channel, largest, depthwise)
+    return PairSum(qdq.name_of(node), name, channel, largest, depthwise)
 
 
 def _operands(node: ir.Node) -> tuple[Range, Integers, str] | None:
@@ -143,12 +123,12 @@ def _operands(node: ir.Node) -> tuple[Range, Integers, str] | None:
     None if it is no layer on integers, or one with UINT8 weights, which are multiplied in 16 bits.
     """
     if node.op_type in {"Conv", "Gemm", "MatMul"} and not node.domain:
-        quantized = [producer(value, "DequantizeLinear") for value in node.inputs[:2]]
-        data, second = (operand(maker, 0) if maker is not None else None for maker in quantized)
-        weight = stored_integers(quantized[1]) if quantized[1] is not None else None
+        quantized = [qdq.producer(value, "DequantizeLinear") for value in node.inputs[:2]]
+        data, second = (qdq.operand(maker, 0) if maker is not None else None for maker in quantized)
+        weight = qdq.stored_integers(quantized[1]) if quantized[1] is not None else None
     elif node.op_type in _WEIGHT_INDEX and node.domain in {"", "com.microsoft"}:
         index = _WEIGHT_INDEX[node.op_type]
-        data, second, weight = operand(node, 0), operand(node, index), constant(node, index)
+        data, second, weight = qdq.operand(node, 0), qdq.operand(node, index), qdq.constant(node, index)
     else:
         return None
     if data is None or second is None or second.dtype is not ir.DataType.INT8:
@@ -175,18 +155,15 @@ def _rows(node: ir.Node, weight: Integers) -> tuple[Integers, bool]:
 
 def _range(value: ir.Value | None, kind: ir.DataType | None) -> Range:
     """Return the integers that a tensor can have, by its type and by what bounds it."""
-    ends = (-128, 127) if kind is ir.DataType.INT8 else (0, 255)
+    ranges = [(-128, 127) if kind is ir.DataType.INT8 else (0, 255)]
     node = value.producer() if value is not None else None
-    if node is None:
-        return ends
-    bounds = ends
-    if node.op_type == "QuantizeLinear" and (grid := _grid(node)) is not None:
-        bounds = _range_of_numbers(node.inputs[0], grid)
-    elif node.op_type == "Clip":
-        bounds = _intersection(_clip_ends(node, (1.0, 0)), _range(node.inputs[0], kind))
-    elif node.op_type in MOVING - {"Pad"}:
-        bounds = _hull([_range(source, kind) for source in _moved(node)])
-    return _intersection(ends, bounds)
+    if node is not None and node.op_type == "QuantizeLinear" and (grid := _grid(node)) is not None:
+        ranges.append(_range_of_numbers(node.inputs[0], grid))
+    elif node is not None and node.op_type == "Clip":
+        ranges += _clip_ends(node, (1.0, 0)), _range(node.inputs[0], kind)
+    elif node is not None and node.op_type in MOVING - {"Pad"}:
+        ranges.append(_hull([_range(source, kind) for source in _moved(node)]))
+    return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
 def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
@@ -199,7 +176,7 @@ def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
     if node.op_type == "Clip":
         return _clip_ends(node, grid)
     if node.op_type == "DequantizeLinear" and _grid(node) == grid:
-        return _range(node.inputs[0], integer_type(node))
+        return _range(node.inputs[0], qdq.integer_type(node))
     if node.op_type in MOVING:
         padding = [(grid[1], grid[1])] if node.op_type == "Pad" else []  # constants other than 0 are not on a grid
         return _hull([*(_range_of_numbers(source, grid) for source in _moved(node)), *padding])
@@ -208,7 +185,7 @@ def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
 
 def _grid(quantizer: ir.Node) -> tuple[float, int] | None:
     """Return a quantizer's scale and zero-point; None if they are not constants of one number."""
-    scale, zero = constant(quantizer, 1), zero_point(quantizer)
+    scale, zero = qdq.constant(quantizer, 1), qdq.zero_point(quantizer)
     if scale is None or zero is None or scale.size != 1 or zero.size != 1:
         return None
     return float(scale.item()), int(zero.item())
@@ -221,15 +198,11 @@ def _moved(node: ir.Node) -> list[ir.Value | None]:
 
 def _clip_ends(clip: ir.Node, grid: tuple[float, int]) -> Range:
     """Return the ends of a Clip in integers of a grid: its scale and zero-point."""
-    low, high, (scale, zero) = constant(clip, 1), constant(clip, 2), grid
+    low, high, (scale, zero) = qdq.constant(clip, 1), qdq.constant(clip, 2), grid
     return (
         _ANY[0] if low is None else round(float(low.item()) / scale) + zero,
         _ANY[1] if high is None else round(float(high.item()) / scale) + zero,
     )
-
-
-def _intersection(first: Range, second: Range) -> Range:
-    return max(first[0], second[0]), min(first[1], second[1])
 
 
 def _hull(ranges: list[Range]) -> Range:

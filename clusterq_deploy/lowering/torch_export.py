@@ -27,17 +27,15 @@ def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProt
     A node's doc string says which module it is from, such as `layer1.0.relu (ReLU)`; traces of the source (paths,
     line numbers) are removed.
 
-    Args:
-        model: in eval mode; a copy on the CPU is traced.
-        size: (channels, height, width).
+    A copy in eval mode on the CPU is traced, with images of `size` (channels, height, width).
 
     Raises:
         ExportError: torch cannot trace or translate the model.
     """
     model = copy.deepcopy(model).cpu().eval()
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the exporter's own internals
@@ -55,8 +53,8 @@ def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProt
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
     finally:
-        quiet.setLevel(level)
-    if program is None:
+        logger.setLevel(level)
+    if program is None:  # not with dynamo=True, but torch's types say so
         raise ExportError(f"torch returned no ONNX program for {type(model).__name__}")
     proto = program.model_proto
     proto.ir_version = IR_VERSION
@@ -90,23 +88,12 @@ def _module_of(node: onnx.NodeProto) -> str:
 
 
 def annotate(
-    proto: onnx.ModelProto,
-    *,
-    model: str,
-    source: str,
-    variant: str,
-    inputs: InputSpec,
-    provenance: Mapping[str, Any],
+    proto: onnx.ModelProto, *, model: str, source: str, variant: str, inputs: InputSpec, provenance: Mapping[str, Any]
 ) -> onnx.ModelProto:
     """Write into a graph how to make its input and where it came from; return the same graph."""
-    props = {
-        "clusterq.model": model,
-        "clusterq.source": source,
-        "clusterq.variant": variant,
-        "clusterq.input": inputs.model_dump_json(),
-        "clusterq.provenance": json.dumps(dict(provenance), sort_keys=True),
-    }
-    onnx.helper.set_model_props(proto, props)
+    described = {"model": model, "source": source, "variant": variant, "input": inputs.model_dump_json()}
+    described["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+    onnx.helper.set_model_props(proto, {f"clusterq.{key}": value for key, value in described.items()})
     proto.producer_name = "clusterq-deploy"
     proto.graph.name = f"{model}-{variant}"
     return proto

@@ -14,19 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from clusterq_deploy.errors import ExportError, VerificationError
-from clusterq_deploy.lowering.qdq import (
-    LAYERS,
-    Dequantized,
-    all_nodes,
-    constant,
-    dequantized,
-    integer_type,
-    is_constant,
-    name_of,
-    operand,
-    producer,
-    zero_point,
-)
+from clusterq_deploy.lowering import qdq
 
 Severity = Literal["error", "warning"]
 
@@ -52,7 +40,7 @@ class Break:
         rule: its name, a key of `RULES`.
         severity: `error`: TensorRT refuses the graph; `warning`: it computes more slowly, or in float.
         node: the node's name, or that of its first output; empty if the rule is about the whole file.
-        message: what was found, and what to do.
+        message: what is wrong, and what to do.
     """
 
     rule: str
@@ -61,7 +49,7 @@ class Break:
     message: str
 
 
-_LIST = (
+_RULES = (
     Rule("opset", "error", "before opset 13 quantizers have no scale per channel, which weights need"),
     Rule("version", "warning", "opsets up to 21 and IR up to 10 are read by every TensorRT from 10.3 on"),
     Rule("domain", "warning", "operators that are not ONNX's own need a plugin in TensorRT"),
@@ -79,24 +67,22 @@ _LIST = (
     Rule("pool", "warning", "a max-pool runs in INT8 if its input and its output share a scale"),
     Rule("fp16", "warning", "what is not quantized has one type: casts between layers break their fusion"),
 )
-RULES: dict[str, Rule] = {rule.name: rule for rule in _LIST}
+RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}
 
 _ACTIVATIONS = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}
 _WEIGHTS = _ACTIVATIONS | {ir.DataType.INT4}
 _FLOAT16 = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _INTEGER_OPERATORS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-_COMPUTING = LAYERS | {"Add", "Mul", "Relu", "Clip", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"}
+_COMPUTING = qdq.LAYERS | {"Add", "Mul", "Relu", "Clip", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"}
 
 _Found = Iterator[tuple[str, ir.Node | None, str]]
 """Name of a broken rule, its node, None for the whole file, and a message."""
 
 
 def check_tensorrt(model: onnx.ModelProto) -> list[Break]:
-    """Return every break of TensorRT's rules in a graph, in its order.
+    """Return every break of TensorRT's rules in a graph of any exporter, in its order.
 
-    Args:
-        model: any exporter's; a graph without quantizers breaks none of the rules on them. If its opset is too old,
-            nothing else is checked.
+    If its opset is too old, nothing else is checked.
 
     Raises:
         ExportError: it is no valid ONNX.
@@ -111,17 +97,13 @@ def check_tensorrt(model: onnx.ModelProto) -> list[Break]:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ir.serde.SerdeError) as error:
         raise ExportError(f"the graph is no valid ONNX: {str(error).strip().splitlines()[0]}") from error
     return [
-        Break(rule, RULES[rule].severity, name_of(node) if node is not None else "", message)
+        Break(rule, RULES[rule].severity, qdq.name_of(node) if node is not None else "", message)
         for rule, node, message in _breaks(checked)
     ]
 
 
 def require_tensorrt(model: onnx.ModelProto, *, name: str) -> list[Break]:
-    """Return the warnings of `check_tensorrt`.
-
-    Args:
-        model: the graph.
-        name: what messages call it.
+    """Return the warnings of `check_tensorrt` for a graph, which messages call `name`.
 
     Raises:
         VerificationError: TensorRT would refuse the graph.
@@ -138,7 +120,7 @@ def require_tensorrt(model: onnx.ModelProto, *, name: str) -> list[Break]:
 
 
 def _breaks(model: ir.Model) -> _Found:
-    nodes, ir_version = all_nodes(model), model.ir_version
+    nodes, ir_version = qdq.all_nodes(model), model.ir_version
     opset = model.opset_imports.get("", 0)
     if opset > _MOST_OPSET or ir_version > _MOST_IR:
         most = f"opset {_MOST_OPSET}, IR {_MOST_IR}"
@@ -157,22 +139,22 @@ def _check_integer_operator(node: ir.Node) -> _Found:
 
 
 def _check_quantizer(node: ir.Node) -> _Found:
-    scale = constant(node, 1)
+    scale = qdq.constant(node, 1)
     if scale is None:
         yield "scale", node, "the scale is computed at run time; store it as a constant"
     elif not (np.isfinite(scale).all() and (scale > 0).all()):
         worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
         yield "scale", node, f"a scale is {worst:g}; a dead channel's needs a floor above 0"
-    zero = zero_point(node)
+    zero = qdq.zero_point(node)
     if zero is None or zero.any():
         value = "computed at run time" if zero is None else f"{zero[zero != 0].flat[0]:g}"
         yield "zero-point", node, f"the zero-point is {value}; quantize symmetrically, around 0"
-    if node.op_type == "DequantizeLinear" and producer(node.inputs[0], "QuantizeLinear") is not None:
+    if node.op_type == "DequantizeLinear" and qdq.producer(node.inputs[0], "QuantizeLinear") is not None:
         return  # the QuantizeLinear is checked
-    kind, uses = integer_type(node), node.outputs[0].uses()
+    kind, uses = qdq.integer_type(node), node.outputs[0].uses()
     type_name = kind.name if kind is not None else "of an unknown type"
-    if is_constant(node.inputs[0]):
-        is_bias = bool(uses) and all(use.node.op_type in LAYERS and use.idx == 2 for use in uses)
+    if qdq.is_constant(node.inputs[0]):
+        is_bias = bool(uses) and all(use.node.op_type in qdq.LAYERS and use.idx == 2 for use in uses)
         if kind not in _WEIGHTS and not is_bias:
             yield "weight-type", node, f"the weight is {type_name}; expected INT8"
         return
@@ -184,7 +166,7 @@ def _check_quantizer(node: ir.Node) -> _Found:
 
 
 def _check_layer(node: ir.Node) -> _Found:
-    data, weight, bias = (dequantized(operand(node, index)) for index in range(3))
+    data, weight, bias = (qdq.dequantized(qdq.operand(node, index)) for index in range(3))
     if data is None and weight is not None and weight.kind is not ir.DataType.INT4:
         yield "inputs", node, "the weight is quantized and what it multiplies is not"
     if data is not None and weight is None:
@@ -195,7 +177,7 @@ def _check_layer(node: ir.Node) -> _Found:
         yield "bias", node, "the bias is quantized; store it as float"
 
 
-def _check_weight(node: ir.Node, weight: Dequantized) -> _Found:
+def _check_weight(node: ir.Node, weight: qdq.Dequantized) -> _Found:
     if weight.kind is ir.DataType.INT4 and node.op_type in {"Conv", "ConvTranspose"}:
         yield "weight-type", node, "a convolution with INT4 weights; store them as INT8"
     shape = weight.source.shape
@@ -212,7 +194,7 @@ def _check_weight(node: ir.Node, weight: Dequantized) -> _Found:
 
 def _check_addition(node: ir.Node) -> _Found:
     direct = any(_is_quantized_convolution(value) for value in node.inputs)
-    branches = [dequantized(value) for value in node.inputs]
+    branches = [qdq.dequantized(value) for value in node.inputs]
     if not direct and not any(b and not b.constant and _is_quantized_convolution(b.source) for b in branches):
         return  # no convolution that it could be fused with
     if all(b is not None and not b.constant for b in branches):
@@ -222,7 +204,7 @@ def _check_addition(node: ir.Node) -> _Found:
 
 
 def _check_concatenation(node: ir.Node) -> _Found:
-    branches, scales = [dequantized(value) for value in node.inputs], _scales_behind(node)
+    branches, scales = [qdq.dequantized(value) for value in node.inputs], _scales_behind(node)
     if scales and not all(branches):
         yield "concat", node, "its output is quantized and some of its branches are not"
     elif all(branches):
@@ -232,7 +214,7 @@ def _check_concatenation(node: ir.Node) -> _Found:
 
 
 def _check_pool(node: ir.Node) -> _Found:
-    source = dequantized(node.inputs[0])
+    source = qdq.dequantized(node.inputs[0])
     scale = source.scale if source is not None else None
     if scale is not None and scale.size == 1 and _scales_behind(node) - {scale.item()}:
         yield "pool", node, "the scale that it reads differs from the one behind it; use the first for both"
@@ -250,14 +232,14 @@ def _check_float_types(graph: ir.Graph) -> _Found:
 
 def _is_quantized_convolution(value: ir.Value | None) -> bool:
     """Return whether a tensor is a quantized convolution's output that nothing else reads."""
-    node = producer(value, "Conv")
-    return node is not None and len(node.outputs[0].uses()) <= 1 and dequantized(node.inputs[1]) is not None
+    node = qdq.producer(value, "Conv")
+    return node is not None and len(node.outputs[0].uses()) <= 1 and qdq.dequantized(node.inputs[1]) is not None
 
 
 def _scales_behind(node: ir.Node) -> set[float]:
     """Return the scales of the quantizers that read a node's output."""
     readers = [use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"]
-    scales = [constant(reader, 1) for reader in readers]
+    scales = [qdq.constant(reader, 1) for reader in readers]
     return {float(s.item()) for s in scales if s is not None and s.size == 1}
 
 
@@ -267,6 +249,6 @@ _CHECKS: dict[str, Callable[[ir.Node], _Found]] = {
     "Add": _check_addition,
     "Concat": _check_concatenation,
     "MaxPool": _check_pool,
-    **dict.fromkeys(LAYERS, _check_layer),
+    **dict.fromkeys(qdq.LAYERS, _check_layer),
     **dict.fromkeys(_INTEGER_OPERATORS, _check_integer_operator),
 }

@@ -44,17 +44,15 @@ _FP16_WITH_QUANTIZERS = _Tolerance(agreement=0.9, typical=0.25, tie=5e-2)
 
 @dataclass(frozen=True)
 class Verification:
-    """How near a graph comes to the torch model on the same images.
+    """How near a graph comes to the torch model on the same images, with the runtime's optimizations off.
 
     Attributes:
-        agreement: share of images with the same top-1, as the runtime executes the graph; a class to which torch
-            gives the same logit except for rounding counts as the same, for an untrained net has many.
-        close: share of images whose logits differ by at most a hundredth of the logits' standard deviation, with
-            the runtime's optimizations off. A value on the other side of a rounding boundary moves an image out of
-            this share without anything being wrong.
-        typical: the median image's root mean square difference of a logit, in standard deviations of the logits,
-            optimizations off.
-        largest: the largest difference of a logit, optimizations off.
+        agreement: share of images with the same top-1, with optimizations on too; a class whose logit in torch is the
+            same except for rounding counts as the same, as an untrained net has many of them.
+        close: share of images whose logits differ by at most a hundredth of the logits' standard deviation. A value
+            on the other side of a rounding boundary moves an image out of it without anything being wrong.
+        typical: the median image's root mean square difference of a logit, in standard deviations of the logits.
+        largest: the largest difference of a logit.
         pair_sum: the largest magnitude that two integer products of an output channel add up to; see `pair_sums`.
     """
 
@@ -71,13 +69,13 @@ def verify(
     """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
 
     Args:
-        graph: the graph.
+        graph: any exporter's.
         images: (N, C, H, W) float32, normalized.
         reference: torch's logits for them, (N, classes) float32.
         name: what messages call the graph.
         optimized: whether it is meant for ONNX Runtime, and so is also run as it will be executed.
         cpu: the CPUs that it is meant for. A graph for ONNX Runtime on `any` must not saturate; one for `vnni` is
-            executed only if the CPU has VNNI.
+            executed only if this CPU has VNNI.
 
     Raises:
         VerificationError: the graph is invalid, does not run, disagrees with torch, or saturates.

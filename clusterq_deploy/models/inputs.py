@@ -120,7 +120,7 @@ def input_spec(
         ModelError: something is missing or wrong.
     """
     given = {"input_size": input_size, "mean": mean, "std": std}
-    values = {key: _entry(cfg, key) if value is None else value for key, value in given.items()}
+    values = {key: entry(cfg, key) if value is None else value for key, value in given.items()}
     missing = [key for key, value in values.items() if value is None]
     if missing:
         raise ModelError(
@@ -128,7 +128,7 @@ def input_spec(
             f"give {' '.join(_OPTIONS[key] for key in missing)}, or set pretrained_cfg on the model"
         )
     settings: dict[str, Any] = {"size": values.pop("input_size"), **values}
-    settings["interpolation"] = _entry(cfg, "interpolation") or "bilinear"
+    settings["interpolation"] = entry(cfg, "interpolation") or "bilinear"
     try:
         settings["resize"] = _resize(InputSpec(**settings), cfg, resized=input_size is not None)
         return InputSpec(**settings)
@@ -148,7 +148,7 @@ def input_spec(
 
 def label_names(cfg: object, classes: int) -> tuple[str, ...]:
     """Return what a model's `pretrained_cfg` calls its classes, by timm's `label_names`: one each, or none at all."""
-    names = _entry(cfg, "label_names")
+    names = entry(cfg, "label_names")
     if not isinstance(names, list | tuple) or len(names) != classes:
         return ()
     return tuple(" ".join(str(name).split()) for name in names)
@@ -157,7 +157,7 @@ def label_names(cfg: object, classes: int) -> tuple[str, ...]:
 def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
     """Return the shorter side to resize to; `resized` is true if the size is not the one of `cfg`."""
     shorter = min(spec.size[1:])
-    resize, crop_pct = _entry(cfg, "resize"), _entry(cfg, "crop_pct")
+    resize, crop_pct = entry(cfg, "resize"), entry(cfg, "crop_pct")
     if resize is not None and not resized:
         return int(resize)
     if crop_pct is not None:
@@ -165,7 +165,8 @@ def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
     return shorter if shorter < _SMALL else round(shorter / _CROP_FRACTION)
 
 
-def _entry(cfg: object, key: str) -> Any:
+def entry(cfg: object, key: str) -> Any:
+    """Return an entry of a `pretrained_cfg`, a mapping or an object; None if it has none."""
     return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
 
 

@@ -26,14 +26,12 @@ _RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier that is ready to be a teacher.
+    """A classifier that is ready to be a teacher, by the name that the user gave.
 
     Attributes:
-        name: as the user gave it.
         module: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen.
-        input: how an image becomes its input.
         source: "bundled", "torchvision", "timm" or "file".
-        weights: what its weights are, for a person.
+        weights: a description of its weights.
         weights_sha256: digest over the tensors of its state_dict; empty if these have only shapes.
         code_sha256: digest of a user's file, None for models of a package.
         class_names: one per class, or empty if they are not known.

@@ -22,10 +22,9 @@ _WITHOUT_BATCHNORM = frozenset({
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What is known of a model without loading it.
+    """What is known about a model of the `source` "bundled" or "torchvision" without loading it.
 
     Attributes:
-        source: "bundled" or "torchvision".
         input_size: (channels, height, width).
         top1: published accuracy in percent: on ImageNet, for `digits` on its held-out images.
         has_batchnorm: whether ClusterQ has statistics to align to.

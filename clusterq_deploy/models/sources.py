@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.models.inputs import entry
 from clusterq_deploy.models.registry import torchvision_cfg
 from clusterq_deploy.models.weights import State, first_line
 
@@ -32,12 +33,9 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 @dataclass(frozen=True)
 class Draft:
-    """A model as its source makes it.
+    """A model as its source makes it, with its `pretrained_cfg` or None.
 
-    Attributes:
-        cfg: its `pretrained_cfg`, or None.
-        weights: what its weights are, once `pretrained` has been copied in.
-        pretrained: gets the weights that belong to it; None if it has them already.
+    `pretrained` gets the weights that belong to it, None if it has them; `weights` says what these are.
     """
 
     module: nn.Module
@@ -50,10 +48,8 @@ class Draft:
 def torchvision_model(name: str, *, bars: bool, shapes_only: bool = False) -> Draft:
     """Make one of torchvision's classifiers; its pretrained weights come from torch's cache or the network.
 
-    Args:
-        name: one that torchvision has.
-        bars: whether torch shows on stderr how far a download is.
-        shapes_only: whether its weights have only shapes, on the meta device; the draft then has no `pretrained`.
+    `bars` shows on stderr how far a download is. With `shapes_only` its weights have only shapes, on the meta device,
+    and the draft has no `pretrained`.
     """
     from torchvision import models as tv
 
@@ -88,15 +84,11 @@ def _shapes_only() -> Iterator[None]:
         return None if value is None else value.to("meta")
 
     # what a hook returns is registered in place of its argument; torch's stubs do not say so
-    hooks = [
+    with (
         register_module_parameter_registration_hook(parameter),  # type: ignore[arg-type]
         register_module_buffer_registration_hook(buffer),  # type: ignore[arg-type]
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def rename_torchvision(state: State) -> State:
@@ -127,9 +119,9 @@ def timm_model(name: str, *, pretrained: bool) -> Draft:
     except Exception as error:  # a download can fail in any of its libraries' ways
         remedy = _WITHOUT_DOWNLOAD if pretrained else "try another model"
         raise ModelError(f"timm cannot make {name!r} ({first_line(error)}); {remedy}") from error
-    cfg = module.pretrained_cfg
-    tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
-    return Draft(module, cfg, "timm", f"timm {name}" + (f".{tag}" if tag and not name.endswith(tag) else ""))
+    tag = entry(module.pretrained_cfg, "tag")
+    weights = f"timm {name}" + (f".{tag}" if tag and not name.endswith(tag) else "")
+    return Draft(module, module.pretrained_cfg, "timm", weights)
 
 
 def user_model(path: Path, factory: str) -> Draft:

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import graph_of, reference
 from nets import images, make_net
-from test_export import graph_of, reference
 from test_pipeline import SMALL
 from torch import nn
 
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
-from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation import features
+from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
 from clusterq_deploy.quantization import Student

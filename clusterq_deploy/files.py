@@ -1,4 +1,4 @@
-"""Files: written so that a reader sees the old content or the new, never a part of it; read; and told apart."""
+"""Write files so that a reader sees the old content or the new, never a part of it; identify files; read graphs."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def write_bytes(path: Path, *data: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, its line ends unchanged, by `write_bytes`, whose errors it raises."""
+    """Write `text` to `path` in UTF-8, its line ends unchanged, by `write_bytes`; the errors are the same."""
     write_bytes(path, text.encode())
 
 
@@ -88,7 +88,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files below a folder, through links, except for what contains itself or may not be read."""
+    """Yield the files below a folder, through links, except for folders that contain themselves or may not be read."""
     real = os.path.realpath(folder)
     if real in above:
         return

@@ -165,9 +165,7 @@ def test_float_graphs_are_the_teacher(name: str) -> None:
     np.testing.assert_allclose(infer(graphs.fp16, BATCH.numpy()), net(BATCH).numpy(), atol=0.03)
 
 
-@pytest.mark.parametrize(
-    ("graph_format", "fp16"), [*((own, False) for own in GRAPH_FORMATS), ("tensorrt", True)], ids=str
-)
+@pytest.mark.parametrize(("graph_format", "fp16"), [*((f, False) for f in GRAPH_FORMATS), ("tensorrt", True)], ids=str)
 @pytest.mark.parametrize("name", NETS)
 def test_fp16_baseline_is_the_network_without_quantizers(name: str, graph_format: GraphFormat, fp16: bool) -> None:
     _, graph = graph_of(name, graph_format, "w8a8")

@@ -122,8 +122,8 @@ def test_read_image_converts_modes_of_known_range(tmp_path: Path, spec: InputSpe
 def test_read_image_scales_sixteen_bits_without_clipping(tmp_path: Path, spec: InputSpec, suffix: str) -> None:
     levels = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
     Image.fromarray(levels).save(tmp_path / f"x.{suffix}")
-    found = np.rint(read_image(tmp_path / f"x.{suffix}", "x", spec) * 255)
-    assert found[0, 0].tolist() == [0, 1, 128, 255]
+    pixels = np.rint(read_image(tmp_path / f"x.{suffix}", "x", spec) * 255)
+    assert pixels[0, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clusterq_deploy.errors import DataError, UnreadableImageError
-from clusterq_deploy.evaluation.images import SUFFIXES, Images, Unreadable, prepare_image, printable, read_image
+from clusterq_deploy.evaluation.images import SUFFIXES, Images, Unreadable, printable, read_image
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.models.weights import first_line
@@ -263,7 +263,10 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
     images = images[chosen, ..., 0] if images.ndim == 4 and channels == 1 else images[chosen]
 
     def read(row: int) -> Images:
-        return prepare_image(Image.fromarray(images[row]), f"image {row}", spec)
+        try:
+            return spec.preprocess(Image.fromarray(images[row]))
+        except ValueError as error:
+            raise UnreadableImageError(f"image {row}", first_line(error)) from error
 
     return EvaluationSet.of(name, len(images), labels[chosen], read)
 

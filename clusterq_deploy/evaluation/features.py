@@ -4,7 +4,6 @@ import operator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -12,19 +11,17 @@ from torch import Tensor, fx, nn
 from calib.bn_statistics import within_class_diversity
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import DataError, FeatureError
-from clusterq_deploy.evaluation.data import EvaluationSet, Labels
+from clusterq_deploy.evaluation.data import EvaluationSet, Labels, Rows
 from clusterq_deploy.quantization.graph.trace import module_of, trace
 from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.runtimes.runners import Array, TorchRunner
-
-Indices = npt.NDArray[np.int64]
 
 BATCH = 50
 NEIGHBOURS = 5
 """k of density and coverage, as in arXiv 2002.09797."""
 _MOST_IMAGES, _MOST_CLASSES = 2000, 100
 _SHOWN_IMAGES, _SHOWN_CLASSES = 1000, 10
-_ROOM = 2**28  # bytes that the comparison of so many images needs, about
+_ROOM = 2**28  # bytes that the comparison needs at most, about
 _PERPLEXITY = 30.0
 _STEPS = 500  # half of the usual: of 950 features of digits, a divergence of 0.47 instead of 0.45, in half of the time
 _FEWEST_POINTS = 4
@@ -54,7 +51,6 @@ def compare_features(
         classes: the width of the logits.
         seed: of the projection.
         batch_size: images per forward pass.
-        progress: shows how far it is.
 
     Raises:
         FeatureError: the teacher's features cannot be taken.
@@ -205,7 +201,7 @@ def most_frequent(labels: Labels, limit: int) -> Labels:
     return np.sort(np.concatenate([chosen, tied[np.arange(room) * len(tied) // room]]))
 
 
-def evenly(labels: Labels, classes: Labels, limit: int) -> Indices:
+def evenly(labels: Labels, classes: Labels, limit: int) -> Rows:
     """Return indices (M,) int64, ascending, of at most `limit` images of the classes, evenly over the classes."""
     members = np.flatnonzero(np.isin(labels, classes))
     count = min(limit, len(members))

@@ -36,12 +36,7 @@ _OPENING = threading.Lock()
 
 
 def read_image(file: Path, name: str, spec: InputSpec) -> Images:
-    """Decode an image file of any size and mode to (C, H, W) float32, normalized.
-
-    Args:
-        file: where it is.
-        name: what it is called in messages and in the report.
-        spec: how it becomes the model's input.
+    """Decode an image file of any size and mode to (C, H, W) float32, normalized; errors and the report call it `name`.
 
     Raises:
         UnreadableImageError: it is missing, truncated, too large, no image, or of a mode that has no meaning as pixels.
@@ -62,30 +57,13 @@ def read_image(file: Path, name: str, spec: InputSpec) -> Images:
         raise UnreadableImageError(name, _reason(error)) from error
 
 
-def prepare_image(image: Image.Image, name: str, spec: InputSpec) -> Images:
-    """Turn an image in memory into (C, H, W) float32, normalized.
-
-    Raises:
-        UnreadableImageError: its size or mode cannot become the model's input.
-    """
-    try:
-        return spec.preprocess(image)
-    except ValueError as error:
-        raise UnreadableImageError(name, first_line(error)) from error
-
-
 def printable(name: str) -> str:
     """Return a file's name as one line for a terminal and JSON, with escapes for what does not print."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 class Unreadable:
-    """The images of a set that cannot be read; one record for a set and its subsets, filled as they are read.
-
-    Args:
-        dataset: the set's name, for messages.
-        total: how many images the set has.
-    """
+    """Images of a set of `total` that cannot be read: one record for it and its subsets, filled as it is read."""
 
     def __init__(self, dataset: str, total: int) -> None:
         self.dataset, self.total = dataset, total

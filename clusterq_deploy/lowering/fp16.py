@@ -9,7 +9,7 @@ from onnx_ir import convenience
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.lowering.qdq import constant, dequantized, name_of, store
+from clusterq_deploy.lowering.qdq import constant, dequantized, name_of, operand, store
 
 _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).tiny)  # below it digits are lost
@@ -30,11 +30,9 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     converted = ir.from_proto(model)
     graph = converted.graph
-    float32_inputs = set()
     for node in list(graph):
         _convert_attributes(node)
-        float32_inputs |= {node.inputs[i] for i in _FLOAT32_INPUTS.get(node.op_type, ()) if i < len(node.inputs)}
-    dead_channels = _dead_channels(graph)
+    float32_inputs, dead_channels = _float32_inputs(graph), _dead_channels(graph)
     for name, value in list(graph.initializers.items()):
         if value.const_value is None or value.const_value.dtype is not ir.DataType.FLOAT or value in float32_inputs:
             continue
@@ -68,7 +66,7 @@ def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     graph = baseline.graph
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(baseline)
     quantizers = [node for node in graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]
-    in_fp16 = computes_in_fp16(ir.to_proto(baseline))
+    in_fp16 = _stores_fp16(graph)
     if in_fp16 and not quantizers:
         return None
     for node in quantizers:
@@ -92,14 +90,17 @@ def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
 
 def computes_in_fp16(model: onnx.ModelProto) -> bool:
     """Return whether a graph stores numbers in FP16, and in float32 only those that operators require so."""
-    float32_inputs = {
-        node.input[index]
-        for node in model.graph.node
-        for index in _FLOAT32_INPUTS.get(node.op_type, ())
-        if index < len(node.input)
-    }
-    kinds = {tensor.data_type for tensor in model.graph.initializer if tensor.name not in float32_inputs}
-    return onnx.TensorProto.FLOAT16 in kinds and onnx.TensorProto.FLOAT not in kinds
+    return _stores_fp16(ir.from_proto(model).graph)
+
+
+def _stores_fp16(graph: ir.Graph) -> bool:
+    exempt = _float32_inputs(graph)
+    kinds = {value.dtype for value in graph.initializers.values() if value not in exempt}
+    return ir.DataType.FLOAT16 in kinds and ir.DataType.FLOAT not in kinds
+
+
+def _float32_inputs(graph: ir.Graph) -> set[ir.Value | None]:
+    return {operand(node, index) for node in graph for index in _FLOAT32_INPUTS.get(node.op_type, ())}
 
 
 def _remove_dequantizer(graph: ir.Graph, node: ir.Node) -> None:

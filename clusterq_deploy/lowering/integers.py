@@ -75,9 +75,7 @@ def compare_integers(
         graph: a graph of the student, of `graph_format`.
         student: calibrated, on any device.
         images: (N, C, H, W) float32, normalized.
-        graph_format: its quantizers are compared.
         batch_size: images per pass.
-        progress: shows how far it is.
     """
     runner = OnnxRunner(_with_integer_outputs(graph, student).SerializeToString(), optimized=False)
     tie = _FP16_TIE if computes_in_fp16(graph) else _TIE

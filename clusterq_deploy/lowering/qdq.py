@@ -41,7 +41,7 @@ def all_nodes(model: ir.Model) -> list[ir.Node]:
 def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
     """Return the convolutions and matrix products that multiply two quantized tensors, in the graph's order.
 
-    By the name of each node that of its weight, which tells people more: `layer1.0.conv1.weight`.
+    They are a node's name and that of its weight, which says more to people: `layer1.0.conv1.weight`.
     """
     weights = {}
     for node in ir.from_proto(model).graph:
@@ -95,9 +95,11 @@ def zero_point(quantizer: ir.Node) -> npt.NDArray[np.float64] | None:
 
 def integer_type(quantizer: ir.Node) -> ir.DataType | None:
     """Return the type of a quantizer's integers."""
-    typed = operand(quantizer, 0 if quantizer.op_type == "DequantizeLinear" else 2)
-    if typed is not None or quantizer.op_type == "DequantizeLinear":
-        return typed.dtype if typed is not None else None
+    integers, zero = operand(quantizer, 0), operand(quantizer, 2)
+    if quantizer.op_type == "DequantizeLinear":
+        return integers.dtype if integers is not None else None
+    if zero is not None:
+        return zero.dtype
     return ir.DataType(quantizer.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
 
 

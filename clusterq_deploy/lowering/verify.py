@@ -69,7 +69,6 @@ def verify(
     """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
 
     Args:
-        graph: any exporter's.
         images: (N, C, H, W) float32, normalized.
         reference: torch's logits for them, (N, classes) float32.
         name: what messages call the graph.

@@ -76,10 +76,10 @@ class InputSpec(StageConfig):
         """
         channels, height, width = self.size
         image = _convert(image, "L" if channels == 1 else "RGB")
-        to = self._resized(*image.size)
-        if to[0] * to[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width}x{image.height} pixels would be resized to {to[0]}x{to[1]}")
-        image = image.resize(to, _RESAMPLING[self.interpolation])
+        size = self._resized(*image.size)
+        if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels would be resized to {size[0]}x{size[1]}")
+        image = image.resize(size, _RESAMPLING[self.interpolation])
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
@@ -95,8 +95,8 @@ class InputSpec(StageConfig):
         if image_width >= width and image_height >= height and shorter <= self.resize:
             return image_width, image_height
         # the crop must fit even if it is longer one way than the image is
-        to = max(self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height))
-        return max(int(to * image_width / shorter), width), max(int(to * image_height / shorter), height)
+        side = max(self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height))
+        return max(int(side * image_width / shorter), width), max(int(side * image_height / shorter), height)
 
 
 def input_spec(
@@ -107,7 +107,7 @@ def input_spec(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> InputSpec:
-    """Read a model's `pretrained_cfg`, with what the user gave taking precedence.
+    """Read a model's `pretrained_cfg`, overridden by what the user set.
 
     Args:
         name: the model's name, for messages.
@@ -119,8 +119,8 @@ def input_spec(
     Raises:
         ModelError: something is missing or wrong.
     """
-    given = {"input_size": input_size, "mean": mean, "std": std}
-    values = {key: entry(cfg, key) if value is None else value for key, value in given.items()}
+    overrides = {"input_size": input_size, "mean": mean, "std": std}
+    values = {key: entry(cfg, key) if value is None else value for key, value in overrides.items()}
     missing = [key for key, value in values.items() if value is None]
     if missing:
         raise ModelError(

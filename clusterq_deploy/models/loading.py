@@ -105,7 +105,7 @@ def load_model(
         classes = count_classes(name, module, spec)
     sha256 = digest(module) if has_values else ""
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
-    known = weights is None or (draft.source == "file" and weights != _RANDOM)  # a file of weights may have others
+    known = weights is None or (draft.source == "file" and weights != _RANDOM)  # a weights file may have other classes
     names = label_names(draft.cfg, classes) if known else ()
     module = module.to(device) if has_values else module
     return LoadedModel(name, module, spec, classes, draft.source, description, sha256, code, names)

@@ -42,8 +42,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore")  # about the protocol of a pickle that torch goes on to refuse
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asks_for = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"its pickle asks for {asks_for[1]}" if asks_for else "it is not a plain torch file"
+        request = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"its pickle asks for {request[1]}" if request else "it is not a plain torch file"
         raise WeightsError(
             f"refused to load {str(path)!r}: {what}, but only tensors are read; save the state_dict as safetensors"
         ) from error
@@ -55,10 +55,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fit_state(model: nn.Module, state: State, *, name: str, origin: str) -> None:
-    """Copy `state` into `model`, if every name and shape agrees.
-
-    Args:
-        name, origin: the model and where the weights came from, for messages.
+    """Copy `state` into `model`, if every name and shape agrees; messages call them `origin` and `name`.
 
     Raises:
         WeightsError: the names or shapes do not agree; the model is then unchanged.

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import graph_of, reference
 from nets import images, make_net
+from test_export import graph_of, reference
 from test_pipeline import SMALL
 from torch import nn
 
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
-from clusterq_deploy.evaluation import features
+from clusterq_deploy.evaluation import features as compare
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
@@ -266,7 +266,7 @@ def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
     run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
     run.begin()
     run.synthesize()
-    monkeypatch.setattr(features, "_ROOM", 1 << 60)
+    monkeypatch.setattr(compare, "_ROOM", 1 << 60)
     found = run.features().result
     assert found["skipped"].startswith("features: the memory does not suffice for batches of 1/64 either")
     monkeypatch.undo()
@@ -276,16 +276,16 @@ def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
 
 def test_room_for_a_comparison_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    separation = features.separation
+    separation = compare.separation
 
     def watched(*arguments: Any) -> Any:
         taken.append(tracemalloc.get_traced_memory()[0])
         return separation(*arguments)
 
-    monkeypatch.setattr(features, "separation", watched)
+    monkeypatch.setattr(compare, "separation", watched)
     some = EvaluationSet.from_images("some", images(40).numpy(), [index % 4 for index in range(40)])
     tracemalloc.start()
-    features.compare_features(make_net("residual"), some, None, classes=10, seed=0)
+    compare.compare_features(make_net("residual"), some, None, classes=10, seed=0)
     tracemalloc.stop()
     assert taken
-    assert max(taken) < features._ROOM
+    assert max(taken) < compare._ROOM

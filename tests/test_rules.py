@@ -38,6 +38,13 @@ def store(graph: onnx.ModelProto, values: np.ndarray, name: str) -> str:
     return name
 
 
+def put(graph: onnx.ModelProto, node: onnx.NodeProto, inputs: dict[int, np.ndarray]) -> str:
+    """Store other values for some inputs of a node, and return its name."""
+    for index, values in inputs.items():
+        node.input[index] = store(graph, values, f"{name_of(node)}.input{index}")
+    return name_of(node)
+
+
 def insert(graph: onnx.ModelProto, index: int, *nodes: onnx.NodeProto) -> None:
     for node in reversed(nodes):
         graph.graph.node.insert(index, node)
@@ -70,11 +77,9 @@ def _foreign_operator(graph: onnx.ModelProto) -> str:
 
 
 def _dead_scale(graph: onnx.ModelProto) -> str:
-    node = weight(graph)
-    scales = stored(graph, node.input[1]).copy()
+    scales = stored(graph, weight(graph).input[1])
     scales[3] = 0
-    node.input[1] = store(graph, scales, "dead")
-    return name_of(node)
+    return put(graph, weight(graph), {1: scales})
 
 
 def _computed_scale(graph: onnx.ModelProto) -> str:
@@ -85,16 +90,13 @@ def _computed_scale(graph: onnx.ModelProto) -> str:
 
 
 def _zero_point(graph: onnx.ModelProto) -> str:
-    node = quantizer(graph)
-    node.input[2] = store(graph, np.array(3, np.int8), "three")
-    return name_of(node)
+    return put(graph, quantizer(graph), {2: np.array(3, np.int8)})
 
 
 def _unsigned(graph: onnx.ModelProto) -> str:
-    node = quantizer(graph)
-    zero = store(graph, np.array(0, np.uint8), "zero_u8")
-    node.input[2] = producer(graph, first(graph, "Conv").input[0]).input[2] = zero
-    return name_of(node)
+    zero = {2: np.array(0, np.uint8)}
+    put(graph, producer(graph, first(graph, "Conv").input[0]), zero)
+    return put(graph, quantizer(graph), zero)
 
 
 def _no_zero_point(graph: onnx.ModelProto) -> str:
@@ -116,9 +118,7 @@ def _four_bit_convolution(graph: onnx.ModelProto) -> str:
 
 def _unsigned_weight(graph: onnx.ModelProto) -> str:
     node = weight(graph)
-    node.input[0] = store(graph, stored(graph, node.input[0]).astype(np.uint8), "unsigned")
-    node.input[2] = store(graph, stored(graph, node.input[2]).astype(np.uint8), "zeros_u8")
-    return name_of(node)
+    return put(graph, node, {index: stored(graph, node.input[index]).astype(np.uint8) for index in (0, 2)})
 
 
 def _unsigned_float_weight(graph: onnx.ModelProto) -> str:
@@ -133,24 +133,19 @@ def _unsigned_float_weight(graph: onnx.ModelProto) -> str:
 
 
 def _scales_of_channels(graph: onnx.ModelProto) -> str:
-    node = quantizer(graph)
-    node.input[1] = store(graph, np.full(3, 0.02, np.float32), "three_scales")
-    node.input[2] = store(graph, np.zeros(3, np.int8), "three_zeros")
-    return name_of(node)
+    return put(graph, quantizer(graph), {1: np.full(3, 0.02, np.float32), 2: np.zeros(3, np.int8)})
 
 
 def _input_channels(graph: onnx.ModelProto) -> str:
     node = weight(graph)
     count = stored(graph, node.input[0]).shape[1]
-    node.input[1] = store(graph, np.full(count, 0.02, np.float32), "by_input")
-    node.input[2] = store(graph, np.zeros(count, np.int8), "zeros_by_input")
+    put(graph, node, {1: np.full(count, 0.02, np.float32), 2: np.zeros(count, np.int8)})
     next(a for a in node.attribute if a.name == "axis").i = 1
     return name_of(first(graph, "Conv"))
 
 
 def _too_few_scales(graph: onnx.ModelProto) -> str:
-    node = weight(graph)
-    node.input[1] = store(graph, stored(graph, node.input[1])[:-1], "too_few")
+    put(graph, weight(graph), {1: stored(graph, weight(graph).input[1])[:-1]})
     return name_of(first(graph, "Conv"))
 
 
@@ -171,10 +166,8 @@ def _float_input(graph: onnx.ModelProto) -> str:
 
 
 def _float_weight(graph: onnx.ModelProto) -> str:
-    layer = first(graph, "Conv")
-    shape = stored(graph, weight(graph).input[0]).shape
-    layer.input[1] = store(graph, np.ones(shape, np.float32), "float_weight")
-    return name_of(layer)
+    integers = stored(graph, weight(graph).input[0])
+    return put(graph, first(graph, "Conv"), {1: integers.astype(np.float32)})
 
 
 def _both_branches(graph: onnx.ModelProto) -> str:

@@ -53,7 +53,7 @@ _RULES = (
     Rule("opset", "error", "before opset 13 quantizers have no scale per channel, which weights need"),
     Rule("version", "warning", "opsets up to 21 and IR up to 10 are read by every TensorRT from 10.3 on"),
     Rule("domain", "warning", "operators that are not ONNX's own need a plugin in TensorRT"),
-    Rule("operator", "error", "integer operators are not read: quantizers surround float ones"),
+    Rule("operator", "error", "integer operators are not read: quantizers enclose float ones"),
     Rule("scale", "error", "scales are constants, positive and finite"),
     Rule("zero-point", "error", "quantizers are symmetric: every zero-point is 0"),
     Rule("activation-type", "error", "activations are INT8 or FP8; there is no UINT8"),
@@ -63,7 +63,11 @@ _RULES = (
     Rule("bias", "error", "biases stay in float: INT32 is not a quantized type"),
     Rule("inputs", "warning", "a layer runs in INT8 if all its inputs are quantized"),
     Rule("residual", "warning", "an addition fuses with the convolution in front if the other branch is quantized"),
-    Rule("concat", "warning", "branches of a concatenation that share a scale with its output need no requantization"),
+    Rule(
+        "concat",
+        "warning",
+        "the branches of a concatenation need no requantization if they share a scale with its output",
+    ),
     Rule("pool", "warning", "a max-pool runs in INT8 if its input and its output share a scale"),
     Rule("fp16", "warning", "what is not quantized has one type: casts between layers break their fusion"),
 )

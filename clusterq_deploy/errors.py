@@ -1,4 +1,4 @@
-"""Every error that the library raises on purpose.
+"""Errors that the library raises on purpose.
 
     ClusterQError
     ├── ConfigError            an option or a configuration file is wrong
@@ -14,11 +14,11 @@
     ├── ReportError            a report.json cannot be read
     ├── SynthesisError         no usable calibration set came out
     ├── TuningError            fine-tuning diverges
-    ├── OutOfMemoryError       the memory does not suffice for the smallest batches either
+    ├── OutOfMemoryError       there is not enough memory for the smallest batches
     ├── ExportError            a graph could not be written
     │   └── VerificationError  a graph does not compute what the torch model computes
     └── EngineError            a TensorRT engine cannot be built, loaded or run
-        └── TensorRTMissing    TensorRT or an NVIDIA GPU is not there
+        └── TensorRTMissing    there is no TensorRT or no NVIDIA GPU
 
 The message of each is one line for a person: what was received, what was expected, what to do.
 """
@@ -73,7 +73,7 @@ class TuningError(ClusterQError):
 
 
 class OutOfMemoryError(ClusterQError):
-    """The memory does not suffice for the smallest batches either."""
+    """There is not enough memory for the smallest batches."""
 
 
 class FeatureError(ClusterQError, ValueError):
@@ -118,4 +118,4 @@ class EngineError(ClusterQError, RuntimeError):
 
 
 class TensorRTMissing(EngineError):  # noqa: N818
-    """TensorRT or an NVIDIA GPU is not there."""
+    """There is no TensorRT or no NVIDIA GPU."""

@@ -1,4 +1,4 @@
-"""Files: written so that a reader finds the old content or the new, never a part of it; graphs, read."""
+"""Write files so that a reader sees the old content or the new, never a part of it; identify files; read graphs."""
 
 import hashlib
 import os
@@ -13,14 +13,14 @@ from google.protobuf.message import DecodeError
 from clusterq_deploy.errors import ExportError, RunDirectoryError
 
 TEMPORARY = ".*.tmp"
-"""What files are called while they are written."""
+"""The pattern of files' names while they are written."""
 
 
 def write_bytes(path: Path, *data: bytes | memoryview) -> None:
-    """Write `data`, one after the other, to `path` as one atomic step; missing parent directories are made.
+    """Write `data`, one after the other, to `path` in one atomic step; missing parent directories are made.
 
-    The data goes to a temporary file beside `path`, reaches the disk, and takes the name `path` by a rename.
-    On any failure `path` is left as it was, and the temporary file is gone.
+    The data goes to a temporary file next to `path`, reaches the disk, and is renamed to `path`. On any failure `path`
+    is left as it was, and the temporary file is gone.
 
     Raises:
         RunDirectoryError: the file system refuses: it is full or read-only, or access is denied.
@@ -41,16 +41,12 @@ def write_bytes(path: Path, *data: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, with its line ends as they are, as `write_bytes` does.
-
-    Raises:
-        RunDirectoryError: as for `write_bytes`.
-    """
+    """Write `text` to `path` in UTF-8, its line ends unchanged, by `write_bytes`; the errors are the same."""
     write_bytes(path, text.encode())
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether a path can stand in a file of UTF-8; on Linux it may be any bytes."""
+    """Return whether a path can be written to a file of UTF-8; on Linux it may be any bytes."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -59,7 +55,7 @@ def is_utf8(path: Path) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of the file's content, in hexadecimal.
+    """Return SHA-256 of the file's content, in hexadecimal.
 
     Raises:
         RunDirectoryError: the file cannot be read.
@@ -72,7 +68,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Identifies a file by its content, and a folder by the names, sizes and times of the files in it.
+    """Return a digest of a file's content, or of the names, sizes and times of the files in a folder.
 
     Links are followed, to folders too: data sets are often made of them.
 
@@ -92,7 +88,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The files in a folder and those below it, through links, but for what lies in itself or may not be read."""
+    """Yield the files below a folder, through links, except for folders that contain themselves or may not be read."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -100,15 +96,15 @@ def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
         entries = list(folder.iterdir())
     except PermissionError:
         return
-    for own in entries:
-        if own.is_dir():
-            yield from _files(own, above | {real})
-        elif own.is_file():
-            yield own
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(entry, above | {real})
+        elif entry.is_file():
+            yield entry
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file, with the weights that may lie beside it.
+    """Read an ONNX file, with the weights that may be next to it.
 
     Raises:
         ExportError: it cannot be read, or is no ONNX.

@@ -1,4 +1,4 @@
-"""Evaluation data in each of its forms, and what is said of data that does not fit."""
+"""Evaluation data in each of its forms, and the errors of data that does not fit."""
 
 import os
 from pathlib import Path
@@ -24,13 +24,13 @@ def digits() -> LoadedModel:
 
 
 def paint(file: Path, value: int, size: tuple[int, int] = (16, 16)) -> None:
-    """Write a PNG of one grey value, which is how tests tell images apart."""
+    """Write a PNG of one grey value, by which tests tell images apart."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value, value, value)).save(file)
 
 
 def contents(data: EvaluationSet, batch_size: int = 2) -> tuple[list[int], list[int]]:
-    """The grey values and the labels of a set, in order."""
+    """Return the grey values and the labels of a set, in order."""
     values: list[int] = []
     labels: list[int] = []
     for images, batch_labels in data.batches(batch_size):
@@ -52,7 +52,7 @@ def top1(model: LoadedModel, data: EvaluationSet) -> float:
 
 
 def failure(path: Path | None, model: LoadedModel, limit: int | None = None) -> str:
-    """The message of the DataError that opening, or else reading, the data raises; checked to be one line."""
+    """Return the message of the DataError that opening, or else reading, the data raises; checked to be one line."""
     with pytest.raises(DataError) as caught:
         list(load_evaluation(path, model, limit).batches(4))
     message = str(caught.value)
@@ -63,23 +63,19 @@ def failure(path: Path | None, model: LoadedModel, limit: int | None = None) -> 
 # ---- the shipped images ----
 
 
-def test_digits_is_right_on_its_held_out_images(digits: LoadedModel) -> None:
+def test_load_evaluation_has_held_out_images_of_digits_only(digits: LoadedModel, colour: LoadedModel) -> None:
     data = load_evaluation(None, digits)
-    assert len(data) == 450
-    assert data.labelled
+    assert (len(data), data.labelled) == (450, True)
     accuracy = top1(digits, data)
     assert accuracy >= 98
     assert accuracy == pytest.approx(TOP1, abs=0.3)
-
-
-def test_a_model_without_shipped_images_needs_data(colour: LoadedModel) -> None:
     assert "no evaluation data was given" in failure(None, colour)
 
 
 # ---- the formats ----
 
 
-def test_folders_named_by_numbers_are_labels(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_labels_images_by_the_numbers_of_their_folders(tmp_path: Path, colour: LoadedModel) -> None:
     paint(tmp_path / "2" / "a.png", 20)
     paint(tmp_path / "0" / "deeper" / "b.PNG", 10)
     (tmp_path / "0" / "notes.txt").write_text("not an image")
@@ -89,14 +85,14 @@ def test_folders_named_by_numbers_are_labels(tmp_path: Path, colour: LoadedModel
     assert contents(data) == ([10, 20], [0, 2])
 
 
-def test_named_folders_are_classes_in_sorted_order(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_sorts_named_class_folders(tmp_path: Path, colour: LoadedModel) -> None:
     for value, name in enumerate(["n03", "n01", "n02"]):
         paint(tmp_path / name / "x.png", value)
     assert contents(load_evaluation(tmp_path, colour)) == ([1, 2, 0], [0, 1, 2])
 
 
 @pytest.mark.parametrize("header", ["", "file,label\n", "\ufefffilename,class\n"])
-def test_a_labels_file(tmp_path: Path, colour: LoadedModel, header: str) -> None:
+def test_load_evaluation_reads_a_labels_file(tmp_path: Path, colour: LoadedModel, header: str) -> None:
     paint(tmp_path / "a.png", 1)
     paint(tmp_path / "images" / "b.png", 2)
     paint(tmp_path / "images" / "c.png", 3)
@@ -106,25 +102,25 @@ def test_a_labels_file(tmp_path: Path, colour: LoadedModel, header: str) -> None
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 32, 1), (4, 32, 32)])
-def test_an_npz_of_grey_images(tmp_path: Path, digits: LoadedModel, shape: tuple[int, ...]) -> None:
+def test_load_evaluation_reads_an_npz_of_grey_images(
+    tmp_path: Path, digits: LoadedModel, shape: tuple[int, ...]
+) -> None:
     images = np.arange(4, dtype=np.uint8).repeat(32 * 32).reshape(shape)
     np.savez(tmp_path / "set.npz", images=images, labels=np.array([3, 2, 1, 0], np.int32))
-    data = load_evaluation(tmp_path / "set.npz", digits)
-    (batch, labels), *_ = data.batches(4)
+    (batch, labels), *_ = load_evaluation(tmp_path / "set.npz", digits).batches(4)
     mean, std = digits.input.mean[0], digits.input.std[0]
     np.testing.assert_allclose(batch[:, 0, 5, 5], (np.arange(4) / 255 - mean) / std, rtol=1e-6)
-    assert labels is not None
-    assert labels.tolist() == [3, 2, 1, 0]
+    np.testing.assert_array_equal(labels, [3, 2, 1, 0])
 
 
-def test_an_npz_of_colour_images(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_reads_an_npz_of_colour_images(tmp_path: Path, colour: LoadedModel) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.array([0, 2]))
     ((batch, _),) = load_evaluation(tmp_path / "set.npz", colour).batches(2)
     np.testing.assert_array_equal(batch, images.transpose(0, 3, 1, 2) / np.float32(255))
 
 
-def test_a_limit_spreads_over_the_classes(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_spaces_a_limit_over_the_classes(tmp_path: Path, colour: LoadedModel) -> None:
     for value in range(9):
         paint(tmp_path / str(value // 3) / f"{value}.png", value)
     assert contents(load_evaluation(tmp_path, colour, limit=3)) == ([0, 3, 6], [0, 1, 2])
@@ -142,7 +138,7 @@ def test_batches_keep_the_order_and_can_be_read_again(tmp_path: Path, colour: Lo
         next(data.batches(0))
 
 
-def test_images_in_memory_need_no_labels() -> None:
+def test_from_images_needs_no_labels() -> None:
     images = np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32)
     data = EvaluationSet.from_images("synthetic", images)
     batches = list(data.batches(3))
@@ -159,23 +155,20 @@ def test_images_in_memory_need_no_labels() -> None:
 # ---- what does not fit ----
 
 
-def test_there_must_be_data(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_refuses_paths_without_data(tmp_path: Path, colour: LoadedModel) -> None:
     assert "does not exist" in failure(tmp_path / "absent", colour)
     assert "neither labels.csv nor folders" in failure(tmp_path, colour)
     (tmp_path / "0").mkdir()
     assert "no images were found" in failure(tmp_path, colour)
     (tmp_path / "data.zip").write_bytes(b"")
     assert "no known format" in failure(tmp_path / "data.zip", colour)
-
-
-def test_class_folders_must_match_the_model(tmp_path: Path, colour: LoadedModel) -> None:
     for name in ("cat", "dog"):
-        paint(tmp_path / name / "x.png", 0)
-    assert "has 2 class folders, but the model has 3 classes" in failure(tmp_path, colour)
+        paint(tmp_path / "pets" / name / "x.png", 0)
+    assert "has 2 class folders, but the model has 3 classes" in failure(tmp_path / "pets", colour)
 
 
 @pytest.mark.parametrize("outside", ["/etc/hosts", "../other.png", "images/../../other.png", "..\\x.png", "C:\\x.png"])
-def test_a_labels_file_stays_in_its_folder(tmp_path: Path, colour: LoadedModel, outside: str) -> None:
+def test_load_evaluation_refuses_files_outside_of_the_folder(tmp_path: Path, colour: LoadedModel, outside: str) -> None:
     paint(tmp_path / "other.png", 0)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "labels.csv").write_text(f"{outside},0\n")
@@ -183,7 +176,7 @@ def test_a_labels_file_stays_in_its_folder(tmp_path: Path, colour: LoadedModel, 
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ("missing.png,0", "row 2 names 'missing.png'"),
         ("x.png,cat", "expected file,label"),
@@ -191,20 +184,18 @@ def test_a_labels_file_stays_in_its_folder(tmp_path: Path, colour: LoadedModel, 
         ("x.png,3", "labels up to 3, but the model has 3 classes"),
         ("x.png,-1", "labels down to -1"),
         (f"x.png,{10**30}", "labels up to 1000"),
+        ("\xff\xfe\x00", "UnicodeDecodeError"),
     ],
 )
-def test_a_labels_file_names_what_is_there(tmp_path: Path, colour: LoadedModel, row: str, said: str) -> None:
+def test_load_evaluation_refuses_wrong_rows_of_a_labels_file(
+    tmp_path: Path, colour: LoadedModel, row: str, message: str
+) -> None:
     paint(tmp_path / "x.png", 0)
-    (tmp_path / "labels.csv").write_text(f"x.png,0\n{row}\n")
-    assert said in failure(tmp_path, colour)
+    (tmp_path / "labels.csv").write_bytes(b"x.png,0\n" + row.encode("latin-1") + b"\n")
+    assert message in failure(tmp_path, colour)
 
 
-def test_a_labels_file_is_text(tmp_path: Path, colour: LoadedModel) -> None:
-    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
-    assert "UnicodeDecodeError" in failure(tmp_path, colour)
-
-
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_refuses_a_link_out_of_the_folder(tmp_path: Path, colour: LoadedModel) -> None:
     paint(tmp_path / "other.png", 0)
     paint(tmp_path / "set" / "own.png", 7)
     table = tmp_path / "set" / "labels.csv"
@@ -223,7 +214,7 @@ LABELS = np.array([0, 1])
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"images": IMAGES}, "has no labels"),
         ({"labels": LABELS}, "has no images"),
@@ -233,22 +224,19 @@ LABELS = np.array([0, 1])
         ({"images": IMAGES, "labels": LABELS * 0.5}, "float64 for 2 images"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "has no images"),
         ({"images": IMAGES, "labels": LABELS + 98}, "labels up to 99, but the model has 3 classes"),
-        (
-            {"images": IMAGES, "labels": np.full(2, 2**64 - 1, np.uint64)},
-            "labels up to 18446744073709551615",
-        ),
+        ({"images": IMAGES, "labels": np.full(2, 2**64 - 1, np.uint64)}, "labels up to 18446744073709551615"),
         ({"images": IMAGES[..., :1], "labels": LABELS}, "1 channels, but the model takes 3"),
         ({"images": np.array([{}, {}], object), "labels": LABELS}, "allow_pickle=False"),
     ],
 )
-def test_an_npz_holds_images_and_labels(
-    tmp_path: Path, colour: LoadedModel, arrays: dict[str, np.ndarray], said: str
+def test_load_evaluation_refuses_an_npz_of_other_arrays(
+    tmp_path: Path, colour: LoadedModel, arrays: dict[str, np.ndarray], message: str
 ) -> None:
     np.savez(tmp_path / "set.npz", **arrays)
-    assert said in failure(tmp_path / "set.npz", colour)
+    assert message in failure(tmp_path / "set.npz", colour)
 
 
-def test_a_damaged_npz_is_named(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_refuses_a_damaged_npz(tmp_path: Path, colour: LoadedModel) -> None:
     file = tmp_path / "set.npz"
     np.save(tmp_path / "plain.npy", IMAGES)
     for data in (b"", b"PK\x03\x04 damaged", b"text", (tmp_path / "plain.npy").read_bytes()):
@@ -260,14 +248,14 @@ def test_a_damaged_npz_is_named(tmp_path: Path, colour: LoadedModel) -> None:
 
 
 @needs_shared
-def test_a_users_model_on_cifar10() -> None:
+def test_published_accuracy_on_cifar10() -> None:
     model = load_model(f"{SHARED}/models.py:resnet20_cifar10", device=CPU)
     data = load_evaluation(Path(f"{SHARED}/cifar10_test.npz"), model, limit=500)
     assert top1(model, data) == pytest.approx(91.36, abs=4)
 
 
 @needs_shared
-def test_a_users_model_on_imagenet() -> None:
+def test_published_accuracy_on_imagenet() -> None:
     model = load_model(f"{SHARED}/models.py:mobilenet_v1_025", device=CPU)
     data = load_evaluation(Path(f"{SHARED}/imagenet_val"), model)
     assert len(data) == 650

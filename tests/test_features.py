@@ -30,14 +30,14 @@ T = TypeVar("T")
 PARTS = (np.arange(60) % 4).astype(np.int64)
 
 
-def clusters(spread: float, distance: float, labels: np.ndarray = PARTS, width: int = 12, seed: int = 0) -> Array:
-    """Gaussian clouds of deviation `spread`, a class each, around centres of deviation `distance`."""
+def clusters(std: float, distance: float, labels: np.ndarray = PARTS, width: int = 12, seed: int = 0) -> Array:
+    """Draw Gaussian clouds of deviation `std`, one per class, around centres of deviation `distance`."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(10, width)) * distance
-    return (centres[labels] + rng.normal(size=(len(labels), width)) * spread).astype(np.float32)
+    return (centres[labels] + rng.normal(size=(len(labels), width)) * std).astype(np.float32)
 
 
-def given(value: T | None) -> T:
+def defined(value: T | None) -> T:
     assert value is not None
     return value
 
@@ -46,17 +46,17 @@ def given(value: T | None) -> T:
 
 
 @torch.no_grad()
-def test_features_are_those_of_a_forward_pass_by_hand() -> None:
+def test_penultimate_agrees_with_a_forward_pass_by_hand() -> None:
     net, x = digits(), torch.randn(7, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     y = net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x)))))
-    found = penultimate(net, 10)(x)
-    assert torch.equal(found, y.mean((2, 3)))
-    torch.testing.assert_close(net.fc(found), net(x))
+    features = penultimate(net, 10)(x)
+    assert torch.equal(features, y.mean((2, 3)))
+    torch.testing.assert_close(net.fc(features), net(x))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
-def test_the_classifier_turns_the_features_into_logits(name: str) -> None:
+def test_penultimate_returns_what_the_classifier_turns_into_logits(name: str) -> None:
     net, x = make_net(name), images(5)
     (classifier,) = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
     torch.testing.assert_close(classifier(penultimate(net, 10)(x)), net(x))
@@ -83,14 +83,14 @@ class Cosine(Convolutional):
 
 
 @torch.no_grad()
-def test_a_convolution_may_be_the_classifier() -> None:
+def test_penultimate_accepts_a_convolution_as_classifier() -> None:
     net, x = Convolutional().eval(), images(5)
     by_hand = F.relu(net.norm(net.stem(x))).mean((2, 3))
     torch.testing.assert_close(penultimate(net, 10)(x), by_hand)
 
 
 @torch.no_grad()
-def test_a_linear_may_classify_every_position() -> None:
+def test_penultimate_accepts_a_linear_that_classifies_every_position() -> None:
     class Positions(Convolutional):
         def __init__(self) -> None:
             super().__init__()
@@ -103,24 +103,24 @@ def test_a_linear_may_classify_every_position() -> None:
     torch.testing.assert_close(net.linear(penultimate(net, 10)(x)), net(x))
 
 
-def test_a_classifier_that_is_no_layer_is_refused() -> None:
+def test_penultimate_refuses_a_classifier_that_is_no_layer() -> None:
     with pytest.raises(FeatureError, match=r"last layer of Cosine is .*matmul.*Linear or Conv2d of 10 outputs"):
         penultimate(Cosine().eval(), 10)
     with pytest.raises(FeatureError, match="of 11 outputs"):
         penultimate(make_net("residual"), 11)
 
 
-def test_capture_keeps_the_order_and_leaves_the_teacher_alone() -> None:
+def test_capture_keeps_the_order_and_the_teacher() -> None:
     net = make_net("residual")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = images(120)
-    found = capture(penultimate(net, 10), EvaluationSet.from_images("x", x.numpy()))
-    assert (found.shape, found.dtype) == ((120, 32), np.float32)
-    np.testing.assert_allclose(found, penultimate(net, 10)(x).numpy(), rtol=1e-5, atol=1e-6)
+    features = capture(penultimate(net, 10), EvaluationSet.from_images("x", x.numpy()))
+    assert (features.shape, features.dtype) == ((120, 32), np.float32)
+    np.testing.assert_allclose(features, penultimate(net, 10)(x).numpy(), rtol=1e-5, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
+def test_capture_refuses_features_that_are_not_finite() -> None:
     x = images(4)
     x[2] = torch.inf
     with pytest.raises(FeatureError, match="features of broken hold values that are not finite"):
@@ -130,14 +130,14 @@ def test_features_that_are_not_finite_are_refused() -> None:
 # Which images count
 
 
-def test_the_classes_with_the_most_images_are_taken_ties_evenly() -> None:
+def test_most_frequent_spaces_tied_classes_evenly() -> None:
     labels = np.array([5, 5, 5, 0, 1, 2, 3, 3, 4, 6], np.int64)
     assert most_frequent(labels, 2).tolist() == [3, 5]
     assert most_frequent(labels, 4).tolist() == [0, 2, 3, 5]  # 0 and 2 of the tied 0, 1, 2, 4, 6
     assert most_frequent(labels, 7).tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_images_are_chosen_evenly_over_the_classes() -> None:
+def test_evenly_chooses_as_many_images_of_each_class() -> None:
     labels = np.arange(4000, dtype=np.int64) % 10  # every second of these would be the even classes
     chosen = evenly(labels, np.arange(10), 2000)
     assert np.bincount(labels[chosen]).tolist() == [200] * 10
@@ -149,20 +149,14 @@ def test_images_are_chosen_evenly_over_the_classes() -> None:
 # What is measured
 
 
-def test_silhouette_is_near_one_for_separate_classes_and_near_zero_for_mixed_ones() -> None:
+def test_separation_of_separate_mixed_and_collapsed_classes() -> None:
     apart, mixed = separation(clusters(0.05, 3), PARTS), separation(clusters(1, 0), PARTS)
-    assert apart.silhouette is not None
-    assert mixed.silhouette is not None
-    assert apart.silhouette > 0.95
-    assert abs(mixed.silhouette) < 0.1
+    assert defined(apart.silhouette) > 0.95
+    assert mixed.silhouette == pytest.approx(0, abs=0.1)
+    assert mixed.within_class_diversity == pytest.approx(1, abs=0.1)
+    assert separation(clusters(1e-3, 3), PARTS).within_class_diversity == pytest.approx(0, abs=1e-5)
     halfway = clusters(1, 1)
     assert separation(halfway, PARTS).silhouette == pytest.approx(silhouette_samples(halfway, PARTS).mean())
-
-
-def test_diversity_is_near_zero_for_collapsed_classes_and_near_one_for_mixed_ones() -> None:
-    collapsed, mixed = separation(clusters(1e-3, 3), PARTS), separation(clusters(1, 0), PARTS)
-    assert collapsed.within_class_diversity == pytest.approx(0, abs=1e-5)
-    assert mixed.within_class_diversity == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -176,26 +170,26 @@ def test_diversity_is_near_zero_for_collapsed_classes_and_near_one_for_mixed_one
         ([0, 0, 1, 1], np.zeros((4, 3), np.float32), "all images are the same"),
     ],
 )
-def test_what_is_not_defined_is_none_with_a_reason(labels: list[int], features: Array, reason: str) -> None:
-    found = separation(features, np.array(labels, np.int64))
-    assert (found.silhouette, found.within_class_diversity) == (None, None)
-    assert reason in str(found.reason)
+def test_separation_says_why_it_is_not_defined(labels: list[int], features: Array, reason: str) -> None:
+    result = separation(features, np.array(labels, np.int64))
+    assert (result.silhouette, result.within_class_diversity) == (None, None)
+    assert reason in str(result.reason)
 
 
-def test_a_class_of_one_image_does_not_count() -> None:
+def test_separation_leaves_out_a_class_of_one_image() -> None:
     features, odd = clusters(0.3, 1), np.append(PARTS, 7)
     whole = np.concatenate([features, np.full((1, 12), 50, np.float32)])
     assert separation(whole, odd) == separation(features, PARTS)
 
 
-def test_coverage_tells_likeness_from_collapse_and_from_strangeness() -> None:
+def test_density_and_coverage_of_like_collapsed_and_strange_features() -> None:
     labels = (np.arange(300) % 6).astype(np.int64)
     real, like, strange = (clusters(1, 4, labels, seed=seed) for seed in range(3))
-    density, coverage = given(density_and_coverage(real, like))
+    density, coverage = defined(density_and_coverage(real, like))
     assert density == pytest.approx(1, abs=0.2)
     assert coverage > 0.9
     half = clusters(1, 4, labels % 3, seed=4)  # three of the six classes are missing
-    assert given(density_and_coverage(real, half))[1] == pytest.approx(0.5, abs=0.06)
+    assert defined(density_and_coverage(real, half))[1] == pytest.approx(0.5, abs=0.06)
     assert density_and_coverage(real, strange + 100) == (0, 0)
     assert density_and_coverage(real[:5], like) is None
 
@@ -203,38 +197,33 @@ def test_coverage_tells_likeness_from_collapse_and_from_strangeness() -> None:
 # The projection
 
 
-def test_the_projection_keeps_classes_apart_and_is_the_same_again() -> None:
+def test_project_keeps_classes_apart_and_is_the_same_again() -> None:
     features = clusters(0.3, 3)
-    places, parameters = given(project(features, 2**32 + 5))
+    places, parameters = defined(project(features, 2**32 + 5))
     assert parameters == {"perplexity": 59 / 3, "init": "pca", "random_state": 5, "max_iter": 500}
     assert places.shape == (60, 2)
-    assert (separation(places, PARTS).silhouette or 0) > 0.7
+    assert defined(separation(places, PARTS).silhouette) > 0.7
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        again, _ = given(project(features, 5))
+        again, _ = defined(project(features, 5))
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(places, again)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_tiny_set_is_not_projected(count: int) -> None:
-    assert project(clusters(1, 1)[:count], 0) is None
+@pytest.mark.parametrize(
+    "features", [*(clusters(1, 1)[:count] for count in (1, 2, 3)), np.ones((20, 6), np.float32), clusters(1, 1)[:, :1]]
+)
+def test_project_refuses_too_little(features: Array) -> None:
+    assert project(features, 0) is None
 
 
-@pytest.mark.parametrize("count", [4, 5, 9])
-def test_a_small_set_is_projected(count: int) -> None:
-    places, parameters = given(project(clusters(1, 1)[:count], 0))
+@pytest.mark.parametrize("features", [*(clusters(1, 1)[:count] for count in (4, 5, 9)), clusters(0, 3)])
+def test_project_accepts_few_images_and_collapsed_classes(features: Array) -> None:
+    places, parameters = defined(project(features, 0))
     assert np.isfinite(places).all()
-    assert float(parameters["perplexity"]) < count
-
-
-def test_features_without_spread_are_not_projected() -> None:
-    assert project(np.ones((20, 6), np.float32), 0) is None
-    assert project(clusters(1, 1)[:, :1], 0) is None
-    collapsed = clusters(0, 3)  # every class is one point
-    assert np.isfinite(given(project(collapsed, 0))[0]).all()
+    assert float(parameters["perplexity"]) < len(features)
 
 
 # All of it
@@ -248,57 +237,45 @@ def compared(synthetic: EvaluationSet, real: EvaluationSet | None) -> FeatureInf
     return compare_features(make_net("residual"), synthetic, real, classes=10, seed=0)
 
 
-def test_two_sets_share_one_projection() -> None:
-    made = labelled("made", images(40), np.arange(40) % 10)
-    true = labelled("true", images(30, seed=2), np.arange(30) % 5)
-    found = compared(made, true)
-    assert found.real is not None
-    assert found.projection is not None
-    assert (found.width, found.notes) == (32, [])
-    assert (found.synthetic.images, found.synthetic.classes) == (40, 10)
-    assert (found.real.dataset, found.real.images, found.real.classes) == ("true", 30, 5)
-    assert found.synthetic.points.labels == [n % 10 for n in range(40)]
-    assert len(found.real.points.x) == len(found.real.points.y) == 30
-    assert found.projection.parameters["perplexity"] == pytest.approx(69 / 3)
-    net = make_net("residual")
-    features = penultimate(net, 10)(images(40)).numpy()
-    assert found.synthetic.silhouette == pytest.approx(
-        silhouette_samples(features, np.arange(40) % 10).mean(), rel=1e-3
-    )
-    assert found == compared(made, true)
+def test_compare_features_projects_two_sets_together() -> None:
+    synthetic = labelled("made", images(40), np.arange(40) % 10)
+    real = labelled("true", images(30, seed=2), np.arange(30) % 5)
+    info = compared(synthetic, real)
+    assert (info.width, info.notes) == (32, [])
+    assert (info.synthetic.images, info.synthetic.classes) == (40, 10)
+    assert info.synthetic.points.labels == [n % 10 for n in range(40)]
+    info_real = defined(info.real)
+    assert (info_real.dataset, info_real.images, info_real.classes) == ("true", 30, 5)
+    assert len(info_real.points.x) == len(info_real.points.y) == 30
+    assert defined(info.projection).parameters["perplexity"] == pytest.approx(69 / 3)
+    features = penultimate(make_net("residual"), 10)(images(40)).numpy()
+    silhouette = silhouette_samples(features, np.arange(40) % 10).mean()
+    assert info.synthetic.silhouette == pytest.approx(silhouette, rel=1e-3)
+    assert info == compared(synthetic, real)
+    without = compared(synthetic, None)  # real images change nothing in the numbers of synthetic ones
+    assert "No labelled images were given" in without.notes[0]
+    assert (without.real, without.density, without.coverage) == (None, None, None)
+    assert without.synthetic.silhouette == info.synthetic.silhouette
+    assert without.synthetic.within_class_diversity == info.synthetic.within_class_diversity
 
 
-def test_real_images_change_nothing_in_the_numbers_of_synthetic_ones() -> None:
-    made = labelled("made", images(40), np.arange(40) % 10)
-    alone, beside = compared(made, None), compared(made, labelled("true", images(30, seed=2), np.arange(30) % 5))
-    assert alone.real is None
-    assert "No labelled images were given" in alone.notes[0]
-    assert alone.synthetic.silhouette == beside.synthetic.silhouette
-    assert alone.synthetic.within_class_diversity == beside.synthetic.within_class_diversity
-    assert (alone.density, alone.coverage) == (None, None)
+def test_compare_features_notes_one_class_and_other_real_classes() -> None:
+    info = compared(labelled("made", images(6), [4] * 6), labelled("true", images(6, seed=2), [1] * 6))
+    assert (info.synthetic.silhouette, info.synthetic.within_class_diversity, info.real) == (None, None, None)
+    assert any("No image of true is of a class that is compared" in note for note in info.notes)
+    assert any("No silhouette and no diversity of synthetic images" in note for note in info.notes)
+    assert len(info.synthetic.points.labels) == 6
 
 
-def test_one_synthetic_class_gives_no_silhouette_and_real_ones_of_other_classes_nothing() -> None:
-    made = labelled("made", images(6), [4] * 6)
-    found = compared(made, labelled("true", images(6, seed=2), [1] * 6))
-    assert (found.synthetic.silhouette, found.synthetic.within_class_diversity, found.real) == (None, None, None)
-    assert any("No image of true is of a class that is compared" in note for note in found.notes)
-    assert any("No silhouette and no diversity of synthetic images" in note for note in found.notes)
-    assert len(found.synthetic.points.labels) == 6
+def test_compare_features_of_two_images_has_no_numbers_and_no_projection() -> None:
+    info = compared(labelled("made", images(2), [0, 1]), labelled("true", images(1, seed=2), [0]))
+    assert (defined(info.real).silhouette, info.coverage, info.projection) == (None, None, None)
+    assert info.synthetic.points.x == []
+    assert len(info.notes) == 4
 
 
-def test_two_images_give_numbers_of_none_and_no_picture() -> None:
-    found = compared(labelled("made", images(2), [0, 1]), labelled("true", images(1, seed=2), [0]))
-    assert found.projection is None
-    assert found.real is not None
-    assert (found.real.silhouette, found.coverage) == (None, None)
-    assert found.synthetic.points.x == []
-    assert len(found.notes) == 4
-
-
-def test_of_many_classes_ten_are_shown() -> None:
-    made = labelled("made", images(48), np.arange(48) % 24)
-    found = compared(made, None)
-    assert (found.synthetic.images, found.synthetic.classes) == (48, 24)
-    assert len(set(found.synthetic.points.labels)) == 10
-    assert max(found.synthetic.points.labels) > 20
+def test_compare_features_shows_ten_of_many_classes() -> None:
+    info = compared(labelled("made", images(48), np.arange(48) % 24), None)
+    assert (info.synthetic.images, info.synthetic.classes) == (48, 24)
+    assert len(set(info.synthetic.points.labels)) == 10
+    assert max(info.synthetic.points.labels) > 20

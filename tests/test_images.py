@@ -1,4 +1,4 @@
-"""Images of evaluation data that cannot be read, or are of odd modes: converted, or left out, counted and named."""
+"""Images of evaluation data that cannot be read, or have odd modes: converted, or left out, counted and named."""
 
 import io
 import json
@@ -28,18 +28,17 @@ from clusterq_deploy.runtimes.runners import TorchRunner
 
 RGB = InputSpec(size=(3, 4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
 GREY = InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,))
-RNG = np.random.default_rng(0)
 
 
 def encoded(form: str, size: tuple[int, int] = (64, 64)) -> bytes:
-    """A file of noise, which no format packs away."""
-    stream = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(stream, form)
+    """Return a file of noise, which no format compresses."""
+    stream, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(stream, form)
     return stream.getvalue()
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A whole and valid PNG of black pixels, small on disk."""
+    """Return a whole and valid PNG of black pixels, small on disk."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -60,7 +59,7 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "cut.bmp": (encoded("BMP")[:-800], "truncated"),
     "cut.tif": (encoded("TIFF")[:-4000], ""),
     "cut.webp": (encoded("WEBP")[:-800], ""),
-    "warned.png": (huge_png(10_000, 9_000), "decompression bomb"),  # Pillow alone warns of it
+    "warned.png": (huge_png(10_000, 9_000), "decompression bomb"),  # Pillow only warns of it
     "refused.png": (huge_png(20_000, 9_000), "decompression bomb"),
     "ghostscript.png": (encoded("EPS"), "no image of these formats"),
     "thread.png": (huge_png(1, 12_000), "would be resized to"),
@@ -68,19 +67,19 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_read_says_why_in_one_line(tmp_path: Path, name: str) -> None:
-    content, said = UNREADABLE[name]
+def test_read_image_says_why_it_cannot_in_one_line(tmp_path: Path, name: str) -> None:
+    content, reason = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     spec = InputSpec(size=(3, 224, 224), mean=(0.0,) * 3, std=(1.0,) * 3, resize=256)
     with pytest.raises(UnreadableImageError) as caught:
         read_image(tmp_path / name, f"0/{name}", spec)
     assert caught.value.file == f"0/{name}"
-    assert said in caught.value.reason
+    assert reason in caught.value.reason
     assert "\n" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_the_filter_of_warnings_is_left_as_it_was(tmp_path: Path) -> None:
+def test_read_image_leaves_the_filter_of_warnings_unchanged(tmp_path: Path) -> None:
     (tmp_path / "warned.png").write_bytes(huge_png(10_000, 9_000))
     with pytest.raises(UnreadableImageError, match="decompression bomb"):
         read_image(tmp_path / "warned.png", "warned.png", RGB)
@@ -90,7 +89,7 @@ def test_the_filter_of_warnings_is_left_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
 @pytest.mark.timeout(20)
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_read_image_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UnreadableImageError, match="not a plain file"):
         read_image(tmp_path / "pipe.png", "pipe.png", RGB)
@@ -102,7 +101,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def shades(mode: str) -> Image.Image:
-    """Left half black, right half white, in a mode."""
+    """Return an image whose left half is black and right half white, in a mode."""
     half = Image.fromarray(np.array([[0, 0, 255, 255]] * 4, np.uint8))
     return half.convert("RGB").convert(mode) if mode in ("CMYK", "P") else half.convert(mode)
 
@@ -112,7 +111,7 @@ def shades(mode: str) -> Image.Image:
     ("mode", "suffix"),
     [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("P", "png"), ("RGBA", "png"), ("CMYK", "tif")],
 )
-def test_a_mode_with_a_meaning_is_converted(tmp_path: Path, spec: InputSpec, mode: str, suffix: str) -> None:
+def test_read_image_converts_modes_of_known_range(tmp_path: Path, spec: InputSpec, mode: str, suffix: str) -> None:
     file = tmp_path / f"x.{suffix}"
     shades(mode).save(file)
     assert np.rint(read_image(file, "x", spec)[0]).tolist() == [[0, 0, 1, 1]] * 4
@@ -120,15 +119,15 @@ def test_a_mode_with_a_meaning_is_converted(tmp_path: Path, spec: InputSpec, mod
 
 @pytest.mark.parametrize("spec", [RGB, GREY], ids=["rgb", "grey"])
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path, spec: InputSpec, suffix: str) -> None:
+def test_read_image_scales_sixteen_bits_without_clipping(tmp_path: Path, spec: InputSpec, suffix: str) -> None:
     levels = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
     Image.fromarray(levels).save(tmp_path / f"x.{suffix}")
-    found = np.rint(read_image(tmp_path / f"x.{suffix}", "x", spec) * 255)
-    assert found[0, 0].tolist() == [0, 1, 128, 255]
+    pixels = np.rint(read_image(tmp_path / f"x.{suffix}", "x", spec) * 255)
+    assert pixels[0, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_of_no_known_range_are_refused(tmp_path: Path, dtype: type) -> None:
+def test_read_image_refuses_pixels_of_unknown_range(tmp_path: Path, dtype: type) -> None:
     Image.fromarray(np.full((4, 4), 0.5, np.float32).astype(dtype)).save(tmp_path / "x.tif")
     with pytest.raises(UnreadableImageError, match="no known range"):
         read_image(tmp_path / "x.tif", "x.tif", RGB)
@@ -142,13 +141,20 @@ def spoil(file: Path) -> None:
     file.write_bytes(encoded("PNG")[:-4000])
 
 
-def test_unreadable_images_are_left_out_with_their_labels(
+def paint_many(folder: Path, count: int, spoilt: tuple[int, ...] = (), classes: int = 1) -> None:
+    """Write images 000.png and so on of their number's grey value to class folders, those in `spoilt` truncated."""
+    for number in range(count):
+        file = folder / str(number % classes) / f"{number:03}.png"
+        if number in spoilt:
+            spoil(file)
+        else:
+            paint(file, number % 256)
+
+
+def test_batches_leave_out_unreadable_images_with_their_labels(
     tmp_path: Path, colour: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for value in range(200):
-        paint(tmp_path / str(value % 3) / f"{value:03}.png", value)
-    for name in ("0/003.png", "1/100.png"):
-        spoil(tmp_path / name)
+    paint_many(tmp_path, 200, spoilt=(3, 100), classes=3)
     data = load_evaluation(tmp_path, colour)
     names = sorted(f"{value % 3}/{value:03}" for value in range(200) if value not in (3, 100))
     expected = [int(name[2:]) for name in names], [int(name[0]) for name in names]
@@ -158,44 +164,35 @@ def test_unreadable_images_are_left_out_with_their_labels(
     assert (len(data), len(data.kept), len(data.unreadable)) == (200, 198, 2)
     assert data.labels is not None
     assert data.labels[data.kept].tolist() == expected[1]
-    (told,) = caplog.messages
-    assert "2 of the 200 images" in told
-    assert "0/003.png (OSError: image file is truncated" in told
+    (message,) = caplog.messages
+    assert "2 of the 200 images" in message
+    assert "0/003.png (OSError: image file is truncated" in message
     assert data.unreadable.summary()["count"] == 2
-    assert [own["file"] for own in data.unreadable.summary()["files"]] == ["0/003.png", "1/100.png"]
+    assert [file["file"] for file in data.unreadable.summary()["files"]] == ["0/003.png", "1/100.png"]
 
 
-def test_more_than_one_in_a_hundred_ends_it(tmp_path: Path, colour: LoadedModel) -> None:
-    for value in range(200):
-        paint(tmp_path / "0" / f"{value:03}.png", value)
-    for name in ("005", "006", "007"):
-        spoil(tmp_path / "0" / f"{name}.png")
+def test_batches_end_with_more_than_one_unreadable_image_in_a_hundred(tmp_path: Path, colour: LoadedModel) -> None:
+    paint_many(tmp_path, 200, spoilt=(5, 6, 7))
     message = failure(tmp_path, colour)
     assert "more than 2 of the 200 images" in message
     assert all(f"0/{name}.png" in message for name in ("005", "006", "007"))
 
 
-@pytest.mark.parametrize(("whole", "spoilt", "fits"), [(1, 1, True), (2, 2, False), (0, 1, False), (98, 1, True)])
-def test_a_small_set_may_lose_one_image_but_never_all(
-    tmp_path: Path, colour: LoadedModel, whole: int, spoilt: int, fits: bool
+@pytest.mark.parametrize(("total", "spoilt", "fits"), [(2, 1, True), (4, 2, False), (1, 1, False), (99, 1, True)])
+def test_batches_of_a_small_set_may_lose_one_image_but_not_all(
+    tmp_path: Path, colour: LoadedModel, total: int, spoilt: int, fits: bool
 ) -> None:
-    for value in range(whole):
-        paint(tmp_path / "0" / f"whole{value}.png", value)
-    for value in range(spoilt):
-        spoil(tmp_path / "0" / f"cut{value}.png")
+    paint_many(tmp_path, total, spoilt=tuple(range(spoilt)))
     if fits:
-        assert len(contents(load_evaluation(tmp_path, colour))[0]) == whole
+        assert len(contents(load_evaluation(tmp_path, colour))[0]) == total - spoilt
     else:
         assert "cannot be read" in failure(tmp_path, colour)
 
 
-def test_the_first_names_and_then_a_count(
+def test_unreadable_logs_the_first_names_and_a_count(
     tmp_path: Path, colour: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for value in range(700):
-        paint(tmp_path / "0" / f"{value:03}.png", 0)
-    for value in range(7):
-        spoil(tmp_path / "0" / f"{value:03}.png")
+    paint_many(tmp_path, 700, spoilt=tuple(range(7)))
     data = load_evaluation(tmp_path, colour)
     list(data.batches(50))
     assert caplog.messages[0].endswith("; 2 more")
@@ -204,11 +201,8 @@ def test_the_first_names_and_then_a_count(
     assert len(data.unreadable.summary()["files"]) == 5
 
 
-def test_a_part_of_a_set_has_the_limit_of_the_whole(tmp_path: Path, colour: LoadedModel) -> None:
-    for value in range(300):
-        paint(tmp_path / "0" / f"{value:03}.png", value % 256)
-    for name in ("000", "001"):
-        spoil(tmp_path / "0" / f"{name}.png")
+def test_subset_shares_the_limit_of_the_whole_set(tmp_path: Path, colour: LoadedModel) -> None:
+    paint_many(tmp_path, 300, spoilt=(0, 1))
     data = load_evaluation(tmp_path, colour)
     part = data.subset(np.array([4, 1, 2, 0]))
     assert contents(part) == ([4, 2], [0, 0])
@@ -216,7 +210,7 @@ def test_a_part_of_a_set_has_the_limit_of_the_whole(tmp_path: Path, colour: Load
     assert len(data.kept) == 298  # what the part found, the whole set knows
 
 
-def test_accuracy_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> None:
+def test_score_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> None:
     for value in range(4):
         paint(tmp_path / str(value % 3) / f"{value}.png", 60 * value)
     data = load_evaluation(tmp_path, colour)
@@ -224,16 +218,16 @@ def test_accuracy_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> N
         every = predictions(runner, data, 2)
         spoil(tmp_path / "0" / "3.png")  # the second file of four
         again = load_evaluation(tmp_path, colour)
-        own = predictions(runner, again, 2, SILENT)
-    np.testing.assert_array_equal(own, every[[0, 2, 3]])
+        readable = predictions(runner, again, 2, SILENT)
+    np.testing.assert_array_equal(readable, every[[0, 2, 3]])
     assert data.labels is not None
     right = 100 * float((every[[0, 2, 3], 0] == data.labels[[0, 2, 3]]).mean())
-    assert score("torch", own, own, again).top1 == pytest.approx(right)
+    assert score("torch", readable, readable, again).top1 == pytest.approx(right)
     with pytest.raises(DataError, match="do not fit"):
-        score("torch", own, every, again)
+        score("torch", readable, every, again)
 
 
-def test_a_name_that_does_not_print_is_escaped(tmp_path: Path, colour: LoadedModel) -> None:
+def test_unreadable_escapes_a_name_that_does_not_print(tmp_path: Path, colour: LoadedModel) -> None:
     paint(tmp_path / "0" / "a.png", 1)
     try:
         spoil(tmp_path / "0" / os.fsdecode(b"\x1b[31m\n\xff.png"))
@@ -241,12 +235,12 @@ def test_a_name_that_does_not_print_is_escaped(tmp_path: Path, colour: LoadedMod
         pytest.skip("the file system takes no such name")
     data = load_evaluation(tmp_path, colour)
     list(data.batches(2))
-    (own,) = data.unreadable.summary()["files"]
-    assert own["file"] == r"0/\x1b[31m\n\udcff.png"
-    json.dumps(own, ensure_ascii=False).encode()
+    (entry,) = data.unreadable.summary()["files"]
+    assert entry["file"] == r"0/\x1b[31m\n\udcff.png"
+    json.dumps(entry, ensure_ascii=False).encode()
 
 
-def test_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, colour: LoadedModel) -> None:
+def test_load_evaluation_refuses_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, colour: LoadedModel) -> None:
     file = tmp_path / "set.npz"
     np.savez(file, images=np.zeros((2, 6_000_000, 1, 3), np.uint8), labels=np.zeros(2, int))
     assert "would be resized" in failure(file, colour)
@@ -256,7 +250,7 @@ def test_an_npz_of_images_that_cannot_be_resized(tmp_path: Path, colour: LoadedM
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_could_not_read(tmp_path: Path) -> None:
+def test_run_reports_what_it_could_not_read(tmp_path: Path) -> None:
     for value in range(20):
         paint(tmp_path / "data" / str(value % 10) / f"{value:02}.png", 10 * value, (8, 8))
     spoil(tmp_path / "data" / "7" / "17.png")
@@ -266,19 +260,18 @@ def test_a_run_says_what_it_could_not_read(tmp_path: Path) -> None:
     assert note.file == "7/17.png"
     assert "truncated" in note.reason
     assert read_report(tmp_path / "out/report.json") == report
-    for own in (entry for variant in report.variants for entry in variant.accuracy):
-        assert own.top1 is not None
-        assert own.top1 * 19 / 100 == pytest.approx(round(own.top1 * 19 / 100))  # a share of 19 images
+    for accuracy in (accuracy for variant in report.variants for accuracy in variant.accuracy):
+        assert accuracy.top1 is not None
+        assert accuracy.top1 * 19 / 100 == pytest.approx(round(accuracy.top1 * 19 / 100))  # a share of 19 images
     for page in ("report.md", "report.html"):
         assert "1 of 20 images of data could not be read and count nowhere: 7/17.png" in (
             tmp_path / "out" / page
         ).read_text(encoding="utf-8")
-    told = CliRunner().invoke(main, ["report", str(tmp_path / "out")])  # its stages are finished: nothing is read
-    assert told.exit_code == 0, told.output
-    assert "1 of 20 images of data could not be read" in " ".join(told.stdout.split())
-    alone = CliRunner().invoke(
-        main, ["evaluate", str(tmp_path / "out/fp32/model.onnx"), "--data", str(tmp_path / "data"), "--json"]
-    )
-    assert alone.exit_code == 0, alone.output
-    (found,) = json.loads(alone.stdout)
-    assert (found["images"], found["unreadable"]) == (19, 1)
+    reported = CliRunner().invoke(main, ["report", str(tmp_path / "out")])  # its stages are finished: nothing is read
+    assert reported.exit_code == 0, reported.output
+    assert "1 of 20 images of data could not be read" in " ".join(reported.stdout.split())
+    arguments = ["evaluate", str(tmp_path / "out/fp32/model.onnx"), "--data", str(tmp_path / "data"), "--json"]
+    evaluated = CliRunner().invoke(main, arguments)
+    assert evaluated.exit_code == 0, evaluated.output
+    (row,) = json.loads(evaluated.stdout)
+    assert (row["images"], row["unreadable"]) == (19, 1)

@@ -17,8 +17,8 @@ from torch import nn
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
+from clusterq_deploy.evaluation import features as compare
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.evaluation.features import compare
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
 from clusterq_deploy.quantization import Student
@@ -190,7 +190,7 @@ from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 torch.set_num_threads(1)
 model = load_model("digits", device=torch.device("cpu"))
-graph = float_graphs(model.module, model.input.size, seed=0, name="fp32").single
+graph = float_graphs(model.module, model.input.size, seed=0, name="fp32").fp32
 images = np.random.default_rng(0).standard_normal((12000, *model.input.size), dtype=np.float32)
 data = EvaluationSet.from_images("noise", images)
 runners = {"torch": TorchRunner(model.module), "ort": OnnxRunner(graph.SerializeToString(), threads=1)}

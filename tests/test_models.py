@@ -1,4 +1,4 @@
-"""Models by every kind of name, their inputs and weights, and what is said of those that do not load."""
+"""Models by every kind of name, their inputs and weights, and the errors of those that do not load."""
 
 import dataclasses
 import os
@@ -28,7 +28,6 @@ from clusterq_deploy.models.registry import torchvision_cfg
 
 CPU = torch.device("cpu")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-SHARED = os.environ.get("CLUSTERQ_DATA")
 
 NET = """
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ def load(name: str, **options: object) -> LoadedModel:
 
 
 def failure(kind: type[Exception], name: str, **options: object) -> str:
-    """The message of the error that loading raises; checked to be of exactly this kind and one line."""
+    """Return the message of the error that loading raises; checked to be of exactly this kind and one line."""
     with pytest.raises(kind) as caught:
         load(name, **options)
     assert caught.type is kind
@@ -67,6 +66,11 @@ def write(file: Path, text: str) -> Path:
     return file
 
 
+def spec_of(size: tuple[int, int, int], **settings: object) -> InputSpec:
+    """Return an input that leaves pixels in [0, 1]."""
+    return InputSpec(size=size, mean=(0.0,) * size[0], std=(1.0,) * size[0], **settings)
+
+
 @pytest.fixture
 def net_file(tmp_path: Path) -> Path:
     write(tmp_path / "width.txt", "7")
@@ -76,7 +80,7 @@ def net_file(tmp_path: Path) -> Path:
 # ---- digits ----
 
 
-def test_digits_is_small_and_traceable() -> None:
+def test_digits_is_a_small_traceable_frozen_teacher() -> None:
     model = load("digits")
     convolutions = [module for module in model.module.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 9
@@ -84,10 +88,7 @@ def test_digits_is_small_and_traceable() -> None:
     assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 1_000_000
     images = torch.randn(2, 1, 32, 32)
     assert torch.equal(torch.fx.symbolic_trace(model.module)(images), model.module(images))
-
-
-def test_a_loaded_model_is_a_frozen_teacher() -> None:
-    model = load("digits")
+    assert model.module.pretrained_cfg == PRETRAINED_CFG
     assert (model.name, model.slug, model.source, model.classes) == ("digits", "digits", "bundled", 10)
     assert model.input == InputSpec(size=(1, 32, 32), mean=(0.305,), std=(0.325,), resize=32)
     assert model.parameters == sum(parameter.numel() for parameter in DigitsNet().parameters())
@@ -97,7 +98,7 @@ def test_a_loaded_model_is_a_frozen_teacher() -> None:
     assert len(model.weights_sha256) == 64
 
 
-def test_the_digest_tells_weights_apart() -> None:
+def test_weights_sha256_differs_for_other_weights() -> None:
     trained, random = load("digits"), load("digits", weights="none")
     assert trained.weights_sha256 == load("digits").weights_sha256
     assert trained.weights_sha256 != random.weights_sha256
@@ -109,74 +110,51 @@ def test_the_digest_tells_weights_apart() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(500, 375), (333, 512), (257, 300), (100, 150), (31, 31)])
-def test_preprocessing_is_torchvisions(interpolation: str, size: tuple[int, int]) -> None:
+def test_preprocess_computes_torchvisions_pixels(interpolation: str, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(noise)
     resize = T.Resize(256, T.InterpolationMode(interpolation))
     reference = T.Compose([resize, T.CenterCrop(224), T.ToTensor(), T.Normalize(**IMAGENET)])
     spec = InputSpec(size=(3, 224, 224), resize=256, interpolation=interpolation, **IMAGENET)
-    found = spec.preprocess(image)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, reference(image).numpy(), rtol=0, atol=1e-6)
+    pixels = spec.preprocess(image)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, reference(image).numpy(), rtol=0, atol=1e-6)
 
 
-def test_an_image_near_the_models_size_is_only_cropped() -> None:
-    spec = InputSpec(size=(1, 6, 6), mean=(0.0,), std=(1.0,), resize=8)
+def test_preprocess_only_crops_an_image_near_the_models_size() -> None:
+    spec = spec_of((1, 6, 6), resize=8)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 20), np.uint8)
     for rows, columns in ((6, 6), (7, 7), (8, 20), (6, 20)):
-        found = spec.preprocess(Image.fromarray(pixels[:rows, :columns]))[0] * 255
+        cropped = spec.preprocess(Image.fromarray(pixels[:rows, :columns]))[0] * 255
         top, left = round((rows - 6) / 2), round((columns - 6) / 2)
-        np.testing.assert_array_equal(np.rint(found), pixels[top : top + 6, left : left + 6])
+        np.testing.assert_array_equal(np.rint(cropped), pixels[top : top + 6, left : left + 6])
 
 
 @pytest.mark.parametrize("size", [(64, 128), (100, 100), (20, 300), (300, 20), (128, 64), (1, 1)])
-def test_a_wide_crop_is_always_covered(size: tuple[int, int]) -> None:
-    spec = InputSpec(size=(3, 64, 128), resize=73, mean=(0.0,) * 3, std=(1.0,) * 3)
+def test_preprocess_always_covers_a_wide_crop(size: tuple[int, int]) -> None:
+    spec = spec_of((3, 64, 128), resize=73)
     white = Image.new("RGB", size, "white")
     np.testing.assert_array_equal(spec.preprocess(white), np.ones((3, 64, 128), np.float32))
 
 
-def test_without_a_resize_the_image_is_squeezed() -> None:
-    spec = InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,))
+def test_preprocess_without_a_resize_squeezes_the_image() -> None:
     halves = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 40, axis=1).repeat(8, axis=0))
-    found = spec.preprocess(halves)
-    assert found.shape == (1, 4, 4)
-    assert found[0, 0, 0] == 0
-    assert found[0, 0, 3] == 1
+    pixels = spec_of((1, 4, 4)).preprocess(halves)
+    assert pixels.shape == (1, 4, 4)
+    assert (pixels[0, 0, 0], pixels[0, 0, 3]) == (0, 1)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_any_mode_whose_range_is_known(mode: str, channels: int) -> None:
-    spec = InputSpec(size=(channels, 4, 4), mean=(0.0,) * channels, std=(1.0,) * channels)
-    assert spec.preprocess(Image.new(mode, (4, 4))).shape == (channels, 4, 4)
-
-
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_no_known_range_are_refused(mode: str) -> None:
-    with pytest.raises(ValueError, match=f"mode {mode}.*no known range"):
-        InputSpec(size=(1, 4, 4), mean=(0.0,), std=(1.0,)).preprocess(Image.new(mode, (4, 4)))
-
-
-def test_a_palette_with_transparency() -> None:
-    image = Image.new("P", (4, 4))
-    image.info["transparency"] = b"\x00\xff"
-    spec = InputSpec(size=(3, 4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
-    assert spec.preprocess(image).shape == (3, 4, 4)
-
-
-def test_denormalize_undoes_preprocess() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    spec = InputSpec(size=(3, 8, 8), **IMAGENET)
-    images = torch.from_numpy(np.stack([spec.preprocess(Image.fromarray(image)) for image in pixels]))
-    found = spec.denormalize(images)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, pixels)
-    assert spec.denormalize(images * 100).max() == 255
+def test_preprocess_accepts_modes_of_known_range(mode: str, channels: int) -> None:
+    image = Image.new(mode.replace("PA", "P"), (4, 4))
+    if mode == "PA":
+        image.info["transparency"] = b"\x00\xff"
+    assert spec_of((channels, 4, 4)).preprocess(image).shape == (channels, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"size": (2, 8, 8)}, "2 channels"),
         ({"size": (3, 0, 8)}, "greater than 0"),
@@ -189,8 +167,8 @@ def test_denormalize_undoes_preprocess() -> None:
         ({"crop": 3}, "Extra inputs"),
     ],
 )
-def test_an_input_spec_is_checked(change: dict[str, object], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_input_spec_refuses_values_that_do_not_fit(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         InputSpec(**{"size": (3, 8, 8), **IMAGENET, **change})
 
 
@@ -205,38 +183,35 @@ def test_an_input_spec_is_checked(change: dict[str, object], said: str) -> None:
         ({"input_size": (3, 224, 224), "crop_pct": 0.9, "resize": 230}, 230),
     ],
 )
-def test_the_resize_follows_pretrained_cfg(cfg: dict[str, object], resize: int) -> None:
+def test_input_spec_takes_the_resize_of_pretrained_cfg(cfg: dict[str, object], resize: int) -> None:
     assert input_spec("net", {**IMAGENET, **cfg}).resize == resize
     assert input_spec("net", SimpleNamespace(**IMAGENET, **cfg)).resize == resize
 
 
 @pytest.mark.parametrize(
-    ("cfg", "said"),
+    ("cfg", "expected"),
     [
         (None, "give --input-size --mean --std"),
         ({"input_size": (3, 8, 8), "mean": (0.5,) * 3}, "(std missing): give --std"),
         ({**IMAGENET, "input_size": (8, 8)}, "size is (8, 8); expected (channels, height, width)"),
         ({**IMAGENET, "input_size": 224}, "size is 224; expected (channels, height, width)"),
-        (
-            {**IMAGENET, "input_size": (3, 8, 8), "mean": "grey"},
-            "mean is 'grey'; expected one number a channel",
-        ),
+        ({**IMAGENET, "input_size": (3, 8, 8), "mean": "grey"}, "mean is 'grey'; expected one number per channel"),
         ({**IMAGENET, "input_size": (3, 8, 8), "interpolation": "lanczos"}, "expected bilinear or bicubic"),
         ({**IMAGENET, "input_size": (3, 8, 8), "crop_pct": 0}, "division by zero"),
         ({**IMAGENET, "input_size": (3, 8, 8), "crop_pct": 2}, "resize is 4, less than the crop"),
     ],
 )
-def test_a_pretrained_cfg_is_checked(cfg: object, said: str) -> None:
+def test_input_spec_refuses_a_wrong_pretrained_cfg_in_one_line(cfg: object, expected: str) -> None:
     with pytest.raises(ModelError) as caught:
         input_spec("net", cfg)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 # ---- torchvision ----
 
 
-def test_a_torchvision_model_brings_its_transforms() -> None:
+def test_load_model_reads_torchvisions_transforms() -> None:
     model = load("resnet18", weights="none")
     assert model.input == InputSpec(size=(3, 224, 224), resize=256, **IMAGENET)
     assert (model.source, model.classes, model.parameters) == ("torchvision", 1000, 11_689_512)
@@ -244,7 +219,7 @@ def test_a_torchvision_model_brings_its_transforms() -> None:
     assert smaller.input == InputSpec(size=(3, 96, 96), resize=109, mean=(0.5,) * 3, std=IMAGENET["std"])
 
 
-def test_torchvisions_weights_come_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_model_reads_torchvisions_weights_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "shufflenet_v2_x0_5"
     default = tv.get_model_weights(name).DEFAULT
     cached = tmp_path / "hub" / "checkpoints" / default.url.rpartition("/")[2]
@@ -257,7 +232,7 @@ def test_torchvisions_weights_come_from_its_cache(tmp_path: Path, monkeypatch: p
     assert torch.equal(model.module.fc.weight, net.fc.weight)
 
 
-def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_model_says_what_to_do_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("no_proxy", "")
@@ -266,50 +241,44 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.M
     assert "pass --weights FILE, or --weights none" in message
 
 
-def test_official_files_with_old_names_and_auxiliary_heads(tmp_path: Path) -> None:
+def test_load_model_reads_official_files_with_old_names_and_auxiliary_heads(tmp_path: Path) -> None:
     dense = tv.densenet121()
     old = {key: value for key, value in dense.state_dict().items() if not key.endswith("num_batches_tracked")}
     for layer in ("norm1", "norm2", "conv1", "conv2"):
-        old = {key.replace(f".{layer}.", f".{layer[:-1]}.{layer[-1]}."): old[key] for key in old}
+        old = {key.replace(f".{layer}.", f".{layer[:-1]}.{layer[-1]}."): value for key, value in old.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     save_file(old, tmp_path / "dense.safetensors")
-    loaded = load("densenet121", weights=str(tmp_path / "dense.safetensors"), input_size=(3, 32, 32))
-    assert torch.equal(loaded.module.classifier.weight, dense.classifier.weight)
-    assert torch.equal(
-        loaded.module.features.denseblock2.denselayer3.conv2.weight,
-        dense.features.denseblock2.denselayer3.conv2.weight,
-    )
+    loaded = load("densenet121", weights=str(tmp_path / "dense.safetensors"), input_size=(3, 32, 32)).module
+    for name in ("classifier.weight", "features.denseblock2.denselayer3.conv2.weight"):
+        assert torch.equal(loaded.get_parameter(name), dense.get_parameter(name))
 
     inception = tv.googlenet(aux_logits=True, init_weights=False)
     torch.save(inception.state_dict(), tmp_path / "google.pth")
-    model = load("googlenet", weights=str(tmp_path / "google.pth"))
-    assert model.module.transform_input
-    assert torch.equal(model.module.fc.weight, inception.fc.weight)
+    loaded = load("googlenet", weights=str(tmp_path / "google.pth")).module
+    assert loaded.transform_input
+    assert torch.equal(loaded.fc.weight, inception.fc.weight)
 
 
-def test_a_model_without_batchnorm_is_refused_before_its_weights_are_fetched() -> None:
+def test_load_model_refuses_a_model_without_batchnorm_before_it_fetches_weights() -> None:
     message = failure(NoBatchNormError, "squeezenet1_1")
     assert "'squeezenet1_1' (torchvision, SqueezeNet) has no BatchNorm layer" in message
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("resnet81", "resnet18"), ("Digit", "digits"), ("mobilenetv2", "mobilenet_v2")]
+    ("typo", "message"),
+    [("resnet81", "resnet18"), ("Digit", "digits"), ("mobilenetv2", "mobilenet_v2"), ("zzz", "'zzz'; expected digits")],
 )
-def test_an_unknown_name_brings_near_ones(typo: str, meant: str) -> None:
-    assert meant in failure(UnknownModelError, typo)
-
-
-def test_a_name_like_no_other() -> None:
-    assert failure(UnknownModelError, "zzz").startswith("unknown model 'zzz'; expected digits")
+def test_load_model_offers_near_names(typo: str, message: str) -> None:
+    assert message in failure(UnknownModelError, typo)
 
 
 @pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
-def test_timm_says_how_it_is_installed() -> None:
+def test_load_model_says_how_timm_is_installed() -> None:
     assert "pip install timm" in failure(ModelError, "timm:resnet18")
 
 
 @pytest.mark.slow
-def test_the_list_of_models_agrees_with_the_models() -> None:
+def test_available_models_agree_with_the_models() -> None:
     entries = {entry.name: entry for entry in available_models()}
     assert next(iter(entries)) == "digits"
     assert entries["digits"].parameters == load("digits").parameters
@@ -337,10 +306,11 @@ def test_the_list_of_models_agrees_with_the_models() -> None:
         lambda state: {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
     ],
 )
-def test_torch_files(tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    state = {
-        key: value.half().to(value.dtype) for key, value in load("digits", weights="none").module.state_dict().items()
-    }
+def test_load_model_reads_wrapped_torch_files(
+    tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], object]
+) -> None:
+    random = load("digits", weights="none").module.state_dict()
+    state = {key: value.half().to(value.dtype) for key, value in random.items()}
     torch.save(wrap(state), tmp_path / "net.pth")
     save_file(state, tmp_path / "net.safetensors")
     model = load("digits", weights=str(tmp_path / "net.pth"))
@@ -348,21 +318,15 @@ def test_torch_files(tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], o
     assert model.weights_sha256 == load("digits", weights=str(tmp_path / "net.safetensors")).weights_sha256
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    state = load_file(WEIGHTS)
+def test_load_model_refuses_weights_that_are_not_finite_or_do_not_fit(tmp_path: Path) -> None:
+    file, state = tmp_path / "net.safetensors", load_file(WEIGHTS)
     state["bn1.weight"][3] = torch.nan
-    save_file(state, tmp_path / "net.safetensors")
-    message = failure(WeightsError, "digits", weights=str(tmp_path / "net.safetensors"))
-    assert "not finite, such as in bn1.weight" in message
-
-
-def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
-    state = load_file(WEIGHTS)
+    save_file(state, file)
+    assert "not finite, such as in bn1.weight" in failure(WeightsError, "digits", weights=str(file))
     del state["bn1.weight"]
     state["fc.weight"] = torch.zeros(7, 96)
-    state |= {f"extra{number}": torch.zeros(1) for number in range(5)}
-    save_file(state, tmp_path / "net.safetensors")
-    message = failure(WeightsError, "digits", weights=str(tmp_path / "net.safetensors"))
+    save_file(state | {f"extra{number}": torch.zeros(1) for number in range(5)}, file)
+    message = failure(WeightsError, "digits", weights=str(file))
     assert "1 missing (bn1.weight)" in message
     assert "5 unexpected (extra0, extra1, extra2, ...)" in message
     assert "1 of another shape (fc.weight: (7, 96) instead of (10, 96))" in message
@@ -376,7 +340,7 @@ class Malicious:
         return os.system, (f"touch {self.file}",)
 
 
-def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
+def test_load_model_runs_no_code_of_a_pickle(tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     torch.save({"state_dict": Malicious(trace)}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
@@ -386,10 +350,10 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
         assert "save the state_dict as safetensors" in message
         assert not trace.exists()
     pickle.loads((tmp_path / "plain.pth").read_bytes())
-    assert trace.exists(), "the attack must work where nothing stops it"
+    assert trace.exists(), "the attack must work if nothing stops it"
 
 
-def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
+def test_load_model_refuses_weights_that_cannot_be_read(tmp_path: Path) -> None:
     assert "there is no weights file" in failure(WeightsError, "digits", weights=str(tmp_path / "absent.pth"))
     for name in ("text.pth", "text.safetensors"):
         file = write(tmp_path / name, "no weights")
@@ -406,7 +370,7 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
 # ---- a user's own module ----
 
 
-def test_a_users_factory(net_file: Path) -> None:
+def test_load_model_calls_a_users_factory(net_file: Path) -> None:
     model = load(f"{net_file}:make")
     assert (model.name, model.slug, model.source) == (f"{net_file}:make", "make", "file")
     assert model.classes == 7  # read through __file__
@@ -417,7 +381,7 @@ def test_a_users_factory(net_file: Path) -> None:
     assert overridden.input.mean == (0.5,) * 3
 
 
-def test_a_users_weights(net_file: Path) -> None:
+def test_load_model_reads_weights_for_a_users_factory(net_file: Path) -> None:
     state = load(f"{net_file}:make").module.state_dict()
     state["0.weight"].fill_(0.25)
     save_file(state, net_file.with_name("net.safetensors"))
@@ -426,38 +390,58 @@ def test_a_users_weights(net_file: Path) -> None:
     assert "makes its own weights" in failure(ModelError, f"{net_file}:make", weights="none")
 
 
-def test_a_users_file_must_work(tmp_path: Path) -> None:
-    assert "there is no such file" in failure(ModelError, f"{tmp_path}/absent.py:make")
-    broken = write(tmp_path / "broken.py", "def make(:\n")
-    assert "SyntaxError" in failure(ModelError, f"{broken}:make")
-    needy = write(tmp_path / "needy.py", "import no_such_module_anywhere\n")
-    assert "PYTHONPATH" in failure(ModelError, f"{needy}:make")
-    file = write(
-        tmp_path / "net.py",
-        "from torch import nn\n"
-        "def resnet_tiny(): return nn.Identity()\n"
-        "def raises(): raise KeyError('first\\nsecond')\n"
-        "def needs(width): ...\n"
-        "def nothing(): return None\n"
-        "def plain(): return nn.Linear(2, 2)\n"
-        "def untracked(): return nn.BatchNorm2d(3, track_running_stats=False)\n"
-        "def unflattened(): return nn.BatchNorm2d(3)\n"
-        "def fails(): return nn.Sequential(nn.BatchNorm2d(5))\n",
-    )
-    assert "did you mean resnet_tiny?" in failure(ModelError, f"{file}:resnet_tini")
-    assert "did you mean resnet_tiny or raises" in failure(ModelError, f"{file}:xyz")
-    assert "KeyError" in failure(ModelError, f"{file}:raises")
-    assert "called without arguments, raised TypeError" in failure(ModelError, f"{file}:needs")
-    assert "made a NoneType" in failure(ModelError, f"{file}:nothing")
-    assert "no BatchNorm layer" in failure(NoBatchNormError, f"{file}:plain")
-    assert "1 BatchNorm layers without running statistics" in failure(NoBatchNormError, f"{file}:untracked")
-    assert "give --input-size --mean --std" in failure(ModelError, f"{file}:fails")
+FACTORIES = """
+from torch import nn
+def resnet_tiny(): return nn.Identity()
+def raises(): raise KeyError('first\\nsecond')
+def needs(width): ...
+def nothing(): return None
+def plain(): return nn.Linear(2, 2)
+def untracked(): return nn.BatchNorm2d(3, track_running_stats=False)
+def unflattened(): return nn.BatchNorm2d(3)
+def fails(): return nn.Sequential(nn.BatchNorm2d(5))
+def ends(): raise SystemExit('no arguments')
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "factory", "message"),
+    [
+        (ModelError, "resnet_tini", "did you mean resnet_tiny?"),
+        (ModelError, "xyz", "did you mean resnet_tiny or raises"),
+        (ModelError, "raises", "KeyError"),
+        (ModelError, "needs", "called without arguments, raised TypeError"),
+        (ModelError, "ends", "raised SystemExit"),
+        (ModelError, "nothing", "made a NoneType"),
+        (NoBatchNormError, "plain", "no BatchNorm layer"),
+        (NoBatchNormError, "untracked", "1 BatchNorm layers without running statistics"),
+        (ModelError, "unflattened", "a tensor of shape (1, 3, 8, 8)"),
+        (ModelError, "fails", "fails on an input of shape (1, 3, 8, 8)"),
+    ],
+)
+def test_load_model_says_why_a_factory_fails(kind: type[Exception], factory: str, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "net.py", FACTORIES)
     size = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    assert "a tensor of shape (1, 3, 8, 8)" in failure(ModelError, f"{file}:unflattened", **size)
-    assert "fails on an input of shape (1, 3, 8, 8)" in failure(ModelError, f"{file}:fails", **size)
+    assert message in failure(kind, f"{file}:{factory}", **size)
 
 
-def test_loading_leaves_the_process_as_it_was(net_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, "there is no such file"),
+        ("def make(:", "SyntaxError"),
+        ("import no_such_module_anywhere", "PYTHONPATH"),
+        ("import sys\nsys.exit(0)", "raised SystemExit"),
+        ("from torch import nn\ndef make(): return nn.BatchNorm2d(3)", "give --input-size --mean --std"),
+    ],
+)
+def test_load_model_says_why_a_users_file_fails(code: str | None, message: str, tmp_path: Path) -> None:
+    if code is not None:
+        write(tmp_path / "net.py", code)
+    assert message in failure(ModelError, f"{tmp_path}/net.py:make")
+
+
+def test_load_model_leaves_the_process_unchanged(net_file: Path) -> None:
     meddling = "sys.path.insert(0, 'x'); torch.set_default_dtype(torch.float64); torch.rand(3)"
     net_file.write_text(f"{NET}\nimport sys, torch\n{meddling}\n")
     path, state, modules = list(sys.path), torch.get_rng_state(), set(sys.modules)
@@ -472,47 +456,15 @@ def test_loading_leaves_the_process_as_it_was(net_file: Path) -> None:
     assert dataclasses.is_dataclass(sys.modules[added].Config)
 
 
-@pytest.mark.skipif(SHARED is None, reason="CLUSTERQ_DATA names no folder of evaluation data")
-@pytest.mark.parametrize(
-    ("factory", "classes", "size"),
-    [
-        ("resnet20_cifar10", 10, 32),
-        ("resnetsmall20_cifar100", 100, 32),
-        ("mobilenet_v1_025", 1000, 224),
-        ("resnet18_pqf", 1000, 224),
-    ],
-)
-def test_published_nets_as_a_users_module(factory: str, classes: int, size: int) -> None:
-    model = load(f"{SHARED}/models.py:{factory}")
-    assert (model.classes, model.input.size) == (classes, (3, size, size))
-
-
-def test_digits_cfg_is_what_it_was_trained_with() -> None:
-    assert load("digits").module.pretrained_cfg == PRETRAINED_CFG
-
-
-@pytest.mark.parametrize("code", ["sys.exit(0)", "def make():\n    sys.exit('no arguments')"])
-def test_a_module_that_ends_the_process_is_an_error(code: str, tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(f"import sys\n{code}\n")
-    with pytest.raises(ModelError, match="raised SystemExit"):
-        load_model(f"{tmp_path}/net.py:make", device=torch.device("cpu"))
-
-
-def test_classes_have_the_names_that_the_model_knows(tmp_path: Path) -> None:
+def test_class_label_has_the_names_that_the_model_knows(net_file: Path) -> None:
     """Torchvision's come with its weights, a user's with `pretrained_cfg`; random weights know no class."""
     assert label_names(torchvision_cfg("resnet18"), 1000)[:2] == ("tench", "goldfish")
     assert label_names({"label_names": ["a", "b"]}, 3) == label_names({"label_names": "abc"}, 3) == ()
     assert label_names(None, 3) == ()
-    file = tmp_path / "net.py"
-    file.write_text(
-        "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"
-        "def make():\n"
-        "    net = Sequential(Conv2d(3, 2, 1), BatchNorm2d(2), AdaptiveAvgPool2d(1), Flatten())\n"
-        "    net.pretrained_cfg = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)\n"
-        "    net.pretrained_cfg['label_names'] = ['a  cat', '1']\n"
-        "    return net\n"
-    )
-    own = load_model(f"{file}:make", device=torch.device("cpu"))
-    assert [own.class_label(index) for index in (0, 1)] == ["0 a cat", "1"]
-    random = load_model("resnet18", weights="none", device=torch.device("cpu"))
+    write(net_file.with_name("width.txt"), "2")
+    named = "net.pretrained_cfg['label_names'] = ['a  cat', '1']; return net"
+    write(net_file, NET.replace("return net", named))
+    model = load(f"{net_file}:make")
+    assert [model.class_label(index) for index in (0, 1)] == ["0 a cat", "1"]
+    random = load("resnet18", weights="none")
     assert (random.class_names, random.class_label(7)) == ((), "7")

@@ -85,7 +85,7 @@ def test_an_export_of_the_teacher_ends_at_its_total_without_fp16_too() -> None:
     counter = Counter()
     net = make_net("residual")
     net.fc.weight *= 1e6
-    assert float_graphs(net, SIZE, seed=0, name="fp32", progress=counter).half is None
+    assert float_graphs(net, SIZE, seed=0, name="fp32", progress=counter).fp16 is None
     assert counter.ended == [("Export fp32", 4, 4)]
 
 

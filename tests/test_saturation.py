@@ -13,11 +13,11 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from graphs import SIZE, calibrated, graph_of, infer, reference, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NETS, images, make_net
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from calib.calibration_set import CalibrationSet
 from cli.main import main
@@ -26,8 +26,6 @@ from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.lowering import check_saturation, export_graph, lower, pair_sums, require_no_saturation, verify
 from clusterq_deploy.quantization import (
     BitWidths,
-    Student,
-    calibrate,
     finetune,
     fit_full_range_biases,
     load_student,
@@ -35,28 +33,24 @@ from clusterq_deploy.quantization import (
     post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import pooled_dims, row_bounds, second_extremes
-from clusterq_deploy.quantization.grid import Cpu, Grid, pair_limit
+from clusterq_deploy.quantization.grid import Grid, pair_limit
 from clusterq_deploy.quantization.qat.finetune import FinetuneConfig
-from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
+from clusterq_deploy.runtimes.runners import OnnxRunner
 
 Integers = npt.NDArray[np.int64]
 Array = npt.NDArray[np.generic]
 
 
-def calibrated(net: nn.Module, bits: str = "w8a8", cpu: Cpu = "any", **widths: object) -> Student:
-    student = make_student(net, BitWidths.parse(bits), cpu=cpu, **widths)  # type: ignore[arg-type]
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    return student
-
-
-def graph_of(student: Student) -> onnx.ModelProto:
-    return lower(export_graph(student, (3, 16, 16)), student, "onnxruntime")
+def integer_rows(graph: onnx.ModelProto, weight: str) -> Integers:
+    """Return a weight's integers by output channel, (O, K)."""
+    integers = stored(graph, f"{weight}.integers").astype(np.int64)
+    return integers.reshape(len(integers), -1)
 
 
 def added_in_pairs(x: Integers, weight: Integers) -> Integers:
-    """What `vpmaddubsw` and `vpmaddwd` make of x (n, K) and a weight (O, K): pairs saturate at 16 bits."""
+    """Compute what `vpmaddubsw` and `vpmaddwd` make of x (n, K) and a weight (O, K): pairs saturate at 16 bits."""
     if x.shape[1] % 2:
-        x, weight = (np.pad(own, ((0, 0), (0, 1))) for own in (x, weight))
+        x, weight = (np.pad(rows, ((0, 0), (0, 1))) for rows in (x, weight))
     products = x[:, None] * weight[None]
     return np.clip(products[..., ::2] + products[..., 1::2], -(2**15), 2**15 - 1).sum(-1)
 
@@ -64,13 +58,13 @@ def added_in_pairs(x: Integers, weight: Integers) -> Integers:
 def quantized_layer(
     weight: Array, *, operator: str = "Conv", kind: type = np.uint8, high: int | None = None, **attributes: int
 ) -> onnx.ModelProto:
-    """A graph of one quantized layer, its input UINT8 or INT8, bounded to `high` where that is given."""
-    inputs = weight.shape[1] * attributes.get("group", 1) if operator == "Conv" else weight.shape[0]
-    if attributes.get("transB"):
-        inputs = weight.shape[1]
+    """Return a graph of one quantized layer, its input UINT8 or INT8, bounded to `high` if that is given."""
+    by_column = operator != "Conv" and not attributes.get("transB")
+    inputs = weight.shape[0] if by_column else weight.shape[1] * attributes.get("group", 1)
     shape = [1, inputs, 8, 8] if operator == "Conv" else [1, inputs]
     constants = {
         "step": np.float32(1),
+        "wide": np.float32(2.0**14),
         "zero": kind(0),
         "top": kind(high or 0),
         "low": kind(0),
@@ -87,18 +81,34 @@ def quantized_layer(
         helper.make_node("QuantizeLinear", ["y", "wide", "zero"], ["yq"]),
         helper.make_node("DequantizeLinear", ["yq", "wide", "zero"], ["out"]),
     ]
-    constants["wide"] = np.float32(2.0**14)
-    stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    ends = (
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-        helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * len(shape)),
-    )
-    opsets = [helper.make_opsetid("", 21)]
-    graph = helper.make_graph(nodes, "graph", [ends[0]], [ends[1]], stored)
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * len(shape))
+    return model(nodes, x, out, constants)
 
 
-def test_the_limit_of_a_pair_of_weights_by_hand() -> None:
+def model(
+    nodes: list[onnx.NodeProto], x: onnx.ValueInfoProto, y: onnx.ValueInfoProto, constants: dict[str, object]
+) -> onnx.ModelProto:
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(helper.make_graph(nodes, "graph", [x], [y], tensors), opset_imports=opsets, ir_version=10)
+
+
+HEAVY = np.full((8, 8, 3, 3), 100, np.int8)
+LAYERS = {
+    "conv": (quantized_layer(HEAVY), True),
+    "grouped": (quantized_layer(HEAVY[:, :4], group=2), True),
+    "signed": (quantized_layer(HEAVY, kind=np.int8), True),
+    "gemm": (quantized_layer(HEAVY[..., 0, 0], operator="Gemm"), True),
+    "matmul": (quantized_layer(HEAVY[..., 0, 0], operator="MatMul"), True),
+    "light": (quantized_layer(HEAVY // 2), False),
+    "unsigned": (quantized_layer(np.full((8, 8, 3, 3), 228, np.uint8)), False),
+    "depthwise": (quantized_layer(HEAVY[:, :1], group=8), False),
+}
+"""Graphs of one layer, and whether it saturates without VNNI."""
+
+
+def test_pair_limit_by_hand() -> None:
     eight, seven, four = (Grid(bits, signed=True) for bits in (8, 7, 4))
     assert pair_limit(eight, Grid(8, signed=False)) == 128  # 128 * 255 = 32,640
     assert pair_limit(eight, eight) == 128  # stored with zero-point 128: up to 255
@@ -109,10 +119,10 @@ def test_the_limit_of_a_pair_of_weights_by_hand() -> None:
     assert pair_limit(four, eight) is None
 
 
-def test_the_ends_of_a_row_by_hand() -> None:
+def test_row_bounds_by_hand() -> None:
     rows = torch.tensor([[100.0, 20.0, -5.0], [90.0, 80.0, -128.0], [60.0, 61.0, -3.0], [-127.0, -126.0, 127.0]])
     low, high = row_bounds(second_extremes(rows), torch.ones(4), Grid(8, signed=True), 128)
-    assert high.tolist() == [108, 64, 68, 127]  # beside 20, 80, 60, and nothing positive
+    assert high.tolist() == [108, 64, 68, 127]  # next to 20, 80, 60, and nothing positive
     assert low.tolist() == [-128, -128, -128, -64]
 
 
@@ -121,7 +131,7 @@ def test_the_ends_of_a_row_by_hand() -> None:
     st.sampled_from([128, 129, 242]),
 )
 @settings(max_examples=200, deadline=None)
-def test_no_two_integers_of_a_row_pass_the_limit(rows: list[list[float]], limit: int) -> None:
+def test_row_bounds_keep_any_two_integers_within_the_limit(rows: list[list[float]], limit: int) -> None:
     weight, grid = torch.tensor(rows), Grid(8, signed=True)
     low, high = row_bounds(second_extremes(weight), torch.ones(len(rows)), grid, limit)
     nearest = weight.round().clamp(grid.low, grid.high)
@@ -133,7 +143,7 @@ def test_no_two_integers_of_a_row_pass_the_limit(rows: list[list[float]], limit:
         assert bool(inside[fits].all())  # what fits is left alone
 
 
-def test_a_row_of_one_value_keeps_its_range() -> None:
+def test_row_bounds_keep_the_range_of_a_row_of_one_value() -> None:
     weight = torch.tensor([[127.0], [-128.0]])
     low, high = row_bounds(second_extremes(weight), torch.ones(2), Grid(8, signed=True), 128)
     assert (low.tolist(), high.tolist()) == ([-128, -128], [127, 127])
@@ -149,79 +159,58 @@ def test_a_row_of_one_value_keeps_its_range() -> None:
         ([[100, 30, -90, -40]], {"kind": np.int8}, 255 * -130),  # the kernels add 128
     ],
 )
-def test_the_largest_sum_of_a_row_by_hand(weight: list[list[int]], options: dict[str, object], largest: int) -> None:
+def test_pair_sums_of_a_row_by_hand(weight: list[list[int]], options: dict[str, object], largest: int) -> None:
     for operator, shape, more in (("Conv", (1, 4, 1, 1), {}), ("MatMul", (4, 1), {}), ("Gemm", (1, 4), {"transB": 1})):
-        values = np.array(weight, np.int8)
-        values = values.T if operator == "MatMul" else values
-        graph = quantized_layer(values.reshape(shape), operator=operator, **options, **more)  # type: ignore[arg-type]
-        (found,) = pair_sums(graph)
-        assert abs(found.largest) == abs(largest)
-        assert (found.node, found.weight, found.channel) == ("layer", "w", 0)
-        assert found.fits == (abs(largest) <= 32767)
+        values = np.array(weight, np.int8).reshape(shape)
+        (pair,) = pair_sums(quantized_layer(values, operator=operator, **options, **more))  # type: ignore[arg-type]
+        assert abs(pair.largest) == abs(largest)
+        assert (pair.node, pair.weight, pair.channel) == ("layer", "w", 0)
+        assert pair.fits == (abs(largest) <= 32767)
 
 
-def test_the_layers_of_a_file_that_can_saturate_are_named(tmp_path: Path) -> None:
-    heavy = np.full((4, 8, 3, 3), 100, np.int8)
-    unsigned = np.full((4, 8, 3, 3), 228, np.uint8)
-    depthwise = np.full((8, 1, 3, 3), 100, np.int8)
-    cases = {
-        "heavy": (quantized_layer(heavy), True),
-        "grouped": (quantized_layer(np.full((8, 4, 3, 3), 100, np.int8), group=2), True),
-        "signed": (quantized_layer(heavy // 2 + 15, kind=np.int8), True),
-        "light": (quantized_layer(heavy // 2), False),
-        "unsigned": (quantized_layer(unsigned), False),
-        "depthwise": (quantized_layer(depthwise, group=8), False),
-        "gemm": (quantized_layer(np.full((8, 4), 100, np.int8), operator="Gemm"), True),
-    }
-    for name, (graph, saturates) in cases.items():
-        found = check_saturation(graph)
-        assert [own.node for own in found] == (["layer"] if saturates else []), name
-        onnx.save(graph, tmp_path / f"{name}.onnx")
-        result = CliRunner().invoke(main, ["check", str(tmp_path / f"{name}.onnx"), "--json"])
-        rows = [own for own in json.loads(result.stdout) if own["rule"] == "saturation"]
-        assert [own["severity"] for own in rows] == (["warning"] if saturates else []), name
-        if saturates:
-            assert "VNNI" in rows[0]["message"]
-    assert "51,000" in check_saturation(cases["heavy"][0])[0].message  # 2 * 100 * 255
-    assert pair_sums(cases["depthwise"][0])[0].depthwise
+@pytest.mark.parametrize("name", LAYERS)
+def test_check_saturation_names_the_layers_that_can_saturate(name: str, tmp_path: Path) -> None:
+    graph, saturates = LAYERS[name]
+    warnings = check_saturation(graph)
+    assert [warning.node for warning in warnings] == (["layer"] if saturates else [])
+    onnx.save(graph, tmp_path / "layer.onnx")
+    result = CliRunner().invoke(main, ["check", str(tmp_path / "layer.onnx"), "--json"])
+    rows = [row for row in json.loads(result.stdout) if row["rule"] == "saturation"]
+    assert [row["severity"] for row in rows] == (["warning"] if saturates else [])
+    assert all("VNNI" in row["message"] and "51,000" in row["message"] for row in rows)  # 2 * 100 * 255
+    assert [pair.depthwise for pair in pair_sums(graph)] == ([] if name == "unsigned" else [name == "depthwise"])
 
 
-def test_integer_operators_of_other_exporters_are_read() -> None:
-    def graph(operator: str, inputs: list[str], domain: str = "") -> onnx.ModelProto:
-        stored = {"s": np.float32(1), "z": np.uint8(0), "zw": np.int8(0), "w": np.full((8, 4), 90, np.int8)}
-        if operator == "QLinearConv":
-            stored["w"] = np.full((4, 8, 1, 1), 90, np.int8)
-        node = helper.make_node(operator, inputs, ["y"], name="layer", domain=domain)
-        x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 8, 2, 2] if "Conv" in operator else [1, 8])
-        tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()]
-        body = helper.make_graph([node], "graph", [x], [helper.make_empty_tensor_value_info("y")], tensors)
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        return helper.make_model(body, opset_imports=opsets, ir_version=10)
-
-    full = ["x", "s", "z", "w", "s", "zw", "s", "z"]
-    for operator, inputs, domain in (
-        ("QLinearConv", full, ""),
-        ("QLinearMatMul", full, ""),
-        ("MatMulInteger", ["x", "w", "z", "zw"], ""),
-        ("QGemm", ["x", "s", "z", "w", "s", "zw"], "com.microsoft"),
-    ):
-        (found,) = pair_sums(graph(operator, inputs, domain))
-        assert found.largest == 2 * 90 * 255, operator
+@pytest.mark.parametrize(
+    ("operator", "inputs", "domain"),
+    [
+        ("QLinearConv", "x s z w s zw s z", ""),
+        ("QLinearMatMul", "x s z w s zw s z", ""),
+        ("MatMulInteger", "x w z zw", ""),
+        ("QGemm", "x s z w s zw", "com.microsoft"),
+    ],
+)
+def test_pair_sums_of_integer_operators(operator: str, inputs: str, domain: str) -> None:
+    weight, shape = ((4, 8, 1, 1), [1, 8, 2, 2]) if operator == "QLinearConv" else ((8, 4), [1, 8])
+    constants = {"s": np.float32(1), "z": np.uint8(0), "zw": np.int8(0), "w": np.full(weight, 90, np.int8)}
+    node = helper.make_node(operator, inputs.split(), ["y"], name="layer", domain=domain)
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, shape)
+    (pair,) = pair_sums(model([node], x, helper.make_empty_tensor_value_info("y"), constants))
+    assert pair.largest == 2 * 90 * 255
 
 
-def test_bounds_hold_through_what_only_moves_values() -> None:
+def test_pair_sums_keep_bounds_through_what_only_moves_values() -> None:
     """A 4-bit grid stays one behind a max-pool and a quantizer of the same scale, and not behind another scale."""
     graph = quantized_layer(np.full((4, 8, 1, 1), 100, np.int8), high=15)
-    pool = helper.make_node("MaxPool", ["d"], ["pooled"], kernel_shape=[2, 2])
-    again = [
+    pooled = [
+        helper.make_node("MaxPool", ["d"], ["pooled"], kernel_shape=[2, 2]),
         helper.make_node("QuantizeLinear", ["pooled", "step", "zero"], ["q2"]),
         helper.make_node("DequantizeLinear", ["q2", "step", "zero"], ["d2"]),
     ]
-    nodes = list(graph.graph.node)
-    layer = next(index for index, node in enumerate(nodes) if node.op_type == "Conv")
-    nodes[layer].input[0] = "d2"
-    del graph.graph.node[:]
-    graph.graph.node.extend([*nodes[:layer], pool, *again, *nodes[layer:]])
+    layer = next(index for index, node in enumerate(graph.graph.node) if node.op_type == "Conv")
+    graph.graph.node[layer].input[0] = "d2"
+    for node in reversed(pooled):
+        graph.graph.node.insert(layer, node)
     assert pair_sums(graph)[0].largest == 15 * 200
     for node in graph.graph.node:
         if node.output[0] in {"q2", "d2"}:
@@ -231,101 +220,91 @@ def test_bounds_hold_through_what_only_moves_values() -> None:
 
 @pytest.mark.parametrize(("name", "bits"), [*((name, "w8a8") for name in NETS), ("mobile", "w4a4"), ("mobile", "w8a4")])
 def test_no_layer_of_the_projects_graphs_saturates_whatever_is_paired(name: str, bits: str) -> None:
-    graph = graph_of(calibrated(make_net(name), bits))
+    _, graph = graph_of(name, "onnxruntime", bits)
     assert require_no_saturation(graph, name=name) <= 32767
-    stored = {own.name: numpy_helper.to_array(own) for own in graph.graph.initializer}
-    rng, found = np.random.default_rng(0), pair_sums(graph)
-    for own in found:
-        weight = stored[f"{own.weight}.integers"].astype(np.int64)
-        rows = weight.reshape(len(weight), -1)
-        top = 255 if bits == "w8a8" else 15  # which layers read a narrow grid is not told here
+    rng, pairs = np.random.default_rng(0), pair_sums(graph)
+    for pair in pairs:
+        rows = integer_rows(graph, pair.weight)
+        top = 255 if bits == "w8a8" else 15  # which layers read a narrow grid is not known here
         for x in (np.where(rows > 0, top, 0), np.where(rows < 0, top, 0), rng.integers(0, top + 1, rows.shape)):
             order = rng.permutation(rows.shape[1])
-            assert (added_in_pairs(x[:, order], rows[:, order]) == x @ rows.T).all(), own
-    assert len(found) == sum(node.op_type in {"Conv", "Gemm"} for node in graph.graph.node)
+            assert (added_in_pairs(x[:, order], rows[:, order]) == x @ rows.T).all(), pair
+    assert len(pairs) == sum(node.op_type in {"Conv", "Gemm"} for node in graph.graph.node)
 
 
-def test_a_graph_of_full_range_saturates_and_its_export_ends(tmp_path: Path) -> None:
-    graph = graph_of(calibrated(make_net("residual"), cpu="vnni"))
-    found = [own for own in pair_sums(graph) if not own.fits]
-    assert found
-    stored = {own.name: numpy_helper.to_array(own) for own in graph.graph.initializer}
-    rows = stored[f"{found[0].weight}.integers"].astype(np.int64)
-    rows = rows.reshape(len(rows), -1)
-    x = np.where(rows > 0, 255, 0)
-    order = np.argsort(-rows[found[0].channel])
+def test_verify_refuses_a_graph_of_full_range() -> None:
+    _, graph = graph_of("residual", "onnxruntime", "w8a8", "vnni")
+    pair = next(pair for pair in pair_sums(graph) if not pair.fits)
+    rows = integer_rows(graph, pair.weight)
+    x, order = np.where(rows > 0, 255, 0), np.argsort(-rows[pair.channel])
     assert (added_in_pairs(x[:, order], rows[:, order]) != x @ rows.T).any()
-    with pytest.raises(VerificationError, match=rf"graph saturates at {found[0].node}: two products of output channel"):
+    with pytest.raises(VerificationError, match=rf"graph saturates at {pair.node}: two products of output channel"):
         require_no_saturation(graph, name="graph")
-    logits = np.zeros((1, 10), np.float32)
     with pytest.raises(VerificationError, match="saturates"):
-        verify(graph, images(1).numpy(), logits, name="graph", optimized=True)
+        verify(graph, images(1).numpy(), np.zeros((1, 10), np.float32), name="graph", optimized=True)
 
 
-def test_tensorrts_graph_keeps_eight_bits() -> None:
-    limited, full = (calibrated(make_net("residual"), cpu=cpu) for cpu in ("any", "vnni"))
-    layers = limited.layers(), full.layers()
-    with limited.for_target("tensorrt"):
-        for name, layer in layers[0].items():
-            wide = layers[1][name]
+def test_for_target_tensorrt_keeps_eight_bits() -> None:
+    student, full = (calibrated(make_net("residual"), cpu=cpu) for cpu in ("any", "vnni"))
+    with student.for_target("tensorrt"):
+        for name, layer in student.layers().items():
+            wide = full.layers()[name]
             assert torch.equal(layer.weight, wide.weight)
-            mine, theirs = (own.weight_quantizer.integers(own.weight) for own in (layer, wide))
-            assert torch.equal(mine, theirs)
-            assert int(mine.abs().max()) > 100
-    for name, layer in layers[0].items():  # outside of it, the graph for any CPU
+            integers = layer.weight_quantizer.integers(layer.weight)
+            assert torch.equal(integers, wide.weight_quantizer.integers(wide.weight))
+            assert int(integers.abs().max()) > 100
+    for name, layer in student.layers().items():  # outside of it, the graph for any CPU
         integers = layer.weight_quantizer.integers(layer.weight).flatten(1)
         assert int(integers.clamp_min(0).topk(2, 1).values.sum(1).max()) <= 128, name
         assert bool((layer.weight_quantizer.widening >= 1).all())
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile"])
-def test_biases_of_full_range_make_up_for_the_other_rounding(name: str) -> None:
+def test_fit_full_range_biases_keeps_the_mean_of_outputs(name: str) -> None:
     """Layer by layer the mean of the outputs is the same, whichever way the weight is rounded, on one input."""
     student, data = calibrated(make_net(name)), images(64)
     fit_full_range_biases(student, data)
     inputs: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks, student.on_int8_grids(), torch.no_grad():
-        for own, layer in student.layers().items():
-            hook = layer.register_forward_hook(lambda _, args, __, own=own: inputs.update({own: args[0]}))
+        for name_, layer in student.layers().items():
+            hook = layer.register_forward_hook(lambda _, args, __, name=name_: inputs.update({name: args[0]}))
             hooks.enter_context(hook)
         student(data)
     compared = 0
-    for own, layer in student.layers().items():
+    for layer_name, layer in student.layers().items():
         if layer.bias is None or layer.weight_quantizer.pair_limit is None:
             continue
-        dims = pooled_dims(layer, layer(inputs[own]))
-        limited = layer(inputs[own]).mean(dims)
+        x = inputs[layer_name]
+        dims = pooled_dims(layer, layer(x))
+        limited = layer(x).mean(dims)
         with student.without_pair_limits():
-            full = layer(inputs[own]).mean(dims)
-            other = (layer(inputs[own]).mean(dims) - layer.weight_quantizer.bias_shift).detach()
+            full = layer(x).mean(dims)
+        unshifted = (full - layer.weight_quantizer.bias_shift).detach()
         torch.testing.assert_close(full, limited, atol=1e-4, rtol=1e-4)
-        compared += bool((other - limited).abs().max() > 1e-3)
+        compared += bool((unshifted - limited).abs().max() > 1e-3)
     assert compared > 2  # without them the means differ
-    graph = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
-    with student.for_target("tensorrt"):
-        expected = TorchRunner(student).infer(data.numpy())
-    verify(graph, data.numpy(), expected, name=name, optimized=False)
+    graph = lower(export_graph(student, SIZE), student, "tensorrt")
+    verify(graph, data.numpy(), reference(student, "tensorrt", data), name=name, optimized=False)
 
 
-def test_tuning_keeps_the_limit_and_a_student_comes_back_from_its_file(tmp_path: Path) -> None:
-
+def test_finetune_keeps_the_limit_and_load_student_the_graph(tmp_path: Path) -> None:
     net, data = make_net("mobile"), images(32)
     student, rng = make_student(net, BitWidths(8, 8)), torch.Generator().manual_seed(0)
     started = post_training_quantize(student, data, batch_size=16, rng=rng)
     config = FinetuneConfig(steps=6, batch_size=8, checkpoints=2, learning_rate=0.5)
     labels = torch.zeros(len(data), dtype=torch.int64)
     finetune(student, started.reference, CalibrationSet(data, labels), config=config, flip=False, rng=rng)
-    graph = graph_of(student)
-    assert require_no_saturation(graph, name="graph") > 20_000
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({}))
-    again, _ = load_student(path, net)
-    assert again.target_cpu == "any"
-    assert graph_of(again).SerializeToString() == graph.SerializeToString()
+    loaded, _ = load_student(path, net)
+    assert loaded.target_cpu == "any"
+    graph, again = (lower(export_graph(s, SIZE), s, "onnxruntime") for s in (student, loaded))
+    assert require_no_saturation(graph, name="graph") > 20_000
+    assert again.SerializeToString() == graph.SerializeToString()
 
 
 @pytest.mark.parametrize("word", ["vnii", "VNNI2", "avx2"])
-def test_another_word_for_cpu_is_wrong_input(word: str, tmp_path: Path) -> None:
+def test_run_refuses_an_unknown_cpu(word: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["run", "digits", "--cpu", word, "--out", str(tmp_path / "run")])
     assert result.exit_code == 2
     assert ("did you mean 'vnni'?" in result.stderr) == (word != "avx2")
@@ -338,7 +317,7 @@ def test_another_word_for_cpu_is_wrong_input(word: str, tmp_path: Path) -> None:
 
 
 def test_sessions_have_no_option_that_changes_results() -> None:
-    graph = graph_of(calibrated(make_net("residual")))
+    _, graph = graph_of("residual", "onnxruntime", "w8a8")
     with OnnxRunner(graph.SerializeToString()) as runner:
         options = runner._session.get_session_options()
         with pytest.raises(RuntimeError):  # what was never set has no value
@@ -358,7 +337,7 @@ np.save(sys.argv[3], session.run(None, {session.get_inputs()[0].name: data})[0])
 
 @pytest.fixture(scope="module")
 def avx2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process whose CPU has no VNNI: this machine's own, or one that hides it."""
+    """Return the environment of a process whose CPU has no VNNI: this machine's own, or one that hides it."""
     if not adds_in_32_bits():
         return {}
     if "cpuid_fault" not in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
@@ -372,7 +351,7 @@ def avx2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def executed(graph: onnx.ModelProto, batch: Array, environment: dict[str, str], folder: Path) -> Array:
-    """The answers of a plain session in a process of its own."""
+    """Return the answers of a plain session in a process of its own."""
     names = [folder / name for name in ("graph.onnx", "x.npy", "y.npy")]
     onnx.save(graph, names[0])
     np.save(names[1], batch)
@@ -382,32 +361,21 @@ def executed(graph: onnx.ModelProto, batch: Array, environment: dict[str, str], 
     return answers
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+@pytest.mark.parametrize("name", NETS)
 def test_a_plain_session_without_vnni_computes_the_graph(name: str, avx2: dict[str, str], tmp_path: Path) -> None:
-    graph, batch = graph_of(calibrated(make_net(name))), 3 * images(32, seed=7).numpy()
-    with OnnxRunner(graph.SerializeToString(), optimized=False) as runner:
-        exact = runner.infer(batch)
+    (_, graph), batch = graph_of(name, "onnxruntime", "w8a8"), 3 * images(32, seed=7).numpy()
+    exact = infer(graph, batch)
     apart = np.abs(executed(graph, batch, avx2, tmp_path) - exact).max(1)
     assert np.median(apart) <= 1e-5 * exact.std()
     assert (apart <= 0.1 * exact.std()).all()  # a value at a tie
 
 
-def test_kernels_without_vnni_saturate_where_they_are_said_to(avx2: dict[str, str], tmp_path: Path) -> None:
-    heavy = np.full((8, 8, 3, 3), 100, np.int8)
-    cases = {
-        "conv": quantized_layer(heavy),
-        "signed": quantized_layer(heavy, kind=np.int8),
-        "unsigned": quantized_layer(np.full((8, 8, 3, 3), 228, np.uint8)),
-        "depthwise": quantized_layer(np.full((8, 1, 3, 3), 100, np.int8), group=8),
-        "gemm": quantized_layer(np.full((8, 4), 100, np.int8), operator="Gemm"),
-        "matmul": quantized_layer(np.full((8, 4), 100, np.int8), operator="MatMul"),
-        "light": quantized_layer(np.full((8, 8, 3, 3), 60, np.int8)),
-    }
-    for name, graph in cases.items():
-        shape = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim]
-        top = 127.0 if name == "signed" else 255.0
-        batch = np.full(shape, top, np.float32)
-        with OnnxRunner(graph.SerializeToString(), optimized=False) as runner:
-            exact = runner.infer(batch)
-        same = bool((executed(graph, batch, avx2, tmp_path) == exact).all())
-        assert same == (not check_saturation(graph)), name
+@pytest.mark.parametrize("name", LAYERS)
+def test_kernels_without_vnni_saturate_as_check_saturation_says(
+    name: str, avx2: dict[str, str], tmp_path: Path
+) -> None:
+    graph, saturates = LAYERS[name]
+    shape = [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim]
+    batch = np.full(shape, 127 if name == "signed" else 255, np.float32)
+    same = bool((executed(graph, batch, avx2, tmp_path) == infer(graph, batch)).all())
+    assert same != saturates

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clusterq_deploy.errors import DataError, UnreadableImageError
-from clusterq_deploy.evaluation.images import SUFFIXES, Images, Unreadable, prepare_image, printable, read_image
+from clusterq_deploy.evaluation.images import SUFFIXES, Images, Unreadable, printable, read_image
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.models.weights import first_line
@@ -27,7 +27,7 @@ _DECODERS = min(8, os.cpu_count() or 1)
 
 
 class Classifier(Protocol):
-    """What evaluation data must know of a model; a `LoadedModel` is one."""
+    """What evaluation data must know about a model, such as a `LoadedModel`."""
 
     @property
     def name(self) -> str: ...
@@ -41,16 +41,16 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Images in a fixed order, with their labels where they have any.
+    """Images in a fixed order, with their labels if they have any.
 
-    Which images cannot be read shows as they are read. They are left out of every batch, and `kept` has the others.
+    Which images cannot be read shows as they are read. They are left out of every batch; `kept` has the others.
 
     Attributes:
         name: what the report calls it.
         rows: (N,) int64, the images' rows in the set that this one is a part of, or is.
         labels: (N,) int64, or None.
-        read: the image of a row: (C, H, W) float32, normalized, or an `UnreadableImageError`. Called from several
-            threads at once.
+        read: returns the image of a row, (C, H, W) float32, normalized, or raises an `UnreadableImageError`. Called
+            from several threads at once.
         unreadable: the rows that cannot be read, as far as they were found.
     """
 
@@ -62,12 +62,12 @@ class EvaluationSet:
 
     @classmethod
     def of(cls, name: str, count: int, labels: Labels | None, read: Callable[[int], Images]) -> Self:
-        """A set of so many images, of which none was read yet."""
+        """Make a set of `count` images, of which none was read yet."""
         return cls(name, np.arange(count, dtype=np.int64), labels, read, Unreadable(name, count))
 
     @classmethod
     def from_images(cls, name: str, images: Images, labels: npt.ArrayLike | None = None) -> Self:
-        """A set of images in memory: (N, C, H, W) float32, normalized, with labels (N,) or without."""
+        """Make a set of images in memory: (N, C, H, W) float32, normalized, with labels (N,) or without."""
         if images.ndim != 4 or not len(images):
             raise DataError(f"{name}: images have shape {images.shape}; expected (N, C, H, W) with N > 0")
         images = np.ascontiguousarray(images, dtype=np.float32)
@@ -90,39 +90,39 @@ class EvaluationSet:
         return np.array([i for i, row in enumerate(self.rows) if int(row) not in self.unreadable], dtype=np.int64)
 
     def subset(self, indices: Rows) -> "EvaluationSet":
-        """The images of the given indices (M,) int64, in that order; none is read yet."""
+        """Return the images of the given indices (M,) int64, in that order; none is read yet."""
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=self.rows[indices], labels=labels)
 
     def batches(self, batch_size: int, read: int = 0) -> Iterator[tuple[Images, Labels | None]]:
-        """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None where there are none.
+        """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None if there are none.
 
         An unreadable image makes its batch smaller, in every pass, so that all passes have the same batches.
 
         Args:
-            batch_size: images a batch.
-            read: so many images were given by an earlier pass, in whole batches of that size, and are left out.
+            batch_size: images per batch.
+            read: how many images an earlier pass yielded, in whole batches of that size; they are left out.
 
         Raises:
             DataError: more images cannot be read than `unreadable` allows.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        done = -(-(int(self.kept[read - 1]) + 1) // batch_size) * batch_size if read else 0
+        first = -(-(int(self.kept[read - 1]) + 1) // batch_size) * batch_size if read else 0
         with ThreadPoolExecutor(_DECODERS) as pool:
-            for start in range(done, len(self), batch_size):
+            for start in range(first, len(self), batch_size):
                 indices = range(start, min(start + batch_size, len(self)))
-                wanted = [index for index in indices if int(self.rows[index]) not in self.unreadable]
+                readable = [index for index in indices if int(self.rows[index]) not in self.unreadable]
                 images = {}
-                for index, found in zip(wanted, pool.map(self._read, wanted), strict=True):
-                    if isinstance(found, UnreadableImageError):
-                        self.unreadable.add(int(self.rows[index]), found)
+                for index, image in zip(readable, pool.map(self._read, readable), strict=True):
+                    if isinstance(image, UnreadableImageError):
+                        self.unreadable.add(int(self.rows[index]), image)
                     else:
-                        images[index] = found
+                        images[index] = image
                 if images:
                     labels = None if self.labels is None else self.labels[list(images)]
                     yield np.stack(list(images.values())), labels
-        self.unreadable.tell()
+        self.unreadable.log()
 
     def _read(self, index: int) -> Images | UnreadableImageError:
         try:
@@ -139,7 +139,7 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
             or (N, H, W) uint8 and `labels` (N,). Class folders whose names are class numbers are labelled by
             them; any others are the classes in sorted order. None: the bundled model's held-out images.
         model: says how images are preprocessed, and which labels there are.
-        limit: at most so many images, spread evenly over the set.
+        limit: the largest number of images, evenly spaced over the set.
 
     Raises:
         DataError: the data is missing, in another form, or of another task than the model's.
@@ -151,11 +151,7 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
             raise DataError(f"no evaluation data was given for {model.name!r}; expected {_FORMATS}")
         return _from_npz(HELD_OUT, "digits, held out", model, limit)
     if path.is_dir():
-        if (path / _LABELS_FILE).is_file():
-            files, labels = _read_labels_file(path)
-        else:
-            files, labels = _read_class_folders(path, model.classes)
-        return _from_files(path, files, labels, model, limit)
+        return _from_folder(path, model, limit)
     if not path.exists():
         raise DataError(f"evaluation data {str(path)!r} does not exist; expected {_FORMATS}")
     if path.suffix != ".npz":
@@ -163,7 +159,22 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
     return _from_npz(path, path.name, model, limit)
 
 
-def _read_class_folders(path: Path, classes: int) -> tuple[list[Path], list[int]]:
+def _from_folder(path: Path, model: Classifier, limit: int | None) -> EvaluationSet:
+    in_table = (path / _LABELS_FILE).is_file()
+    samples = _read_labels_file(path) if in_table else _read_class_folders(path, model.classes)
+    if not samples:
+        raise DataError(f"no images were found in {str(path)!r}; expected {_FORMATS}")
+    labels = _check_labels(path, [label for _, label in samples], model.classes)
+    chosen, spec = _evenly_spaced(len(samples), limit), model.input
+    files = [samples[index][0] for index in chosen]
+
+    def read(row: int) -> Images:
+        return read_image(files[row], printable(files[row].relative_to(path).as_posix()), spec)
+
+    return EvaluationSet.of(printable(path.resolve().name), len(files), labels[chosen], read)
+
+
+def _read_class_folders(path: Path, classes: int) -> list[tuple[Path, int]]:
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise DataError(f"{str(path)!r} has neither {_LABELS_FILE} nor folders; expected {_FORMATS}")
@@ -172,22 +183,18 @@ def _read_class_folders(path: Path, classes: int) -> tuple[list[Path], list[int]
         if len(folders) != classes:
             raise DataError(
                 f"{str(path)!r} has {len(folders)} class folders, but the model has {classes} classes; "
-                f"expected one folder a class, or folders named by class numbers 0..{classes - 1}"
+                f"expected one folder per class, or folders named by class numbers 0..{classes - 1}"
             )
         numbers = list(range(classes))
-    files, labels = [], []
-    for folder, number in zip(folders, numbers, strict=True):
-        found = sorted(file for file in folder.rglob("*") if _is_image(file))
-        files += found
-        labels += [number] * len(found)
-    return files, labels
+    return [
+        (file, number)
+        for folder, number in zip(folders, numbers, strict=True)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+    ]
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
-
-
-def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
+def _read_labels_file(path: Path) -> list[tuple[Path, int]]:
     """Read rows of file,label; the files are in `path` or in its `images` folder."""
     table = path / _LABELS_FILE
     try:
@@ -195,11 +202,11 @@ def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
             rows = [(number, row) for number, row in enumerate(csv.reader(stream), 1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {str(table)!r} ({first_line(error)}); expected rows of file,label") from error
-    if rows and _number(rows[0][1]) is None and not Path(rows[0][1][0]).suffix:
+    if rows and _label(rows[0][1]) is None and not Path(rows[0][1][0]).suffix:
         del rows[0]  # a header: neither a label nor a file's name
-    files, labels = [], []
+    samples = []
     for number, row in rows:
-        where, label = f"{str(table)!r} row {number}", _number(row)
+        where, label = f"{str(table)!r} row {number}", _label(row)
         if label is None:
             raise DataError(f"{where} is {','.join(row)!r}; expected file,label with a whole number as label")
         # Parsed as Windows does it, a path shows either system's ways out of the folder.
@@ -211,40 +218,23 @@ def _read_labels_file(path: Path) -> tuple[list[Path], list[int]]:
             raise DataError(f"{where} names {row[0]!r}, but there is no such file in the folder or its images folder")
         if not file.resolve().is_relative_to(path.resolve()):
             raise DataError(f"{where} names {row[0]!r}, a link out of the folder; expected a file below it")
-        files.append(file)
-        labels.append(label)
-    return files, labels
+        samples.append((file, label))
+    return samples
 
 
 def _is_file(file: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is none."""
     try:
         return file.is_file()
-    except (OSError, ValueError):  # too long, or with a NUL
+    except (OSError, ValueError):  # no file can have this name: it is too long, or has a NUL
         return False
 
 
-def _number(row: list[str]) -> int | None:
-    """The label of a row of file,label; None where it is not one."""
+def _label(row: list[str]) -> int | None:
+    """Return the label of a row of file,label; None if it has none."""
     try:
         return int(row[1]) if len(row) == 2 else None
     except ValueError:
         return None
-
-
-def _from_files(
-    path: Path, files: list[Path], labels: list[int], model: Classifier, limit: int | None
-) -> EvaluationSet:
-    if not files:
-        raise DataError(f"no images were found in {str(path)!r}; expected {_FORMATS}")
-    checked = _check_labels(path, labels, model.classes)
-    chosen = _spread(len(files), limit)
-    files, spec = [files[index] for index in chosen], model.input
-
-    def read(row: int) -> Images:
-        return read_image(files[row], printable(files[row].relative_to(path).as_posix()), spec)
-
-    return EvaluationSet.of(printable(path.resolve().name), len(files), checked[chosen], read)
 
 
 def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> EvaluationSet:
@@ -268,25 +258,28 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
             f"{str(path)!r} has images of {channels} channels, but the model takes {model.input.size[0]}; "
             "convert the images, or choose other data"
         )
-    checked = _check_labels(path, labels, model.classes)
-    chosen, spec = _spread(len(images), limit), model.input
+    labels = _check_labels(path, labels, model.classes)
+    chosen, spec = _evenly_spaced(len(images), limit), model.input
     images = images[chosen, ..., 0] if images.ndim == 4 and channels == 1 else images[chosen]
 
     def read(row: int) -> Images:
-        return prepare_image(Image.fromarray(images[row]), f"image {row}", spec)
+        try:
+            return spec.preprocess(Image.fromarray(images[row]))
+        except ValueError as error:
+            raise UnreadableImageError(f"image {row}", first_line(error)) from error
 
-    return EvaluationSet.of(name, len(images), checked[chosen], read)
+    return EvaluationSet.of(name, len(images), labels[chosen], read)
 
 
 def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> Labels:
     low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= classes:
-        found = f"labels down to {low}" if low < 0 else f"labels up to {high}"
-        raise DataError(f"{str(path)!r} has {found}, but the model has {classes} classes; expected 0..{classes - 1}")
+        outside = f"labels down to {low}" if low < 0 else f"labels up to {high}"
+        raise DataError(f"{str(path)!r} has {outside}, but the model has {classes} classes; expected 0..{classes - 1}")
     return np.asarray(labels, dtype=np.int64)
 
 
-def _spread(count: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """The indices of at most `limit` of `count` images, evenly spread: sets are often sorted by class."""
-    kept = count if limit is None else min(limit, count)
-    return np.arange(kept, dtype=np.int64) * count // kept
+def _evenly_spaced(count: int, limit: int | None) -> Rows:
+    """Return the indices of at most `limit` of `count` images, evenly spaced: sets are often sorted by class."""
+    chosen = count if limit is None else min(limit, count)
+    return np.arange(chosen, dtype=np.int64) * count // chosen

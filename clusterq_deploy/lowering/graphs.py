@@ -1,4 +1,4 @@
-"""Every graph of a model, held against torch before it may be written."""
+"""Export every graph of a model, each verified against torch before it may be written."""
 
 from collections.abc import Collection, Generator
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from torch import nn
 
-from calib.support.progress import SILENT, Advance, Progress
+from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.lowering.fp16 import to_fp16
 from clusterq_deploy.lowering.integers import compare_integers, require_same_integers
@@ -26,22 +26,17 @@ FILES: dict[GraphFormat, str] = {
     "tensorrt": "model.trt.onnx",
     "int4": "model.int4.onnx",
 }
-FLOAT_FILE, HALF_FILE = "model.onnx", "model.fp16.onnx"
+FLOAT_FILE, FP16_FILE = "model.onnx", "model.fp16.onnx"
 VERIFIED_IMAGES = 64
 _COMPARED_IMAGES = 16
-_INT4 = 4
 
 
 @dataclass(frozen=True)
 class VerifiedGraph:
-    """A graph of a student that computes what torch computes.
+    """A graph of a student that computes what torch computes, and the name of its file.
 
-    Attributes:
-        graph_format: which one.
-        file: the name of its file.
-        graph: to be written.
-        checks: what was found, as JSON: `Verification`, the integers, and of TensorRT's graph its rules.
-        notes: what a user should know of it, for the report.
+    `checks` has as JSON what was measured: `Verification`, the integers, and for TensorRT the warnings of its rules.
+    `notes` has what a user should know of the graph, for the report.
     """
 
     graph_format: GraphFormat
@@ -53,30 +48,20 @@ class VerifiedGraph:
 
 @dataclass(frozen=True)
 class FloatGraphs:
-    """The teacher's graphs.
+    """The teacher's graphs in FP32 and, for TensorRT, in FP16 except for its inputs and outputs.
 
-    Attributes:
-        single: in FP32.
-        half: in FP16 but for its inputs and outputs, for TensorRT; None where the model does not fit FP16.
-        no_half: why `half` is None.
+    `no_fp16` says why `fp16` is None: the model does not fit FP16.
     """
 
-    single: onnx.ModelProto
-    half: onnx.ModelProto | None
-    no_half: str | None
+    fp32: onnx.ModelProto
+    fp16: onnx.ModelProto | None
+    no_fp16: str | None
 
 
 def float_graphs(
     model: nn.Module, size: tuple[int, int, int], *, seed: int, name: str, progress: Progress = SILENT
 ) -> FloatGraphs:
-    """The teacher's graphs, verified on noise.
-
-    Args:
-        model: in eval mode.
-        size: (channels, height, width).
-        seed: of the noise.
-        name: what messages call the teacher, such as fp32.
-        progress: shows how far it is.
+    """Return the graphs of a teacher in eval mode, verified on noise of the size (channels, height, width).
 
     Raises:
         ExportError: torch cannot export the model.
@@ -86,20 +71,20 @@ def float_graphs(
     with progress.task(f"Export {name}", 4) as advance:  # torch's answers, the graph, and its checks in both precisions
         expected = infer_split_on_oom(TorchRunner(model).infer, f"{name} in torch")(images)
         advance()
-        single = export_graph(model, size)
+        fp32 = export_graph(model, size)
         advance()
-        verify(single, images, expected, name=f"{name}/{FLOAT_FILE}", optimized=True)
-        require_tensorrt(single, name=f"{name}/{FLOAT_FILE}")
+        verify(fp32, images, expected, name=f"{name}/{FLOAT_FILE}", optimized=True)
+        require_tensorrt(fp32, name=f"{name}/{FLOAT_FILE}")
         advance()
         try:
-            half = to_fp16(single)
-            verify(half, images, expected, name=f"{name}/{HALF_FILE}", optimized=False)
-            require_tensorrt(half, name=f"{name}/{HALF_FILE}")
+            fp16 = to_fp16(fp32)
+            verify(fp16, images, expected, name=f"{name}/{FP16_FILE}", optimized=False)
+            require_tensorrt(fp16, name=f"{name}/{FP16_FILE}")
         except ExportError as error:
-            return FloatGraphs(single, None, str(error))
+            return FloatGraphs(fp32, None, str(error))
         finally:
             advance()
-    return FloatGraphs(single, half, None)
+    return FloatGraphs(fp32, fp16, None)
 
 
 def student_graphs(
@@ -112,75 +97,70 @@ def student_graphs(
     fp16: bool = False,
     progress: Progress = SILENT,
 ) -> Generator[VerifiedGraph, None, None]:
-    """A student's graphs, one after the other: INT4's where weights have at most four bits.
+    """Yield a student's graphs one after the other, INT4's only if its weights have at most four bits.
 
     Args:
         student: tuned.
-        images: (N, C, H, W) float32, normalized, on which they are held against torch.
+        images: (N, C, H, W) float32, normalized, to compare graphs and torch on.
         size: (channels, height, width).
         name: what messages call the student, such as w4a4.
-        targets: which of them.
-        fp16: whether TensorRT's computes in FP16 what is not quantized.
+        targets: the formats to export.
+        fp16: whether TensorRT's graph computes in FP16 what is not quantized.
         progress: shows how far it is; its task is open until the last graph is taken, or the generator closed.
 
     Raises:
         ExportError: a graph cannot be written.
         VerificationError: a graph does not compute what torch computes, or TensorRT would refuse it.
     """
-    fitting = [own for own in FILES if own in targets and (own != "int4" or student.bits.weights <= _INT4)]
-    files = {graph_format: FILES[graph_format] for graph_format in fitting}
+    formats = [f for f in FILES if f in targets and (f != "int4" or student.bits.weights <= 4)]
+    executed = [target for target in TARGETS if target in map(target_of, formats)]
+    fp16 = fp16 and "tensorrt" in formats
     logits: dict[Target, Array] = {}
+    with progress.task(f"Export {name}", 1 + len(executed) + 3 * len(formats) + 2 * fp16) as advance:
 
-    def checked(graph: onnx.ModelProto, graph_format: GraphFormat, name: str, advance: Advance) -> dict[str, Any]:
-        expected, for_cpu = logits[target_of(graph_format)], graph_format != "tensorrt"
-        found = verify(graph, images, expected, name=name, optimized=for_cpu, cpu=student.target_cpu)
-        advance()
-        integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], graph_format=graph_format)
-        require_same_integers(integers, name=name)
-        advance()
-        return {**asdict(found), "integers": [asdict(site) for site in integers]}
+        def check(graph: onnx.ModelProto, graph_format: GraphFormat, name: str) -> dict[str, Any]:
+            expected, optimized = logits[target_of(graph_format)], graph_format != "tensorrt"
+            result = verify(graph, images, expected, name=name, optimized=optimized, cpu=student.target_cpu)
+            advance()
+            integers = compare_integers(graph, student, images[:_COMPARED_IMAGES], graph_format=graph_format)
+            require_same_integers(integers, name=name)
+            advance()
+            return {**asdict(result), "integers": [asdict(site) for site in integers]}
 
-    executed = [target for target in TARGETS if target in map(target_of, files)]
-    fp16 = fp16 and "tensorrt" in files
-    with progress.task(f"Export {name}", 1 + len(executed) + 3 * len(files) + 2 * fp16) as advance:
         marked = export_graph(student, size)
         advance()
         for target in executed:
             with student.for_target(target):
                 logits[target] = infer_split_on_oom(TorchRunner(student).infer, f"{name} in torch")(images)
             advance()
-        for graph_format, file in files.items():
-            graph = lower(marked, student, graph_format)
-            checks = checked(graph, graph_format, f"{name}/{file}", advance)
+        for graph_format in formats:
+            file, graph = f"{name}/{FILES[graph_format]}", lower(marked, student, graph_format)
+            checks, notes = check(graph, graph_format, file), []
             if graph_format == "tensorrt":
                 if fp16:
-                    graph = _halved(graph)
-                    checks["half"] = checked(graph, graph_format, f"{name}/{file} in FP16", advance)
-                checks["rules"] = [asdict(own) for own in require_tensorrt(graph, name=f"{name}/{file}")]
-            notes = [f"TensorRT: {own['message']} ({own['node']})" for own in checks.get("rules", [])]
+                    try:
+                        graph = to_fp16(graph)
+                    except ExportError as error:
+                        raise ExportError(f"{error}; export without --fp16") from error
+                    checks["half"] = check(graph, graph_format, f"{file} in FP16")
+                warnings = require_tensorrt(graph, name=file)
+                checks["rules"] = [asdict(warning) for warning in warnings]
+                notes = [f"TensorRT: {warning.message} ({warning.node})" for warning in warnings]
             if graph_format == "onnxruntime":
-                notes += _float_layers(graph, student)
+                notes = _float_layers(graph, student)
             advance()
-            yield VerifiedGraph(graph_format, file, graph, checks, notes)
-
-
-def _halved(graph: onnx.ModelProto) -> onnx.ModelProto:
-    try:
-        return to_fp16(graph)
-    except ExportError as error:
-        raise ExportError(f"{error}; export without --fp16") from error
+            yield VerifiedGraph(graph_format, FILES[graph_format], graph, checks, notes)
 
 
 def _float_layers(graph: onnx.ModelProto, student: Student) -> list[str]:
-    """A note for each kind of quantized layer that ONNX Runtime does not run on integers, whole."""
+    """Return a note for each kind of quantized layer of which ONNX Runtime runs some in float."""
     layers = list(student.layers().values())
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
-    wanted = {"convolutions": convolutions, "linear layers": len(layers) - convolutions}
-    found = dict(zip(wanted, integer_layers(graph), strict=True))
+    kinds = {"convolutions": convolutions, "linear layers": len(layers) - convolutions}
     return [
-        f"{count - found[kind]} of {count} quantized {kind} run in float in ONNX Runtime: they gain no speed there"
-        for kind, count in wanted.items()
-        if found[kind] < count
+        f"{count - on_integers} of {count} quantized {kind} run in float in ONNX Runtime: they gain no speed there"
+        for (kind, count), on_integers in zip(kinds.items(), integer_layers(graph), strict=True)
+        if on_integers < count
     ]
 
 
@@ -193,7 +173,7 @@ def agreement(
     batch_size: int,
     progress: Progress = SILENT,
 ) -> float:
-    """Percentage of images (N, C, H, W) with the student's top-1, as a runner executes that graph of it."""
+    """Return the percentage of images (N, C, H, W) with the student's top-1, as a runner executes its graph."""
     infer = infer_split_on_oom(runner.infer, f"agreement on {runner.runtime}")
     reference, same = infer_split_on_oom(TorchRunner(student).infer, "agreement on torch"), []
     with student.for_target(target_of(graph_format)), progress.task("Agreement", len(images)) as advance:

@@ -1,9 +1,9 @@
-"""GraphFormat a student's grid in the operators that each target runs as integers.
+"""Lower a student's grid to the operators that each target runs as integers.
 
-One grid, three spellings. TensorRT wants signed INT8 with zero-point 0; a narrower grid is a float Clip in front of
-the quantizer. ONNX Runtime's integer kernels are fast for unsigned activations, so that a signed grid is stored with
-zero-point 128, and a narrower grid is an integer Clip behind the quantizer, which leaves Conv -> QuantizeLinear side
-by side to be fused. The INT4 graph is ONNX Runtime's with weights of at most four bits stored two a byte.
+One grid, three formats. TensorRT requires signed INT8 with zero-point 0; a narrower grid is a float Clip in front of
+the quantizer. ONNX Runtime's integer kernels are fast for unsigned activations, so a signed grid is stored with
+zero-point 128, and a narrower grid is an integer Clip behind the quantizer, which leaves Conv -> QuantizeLinear next
+to each other to be fused. The INT4 graph is ONNX Runtime's with weights of at most four bits stored two to a byte.
 """
 
 import math
@@ -17,8 +17,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx_ir import convenience
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from clusterq_deploy.errors import ExportError
+from clusterq_deploy.lowering.qdq import constant, operand, store
 from clusterq_deploy.quantization.fake_quant import MARKER, MARKER_DOMAIN, Quantizer
 from clusterq_deploy.quantization.graph.placement import Target
 from clusterq_deploy.quantization.grid import ZERO_POINT, Grid
@@ -34,40 +36,40 @@ MOVING = {
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """Scale and zero-point of a tensor that lies on an activation grid."""
+class _QParams:
+    """Scale and zero-point of a tensor that is on an activation grid."""
 
     scale: ir.Value
     zero_point: ir.Value
 
 
 def target_of(graph_format: GraphFormat) -> Target:
-    """The runtime whose quantizers a format has."""
+    """Return the runtime whose quantizers a format has."""
     return "tensorrt" if graph_format == "tensorrt" else "onnxruntime"
 
 
+def label_of(site: str, call: int) -> str:
+    """Return what a quantizer's tensors are named after: branches of a concatenation share it, but no names."""
+    return site if call == 1 else f"{site}.{call}"
+
+
 def quantized_name(label: str) -> str:
-    """The tensor of integers that a quantizer makes."""
+    """Return the name of the tensor of integers that a quantizer makes."""
     return f"{label}.quantized"
 
 
 def bounded_name(label: str) -> str:
-    """The same, bounded to a grid that is narrower than its type."""
+    """Return the name of these integers once they are bounded to a grid narrower than their type."""
     return f"{label}.bounded"
 
 
 def offset_of(grid: Grid, graph_format: GraphFormat) -> int:
-    """What an activation's integers are stored with on top of the grid's: their zero-point."""
+    """Return the zero-point of an activation's integers, which is added to the grid's when they are stored."""
     return ZERO_POINT if grid.signed and graph_format != "tensorrt" else 0
 
 
 def lower(marked: onnx.ModelProto, student: Student, graph_format: GraphFormat) -> onnx.ModelProto:
-    """The graph for a target, from the marked graph of `export_graph`.
-
-    Args:
-        marked: the student's graph; it is not changed.
-        student: gives scales and integers.
-        graph_format: `onnxruntime`, `tensorrt` or `int4`.
+    """Return the graph for a target, made from a student's marked graph of `export_graph`, which is not changed.
 
     Raises:
         ExportError: a marker has no quantizer, or a bias does not fit INT32.
@@ -75,22 +77,13 @@ def lower(marked: onnx.ModelProto, student: Student, graph_format: GraphFormat) 
     model = ir.from_proto(marked)
     with student.for_target(target_of(graph_format)):
         _Lowering(model.graph, student, graph_format).run()
-    _remove_unread(model)
+    RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     return ir.to_proto(model)
 
 
-def _remove_unread(model: ir.Model) -> None:
-    """Remove what nothing reads any more."""
-    for node in reversed(list(model.graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            model.graph.remove(node, safe=True)
-    for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
-        model.graph.initializers.pop(name)
-
-
 class _Lowering:
-    """Rewrites one graph in place; markers go, operators come."""
+    """Rewrites one graph in place: operators replace the markers."""
 
     def __init__(self, graph: ir.Graph, student: Student, graph_format: GraphFormat) -> None:
         self.graph, self.graph_format = graph, graph_format
@@ -98,176 +91,164 @@ class _Lowering:
         self.quantizers = student.quantizers()
         self.layers = {f"{name}.weight": layer for name, layer in student.layers().items()}
         self.absent = {s.name for s in student.placement.activations if self.target not in s.targets}
-        self.steps: dict[ir.Value, _Steps] = {}  # of every tensor that lies on an activation grid
+        self.qparams: dict[ir.Value, _QParams] = {}  # of every tensor that is on an activation grid
         self.weight_scales: dict[ir.Value, npt.NDArray[np.float32]] = {}
-        self._spelled: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def run(self) -> None:
         for node in list(self.graph):
             if node.domain == MARKER_DOMAIN and node.op_type == MARKER:
-                self._marker(node)
+                self._lower_marker(node)
             elif node.op_type in MOVING:
                 self._keep_grid(node)
         if self.target == "onnxruntime":
             for node in list(self.graph):
-                if node.op_type in {"Conv", "Gemm"} and len(node.inputs) > 2 and node.inputs[2] is not None:
-                    self._integer_bias(node)
+                if node.op_type in {"Conv", "Gemm"} and operand(node, 2) is not None:
+                    self._lower_bias(node)
 
-    def _marker(self, node: ir.Node) -> None:
-        site = node.attributes["site"].as_string()
-        source, output = self._input(node, 0), node.outputs[0]
+    def _lower_marker(self, marker: ir.Node) -> None:
+        site, output = marker.attributes["site"].as_string(), self._input(marker, 0)
         if site not in self.quantizers:
-            raise ExportError(f"the graph has a quantizer {site!r} that the model has not")
-        if site in self.absent:
-            convenience.replace_all_uses_with(output, source)
-        elif site in self.layers:
-            convenience.replace_all_uses_with(output, self._weight(node, site))
-        else:
-            convenience.replace_all_uses_with(output, self._activation(node, source, self.quantizers[site]))
-        self.graph.remove(node, safe=True)
+            raise ExportError(f"the graph has a quantizer {site!r}, but the model has not")
+        if site in self.layers:
+            output = self._lower_weight(marker, site)
+        elif site not in self.absent:
+            output = self._lower_activation(marker, self.quantizers[site])
+        convenience.replace_all_uses_with(marker.outputs[0], output)
+        self.graph.remove(marker, safe=True)
 
     def _keep_grid(self, node: ir.Node) -> None:
-        """Say that what only moves a grid's values leaves them on the grid: the runtime then moves integers."""
-        moved = [value for value in node.inputs if value is not None and value in self.steps]
+        """Mark the outputs of a node that only moves values as on its input's grid, so that integers are moved."""
+        moved = [value for value in node.inputs if value is not None and value in self.qparams]
         tensors = len(node.inputs) if node.op_type == "Concat" else 1
-        if len(moved) < tensors or len({self.steps[value] for value in moved}) > 1:
+        if len(moved) < tensors or len({self.qparams[value] for value in moved}) > 1:
             return
-        if node.op_type == "Pad" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            filling = convenience.get_const_tensor(self._input(node, 2))
-            if filling is None or float(filling.numpy()) != 0:
+        if node.op_type == "Pad" and operand(node, 2) is not None:
+            padding = constant(node, 2)
+            if padding is None or float(padding) != 0:
                 return
-        steps = self.steps[moved[0]]
+        qparams = self.qparams[moved[0]]
         for output in node.outputs:
             uses = list(output.uses())
             if not uses:
                 continue
-            quantized = ir.node("QuantizeLinear", [output, steps.scale, steps.zero_point])
-            restored = ir.node("DequantizeLinear", [quantized.outputs[0], steps.scale, steps.zero_point])
-            quantized.outputs[0].name, restored.outputs[0].name = (
-                f"{output.name}.quantized",
-                f"{output.name}.restored",
-            )
+            quantized = ir.node("QuantizeLinear", [output, qparams.scale, qparams.zero_point])
+            restored = ir.node("DequantizeLinear", [quantized.outputs[0], qparams.scale, qparams.zero_point])
+            quantized.outputs[0].name, restored.outputs[0].name = f"{output.name}.quantized", f"{output.name}.restored"
             self.graph.insert_after(node, [quantized, restored])
             for use in uses:
                 use.node.replace_input_with(use.idx, restored.outputs[0])
-            self.steps[restored.outputs[0]] = steps
+            self.qparams[restored.outputs[0]] = qparams
 
-    def _weight(self, marker: ir.Node, site: str) -> ir.Value:
+    def _lower_weight(self, marker: ir.Node, site: str) -> ir.Value:
         layer = self.layers[site]
         quantizer = layer.weight_quantizer
         integers = quantizer.integers(layer.weight.detach()).cpu().numpy()
-        scale = self._scale(quantizer)
-        kind: type = np.int8
-        if self.graph_format == "int4" and quantizer.grid.bits <= 4:
-            kind = ml_dtypes.int4
-        stored = self._constant(f"{site}.integers", integers.astype(kind))
-        inputs = [stored, self._constant(f"{site}.scale", scale)]
-        inputs.append(self._constant(f"{site}.zero_point", np.zeros(len(scale), kind)))
-        output = self._insert(marker, "DequantizeLinear", inputs, f"{site}.dequantized", axis=0)
-        self.weight_scales[output] = scale
+        kind: type = ml_dtypes.int4 if self.graph_format == "int4" and quantizer.grid.bits <= 4 else np.int8
+        output = self._stored(marker, site, integers.astype(kind), self._scale(quantizer))
+        self.weight_scales[output] = self._scale(quantizer)
         bias = quantizer.bias(layer.bias)
         if bias is not None and bias is not layer.bias:
-            own = self._constant(
-                f"full_range.{site.removesuffix('.weight')}.bias", bias.detach().cpu().numpy().astype(np.float32)
-            )
+            shifted = bias.detach().cpu().numpy().astype(np.float32)
+            value = self._constant(f"full_range.{site.removesuffix('.weight')}.bias", shifted)
             for use in marker.outputs[0].uses():
-                use.node.replace_input_with(2, own)
+                use.node.replace_input_with(2, value)
         return output
 
-    def _activation(self, marker: ir.Node, source: ir.Value, quantizer: Quantizer) -> ir.Value:
+    def _lower_activation(self, marker: ir.Node, quantizer: Quantizer) -> ir.Value:
         site, grid, scale = quantizer.site, quantizer.grid, self._scale(quantizer)
-        self._spelled[site] += 1  # branches of a concatenation share a quantizer, but not their tensors' names
-        label = site if self._spelled[site] == 1 else f"{site}.{self._spelled[site]}"
-        if self.target == "tensorrt":
-            source = self._float_clip(marker, source, grid, scale, label)
-            zero = self._constant(f"{site}.zero_point", np.array(0, np.int8))
-        else:
-            source = self._without_upper_clip(marker, source, quantizer, label)
-            zero = self._constant(f"{site}.zero_point", np.array(offset_of(grid, self.graph_format), np.uint8))
-        step = self._constant(f"{site}.scale", scale)
-        integers = self._insert(marker, "QuantizeLinear", [source, step, zero], quantized_name(label))
+        self.calls[site] += 1
+        label = label_of(site, self.calls[site])
+        clip = self._clip_for_tensorrt if self.target == "tensorrt" else self._rectify_for_onnxruntime
+        source, kind = clip(marker, quantizer, label), np.int8 if self.target == "tensorrt" else np.uint8
+        zero = self._constant(f"{site}.zero_point", np.array(offset_of(grid, self.graph_format), kind))
+        qparams = _QParams(self._constant(f"{site}.scale", scale), zero)
+        inputs = [source, qparams.scale, zero]
+        integers = self._insert(marker, "QuantizeLinear", inputs, quantized_name(label))
         if self.target == "onnxruntime":
-            integers = self._integer_clip(marker, integers, grid, label)
-        output = self._insert(marker, "DequantizeLinear", [integers, step, zero], f"{label}.dequantized")
-        self.steps[output] = _Steps(step, zero)
+            integers = self._bound(marker, integers, grid, label)
+        output = self._insert(marker, "DequantizeLinear", [integers, *inputs[1:]], f"{label}.dequantized")
+        self.qparams[output] = qparams
         return output
 
-    def _integer_clip(self, marker: ir.Node, integers: ir.Value, grid: Grid, label: str) -> ir.Value:
-        """Bound UINT8 integers to the grid where it is narrower than the type."""
+    def _bound(self, marker: ir.Node, integers: ir.Value, grid: Grid, label: str) -> ir.Value:
+        """Bound UINT8 integers to the grid if it is narrower than the type."""
         offset = offset_of(grid, self.graph_format)
         low, high = grid.low + offset, grid.high + offset
         if (low, high) == (0, 255):
             return integers
-        bounds = [self._constant(f"{label}.low", np.array(low, np.uint8))]
-        bounds.append(self._constant(f"{label}.high", np.array(high, np.uint8)))
+        ends = {"low": low, "high": high}
+        bounds = [self._constant(f"{label}.{end}", np.array(value, np.uint8)) for end, value in ends.items()]
         return self._insert(marker, "Clip", [integers, *bounds], bounded_name(label))  # Min takes half as long again
 
-    def _float_clip(
-        self, marker: ir.Node, source: ir.Value, grid: Grid, scale: npt.NDArray[np.float32], label: str
-    ) -> ir.Value:
-        """Bound values to a grid narrower than INT8; the clip takes the place of a ReLU or ReLU6 in front."""
+    def _clip_for_tensorrt(self, marker: ir.Node, quantizer: Quantizer, label: str) -> ir.Value:
+        """Bound values to a grid narrower than INT8; the clip replaces a ReLU or ReLU6 in front."""
+        grid, scale, source = quantizer.grid, self._scale(quantizer), self._input(marker, 0)
         if (grid.low, grid.high) in {(-128, 127), (0, 127)}:
             return source
-        bounds = [
-            self._constant(f"{label}.min", grid.low * scale),
-            self._constant(f"{label}.max", grid.high * scale),
-        ]
-        producer = source.producer()
-        redundant = producer is not None and self._ceiling(producer) >= grid.high * float(scale)
-        if producer is not None and redundant and not grid.signed and self._only(source, marker):
-            source = self._input(producer, 0)
+        ends = {"min": grid.low, "max": grid.high}
+        bounds = [self._constant(f"{label}.{end}", value * scale) for end, value in ends.items()]
+        rectifier = self._redundant_rectifier(marker, quantizer)
+        source = source if rectifier is None else self._input(rectifier, 0)
         return self._insert(marker, "Clip", [source, *bounds], f"{label}.clipped")
 
-    def _without_upper_clip(self, marker: ir.Node, source: ir.Value, quantizer: Quantizer, label: str) -> ir.Value:
-        """A ReLU in place of a ReLU6: the grid ends below 6, and a narrower Clip would stop the fusion."""
-        producer = source.producer()
-        if producer is None or producer.op_type != "Clip" or quantizer.grid.signed or not self._only(source, marker):
-            return source
-        if self._ceiling(producer) < quantizer.grid.high * float(self._scale(quantizer)):
-            return source
-        return self._insert(marker, "Relu", [self._input(producer, 0)], f"{label}.rectified")
+    def _rectify_for_onnxruntime(self, marker: ir.Node, quantizer: Quantizer, label: str) -> ir.Value:
+        """Put a ReLU in place of a ReLU6: the grid ends below 6, and a narrower Clip would prevent the fusion."""
+        rectifier = self._redundant_rectifier(marker, quantizer)
+        if rectifier is None or rectifier.op_type != "Clip":
+            return self._input(marker, 0)
+        return self._insert(marker, "Relu", [self._input(rectifier, 0)], f"{label}.rectified")
+
+    def _redundant_rectifier(self, marker: ir.Node, quantizer: Quantizer) -> ir.Node | None:
+        """Return the ReLU or ReLU6 that only a marker reads, if the grid cuts off no higher than it does."""
+        source, grid = self._input(marker, 0), quantizer.grid
+        node = source.producer()
+        if node is None or grid.signed or source.is_graph_output() or any(u.node is not marker for u in source.uses()):
+            return None
+        return node if self._ceiling(node) >= grid.high * float(self._scale(quantizer)) else None
 
     @staticmethod
     def _ceiling(node: ir.Node) -> float:
-        """Where a node that cuts off at zero cuts off above; minus infinity for any other node."""
+        """Return where a node that cuts off at zero cuts off above; minus infinity for any other node."""
         if node.op_type == "Relu":
             return math.inf
-        if node.op_type != "Clip" or len(node.inputs) < 2 or node.inputs[1] is None:
+        low = constant(node, 1) if node.op_type == "Clip" else None
+        if low is None or float(low) != 0:
             return -math.inf
-        low = convenience.get_const_tensor(node.inputs[1])
-        if low is None or float(low.numpy()) != 0:
-            return -math.inf
-        if len(node.inputs) < 3 or node.inputs[2] is None:
+        if operand(node, 2) is None:
             return math.inf
-        high = convenience.get_const_tensor(node.inputs[2])
-        return -math.inf if high is None else float(high.numpy())
+        high = constant(node, 2)
+        return -math.inf if high is None else float(high)
 
-    @staticmethod
-    def _only(value: ir.Value, reader: ir.Node) -> bool:
-        return all(use.node is reader for use in value.uses()) and not value.is_graph_output()
-
-    def _integer_bias(self, node: ir.Node) -> None:
+    def _lower_bias(self, layer: ir.Node) -> None:
         """Store the bias as INT32 with the accumulator's scale, as ONNX Runtime would round it itself."""
-        x, weight, bias = (self._input(node, i) for i in range(3))
-        if x not in self.steps or weight not in self.weight_scales:
+        x, weight, bias = (self._input(layer, i) for i in range(3))
+        if x not in self.qparams or weight not in self.weight_scales:
             return
-        tensor, step = convenience.get_const_tensor(bias), convenience.get_const_tensor(self.steps[x].scale)
-        if tensor is None or step is None:
+        tensor = convenience.get_const_tensor(bias)
+        input_scale = convenience.get_const_tensor(self.qparams[x].scale)
+        if tensor is None or input_scale is None:
             return
-        scale = step.numpy() * self.weight_scales[weight]
+        scale = input_scale.numpy() * self.weight_scales[weight]
         rounded = np.rint(tensor.numpy().astype(np.float64) / scale)
         if np.abs(rounded).max() > _INT32_MAX:
             channel = int(np.abs(rounded).argmax())
             raise ExportError(f"the bias {bias.name}[{channel}] does not fit INT32 at scale {scale[channel]:.2g}")
-        name = bias.name or "bias"
-        inputs = [
-            self._constant(f"{name}.integers", rounded.astype(np.int32)),
-            self._constant(f"{name}.scale", scale),
-            self._constant(f"{name}.zero_point", np.zeros(len(scale), np.int32)),
-        ]
-        node.replace_input_with(2, self._insert(node, "DequantizeLinear", inputs, f"{name}.dequantized", axis=0))
+        layer.replace_input_with(2, self._stored(layer, bias.name or "bias", rounded.astype(np.int32), scale))
 
-    def _scale(self, quantizer: Quantizer) -> npt.NDArray[np.float32]:
+    def _stored(
+        self, reader: ir.Node, name: str, integers: npt.NDArray[np.generic], scale: npt.NDArray[np.float32]
+    ) -> ir.Value:
+        """Store integers with a scale for each row, dequantized in front of their reader."""
+        inputs = [
+            self._constant(f"{name}.integers", integers),
+            self._constant(f"{name}.scale", scale),
+            self._constant(f"{name}.zero_point", np.zeros(len(scale), integers.dtype)),
+        ]
+        return self._insert(reader, "DequantizeLinear", inputs, f"{name}.dequantized", axis=0)
+
+    @staticmethod
+    def _scale(quantizer: Quantizer) -> npt.NDArray[np.float32]:
         return quantizer.scale.detach().cpu().numpy().astype(np.float32)
 
     @staticmethod
@@ -278,15 +259,10 @@ class _Lowering:
         return value
 
     def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-        self.graph.register_initializer(value)
-        return value
+        return self.graph.initializers.get(name) or store(self.graph, name, array)
 
     def _insert(self, before: ir.Node, operator: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
-        """Add a node in front of another; gives its output, of the name."""
+        """Insert a node in front of another and return its output; both have the given name."""
         node = ir.node(operator, inputs, attributes=attributes or None, name=name)
         node.outputs[0].name = name
         self.graph.insert_before(before, node)

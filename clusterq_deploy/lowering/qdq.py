@@ -1,4 +1,4 @@
-"""Where the tensors of a quantized ONNX graph come from, whoever exported it."""
+"""Quantizers in an ONNX graph of any exporter: their constants, their types, and what is behind a DequantizeLinear."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,21 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import convenience
 
-_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """Where a tensor comes from that a DequantizeLinear makes.
+    """Where a tensor that a DequantizeLinear makes comes from.
 
     Attributes:
-        node: that node.
         source: what the QuantizeLinear in front of it reads, or the stored integers.
         constant: whether it is a weight: stored, as integers or as floats in front of a QuantizeLinear.
         kind: type of the integers.
-        scale: the scale's values; None where they are no constant.
+        scale: the scale's values; None if they are no constant.
         axis: dimension that the scales go along.
     """
 
-    node: ir.Node
     source: ir.Value
     constant: bool
     kind: ir.DataType | None
@@ -32,104 +30,104 @@ class Dequantized:
     axis: int
 
 
-def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
-    """The convolutions and matrix products that multiply two quantized tensors, in the graph's order.
+def all_nodes(model: ir.Model) -> list[ir.Node]:
+    """Return all nodes in the graph's order, with those of subgraphs and of the file's own functions."""
+    nodes = [*ir.traversal.RecursiveGraphIterator(model.graph)]
+    for function in model.functions.values():
+        nodes += ir.traversal.RecursiveGraphIterator(function)
+    return nodes
 
-    Gives the name of each node, and that of its weight, which tells people more: `layer1.0.conv1.weight`.
+
+def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the convolutions and matrix products that multiply two quantized tensors, in the graph's order.
+
+    They are a node's name and that of its weight, which says more to people: `layer1.0.conv1.weight`.
     """
-    found = {}
+    weights = {}
     for node in ir.from_proto(model).graph:
-        if node.op_type in _LAYERS and not node.domain:
+        if node.op_type in LAYERS and not node.domain:
             data, weight = (dequantized(value) for value in node.inputs[:2])
             if data is not None and weight is not None:
-                found[name_of(node)] = str(weight.source.name).removesuffix(".integers")
-    return found
+                weights[name_of(node)] = str(weight.source.name).removesuffix(".integers")
+    return weights
 
 
 def name_of(node: ir.Node) -> str:
-    """A node's name, or that of its first output."""
+    """Return a node's name, or that of its first output."""
     return node.name or str(node.outputs[0].name)
 
 
-def type_name(kind: ir.DataType | None) -> str:
-    """An element type in words."""
-    return kind.name if kind is not None else "of an unknown type"
-
-
 def producer(value: ir.Value | None, operator: str) -> ir.Node | None:
-    """The node that a tensor comes from, where it has that operator."""
+    """Return the node that a tensor comes from, if it has that operator."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == operator else None
 
 
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """Return a node's input, None if it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a tensor is stored in the graph, as an initializer or by a Constant."""
+    """Return whether a tensor is stored in the graph, as an initializer or by a Constant."""
     return value is not None and convenience.get_const_tensor(value) is not None
 
 
 def constant(node: ir.Node, index: int) -> npt.NDArray[np.float64] | None:
-    """The values of a node\'s input, float64 of its shape; None where they are no constant."""
-    value = node.inputs[index]
+    """Return the values of a node's input, float64 of its shape; None if it is left out or no constant."""
+    value = operand(node, index)
     tensor = convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None else tensor.numpy().astype(np.float64)
 
 
-def integer_type(node: ir.Node) -> ir.DataType | None:
-    """The type of a quantizer's integers."""
-    if node.op_type == "DequantizeLinear":
-        return node.inputs[0].dtype if node.inputs[0] is not None else None
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        return node.inputs[2].dtype
-    return ir.DataType(node.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
+def store(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """Store an array in a graph as an initializer, and return its tensor."""
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def zero_point(quantizer: ir.Node) -> npt.NDArray[np.float64] | None:
+    """Return the zero-point of a QuantizeLinear or DequantizeLinear, 0 by default; None if it is no constant."""
+    return np.zeros(1) if operand(quantizer, 2) is None else constant(quantizer, 2)
+
+
+def integer_type(quantizer: ir.Node) -> ir.DataType | None:
+    """Return the type of a quantizer's integers."""
+    integers, zero = operand(quantizer, 0), operand(quantizer, 2)
+    if quantizer.op_type == "DequantizeLinear":
+        return integers.dtype if integers is not None else None
+    if zero is not None:
+        return zero.dtype
+    return ir.DataType(quantizer.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
 
 
 def dequantized(value: ir.Value | None) -> Dequantized | None:
-    """What is behind a tensor that comes from a DequantizeLinear; None for any other."""
+    """Return what is behind a tensor that comes from a DequantizeLinear; None for any other."""
     node = producer(value, "DequantizeLinear")
-    if node is None or node.inputs[0] is None:
-        return None
-    quantizer = producer(node.inputs[0], "QuantizeLinear")
-    source = quantizer.inputs[0] if quantizer is not None else node.inputs[0]
-    if source is None:
+    quantizer = producer(node.inputs[0], "QuantizeLinear") if node is not None else None
+    source = operand(quantizer or node, 0) if node is not None else None
+    if node is None or source is None:
         return None
     axis = node.attributes.get_int("axis", 1)
-    return Dequantized(node, source, is_constant(source), integer_type(node), constant(node, 1), axis)
+    return Dequantized(source, is_constant(source), integer_type(node), constant(node, 1), axis)
 
 
 def stored_integers(node: ir.Node) -> npt.NDArray[np.float64] | None:
-    """The integers that a DequantizeLinear reads, stored so or as floats in front of a QuantizeLinear.
+    """Return the integers that a DequantizeLinear reads, stored so or as floats in front of a QuantizeLinear.
 
-    None where they are computed while the graph runs.
+    None if they are computed while the graph runs.
     """
-    if (integers := constant(node, 0)) is not None:
-        return integers
     quantizer = producer(node.inputs[0], "QuantizeLinear")
-    numbers, scale = (constant(quantizer, place) for place in (0, 1)) if quantizer is not None else (None, None)
-    if quantizer is None or numbers is None or scale is None or scale.ndim > 1:
+    if quantizer is None:
+        return constant(node, 0)
+    numbers, scale, zero = constant(quantizer, 0), constant(quantizer, 1), zero_point(quantizer)
+    if numbers is None or scale is None or zero is None or scale.ndim > 1:
         return None
-    shape = [1] * numbers.ndim
     if scale.size > 1:
+        shape = [1] * numbers.ndim
         shape[quantizer.attributes.get_int("axis", 1)] = -1
-    zero = constant(quantizer, 2) if len(quantizer.inputs) > 2 else None
-    offset = np.zeros(1) if zero is None else zero
+        scale, zero = scale.reshape(shape), np.broadcast_to(zero, scale.shape).reshape(shape)
     low, high = (-128, 127) if integer_type(quantizer) is ir.DataType.INT8 else (0, 255)
-    if scale.size == 1:
-        return np.clip(np.rint(numbers / scale) + offset, low, high)
-    return np.clip(
-        np.rint(numbers / scale.reshape(shape)) + np.broadcast_to(offset, scale.shape).reshape(shape), low, high
-    )
-
-
-def quantized_convolution(value: ir.Value | None) -> ir.Node | None:
-    """The quantized convolution whose output a tensor is, where nothing else reads it."""
-    node = producer(value, "Conv")
-    if node is None or value is None or len(list(value.uses())) > 1 or dequantized(node.inputs[1]) is None:
-        return None
-    return node
-
-
-def scales_behind(node: ir.Node) -> list[float]:
-    """The scales of the quantizers that read a node's output."""
-    readers = [use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"]
-    scales = [constant(reader, 1) for reader in readers]
-    return [float(s.item()) for s in scales if s is not None and s.size == 1]
+    return np.clip(np.rint(numbers / scale) + zero, low, high)

@@ -1,4 +1,4 @@
-"""From torch to ONNX: the float graph, and the student's graph with markers where its quantizers are."""
+"""Export torch models to ONNX: the float graph, and the student's graph with markers for its quantizers."""
 
 import ast
 import copy
@@ -21,26 +21,24 @@ INPUT, OUTPUT = "images", "logits"
 
 
 def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProto:
-    """The ONNX graph of a model, `images` (batch, C, H, W) float32 to `logits` (batch, classes) float32.
+    """Return the ONNX graph of a model, `images` (batch, C, H, W) float32 to `logits` (batch, classes) float32.
 
-    Quantizers come out as one `clusterq::FakeQuantize` node each, named by their site; `lower` turns them into
-    operators. A node's doc string says which module it is of, such as `layer1.0.relu (ReLU)`; traces of the source
-    (paths, line numbers) are taken out.
+    Each quantizer becomes one `clusterq::FakeQuantize` node, named by its site; `lower` turns them into operators.
+    A node's doc string says which module it is from, such as `layer1.0.relu (ReLU)`; traces of the source (paths,
+    line numbers) are removed.
 
-    Args:
-        model: in eval mode; a copy on the CPU is traced.
-        size: (channels, height, width).
+    A copy in eval mode on the CPU is traced, with images of `size` (channels, height, width).
 
     Raises:
         ExportError: torch cannot trace or translate the model.
     """
     model = copy.deepcopy(model).cpu().eval()
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter warns of its own internals
+            warnings.simplefilter("ignore")  # about the exporter's own internals
             program = torch.onnx.export(
                 model,
                 (torch.zeros(2, *size),),
@@ -51,13 +49,13 @@ def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProt
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
-    except Exception as error:  # torch raises many kinds here, all of which mean the same to the caller
+    except Exception as error:  # torch raises many kinds here, which all mean this
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {reason}") from error
     finally:
-        quiet.setLevel(level)
-    if program is None:
-        raise ExportError(f"torch gave no ONNX program for {type(model).__name__}")
+        logger.setLevel(level)
+    if program is None:  # not with dynamo=True, but torch's types say so
+        raise ExportError(f"torch returned no ONNX program for {type(model).__name__}")
     proto = program.model_proto
     proto.ir_version = IR_VERSION
     _strip(proto)
@@ -65,7 +63,7 @@ def export_graph(model: nn.Module, size: tuple[int, int, int]) -> onnx.ModelProt
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter noted of this machine's source files."""
+    """Remove what the exporter noted about this machine's source files."""
     del proto.metadata_props[:]
     for node in proto.graph.node:
         node.doc_string = _module_of(node)
@@ -78,35 +76,24 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 
 def _module_of(node: onnx.NodeProto) -> str:
-    """The name and the class of the module that a node is of; empty for the model itself, and where torch is silent."""
-    notes = {own.key: own.value for own in node.metadata_props}
+    """Return the name and class of a node's module; empty for the model itself, and if torch does not say."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
     try:  # each is a list of the modules from the model down, and of the call
         *_, name, _ = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
         *_, kind, _ = ast.literal_eval(notes["pkg.torch.onnx.class_hierarchy"])
     except (KeyError, TypeError, ValueError, SyntaxError):
         return ""
-    own_name = name.removeprefix("net.")  # of a student
-    return f"{own_name} ({kind.rpartition('.')[2]})" if own_name else ""
+    name = name.removeprefix("net.")  # of a student
+    return f"{name} ({kind.rpartition('.')[2]})" if name else ""
 
 
 def annotate(
-    proto: onnx.ModelProto,
-    *,
-    model: str,
-    source: str,
-    variant: str,
-    inputs: InputSpec,
-    provenance: Mapping[str, Any],
+    proto: onnx.ModelProto, *, model: str, source: str, variant: str, inputs: InputSpec, provenance: Mapping[str, Any]
 ) -> onnx.ModelProto:
-    """Write into a graph what a user needs to feed it, and where it came from; gives the same graph."""
-    props = {
-        "clusterq.model": model,
-        "clusterq.source": source,
-        "clusterq.variant": variant,
-        "clusterq.input": inputs.model_dump_json(),
-        "clusterq.provenance": json.dumps(dict(provenance), sort_keys=True),
-    }
-    onnx.helper.set_model_props(proto, props)
+    """Write into a graph how to make its input and where it came from; return the same graph."""
+    described = {"model": model, "source": source, "variant": variant, "input": inputs.model_dump_json()}
+    described["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+    onnx.helper.set_model_props(proto, {f"clusterq.{key}": value for key, value in described.items()})
     proto.producer_name = "clusterq-deploy"
     proto.graph.name = f"{model}-{variant}"
     return proto

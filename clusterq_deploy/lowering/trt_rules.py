@@ -1,4 +1,4 @@
-"""TensorRT's rules for explicitly quantized graphs, read off an ONNX file: no TensorRT is needed to know of a break.
+"""TensorRT's rules for explicitly quantized graphs, checked on an ONNX file without TensorRT.
 
 The rules are those of NVIDIA's documentation, "Working with Quantized Types" (explicit quantization: symmetric
 quantizers, weights per channel, where to place Q/DQ and why) and of the ONNX parser's support matrix. They hold for
@@ -10,23 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
 from clusterq_deploy.errors import ExportError, VerificationError
-from clusterq_deploy.lowering.qdq import (
-    Dequantized,
-    constant,
-    dequantized,
-    integer_type,
-    is_constant,
-    name_of,
-    producer,
-    quantized_convolution,
-    scales_behind,
-    type_name,
-)
+from clusterq_deploy.lowering import qdq
 
 Severity = Literal["error", "warning"]
 
@@ -37,7 +25,7 @@ _MOST_OPSET, _MOST_IR = 21, 10
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule, what happens where it is broken (an error: no engine; a warning: a slower one), and its reason."""
+    """A rule, what happens if it is broken (an error: no engine; a warning: a slower one), and its reason."""
 
     name: str
     severity: Severity
@@ -51,8 +39,8 @@ class Break:
     Attributes:
         rule: its name, a key of `RULES`.
         severity: `error`: TensorRT refuses the graph; `warning`: it computes more slowly, or in float.
-        node: the node's name, or that of its first output; empty where the rule is the whole file's.
-        message: what was found, and what to do.
+        node: the node's name, or that of its first output; empty if the rule is about the whole file.
+        message: what is wrong, and what to do.
     """
 
     rule: str
@@ -61,216 +49,210 @@ class Break:
     message: str
 
 
-_LIST = (
-    Rule("opset", "error", "before opset 13 quantizers have no scale a channel, which weights need"),
+_RULES = (
+    Rule("opset", "error", "before opset 13 quantizers have no scale per channel, which weights need"),
     Rule("version", "warning", "opsets up to 21 and IR up to 10 are read by every TensorRT from 10.3 on"),
     Rule("domain", "warning", "operators that are not ONNX's own need a plugin in TensorRT"),
-    Rule("operator", "error", "integer operators are not read: quantizers stand around float ones"),
+    Rule("operator", "error", "integer operators are not read: quantizers enclose float ones"),
     Rule("scale", "error", "scales are constants, positive and finite"),
     Rule("zero-point", "error", "quantizers are symmetric: every zero-point is 0"),
     Rule("activation-type", "error", "activations are INT8 or FP8; there is no UINT8"),
     Rule("weight-type", "error", "convolutions have INT8 or FP8 weights; INT4 is for the weights of Gemm and MatMul"),
-    Rule("activation-axis", "error", "an activation has one scale, of a tensor"),
+    Rule("activation-axis", "error", "an activation has one scale, per tensor"),
     Rule("weight-axis", "error", "a weight has one scale, or one for each output channel"),
     Rule("bias", "error", "biases stay in float: INT32 is not a quantized type"),
-    Rule("inputs", "warning", "a layer runs in INT8 where all its inputs are quantized"),
-    Rule("residual", "warning", "an addition fuses with the convolution in front where the other branch is quantized"),
-    Rule("concat", "warning", "branches of a concatenation that share a scale with its output need no requantization"),
-    Rule("pool", "warning", "a max-pool runs in INT8 where what it reads and what it makes share a scale"),
+    Rule("inputs", "warning", "a layer runs in INT8 if all its inputs are quantized"),
+    Rule("residual", "warning", "an addition fuses with the convolution in front if the other branch is quantized"),
+    Rule(
+        "concat",
+        "warning",
+        "the branches of a concatenation need no requantization if they share a scale with its output",
+    ),
+    Rule("pool", "warning", "a max-pool runs in INT8 if its input and its output share a scale"),
     Rule("fp16", "warning", "what is not quantized has one type: casts between layers break their fusion"),
 )
-RULES: dict[str, Rule] = {rule.name: rule for rule in _LIST}
+RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}
 
 _ACTIVATIONS = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}
 _WEIGHTS = _ACTIVATIONS | {ir.DataType.INT4}
-_HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_FLOAT16 = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _INTEGER_OPERATORS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-_COMPUTING = _LAYERS | {"Add", "Mul", "Relu", "Clip", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"}
+_COMPUTING = qdq.LAYERS | {"Add", "Mul", "Relu", "Clip", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"}
+
+_Found = Iterator[tuple[str, ir.Node | None, str]]
+"""Name of a broken rule, its node, None for the whole file, and a message."""
 
 
 def check_tensorrt(model: onnx.ModelProto) -> list[Break]:
-    """Every break of TensorRT's rules in a graph, in its order.
+    """Return every break of TensorRT's rules in a graph of any exporter, in its order.
 
-    Args:
-        model: any exporter's; a graph without quantizers breaks none of the rules on them. Of one whose opset is too
-            old nothing else is said.
+    If its opset is too old, nothing else is checked.
 
     Raises:
         ExportError: it is no valid ONNX.
     """
-    opset = next((own.version for own in model.opset_import if own.domain in {"", "ai.onnx"}), 0)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), 0)
     if 0 < opset < _LEAST_OPSET:
         message = f"opset {opset}; expected {_LEAST_OPSET} or later: convert the file"
         return [Break("opset", RULES["opset"].severity, "", message)]
     try:
         onnx.checker.check_model(model)
-        read = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+        checked = ir.from_proto(onnx.shape_inference.infer_shapes(model))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ir.serde.SerdeError) as error:
         raise ExportError(f"the graph is no valid ONNX: {str(error).strip().splitlines()[0]}") from error
-    return list(_Checker(read).breaks())
+    return [
+        Break(rule, RULES[rule].severity, qdq.name_of(node) if node is not None else "", message)
+        for rule, node, message in _breaks(checked)
+    ]
 
 
 def require_tensorrt(model: onnx.ModelProto, *, name: str) -> list[Break]:
-    """The warnings of `check_tensorrt`.
-
-    Args:
-        model: the graph.
-        name: what messages call it.
+    """Return the warnings of `check_tensorrt` for a graph, which messages call `name`.
 
     Raises:
         VerificationError: TensorRT would refuse the graph.
     """
-    found = check_tensorrt(model)
-    errors = [b for b in found if b.severity == "error"]
+    breaks = check_tensorrt(model)
+    errors = [b for b in breaks if b.severity == "error"]
     if errors:
         first, more = errors[0], f", and {len(errors) - 1} more" if len(errors) > 1 else ""
         raise VerificationError(
             f"{name} breaks TensorRT's rule {first.rule} at {first.node or 'the file'}: {first.message}{more}; the "
             "file is not written"
         )
-    return found
+    return breaks
 
 
-class _Checker:
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
+def _breaks(model: ir.Model) -> _Found:
+    nodes, ir_version = qdq.all_nodes(model), model.ir_version
+    opset = model.opset_imports.get("", 0)
+    if opset > _MOST_OPSET or ir_version > _MOST_IR:
+        most = f"opset {_MOST_OPSET}, IR {_MOST_IR}"
+        yield "version", None, f"opset {opset}, IR {ir_version}; older parsers expect at most {most}"
+    for domain in dict.fromkeys(node.domain for node in nodes if node.domain):
+        yield "domain", None, f"operators of {domain!r}; load the library that has their plugins"
+    for node in nodes:
+        if not node.domain and node.op_type in _CHECKS:
+            yield from _CHECKS[node.op_type](node)
+    yield from _check_float_types(model.graph)
 
-    def breaks(self) -> Iterator[Break]:
-        yield from self._version()
-        checks: dict[str, Callable[[ir.Node], Iterator[Break]]] = {
-            "QuantizeLinear": self._quantizer,
-            "DequantizeLinear": self._quantizer,
-            "Add": self._addition,
-            "Concat": self._concatenation,
-            "MaxPool": self._pool,
-        }
-        for node in self._nodes():
-            if node.op_type in _INTEGER_OPERATORS and not node.domain:
-                message = (
-                    f"{node.op_type} computes on integers; export QuantizeLinear and DequantizeLinear (QDQ) instead"
-                )
-                yield self._break("operator", node, message)
-            if node.op_type in checks and not node.domain:
-                yield from checks[node.op_type](node)
-            if node.op_type in _LAYERS and not node.domain:
-                yield from self._layer(node)
-        yield from self._one_float_type()
 
-    def _nodes(self) -> Iterator[ir.Node]:
-        """All nodes, those of subgraphs and of the file's own functions too."""
-        yield from ir.traversal.RecursiveGraphIterator(self._model.graph)
-        for function in self._model.functions.values():
-            yield from ir.traversal.RecursiveGraphIterator(function.graph)
+def _check_integer_operator(node: ir.Node) -> _Found:
+    message = f"{node.op_type} computes on integers; export QuantizeLinear and DequantizeLinear (QDQ) instead"
+    yield "operator", node, message
 
-    @staticmethod
-    def _break(rule: str, node: ir.Node | None, message: str) -> Break:
-        return Break(rule, RULES[rule].severity, name_of(node) if node else "", message)
 
-    def _version(self) -> Iterator[Break]:
-        opset, ir_version = self._model.opset_imports.get("", 0), self._model.ir_version
-        if opset > _MOST_OPSET or ir_version > _MOST_IR:
-            found, most = f"opset {opset}, IR {ir_version}", f"opset {_MOST_OPSET}, IR {_MOST_IR}"
-            yield self._break("version", None, f"{found}; older parsers expect at most {most}")
-        for domain in dict.fromkeys(n.domain for n in self._nodes() if n.domain):
-            yield self._break("domain", None, f"operators of {domain!r}; load the library that has their plugins")
+def _check_quantizer(node: ir.Node) -> _Found:
+    scale = qdq.constant(node, 1)
+    if scale is None:
+        yield "scale", node, "the scale is computed at run time; store it as a constant"
+    elif not (np.isfinite(scale).all() and (scale > 0).all()):
+        worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
+        yield "scale", node, f"a scale is {worst:g}; a dead channel's needs a floor above 0"
+    zero = qdq.zero_point(node)
+    if zero is None or zero.any():
+        value = "computed at run time" if zero is None else f"{zero[zero != 0].flat[0]:g}"
+        yield "zero-point", node, f"the zero-point is {value}; quantize symmetrically, around 0"
+    if node.op_type == "DequantizeLinear" and qdq.producer(node.inputs[0], "QuantizeLinear") is not None:
+        return  # the QuantizeLinear is checked
+    kind, uses = qdq.integer_type(node), node.outputs[0].uses()
+    type_name = kind.name if kind is not None else "of an unknown type"
+    if qdq.is_constant(node.inputs[0]):
+        is_bias = bool(uses) and all(use.node.op_type in qdq.LAYERS and use.idx == 2 for use in uses)
+        if kind not in _WEIGHTS and not is_bias:
+            yield "weight-type", node, f"the weight is {type_name}; expected INT8"
+        return
+    if kind not in _ACTIVATIONS:
+        hint = " (the default of a QuantizeLinear without zero-point)" if len(node.inputs) < 3 else ""
+        yield "activation-type", node, f"the activation is {type_name}{hint}; expected INT8"
+    if scale is not None and scale.size > 1:
+        yield "activation-axis", node, f"the activation has {scale.size} scales; expected one"
 
-    def _quantizer(self, node: ir.Node) -> Iterator[Break]:
-        scale = constant(node, 1)
-        if scale is None:
-            yield self._break("scale", node, "the scale is computed at run time; store it as a constant")
-        elif not (np.isfinite(scale).all() and (scale > 0).all()):
-            worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
-            yield self._break("scale", node, f"a scale is {worst:g}; a dead channel's needs a floor above 0")
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            zero = constant(node, 2)
-            if zero is None or zero.any():
-                found = "computed at run time" if zero is None else f"{zero[zero != 0].flat[0]:g}"
-                yield self._break("zero-point", node, f"the zero-point is {found}; quantize symmetrically, around 0")
-        if node.op_type == "QuantizeLinear" or producer(node.inputs[0], "QuantizeLinear") is None:
-            yield from self._integers(node, is_constant(node.inputs[0]), scale)
 
-    def _integers(self, node: ir.Node, stored: bool, scale: npt.NDArray[np.float64] | None) -> Iterator[Break]:
-        kind = integer_type(node)
-        if not stored:
-            yield from self._activation(node, kind, scale)
-        elif kind not in _WEIGHTS and not self._is_bias(node):
-            yield self._break("weight-type", node, f"the weight is {type_name(kind)}; expected INT8")
+def _check_layer(node: ir.Node) -> _Found:
+    data, weight, bias = (qdq.dequantized(qdq.operand(node, index)) for index in range(3))
+    if data is None and weight is not None and weight.kind is not ir.DataType.INT4:
+        yield "inputs", node, "the weight is quantized and what it multiplies is not"
+    if data is not None and weight is None:
+        yield "inputs", node, "what it reads is quantized and its weight is not"
+    if weight is not None and weight.constant:
+        yield from _check_weight(node, weight)
+    if bias is not None:
+        yield "bias", node, "the bias is quantized; store it as float"
 
-    def _activation(
-        self, node: ir.Node, kind: ir.DataType | None, scale: npt.NDArray[np.float64] | None
-    ) -> Iterator[Break]:
-        if kind not in _ACTIVATIONS:
-            hint = " (the default of a QuantizeLinear without zero-point)" if len(node.inputs) < 3 else ""
-            yield self._break("activation-type", node, f"the activation is {type_name(kind)}{hint}; expected INT8")
-        if scale is not None and scale.size > 1:
-            yield self._break("activation-axis", node, f"the activation has {scale.size} scales; expected one")
 
-    @staticmethod
-    def _is_bias(node: ir.Node) -> bool:
-        """Whether a DequantizeLinear's output is read as a bias alone."""
-        uses = list(node.outputs[0].uses())
-        return bool(uses) and all(use.node.op_type in _LAYERS and use.idx == 2 for use in uses)
+def _check_weight(node: ir.Node, weight: qdq.Dequantized) -> _Found:
+    if weight.kind is ir.DataType.INT4 and node.op_type in {"Conv", "ConvTranspose"}:
+        yield "weight-type", node, "a convolution with INT4 weights; store them as INT8"
+    shape = weight.source.shape
+    if weight.scale is None or weight.scale.size == 1 or shape is None or weight.kind is ir.DataType.INT4:
+        return  # INT4 weights may have a scale for each block
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    expected = 0 if node.op_type == "Conv" or transposed else (1 if node.op_type != "MatMul" else len(shape) - 1)
+    axis = weight.axis % len(shape)
+    if axis != expected:
+        yield "weight-axis", node, f"scales go along axis {axis} of the weight; expected {expected}"
+    elif shape[expected] != weight.scale.size:
+        yield "weight-axis", node, f"{weight.scale.size} scales for {shape[expected]} output channels"
 
-    def _layer(self, node: ir.Node) -> Iterator[Break]:
-        data, weight = (dequantized(v) for v in node.inputs[:2])
-        integer_weight = weight is not None and weight.kind is ir.DataType.INT4
-        if data is None and weight is not None and not integer_weight:
-            yield self._break("inputs", node, "the weight is quantized and what it multiplies is not")
-        if data is not None and weight is None:
-            yield self._break("inputs", node, "what it reads is quantized and its weight is not")
-        if weight is not None and weight.constant:
-            yield from self._weight(node, weight)
-        if len(node.inputs) > 2 and node.inputs[2] is not None and dequantized(node.inputs[2]) is not None:
-            yield self._break("bias", node, "the bias is quantized; store it as float")
 
-    def _weight(self, node: ir.Node, weight: Dequantized) -> Iterator[Break]:
-        if weight.kind is ir.DataType.INT4 and node.op_type in {"Conv", "ConvTranspose"}:
-            yield self._break("weight-type", node, "a convolution with INT4 weights; store them as INT8")
-        shape = weight.source.shape
-        if weight.scale is None or weight.scale.size == 1 or shape is None or weight.kind is ir.DataType.INT4:
-            return  # INT4 weights may have a scale for each block
-        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-        wanted = 0 if node.op_type == "Conv" or transposed else (1 if node.op_type != "MatMul" else len(shape) - 1)
-        axis = weight.axis % len(shape)
-        if axis != wanted:
-            yield self._break("weight-axis", node, f"scales go along axis {axis} of the weight; expected {wanted}")
-        elif shape[wanted] != weight.scale.size:
-            channels = shape[wanted]
-            yield self._break("weight-axis", node, f"{weight.scale.size} scales for {channels} output channels")
+def _check_addition(node: ir.Node) -> _Found:
+    direct = any(_is_quantized_convolution(value) for value in node.inputs)
+    branches = [qdq.dequantized(value) for value in node.inputs]
+    if not direct and not any(b and not b.constant and _is_quantized_convolution(b.source) for b in branches):
+        return  # no convolution that it could be fused with
+    if all(b is not None and not b.constant for b in branches):
+        yield "residual", node, "both branches are quantized; leave that of the last convolution"
+    elif direct and not any(branches):
+        yield "residual", node, "no branch is quantized; quantize the one that skips the convolution"
 
-    def _addition(self, node: ir.Node) -> Iterator[Break]:
-        direct = [quantized_convolution(value) for value in node.inputs]
-        quantized = [dequantized(value) for value in node.inputs]
-        if not any(direct) and not any(q and not q.constant and quantized_convolution(q.source) for q in quantized):
-            return  # no convolution that it could be fused with
-        if all(q is not None and not q.constant for q in quantized):
-            yield self._break("residual", node, "both branches are quantized; leave that of the last convolution")
-        elif any(direct) and not any(q is not None for q in quantized):
-            yield self._break("residual", node, "no branch is quantized; quantize the one that skips the convolution")
 
-    def _concatenation(self, node: ir.Node) -> Iterator[Break]:
-        branches, behind = [dequantized(value) for value in node.inputs], scales_behind(node)
-        if behind and not all(branches):
-            yield self._break("concat", node, "its output is quantized and some of its branches are not")
-        elif all(branches):
-            scales = {b.scale.item() for b in branches if b and b.scale is not None and b.scale.size == 1}
-            if len(scales | set(behind)) > 1:
-                found = len(scales | set(behind))
-                yield self._break("concat", node, f"its branches and its output have {found} scales; give them one")
+def _check_concatenation(node: ir.Node) -> _Found:
+    branches, scales = [qdq.dequantized(value) for value in node.inputs], _scales_behind(node)
+    if scales and not all(branches):
+        yield "concat", node, "its output is quantized and some of its branches are not"
+    elif all(branches):
+        scales |= {b.scale.item() for b in branches if b and b.scale is not None and b.scale.size == 1}
+        if len(scales) > 1:
+            yield "concat", node, f"its branches and its output have {len(scales)} scales; give them one"
 
-    def _pool(self, node: ir.Node) -> Iterator[Break]:
-        before = dequantized(node.inputs[0])
-        if before is None or before.scale is None:
-            return
-        if before.scale.size == 1 and any(scale != before.scale.item() for scale in scales_behind(node)):
-            yield self._break("pool", node, "it reads one scale and another stands behind it; give both the first one")
 
-    def _one_float_type(self) -> Iterator[Break]:
-        nodes = [n for n in self._model.graph if n.op_type in _COMPUTING and not n.domain]
-        half = [n for n in nodes if n.outputs[0].dtype in _HALF]
-        single = [n for n in nodes if n.outputs[0].dtype is ir.DataType.FLOAT]
-        if half and single:
-            fewer, kind = (half, "16 bits") if len(half) < len(single) else (single, "32 bits")
-            rest = f" and {len(fewer) - 1} more" if len(fewer) > 1 else ""
-            yield self._break("fp16", fewer[0], f"it computes in {kind}{rest}, the other {len(nodes) - len(fewer)} not")
+def _check_pool(node: ir.Node) -> _Found:
+    source = qdq.dequantized(node.inputs[0])
+    scale = source.scale if source is not None else None
+    if scale is not None and scale.size == 1 and _scales_behind(node) - {scale.item()}:
+        yield "pool", node, "the scale that it reads differs from the one behind it; use the first for both"
+
+
+def _check_float_types(graph: ir.Graph) -> _Found:
+    nodes = [node for node in graph if node.op_type in _COMPUTING and not node.domain]
+    half = [node for node in nodes if node.outputs[0].dtype in _FLOAT16]
+    single = [node for node in nodes if node.outputs[0].dtype is ir.DataType.FLOAT]
+    if half and single:
+        fewer, kind = (half, "16 bits") if len(half) < len(single) else (single, "32 bits")
+        rest = f" and {len(fewer) - 1} more" if len(fewer) > 1 else ""
+        yield "fp16", fewer[0], f"it computes in {kind}{rest}, the other {len(nodes) - len(fewer)} not"
+
+
+def _is_quantized_convolution(value: ir.Value | None) -> bool:
+    """Return whether a tensor is a quantized convolution's output that nothing else reads."""
+    node = qdq.producer(value, "Conv")
+    return node is not None and len(node.outputs[0].uses()) <= 1 and qdq.dequantized(node.inputs[1]) is not None
+
+
+def _scales_behind(node: ir.Node) -> set[float]:
+    """Return the scales of the quantizers that read a node's output."""
+    readers = [use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"]
+    scales = [qdq.constant(reader, 1) for reader in readers]
+    return {float(s.item()) for s in scales if s is not None and s.size == 1}
+
+
+_CHECKS: dict[str, Callable[[ir.Node], _Found]] = {
+    "QuantizeLinear": _check_quantizer,
+    "DequantizeLinear": _check_quantizer,
+    "Add": _check_addition,
+    "Concat": _check_concatenation,
+    "MaxPool": _check_pool,
+    **dict.fromkeys(qdq.LAYERS, _check_layer),
+    **dict.fromkeys(_INTEGER_OPERATORS, _check_integer_operator),
+}

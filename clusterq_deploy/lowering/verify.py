@@ -1,4 +1,4 @@
-"""A graph counts as written once a runtime has computed with it what torch computes."""
+"""Verify that a runtime computes with a graph what torch computes, before the graph is written."""
 
 import tempfile
 from collections import Counter
@@ -10,7 +10,7 @@ import onnx
 
 from clusterq_deploy.environment import adds_in_32_bits
 from clusterq_deploy.errors import VerificationError
-from clusterq_deploy.lowering.fp16 import computes_in_half
+from clusterq_deploy.lowering.fp16 import computes_in_fp16
 from clusterq_deploy.lowering.saturation import pair_sums, require_no_saturation
 from clusterq_deploy.oom import infer_split_on_oom
 from clusterq_deploy.quantization.grid import Cpu
@@ -28,33 +28,31 @@ class _Tolerance:
     tie: float
 
 
-_SINGLE = _Tolerance(agreement=0.98, typical=0.05, tie=1e-4)
-"""Of 64 images one may lie on a boundary between two classes."""
-_EXACT, _AGREEMENT_BESIDE_TIES = 1e-5, 0.9
-"""Where half of the images have torch's very logits, in standard deviations, the graph is the same function, and the
-others part from it at ties of rounding, which `compare_integers` looks at one by one. A narrow grid makes much of one:
-at W4A4 a MobileNetV1 gave another class to 2 of 64 images, and torch's logits to most."""
-_HALF = _Tolerance(agreement=0.98, typical=0.1, tie=5e-2)
+_FP32 = _Tolerance(agreement=0.98, typical=0.05, tie=1e-4)
+"""Of 64 images one may be on a boundary between two classes."""
+_EXACT, _AGREEMENT_WITH_TIES = 1e-5, 0.9
+"""If half of the images have exactly torch's logits, in standard deviations, the graph is the same function, and the
+others differ at ties of rounding, which `compare_integers` checks one by one. A narrow grid magnifies a tie: at W4A4 a
+MobileNetV1 gave another class to 2 of 64 images, and torch's logits to most."""
+_FP16 = _Tolerance(agreement=0.98, typical=0.1, tie=5e-2)
 """FP16 without quantizers: every layer rounds its weights and what it writes to eleven bits, by at most 2^-12 of a
 value. On noise that was measured to add up to 0.0003 to 0.01 with trained nets, and to 0.04 with random ones whose
 logits hardly differ from image to image (ResNet-50); the logits of another net would be off by 1.4."""
-_HALF_ON_A_GRID = _Tolerance(agreement=0.9, typical=0.25, tie=5e-2)
-"""FP16 around quantizers: eleven bits move one value in some hundred over a rounding boundary of a 4-bit grid."""
+_FP16_WITH_QUANTIZERS = _Tolerance(agreement=0.9, typical=0.25, tie=5e-2)
+"""FP16 around quantizers: eleven bits move about one value in a hundred over a rounding boundary of a 4-bit grid."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How near a graph comes to the torch model on the same images.
+    """How near a graph comes to the torch model on the same images, with the runtime's optimizations off.
 
     Attributes:
-        agreement: share of images with the same top-1, as the runtime executes the graph; a class to which torch
-            gives the same logit but for rounding counts as the same, for an untrained net has many.
-        close: share of images whose logits differ by at most a hundredth of the logits' standard deviation, with
-            the runtime's optimizations off. A value that falls on the other side of a rounding boundary moves an
-            image out of this share without anything being wrong.
-        typical: the median image's root mean square difference of a logit, in standard deviations of the logits,
-            optimizations off.
-        largest: the largest difference of a logit, optimizations off.
+        agreement: share of images with the same top-1, with optimizations on too; a class whose logit in torch is the
+            same except for rounding counts as the same, as an untrained net has many of them.
+        close: share of images whose logits differ by at most a hundredth of the logits' standard deviation. A value
+            on the other side of a rounding boundary moves an image out of it without anything being wrong.
+        typical: the median image's root mean square difference of a logit, in standard deviations of the logits.
+        largest: the largest difference of a logit.
         pair_sum: the largest magnitude that two integer products of an output channel add up to; see `pair_sums`.
     """
 
@@ -71,13 +69,12 @@ def verify(
     """Check a graph by ONNX's checker, run it in ONNX Runtime, and compare it with torch.
 
     Args:
-        graph: the graph.
         images: (N, C, H, W) float32, normalized.
         reference: torch's logits for them, (N, classes) float32.
         name: what messages call the graph.
-        optimized: whether it is meant for ONNX Runtime, and so is run as it will be executed too.
+        optimized: whether it is meant for ONNX Runtime, and so is also run as it will be executed.
         cpu: the CPUs that it is meant for. A graph for ONNX Runtime on `any` must not saturate; one for `vnni` is
-            executed where the CPU has VNNI only.
+            executed only if this CPU has VNNI.
 
     Raises:
         VerificationError: the graph is invalid, does not run, disagrees with torch, or saturates.
@@ -89,39 +86,35 @@ def verify(
     if optimized and cpu == "any":
         pair_sum = require_no_saturation(graph, name=name)
     else:
-        pair_sum = max((abs(own.largest) for own in pair_sums(graph)), default=0)
-    data = graph.SerializeToString()
-    with OnnxRunner(data, optimized=False) as runner:
-        plain = infer_split_on_oom(runner.infer, name)(images)
-    executed = plain
+        pair_sum = max((abs(pair.largest) for pair in pair_sums(graph)), default=0)
+    plain = executed = _infer(graph, images, name, optimized=False)
     if optimized and (cpu == "any" or adds_in_32_bits()):
-        with OnnxRunner(data) as runner:
-            executed = infer_split_on_oom(runner.infer, name)(images)
-    if not (np.isfinite(reference).all() and np.isfinite(plain).all() and np.isfinite(executed).all()):
-        raise VerificationError(f"{name} or its torch model gives logits that are not finite; the file is not written")
+        executed = _infer(graph, images, name, optimized=True)
+    if not all(np.isfinite(logits).all() for logits in (reference, plain, executed)):
+        raise VerificationError(f"{name} or its torch model has logits that are not finite; the file is not written")
     difference = np.abs(plain - reference)
     deviation = max(float(reference.std()), 1e-30)
-    allowed = _tolerance(graph)
-    tie = allowed.tie * deviation + _TINY
+    tolerance = _tolerance(graph)
+    tie = tolerance.tie * deviation + _TINY
     result = Verification(
-        agreement=min(_agreement(plain, reference, tie), _agreement(executed, reference, tie)),
+        agreement=min(_agreement(logits, reference, tie) for logits in (plain, executed)),
         close=float((difference.max(axis=1) <= _CLOSE * deviation).mean()),
         typical=float(np.median(np.sqrt(np.square(difference).mean(axis=1)))) / deviation,
         largest=float(difference.max()),
         pair_sum=pair_sum,
     )
-    expected = _AGREEMENT_BESIDE_TIES if result.typical <= _EXACT else allowed.agreement
-    if result.agreement < expected or result.typical > allowed.typical:
+    expected = _AGREEMENT_WITH_TIES if result.typical <= _EXACT else tolerance.agreement
+    if result.agreement < expected or result.typical > tolerance.typical:
         raise VerificationError(
-            f"{name} gives torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images (expected "
+            f"{name} has torch's top-1 on {100 * result.agreement:.1f} % of {len(images)} images (expected "
             f"{100 * expected:.0f} %), its logits differ by {result.typical:.2g} standard deviations "
-            f"(expected at most {allowed.typical}); the file is not written"
+            f"(expected at most {tolerance.typical}); the file is not written"
         )
     return result
 
 
 def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
-    """How many convolutions, and how many linear layers, ONNX Runtime's CPU provider runs on integers.
+    """Return how many convolutions, and how many linear layers, ONNX Runtime's CPU provider runs on integers.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph.
@@ -133,14 +126,19 @@ def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
     return kinds["QLinearConv"], kinds["QGemm"] + kinds["QLinearMatMul"]
 
 
+def _infer(graph: onnx.ModelProto, images: Array, name: str, *, optimized: bool) -> Array:
+    with OnnxRunner(graph.SerializeToString(), optimized=optimized) as runner:
+        return infer_split_on_oom(runner.infer, name)(images)
+
+
 def _tolerance(graph: onnx.ModelProto) -> _Tolerance:
-    if not computes_in_half(graph):
-        return _SINGLE
+    if not computes_in_fp16(graph):
+        return _FP32
     quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    return _HALF_ON_A_GRID if quantized else _HALF
+    return _FP16_WITH_QUANTIZERS if quantized else _FP16
 
 
-def _agreement(own: Array, reference: Array, tie: float) -> float:
-    """Share of images for which both choose the same class, or one whose logit is no further than `tie` from it."""
-    chosen = np.take_along_axis(reference, own.argmax(axis=1)[:, None], axis=1)[:, 0]
+def _agreement(logits: Array, reference: Array, tie: float) -> float:
+    """Return the share of images for which both choose the same class, or one whose logit is within `tie` of it."""
+    chosen = np.take_along_axis(reference, logits.argmax(axis=1)[:, None], axis=1)[:, 0]
     return float((reference.max(axis=1) - chosen <= tie).mean())

@@ -1,6 +1,6 @@
-"""The bundled model: a small BatchNorm ResNet for handwritten digits.
+"""The bundled model: a small BatchNorm ResNet for handwritten digits, which needs no download and no GPU.
 
-With it the whole pipeline runs on a fresh machine: no download, no GPU. See `examples/train_digits.py`.
+It is trained by `examples/train_digits.py`.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ PRETRAINED_CFG: dict[str, Any] = {
     "crop_pct": 1.0,
     "interpolation": "bilinear",
 }
-"""How the input is made, by timm's convention; mean and std are of pixels in [0, 1]."""
+"""How the input is made, in timm's convention; mean and std are of pixels in [0, 1]."""
 
 
 class ResidualBlock(nn.Module):
@@ -51,8 +51,8 @@ class ResidualBlock(nn.Module):
 class DigitsNet(nn.Module):
     """A ResNet of 9 convolutions: images (N, 1, 32, 32) float32, normalized -> logits (N, 10).
 
-    Wide and of few pixels: integer kernels gain most where many channels are added up, and a step of synthesis costs
-    half of what it does with a third of the channels at twice the resolution.
+    It is wide and of few pixels: integer kernels gain most if many channels are added up, and a step of synthesis
+    costs half of what it does with a third of the channels at twice the resolution.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class DigitsNet(nn.Module):
 
 
 def digits() -> DigitsNet:
-    """The trained model on the CPU, in eval mode, float32; its file has half of the precision and of the size."""
+    """Return the trained model on the CPU, in eval mode, float32; its file is FP16."""
     net = DigitsNet()
     net.load_state_dict(load_file(WEIGHTS))
     return net.eval()

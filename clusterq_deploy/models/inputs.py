@@ -1,4 +1,4 @@
-"""How an image becomes a model's input, and back."""
+"""How an image becomes a model's input."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from pydantic import PositiveInt, ValidationError, model_validator
-from torch import Tensor
 
 from calib.support.config import StageConfig
 from clusterq_deploy.errors import ModelError
@@ -22,8 +20,8 @@ _WIDE_FORMATS = {"PNG", "PPM"}
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _EXPECTED = {
     "size": "(channels, height, width)",
-    "mean": "one number a channel",
-    "std": "one number a channel",
+    "mean": "one number per channel",
+    "std": "one number per channel",
     "resize": "a positive number of pixels",
     "interpolation": "bilinear or bicubic",
 }
@@ -35,8 +33,8 @@ class InputSpec(StageConfig):
 
     Attributes:
         size: (channels, height, width); 1 channel is grey, 3 are RGB.
-        mean, std: one a channel, of pixels in [0, 1].
-        resize: an image's shorter side before its centre is cropped; None resizes straight to height x width.
+        mean, std: one per channel, of pixels in [0, 1].
+        resize: an image's shorter side before its centre is cropped; None resizes directly to height x width.
         interpolation: the filter that resizes; both are antialiased, as Pillow's always are.
 
     Raises:
@@ -68,43 +66,37 @@ class InputSpec(StageConfig):
     def preprocess(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Turn one image of any size and mode into (channels, height, width) float32, normalized.
 
-        An image whose shorter side already lies between the crop and `resize` is only cropped: enlarging it
-        would blur it for nothing. Any other is first resized, to the same pixels as torchvision's transforms. 16 bits
-        become 8; transparency is dropped.
+        An image whose shorter side is already between the crop and `resize` is only cropped: enlarging it would blur
+        it for nothing. Any other is first resized, to the same pixels as torchvision's transforms. 16 bits become 8;
+        transparency is dropped.
 
         Raises:
-            ValueError: its mode says no range of pixels, as floats do, or it is so long and narrow that resized it
-                would have more pixels than Pillow opens.
+            ValueError: the range of its pixels is unknown, as of floats, or it is so long and narrow that it would
+                have more pixels than Pillow opens once it is resized.
         """
         channels, height, width = self.size
         image = _convert(image, "L" if channels == 1 else "RGB")
-        to = self._resized(*image.size)
-        if to[0] * to[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width}x{image.height} pixels would be resized to {to[0]}x{to[1]}")
-        image = image.resize(to, _RESAMPLING[self.interpolation])
+        size = self._resized(*image.size)
+        if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels would be resized to {size[0]}x{size[1]}")
+        image = image.resize(size, _RESAMPLING[self.interpolation])
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
         normalized = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalized.transpose(2, 0, 1))
 
-    def denormalize(self, images: Tensor) -> npt.NDArray[np.uint8]:
-        """Undo the normalization: (N, C, H, W) float -> (N, H, W, C) uint8, clipped to 0..255."""
-        pixels = images.detach().cpu().float().permute(0, 2, 3, 1)
-        pixels = (pixels * torch.tensor(self.std) + torch.tensor(self.mean)) * 255
-        return pixels.round().clamp(0, 255).numpy().astype(np.uint8)
-
     def _resized(self, image_width: int, image_height: int) -> tuple[int, int]:
-        """(width, height) that an image of this size is resized to before the crop."""
+        """Return the (width, height) that an image of this size is resized to before the crop."""
         _, height, width = self.size
         if self.resize is None:
             return width, height
         shorter = min(image_width, image_height)
         if image_width >= width and image_height >= height and shorter <= self.resize:
             return image_width, image_height
-        # The crop must fit even where it is longer one way than the image is.
-        to = max(self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height))
-        return max(int(to * image_width / shorter), width), max(int(to * image_height / shorter), height)
+        # the crop must fit even if it is longer one way than the image is
+        side = max(self.resize, math.ceil(width * shorter / image_width), math.ceil(height * shorter / image_height))
+        return max(int(side * image_width / shorter), width), max(int(side * image_height / shorter), height)
 
 
 def input_spec(
@@ -115,32 +107,28 @@ def input_spec(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> InputSpec:
-    """Read a model's `pretrained_cfg`, with what the user gave taking precedence.
+    """Read a model's `pretrained_cfg`, overridden by what the user set.
 
     Args:
         name: the model's name, for messages.
         cfg: a mapping or an object with timm's names: input_size, mean, std, and optionally crop_pct and
-            interpolation; `resize` (pixels) goes before crop_pct. None where the model has none.
+            interpolation; `resize` (pixels) overrides crop_pct. None if the model has none.
         input_size: (channels, height, width).
-        mean, std: one a channel, of pixels in [0, 1].
+        mean, std: one per channel, of pixels in [0, 1].
 
     Raises:
         ModelError: something is missing or wrong.
     """
-    given = {"input_size": input_size, "mean": mean, "std": std}
-    values = {key: _entry(cfg, key) if value is None else value for key, value in given.items()}
+    overrides = {"input_size": input_size, "mean": mean, "std": std}
+    values = {key: entry(cfg, key) if value is None else value for key, value in overrides.items()}
     missing = [key for key, value in values.items() if value is None]
     if missing:
         raise ModelError(
             f"model {name!r} does not say how its input is made ({', '.join(missing)} missing): "
             f"give {' '.join(_OPTIONS[key] for key in missing)}, or set pretrained_cfg on the model"
         )
-    settings: dict[str, Any] = {
-        "size": values["input_size"],
-        "mean": values["mean"],
-        "std": values["std"],
-        "interpolation": _entry(cfg, "interpolation") or "bilinear",
-    }
+    settings: dict[str, Any] = {"size": values.pop("input_size"), **values}
+    settings["interpolation"] = entry(cfg, "interpolation") or "bilinear"
     try:
         settings["resize"] = _resize(InputSpec(**settings), cfg, resized=input_size is not None)
         return InputSpec(**settings)
@@ -159,17 +147,17 @@ def input_spec(
 
 
 def label_names(cfg: object, classes: int) -> tuple[str, ...]:
-    """What a model's `pretrained_cfg` calls its classes, by timm's `label_names`: one each, or none at all."""
-    names = _entry(cfg, "label_names")
+    """Return what a model's `pretrained_cfg` calls its classes, by timm's `label_names`: one each, or none at all."""
+    names = entry(cfg, "label_names")
     if not isinstance(names, list | tuple) or len(names) != classes:
         return ()
     return tuple(" ".join(str(name).split()) for name in names)
 
 
 def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
-    """The shorter side to resize to; `resized` is true where the size is not the one of `cfg`."""
+    """Return the shorter side to resize to; `resized` is true if the size is not the one of `cfg`."""
     shorter = min(spec.size[1:])
-    resize, crop_pct = _entry(cfg, "resize"), _entry(cfg, "crop_pct")
+    resize, crop_pct = entry(cfg, "resize"), entry(cfg, "crop_pct")
     if resize is not None and not resized:
         return int(resize)
     if crop_pct is not None:
@@ -177,7 +165,8 @@ def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
     return shorter if shorter < _SMALL else round(shorter / _CROP_FRACTION)
 
 
-def _entry(cfg: object, key: str) -> Any:
+def entry(cfg: object, key: str) -> Any:
+    """Return an entry of a `pretrained_cfg`, a mapping or an object; None if it has none."""
     return cfg.get(key) if isinstance(cfg, Mapping) else getattr(cfg, key, None)
 
 
@@ -188,7 +177,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32 bits wide (mode {image.mode}), of no known range; save it with 8 or 16")
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns where such a palette is converted directly
+        image = image.convert("RGBA")  # Pillow warns if such a palette is converted directly
     elif image.mode == "LAB":
         image = image.convert("RGB")  # Pillow knows no other way to grey
     return image if image.mode == mode else image.convert(mode)

@@ -1,4 +1,4 @@
-"""Loading a model, whatever it is called, into one checked form."""
+"""Load a model, whatever it is called, into one checked form."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from calib.support.errors import NoBatchNormError
 from clusterq_deploy.errors import ModelError, UnknownModelError, WeightsError
 from clusterq_deploy.files import sha256_file
-from clusterq_deploy.models import sources
+from clusterq_deploy.models import digits, sources
 from clusterq_deploy.models.inputs import InputSpec, input_spec, label_names
 from clusterq_deploy.models.registry import BUNDLED, torchvision_names
 from clusterq_deploy.models.weights import State, digest, first_line, fit_state, read_state
@@ -26,17 +26,15 @@ _RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier that is ready to be a teacher.
+    """A classifier that is ready to be a teacher, by the name that the user gave.
 
     Attributes:
-        name: as the user gave it.
         module: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen.
-        input: how an image becomes its input.
         source: "bundled", "torchvision", "timm" or "file".
-        weights: what its weights are, for a person.
-        weights_sha256: digest over the tensors of its state_dict; empty where these have shapes alone.
+        weights: a description of its weights.
+        weights_sha256: digest over the tensors of its state_dict; empty if these have only shapes.
         code_sha256: digest of a user's file, None for models of a package.
-        class_names: one a class, or empty where they are not known.
+        class_names: one per class, or empty if they are not known.
     """
 
     name: str
@@ -51,11 +49,11 @@ class LoadedModel:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has."""
+        """The number of its parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def class_label(self, index: int) -> str:
-        """A class by its number, and by its name where that is known and says more."""
+        """Return a class by its number, and by its name if that is known and says more."""
         name = self.class_names[index] if self.class_names else ""
         return f"{index} {name}" if name not in ("", str(index)) else str(index)
 
@@ -76,13 +74,13 @@ def load_model(
     bars: bool = False,
     shapes_only: bool = False,
 ) -> LoadedModel:
-    """Load a model and check that ClusterQ can work on it. No global state of the process changes.
+    """Load a model and check that ClusterQ can work on it, without a change to the process's global state.
 
     Args:
         name: `digits`, a torchvision classifier, `timm:NAME`, or `path/to/module.py:factory`.
         weights: None for the model's own; "none" for random ones, the same every time; else a file.
-        input_size, mean, std: how the input is made, where the model does not say or says otherwise:
-            (channels, height, width), and values a channel for pixels in [0, 1].
+        input_size, mean, std: how the input is made, if the model does not say or says otherwise:
+            (channels, height, width), and values per channel for pixels in [0, 1].
         device: where the module is put.
         bars: whether torch shows on stderr how far the download of a torchvision model's weights is.
         shapes_only: whether shapes are enough: a torchvision model without a file of weights then stays on the meta
@@ -107,8 +105,8 @@ def load_model(
         classes = count_classes(name, module, spec)
     sha256 = digest(module) if has_values else ""
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
-    own = weights is None or draft.source == "file"  # a file of weights may be of other classes
-    names = label_names(draft.cfg, classes) if own and weights != _RANDOM else ()
+    known = weights is None or (draft.source == "file" and weights != _RANDOM)  # a weights file may have other classes
+    names = label_names(draft.cfg, classes) if known else ()
     module = module.to(device) if has_values else module
     return LoadedModel(name, module, spec, classes, draft.source, description, sha256, code, names)
 
@@ -135,11 +133,12 @@ def _draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -> sou
             raise ModelError(f"model {name!r} makes its own weights: drop --weights none")
         return sources.user_model(Path(path), factory)
     if name == BUNDLED:
-        return sources.bundled_model(pretrained=weights is None)
-    known = torchvision_names()
-    if name in known:
+        net = digits.digits() if weights is None else digits.DigitsNet()
+        return sources.Draft(net, digits.PRETRAINED_CFG, "bundled", digits.WEIGHTS.name)
+    names = torchvision_names()
+    if name in names:
         return sources.torchvision_model(name, bars=bars, shapes_only=shapes_only)
-    near = sources.did_you_mean(get_close_matches(name.lower(), [BUNDLED, *known]))
+    near = sources.did_you_mean(get_close_matches(name.lower(), [BUNDLED, *names]))
     raise UnknownModelError(
         f"unknown model {name!r}; {near}expected {BUNDLED}, a torchvision classifier, timm:NAME "
         "or path/to/module.py:factory"
@@ -147,7 +146,7 @@ def _draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -> sou
 
 
 def _fill(name: str, draft: sources.Draft, weights: str | None) -> str:
-    """Copy the wanted weights into the draft's module; returns what they are."""
+    """Copy weights into the draft's module and return what they are."""
     if weights == _RANDOM:
         return f"random (seed {_RANDOM_SEED})"
     if weights is not None:
@@ -164,12 +163,13 @@ def _fill(name: str, draft: sources.Draft, weights: str | None) -> str:
 
 
 def require_batchnorm(name: str, source: str, module: nn.Module) -> None:
+    """Raise NoBatchNormError if a module has no BatchNorm statistics; `name` and `source` are for its message."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     if any(layer.running_mean is not None for layer in layers):
         return
-    found = f"{len(layers)} BatchNorm layers without running statistics" if layers else "no BatchNorm layer"
+    lacking = f"{len(layers)} BatchNorm layers without running statistics" if layers else "no BatchNorm layer"
     raise NoBatchNormError(
-        f"model {name!r} ({source}, {type(module).__name__}) has {found}: ClusterQ aligns "
+        f"model {name!r} ({source}, {type(module).__name__}) has {lacking}: ClusterQ aligns "
         "synthetic images to BatchNorm's running statistics; choose a model that has them, such as resnet18"
     )
 
@@ -184,7 +184,7 @@ def _require_finite(name: str, module: nn.Module, origin: str) -> None:
 
 
 def count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
-    """The width of the logits, by a forward pass of one zero image where the module is."""
+    """Return the width of the logits, by a forward pass of one zero image on the module's device."""
     shape = (1, *spec.size)
     try:
         with torch.no_grad():
@@ -194,8 +194,6 @@ def count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
             f"model {name!r} fails on an input of shape {shape} ({first_line(error)}); check --input-size"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 1:
-        got = f"a {type(logits).__name__}"
-        if isinstance(logits, Tensor):
-            got = f"a tensor of shape {tuple(logits.shape)}"
-        raise ModelError(f"model {name!r} returns {got} for one image; expected logits of shape (1, classes)")
+        kind = f"tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"model {name!r} returns a {kind} for one image; expected logits of shape (1, classes)")
     return logits.shape[1]

@@ -1,6 +1,6 @@
 """The models that have a name: the bundled one and torchvision's classifiers.
 
-torchvision is imported where it is asked: it loads torch's compiler, which takes longer than torch itself.
+torchvision is imported only when it is needed: it loads torch's compiler, which takes longer than torch itself.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,9 @@ _WITHOUT_BATCHNORM = frozenset({
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What is known of a model without loading it.
+    """What is known about a model of the `source` "bundled" or "torchvision" without loading it.
 
     Attributes:
-        source: "bundled" or "torchvision".
         input_size: (channels, height, width).
         top1: published accuracy in percent: on ImageNet, for `digits` on its held-out images.
         has_batchnorm: whether ClusterQ has statistics to align to.
@@ -40,14 +39,14 @@ class ModelEntry:
 
 
 def torchvision_names() -> list[str]:
-    """Names of torchvision's classifiers, sorted."""
+    """Return the names of torchvision's classifiers, sorted."""
     from torchvision import models as tv
 
     return list(tv.list_models(module=tv))
 
 
 def torchvision_cfg(name: str) -> dict[str, Any]:
-    """How torchvision's default weights want their input and what their classes are called, as a `pretrained_cfg`."""
+    """Return the input and the class names of torchvision's default weights, as a `pretrained_cfg`."""
     from torchvision import models as tv
 
     weights = tv.get_model_weights(name).DEFAULT
@@ -65,30 +64,20 @@ def torchvision_cfg(name: str) -> dict[str, Any]:
 
 
 def available_models() -> list[ModelEntry]:
-    """Every model that has a name, the bundled one first; needs no network.
+    """Return every model that has a name, the bundled one first; needs no network.
 
     `timm:NAME` and `path/to/module.py:factory` load as well, but cannot be listed.
     """
-    return [_digits_entry(), *(_torchvision_entry(name) for name in torchvision_names())]
-
-
-def _digits_entry() -> ModelEntry:
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in digits.DigitsNet().parameters())
-    return ModelEntry(
-        BUNDLED, "bundled", digits.PRETRAINED_CFG["input_size"], parameters, digits.TOP1, has_batchnorm=True
-    )
-
-
-def _torchvision_entry(name: str) -> ModelEntry:
     from torchvision import models as tv
 
-    meta = tv.get_model_weights(name).DEFAULT.meta
-    return ModelEntry(
-        name,
-        "torchvision",
-        torchvision_cfg(name)["input_size"],
-        meta.get("num_params"),
-        meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1"),
-        has_batchnorm=name not in _WITHOUT_BATCHNORM,
-    )
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in digits.DigitsNet().parameters())
+    size = digits.PRETRAINED_CFG["input_size"]
+    entries = [ModelEntry(BUNDLED, "bundled", size, parameters, digits.TOP1, has_batchnorm=True)]
+    for name in torchvision_names():
+        meta = tv.get_model_weights(name).DEFAULT.meta
+        size, parameters = torchvision_cfg(name)["input_size"], meta.get("num_params")
+        top1 = meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
+        has_batchnorm = name not in _WITHOUT_BATCHNORM
+        entries.append(ModelEntry(name, "torchvision", size, parameters, top1, has_batchnorm=has_batchnorm))
+    return entries

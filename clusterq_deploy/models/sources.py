@@ -1,4 +1,4 @@
-"""Where models come from: each function here makes one, before anything about it is checked."""
+"""Where models come from: each function here makes one, unchecked."""
 
 import hashlib
 import importlib.util
@@ -19,26 +19,23 @@ from torch.nn.modules.module import (
 )
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
-from clusterq_deploy.models import digits
+from clusterq_deploy.models.inputs import entry
 from clusterq_deploy.models.registry import torchvision_cfg
 from clusterq_deploy.models.weights import State, first_line
 
 _WITHOUT_DOWNLOAD = "pass --weights FILE, or --weights none for random ones"
 _AUXILIARY = ("googlenet", "inception_v3")
-"""Trained with auxiliary heads, which their weights hold and inference does not use."""
+"""Trained with auxiliary heads, which are in their weights and not used by inference."""
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-"""torchvision's DenseNet weights keep names of before its layers were renamed: norm.1 is norm1 now."""
+"""torchvision's DenseNet weights have the old names of its layers: norm.1 is norm1 now."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A model as its source makes it.
+    """A model as its source makes it, with its `pretrained_cfg` or None.
 
-    Attributes:
-        cfg: its `pretrained_cfg`, or None.
-        weights: what its weights are, once `pretrained` has been copied in.
-        pretrained: gets the weights that belong to it; None where it has them already.
+    `pretrained` gets the weights that belong to it, None if it has them; `weights` says what these are.
     """
 
     module: nn.Module
@@ -48,25 +45,15 @@ class Draft:
     pretrained: Callable[[], State] | None = None
 
 
-def bundled_model(*, pretrained: bool) -> Draft:
-    """The `digits` model."""
-    module = digits.digits() if pretrained else digits.DigitsNet()
-    return Draft(module, digits.PRETRAINED_CFG, "bundled", digits.WEIGHTS.name)
-
-
 def torchvision_model(name: str, *, bars: bool, shapes_only: bool = False) -> Draft:
-    """A classifier of torchvision's with random weights; its own come from torch's cache or the network.
+    """Make one of torchvision's classifiers; its pretrained weights come from torch's cache or the network.
 
-    Args:
-        name: one that torchvision has.
-        bars: whether torch shows on stderr how far a download is.
-        shapes_only: whether its weights have shapes alone, on the meta device; the draft then has no `pretrained`.
+    `bars` shows on stderr how far a download is. With `shapes_only` its weights have only shapes, on the meta device,
+    and the draft has no `pretrained`.
     """
     from torchvision import models as tv
 
-    options = {}
-    if name in _AUXILIARY:
-        options = {"transform_input": True, "aux_logits": False, "init_weights": True}
+    auxiliary = {"transform_input": True, "aux_logits": False, "init_weights": True}
     default = tv.get_model_weights(name).DEFAULT
 
     def pretrained() -> State:
@@ -79,38 +66,33 @@ def torchvision_model(name: str, *, bars: bool, shapes_only: bool = False) -> Dr
         return state
 
     with _shapes_only() if shapes_only else nullcontext():
-        module = tv.get_model(name, weights=None, **options)
-    cfg = torchvision_cfg(name)
-    return Draft(module, cfg, "torchvision", str(default), None if shapes_only else pretrained)
+        module = tv.get_model(name, weights=None, **(auxiliary if name in _AUXILIARY else {}))
+    return Draft(module, torchvision_cfg(name), "torchvision", str(default), None if shapes_only else pretrained)
 
 
 @contextmanager
 def _shapes_only() -> Iterator[None]:
     """Put what modules register on the meta device, before anything initializes it.
 
-    Within `torch.device("meta")` torchvision's RegNets cannot be made: they compute their widths with tensors.
+    In `torch.device("meta")` torchvision's RegNets cannot be made: they compute their widths with tensors.
     """
 
-    def parameter(_: nn.Module, __: str, own: Tensor) -> nn.Parameter:
-        return nn.Parameter(own.to("meta"), requires_grad=own.requires_grad)
+    def parameter(_: nn.Module, __: str, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to("meta"), requires_grad=value.requires_grad)
 
-    def buffer(_: nn.Module, __: str, own: Tensor | None) -> Tensor | None:
-        return None if own is None else own.to("meta")
+    def buffer(_: nn.Module, __: str, value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to("meta")
 
-    # what a hook returns is registered in the place of what it was given; torch's stubs do not say so
-    hooks = [
+    # what a hook returns is registered in place of its argument; torch's stubs do not say so
+    with (
         register_module_parameter_registration_hook(parameter),  # type: ignore[arg-type]
         register_module_buffer_registration_hook(buffer),  # type: ignore[arg-type]
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def rename_torchvision(state: State) -> State:
-    """Torchvision's weights as its models name them today, without auxiliary heads."""
+    """Return torchvision's weights as its models name them today, without auxiliary heads."""
     return {
         _OLD_DENSENET_KEY.sub(r"\1\2.", key): value
         for key, value in state.items()
@@ -119,7 +101,7 @@ def rename_torchvision(state: State) -> State:
 
 
 def timm_model(name: str, *, pretrained: bool) -> Draft:
-    """A model of timm's.
+    """Make one of timm's models.
 
     Raises:
         ModelError: timm is not installed, or cannot make the model.
@@ -137,9 +119,9 @@ def timm_model(name: str, *, pretrained: bool) -> Draft:
     except Exception as error:  # a download can fail in any of its libraries' ways
         remedy = _WITHOUT_DOWNLOAD if pretrained else "try another model"
         raise ModelError(f"timm cannot make {name!r} ({first_line(error)}); {remedy}") from error
-    cfg = module.pretrained_cfg
-    tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
-    return Draft(module, cfg, "timm", f"timm {name}" + (f".{tag}" if tag and not name.endswith(tag) else ""))
+    tag = entry(module.pretrained_cfg, "tag")
+    weights = f"timm {name}" + (f".{tag}" if tag and not name.endswith(tag) else "")
+    return Draft(module, module.pretrained_cfg, "timm", weights)
 
 
 def user_model(path: Path, factory: str) -> Draft:
@@ -147,7 +129,7 @@ def user_model(path: Path, factory: str) -> Draft:
 
     Raises:
         ModelError: the file is missing or does not run; the factory is missing or makes no model. The file is not run
-            where no factory is named.
+            if no factory is named.
     """
     spec = f"{path}:{factory}"
     if not path.is_file():
@@ -159,31 +141,31 @@ def user_model(path: Path, factory: str) -> Draft:
     module = _import(path)
     make = getattr(module, factory, None)
     if not callable(make):
-        own = [name for name, value in vars(module).items() if _defined_in(module, value) and name[0] != "_"]
-        near = did_you_mean(get_close_matches(factory, own) or own[:5])
+        names = [
+            name
+            for name, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", None) == module.__name__ and name[0] != "_"
+        ]
+        near = did_you_mean(get_close_matches(factory, names) or names[:5])
         raise ModelError(f"model {spec!r}: the file has no {factory!r}; {near}expected a function of it")
     try:
-        made = make()
+        model = make()
     except (Exception, SystemExit) as error:  # it is the user's code
         raise ModelError(
             f"model {spec!r}: the factory, called without arguments, raised {first_line(error)}"
         ) from error
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"model {spec!r}: the factory made a {type(made).__name__}; expected an nn.Module")
-    return Draft(made, getattr(made, "pretrained_cfg", None), "file", "made by the factory")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {spec!r}: the factory made a {type(model).__name__}; expected an nn.Module")
+    return Draft(model, getattr(model, "pretrained_cfg", None), "file", "made by the factory")
 
 
 def did_you_mean(near: list[str]) -> str:
-    """A clause that offers these names, or nothing."""
+    """Return a clause that offers these names, or nothing."""
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def _defined_in(module: ModuleType, value: object) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module.__name__
-
-
 def _import(path: Path) -> ModuleType:
-    """Run a Python file as a module of a name that nothing else has; `__file__` is its absolute path."""
+    """Run a Python file as a module with a unique name; `__file__` is its absolute path."""
     path = path.resolve()
     unique = f"clusterq_user_{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(unique, path)

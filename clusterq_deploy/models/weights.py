@@ -1,4 +1,4 @@
-"""Weights from a file into a model, without running anything that the file holds."""
+"""Weights from a file into a model, without running code from the file."""
 
 import hashlib
 import pickle
@@ -27,7 +27,7 @@ _SHOWN = 3
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of a torch file with `weights_only=True`, onto the CPU.
 
-    A torch file may wrap its state_dict as {"state_dict": ...} or {"model": ...}, and may be DataParallel's.
+    A torch file may wrap its state_dict as {"state_dict": ...} or {"model": ...}, and may be from DataParallel.
 
     Raises:
         WeightsError: the file is missing, damaged, not a state_dict, or a pickle that would run code.
@@ -39,11 +39,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
             loaded = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's, of the protocol of a pickle that it goes on to refuse
+                warnings.simplefilter("ignore")  # about the protocol of a pickle that torch goes on to refuse
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asks_for = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"its pickle asks for {asks_for[1]}" if asks_for else "it is not a plain torch file"
+        request = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"its pickle asks for {request[1]}" if request else "it is not a plain torch file"
         raise WeightsError(
             f"refused to load {str(path)!r}: {what}, but only tensors are read; save the state_dict as safetensors"
         ) from error
@@ -55,40 +55,39 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fit_state(model: nn.Module, state: State, *, name: str, origin: str) -> None:
-    """Copy `state` into `model`, where every name and shape must agree.
-
-    Args:
-        name, origin: the model and where the weights came from, for messages.
+    """Copy `state` into `model`, if every name and shape agrees; messages call them `origin` and `name`.
 
     Raises:
         WeightsError: the names or shapes do not agree; the model is then unchanged.
     """
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    missing = [key for key in own if key not in state and not key.endswith(_COUNTER)]
-    unexpected = [key for key in state if key not in own]
-    misshaped = [
-        f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+    target = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    differences = {
+        "missing": [key for key in target if key not in state and not key.endswith(_COUNTER)],
+        "unexpected": [key for key in state if key not in target],
+        "of another shape": [
+            f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in target.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    listed = [
+        f"{len(keys)} {kind} ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
+        for kind, keys in differences.items()
+        if keys
     ]
-    differences = [
-        f"{len(found)} {kind} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
-        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
-        if found
-    ]
-    if differences:
+    if listed:
         raise WeightsError(
-            f"the weights in {origin!r} do not fit {name!r}: {', '.join(differences)}; "
+            f"the weights in {origin!r} do not fit {name!r}: {', '.join(listed)}; "
             "a changed architecture, such as another number of classes, loads as path/to/module.py:factory"
         )
     with torch.no_grad():
-        for key, value in own.items():
+        for key, value in target.items():
             if key in state:
                 value.copy_(state[key])
 
 
 def digest(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and values of a model's state_dict, as hexadecimal digits."""
+    """Return SHA-256 over the names, types, shapes and values of a model's state_dict, in hexadecimal."""
     sha256 = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
@@ -98,7 +97,7 @@ def digest(model: nn.Module) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of someone else's says, short enough to quote."""
+    """Return the message of another library's error, short enough to quote."""
     message = (str(error).strip().splitlines() or ["no message"])[0]
     return f"{type(error).__name__}: {textwrap.shorten(message, 160, placeholder=' ...')}"
 

@@ -26,7 +26,7 @@ def inputs(run: Run, variant: str) -> Result:
     """The types in TensorRT's graph; of the float model, the names of its graphs."""
     if variant == FP32:
         # the names make a run redo what it exported before there was a baseline in FP16
-        return {"graphs": [lowering.FLOAT_FILE, lowering.HALF_FILE]}
+        return {"graphs": [lowering.FLOAT_FILE, lowering.FP16_FILE]}
     return {"fp16": run.config.fp16}
 
 
@@ -44,10 +44,10 @@ def _float_graphs(run: Run) -> tuple[Result, list[str]]:
     made = lowering.float_graphs(
         run.model.module, run.model.input.size, seed=run.config.seed, name=FP32, progress=run.progress
     )
-    artifacts = [_write(run, FP32, made.single, lowering.FLOAT_FILE, "onnxruntime")]
-    if made.half is not None:
-        artifacts.append(_write(run, FP32, made.half, lowering.HALF_FILE, "tensorrt", fp16=True))
-    return {"artifacts": artifacts, "no_fp16": made.no_half}, [a["path"] for a in artifacts]
+    artifacts = [_write(run, FP32, made.fp32, lowering.FLOAT_FILE, "onnxruntime")]
+    if made.fp16 is not None:
+        artifacts.append(_write(run, FP32, made.fp16, lowering.FP16_FILE, "tensorrt", fp16=True))
+    return {"artifacts": artifacts, "no_fp16": made.no_fp16}, [a["path"] for a in artifacts]
 
 
 def _student_graphs(run: Run, variant: str) -> tuple[Result, list[str]]:

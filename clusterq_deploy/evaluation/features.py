@@ -1,0 +1,301 @@
+"""The teacher's penultimate features of synthetic and real images, measured and projected for the report."""
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from calib.bn_statistics import within_class_diversity
+from calib.support.progress import SILENT, Progress
+from clusterq_deploy.errors import DataError, FeatureError
+from clusterq_deploy.evaluation.data import EvaluationSet, Labels, Rows
+from clusterq_deploy.quantization.graph.trace import module_of, trace
+from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
+from clusterq_deploy.runtimes.runners import Array, TorchRunner
+
+BATCH = 50
+NEIGHBOURS = 5
+"""k of density and coverage, as in arXiv 2002.09797."""
+_MOST_IMAGES, _MOST_CLASSES = 2000, 100
+_SHOWN_IMAGES, _SHOWN_CLASSES = 1000, 10
+_ROOM = 2**28  # bytes that the comparison needs at most, about
+_PERPLEXITY = 30.0
+_STEPS = 500  # half of the usual: of 950 features of digits, a divergence of 0.47 instead of 0.45, in half of the time
+_FEWEST_POINTS = 4
+_SAME = 1e-6  # features that vary by less than this share of their size differ by rounding only
+_PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"}
+
+
+def compare_features(
+    teacher: nn.Module,
+    synthetic: EvaluationSet,
+    real: EvaluationSet | None,
+    *,
+    classes: int,
+    seed: int,
+    batch_size: int = BATCH,
+    progress: Progress = SILENT,
+) -> FeatureInfo:
+    """Measure and project the teacher's penultimate features of two sets of images.
+
+    At most 2,000 images of each count, of the 100 classes with the most synthetic ones; 1,000 images of 10 classes are
+    projected. Which they are depends on the labels only. What is not defined is None, and `notes` says why.
+
+    Args:
+        teacher: in eval mode; images (N, C, H, W) to logits (N, classes).
+        synthetic: images with the labels that they were made for.
+        real: images with their true labels, or None if there are none.
+        classes: the width of the logits.
+        seed: of the projection.
+        batch_size: images per forward pass.
+
+    Raises:
+        FeatureError: the teacher's features cannot be taken.
+        MemoryError: there is not enough memory.
+        DataError: too many images cannot be read, or a set has no labels.
+    """
+    np.empty(_ROOM, np.uint8)  # and freed again: OpenBLAS waits forever for memory that it does not get
+    network, compared = penultimate(teacher, classes), most_frequent(_labels(synthetic), _MOST_CLASSES)
+    sets, notes = {"synthetic": synthetic}, []
+    if real is None:
+        notes.append("No labelled images were given: there are no real ones to compare with.")
+    elif not np.isin(_labels(real), compared).any():
+        notes.append(f"No image of {real.name} is of a class that is compared.")
+    else:
+        sets["real"] = real
+    features, labels = {}, {}
+    for name, data in sets.items():
+        chosen = data.subset(evenly(_labels(data), compared, _MOST_IMAGES))
+        features[name] = capture(network, chosen, batch_size=batch_size, progress=progress)
+        labels[name] = _labels(chosen)[chosen.kept]
+    separations, overlap = {}, None
+    with progress.task("Geometry of features", len(sets) + 2) as advance:  # overlap and projection
+        for name in sets:
+            separations[name] = separation(features[name], labels[name])
+            advance()
+        if "real" in sets:
+            overlap = density_and_coverage(features["real"], features["synthetic"])
+        advance()
+        projection, points = _project_together(list(features.values()), list(labels.values()), seed)
+        advance()
+    notes += [
+        f"No silhouette and no diversity of {name} images: {result.reason}."
+        for name, result in separations.items()
+        if result.reason
+    ]
+    if "real" in sets and overlap is None:
+        notes.append(f"No density and no coverage: they need more than {NEIGHBOURS} real images.")
+    if projection is None:
+        notes.append("No projection: there are too few images, or all have the same features.")
+    records = {
+        name: FeatureSet(
+            dataset=sets[name].name,
+            images=len(labels[name]),
+            classes=len(np.unique(labels[name])),
+            silhouette=result.silhouette,
+            within_class_diversity=result.within_class_diversity,
+            points=shown,
+        )
+        for (name, result), shown in zip(separations.items(), points, strict=True)
+    }
+    return FeatureInfo(
+        width=features["synthetic"].shape[1],
+        synthetic=records["synthetic"],
+        real=records.get("real"),
+        density=overlap[0] if overlap else None,
+        coverage=overlap[1] if overlap else None,
+        projection=projection,
+        notes=notes,
+    )
+
+
+def _labels(data: EvaluationSet) -> Labels:
+    if data.labels is None:
+        raise DataError(f"{data.name} has no labels; features are compared by class")
+    return data.labels
+
+
+def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
+    """Return a copy of the teacher that ends in front of its classifier, with features (N, F) float32.
+
+    The classifier is the last Linear or Conv2d of the traced graph, and as wide as the logits (N, classes). Features
+    are averaged over space or positions.
+
+    Raises:
+        GraphError: the teacher cannot be traced.
+        FeatureError: its classifier is neither a Linear nor a Conv2d.
+    """
+    traced = trace(teacher)
+    weighted = [node for node in traced.graph.nodes if _multiplies(traced, node)]
+    layer = module_of(traced, weighted[-1]) if weighted else None
+    if isinstance(layer, nn.Linear) and layer.out_features == classes:
+        pool = _over_positions
+    elif isinstance(layer, nn.Conv2d) and layer.out_channels == classes:
+        pool = _over_space
+    else:
+        last = str(layer or weighted[-1].target) if weighted else "none"
+        raise FeatureError(
+            f"the last layer of {type(teacher).__name__} is {last}; "
+            f"features are taken in front of a Linear or Conv2d of {classes} outputs"
+        )
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    with traced.graph.inserting_before(weighted[-1]):
+        output.args = (traced.graph.call_function(pool, (weighted[-1].all_input_nodes[0],)),)
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    return traced.eval()
+
+
+def _multiplies(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node could be a classifier: a layer, or a product that the forward writes out."""
+    if node.op == "call_module":
+        return isinstance(module_of(traced, node), nn.Linear | nn.Conv2d)
+    return node.op in ("call_function", "call_method") and node.target in _PRODUCTS
+
+
+def _over_positions(x: Tensor) -> Tensor:
+    """Average (N, ..., F), as a Linear reads it, to (N, F)."""
+    return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
+
+
+def _over_space(x: Tensor) -> Tensor:
+    """Average (N, F, H, W), as a Conv2d reads it, to (N, F)."""
+    return x.mean((2, 3))
+
+
+def capture(network: nn.Module, data: EvaluationSet, *, batch_size: int = BATCH, progress: Progress = SILENT) -> Array:
+    """Return features (N, F) float32, by a network of `penultimate`, of all images that can be read, in their order.
+
+    Raises:
+        FeatureError: there are values that are not finite, or no image can be read.
+        DataError: more images cannot be read than the set allows.
+    """
+    batches = []
+    with TorchRunner(network) as runner, progress.task("Features", len(data)) as advance:
+        for images, _ in data.batches(batch_size):
+            batches.append(runner.infer(images))
+            advance(len(images))
+    if not batches:
+        raise FeatureError(f"none of the {len(data)} images of {data.name} that are compared can be read")
+    features = np.concatenate(batches)
+    if not np.isfinite(features).all():
+        raise FeatureError(f"the teacher's features of {data.name} hold values that are not finite")
+    return features
+
+
+def most_frequent(labels: Labels, limit: int) -> Labels:
+    """Return at most `limit` classes, those with the most images: (K,) int64, ascending.
+
+    If several classes have equally many images and not all fit, those that do are evenly spaced.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    if len(present) <= limit:
+        return present
+    least = np.sort(counts)[-limit]
+    chosen, tied = present[counts > least], present[counts == least]
+    room = limit - len(chosen)
+    return np.sort(np.concatenate([chosen, tied[np.arange(room) * len(tied) // room]]))
+
+
+def evenly(labels: Labels, classes: Labels, limit: int) -> Rows:
+    """Return indices (M,) int64, ascending, of at most `limit` images of the classes, evenly over the classes."""
+    members = np.flatnonzero(np.isin(labels, classes))
+    count = min(limit, len(members))
+    by_class = members[np.argsort(labels[members], kind="stable")]
+    return np.sort(by_class[np.arange(count) * len(members) // max(count, 1)])
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """How features are separated by class; `reason` says why the numbers are None.
+
+    Attributes:
+        silhouette: mean silhouette coefficient (Rousseeuw 1987), in [-1, 1]: 1 if every image is far nearer to its
+            own class than to the next one, 0 if it is between the two.
+        within_class_diversity: share of the variance that is within classes, in [0, 1].
+    """
+
+    silhouette: float | None
+    within_class_diversity: float | None
+    reason: str | None = None
+
+
+def separation(features: Array, labels: Labels) -> Separation:
+    """Return silhouette and diversity of features (N, F) float32, finite, by class, labels (N,) int64.
+
+    A class of a single image has no distance within: it counts in neither.
+    """
+    from sklearn.metrics import silhouette_score  # scikit-learn takes more than a second to import
+
+    _, class_index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if (counts >= 2).sum() < 2:
+        return Separation(None, None, "fewer than two classes have two images or more")
+    counted = counts[class_index] >= 2
+    features, labels = features[counted], labels[counted]
+    if _same(features):
+        return Separation(None, None, "the features of all images are the same")
+    diversity = within_class_diversity(torch.from_numpy(features), torch.from_numpy(labels))
+    return Separation(float(silhouette_score(features, labels)), diversity)
+
+
+def density_and_coverage(real: Array, synthetic: Array) -> tuple[float, float] | None:
+    """Return density and coverage of synthetic features by Naeem et al., arXiv 2002.09797, with k = 5.
+
+    A real image's ball reaches to its fifth nearest real neighbour. Density is how many balls a synthetic image is
+    in, on average, over k: about 1 if both sets are alike. Coverage is the share of balls in which a synthetic
+    image is, in [0, 1]. Features are (N, F) and (M, F) float32. None unless there are more than five real images.
+    """
+    from sklearn.metrics import pairwise_distances
+
+    if len(real) <= NEIGHBOURS:
+        return None
+    radius = np.partition(pairwise_distances(real), NEIGHBOURS, axis=1)[:, NEIGHBOURS]  # the image itself is the first
+    inside = pairwise_distances(real, synthetic) < radius[:, None]
+    return float(inside.sum(0).mean() / NEIGHBOURS), float(inside.any(1).mean())
+
+
+def project(features: Array, seed: int) -> tuple[Array, dict[str, float | int | str]] | None:
+    """Project features (N, F) float32, finite, to the plane by t-SNE (van der Maaten and Hinton 2008).
+
+    It starts from the principal components, and runs in one thread: with more, sums are in another order and the
+    picture differs. Return places (N, 2) float32, and the parameters; None for fewer than 4 images, for fewer than 2
+    features, and if all images have the same features.
+    """
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    count, width = features.shape
+    if count < _FEWEST_POINTS or width < 2 or _same(features):
+        return None
+    parameters: dict[str, float | int | str] = {
+        "perplexity": min(_PERPLEXITY, (count - 1) / 3),
+        "init": "pca",
+        "random_state": seed % 2**32,
+        "max_iter": _STEPS,
+    }
+    with threadpool_limits(1):
+        places: Array = TSNE(n_components=2, **parameters).fit_transform(features)
+    return places, parameters
+
+
+def _project_together(features: list[Array], labels: list[Labels], seed: int) -> tuple[Projection | None, list[Points]]:
+    """Return one projection of all sets, and the places of the images that are shown of each."""
+    classes = most_frequent(np.concatenate(labels), _SHOWN_CLASSES)
+    shown = [evenly(part, classes, _SHOWN_IMAGES // len(labels)) for part in labels]
+    projected = project(np.concatenate([part[rows] for part, rows in zip(features, shown, strict=True)]), seed)
+    if projected is None:
+        return None, [Points() for _ in labels]
+    places, points = np.split(projected[0], np.cumsum([len(rows) for rows in shown])[:-1]), []
+    for place, part, rows in zip(places, labels, shown, strict=True):
+        x, y = ([round(float(value), 2) for value in column] for column in place.T)
+        points.append(Points(x=x, y=y, labels=part[rows].tolist()))
+    return Projection(method="t-SNE", parameters=projected[1]), points
+
+
+def _same(features: Array) -> bool:
+    """Return whether the rows differ by nothing but rounding."""
+    return float(np.ptp(features, axis=0).max()) <= _SAME * float(np.abs(features).max())

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report
     from clusterq_deploy.report.compare import Comparison
+    from clusterq_deploy.report.tables import Table as ReportTable
 
 
 class LiveProgress:
@@ -129,80 +130,34 @@ def print_line(text: str) -> None:
 
 
 def report_table(report: "Report") -> Table:
-    """The closing table of a run: a row for each variant in each runtime."""
-    from clusterq_deploy.report import formats, wording
-    from clusterq_deploy.report.findings import accuracy_rows, half_was_timed, latency_rows
+    """Return the closing table of a run: a row for each variant in each runtime."""
+    from clusterq_deploy.report.tables import closing_table
 
-    title = f"{wording.model_name(report)} on {report.evaluation.dataset} ({report.evaluation.images} images)"
-    table = Table(title=title, title_justify="left")
-    for name in ("variant", "runtime", "graph"):
-        table.add_column(name)
-    over_half, labelled = half_was_timed(report), report.evaluation.labelled
-    numbers = [
-        "size",
-        *(["top-1 %", "drop"] if labelled else []),
-        "agreement %",
-        "batch 1, ms",
-        "speed-up",
-        *(["over fp16"] if over_half else []),
-    ]
-    for name in numbers:
-        table.add_column(name, justify="right")
-    timed = {
-        (row.variant, row.latency.runtime, row.latency.graph): row
-        for row in latency_rows(report)
-        if row.latency.batch == 1
-    }
-    previous = None
-    for row in accuracy_rows(report):
-        key = (row.variant, row.accuracy.runtime, row.accuracy.graph)
-        own = timed.get(key) if row.accuracy.graph else None
-        table.add_row(
-            row.variant if row.variant != previous else "",
-            row.accuracy.runtime,
-            formats.file_name(row.accuracy.graph),
-            formats.size(row.size_bytes),
-            *([formats.number(row.accuracy.top1), formats.number(row.drop)] if labelled else []),
-            formats.number(row.accuracy.agreement),
-            f"{'~' if own.unsteady else ''}{formats.milliseconds(own.latency.median_ms)}" if own else formats.ABSENT,
-            _times(own.speedup if own else None, *((own.latency.speedup_low, own.latency.speedup_high) if own else ())),
-            *([_times(own.over_half if own else None)] if over_half else []),
-            end_section=False,
-        )
-        previous = row.variant
-    return table
+    return _rich(closing_table(report))
 
 
-def _times(ratio: float | None, low: float | None = None, high: float | None = None) -> str:
-    """`1.66x`, or a dash; with its interval where there is one: `1.66x 1.60-1.71`."""
-    if ratio is None:
-        return "\N{EN DASH}"
-    return f"{ratio:.2f}x" if low is None or high is None else f"{ratio:.2f}x {low:.2f}-{high:.2f}"
+def comparison_tables(comparison: "Comparison") -> list[Table]:
+    """Return several runs side by side, a table for each thing that matters."""
+    return [_rich(table) for table in comparison.tables()]
 
 
-def comparison_tables(comparison: "Comparison") -> Iterator[Table]:
-    """Several runs side by side, a table for each thing that matters."""
-    from clusterq_deploy.report.compare import formatted, headings, text_columns
-
-    for title, rows in comparison.tables().items():
-        table = Table(title=title, title_justify="left")
-        left = text_columns(rows)
-        for index, name in enumerate(headings(rows)):
-            table.add_column(name, justify="left" if index < left else "right")
-        for row in rows:
-            table.add_row(*map(Text, formatted(row)))
-        yield table
+def _rich(table: "ReportTable") -> Table:
+    shown = Table(title=table.title, title_justify="left")
+    for index, name in enumerate(table.columns):
+        shown.add_column(name, justify="left" if index < table.left else "right")
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    return shown
 
 
 def conclusions(report: "Report") -> list[str]:
-    """What to deploy in each runtime, what keeps that from being certain, and the images that could not be read."""
-    from clusterq_deploy.report.verdict_wording import caveats, sentence
-    from clusterq_deploy.report.verdicts import verdicts
-    from clusterq_deploy.report.wording import unreadable_note
+    """Return what to deploy in each runtime, what makes that uncertain, and the images that could not be read."""
+    from clusterq_deploy.report import text
+    from clusterq_deploy.report.analysis import verdicts
 
-    lost = unreadable_note(report)
-    found = [sentence(verdict, report.evaluation.labelled) for verdict in verdicts(report)]
-    return [*found, *caveats(report), *([lost] if lost else [])]
+    unreadable = text.unreadable_note(report)
+    sentences = [text.sentence(verdict, report.evaluation.labelled) for verdict in verdicts(report)]
+    return [*sentences, *text.caveats(report), *([unreadable] if unreadable else [])]
 
 
 def plan_table(plan: "Plan") -> Table:

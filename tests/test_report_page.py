@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from test_report import build
+from sample_reports import FP32, W4A4, W8A8, build, sensitivities
 
 from clusterq_deploy.report import to_html
-from clusterq_deploy.results.report import LayerSensitivity
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -85,26 +84,20 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A report of four variants, and of ten classes with names as long as names can be."""
-    report, sheet = build(), io.BytesIO()
+    sheet = io.BytesIO()
     Image.new("RGB", (2258, 1806)).save(sheet, "PNG")
     names = ["0 tench", *["111 nematode worm with a name that is long"] * 8, "999 incomprehensibilities"]
-    calibration = report.calibration.model_copy(update={"preview_classes": names})
-    costs = [
-        LayerSensitivity(layer=f"layer1.{n}.conv2", bits="w4a4", kl=kl, agreement=99.0, expected_drop=0.1)
-        for n, kl in enumerate((6.9e-6, 0.0007, 0.25))
-    ]
-    fp32, *others = report.variants
-    # as good as fp32 and far faster: its name stands at the upper left, under the title
-    fast = others[0].model_copy(
+    # as good as fp32 and far faster: its name is at the upper left, under the title
+    fast = W8A8.model_copy(
         update={
             "name": "w2a2",
-            "latency": [own.model_copy(update={"median_ms": own.median_ms / 60}) for own in others[0].latency],
-            "accuracy": [own.model_copy(update={"top1": 99.99}) for own in others[0].accuracy],
+            "latency": [own.model_copy(update={"median_ms": own.median_ms / 60}) for own in W8A8.latency],
+            "accuracy": [own.model_copy(update={"top1": 99.99}) for own in W8A8.accuracy],
             "losses": {"features": [math.nan] * 9 + [0.00071] * 90 + [0.00012]},
-            "sensitivities": costs,
+            "sensitivities": sensitivities(6.9e-6, 0.0007, 0.25),
         }
     )
-    report = report.model_copy(update={"calibration": calibration, "variants": [fp32, *others, fast]})
+    report = build(calibration={"preview_classes": names}, variants=[FP32, W8A8, W4A4, fast])
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(to_html(report, sheet.getvalue()), encoding="utf-8")
     return path.as_uri()

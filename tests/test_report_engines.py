@@ -12,7 +12,8 @@ from cli.render import report_table
 from clusterq_deploy.evaluation.measure import latency_stats
 from clusterq_deploy.report import read_report, to_html, to_markdown
 from clusterq_deploy.report.analysis import latency_rows
-from clusterq_deploy.report.text import engine_notes, notes
+from clusterq_deploy.report.engines import engine_notes
+from clusterq_deploy.report.text import notes
 from clusterq_deploy.results.engines import (
     EngineInspection,
     EngineLayer,
@@ -130,7 +131,7 @@ def test_pages_without_engines_have_no_section() -> None:
     own = report(cpu, inspections=())
     assert "TensorRT engines" not in to_markdown(own)
     assert 'id="engines"' not in to_html(own)
-    assert engine_notes(own) == []
+    assert list(engine_notes(own)) == []
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,10 @@ measurements under `fp32`, rows and points call it `fp16`.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from clusterq_deploy.results.engines import EngineInspection
-from clusterq_deploy.results.report import Accuracy, Artifact, Latency, Report, Variant
+from clusterq_deploy.results.report import Accuracy, Latency, Report, Variant
 
 BASELINE = "fp32"
 HALF = "fp16"
@@ -54,15 +52,6 @@ class LatencyRow(Latency):
     variant: str
     over_half: float | None
     unsteady: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FileRow:
-    """One deployable file; `share` is its size over that of fp32's ONNX file."""
-
-    variant: str
-    artifact: Artifact
-    share: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +103,8 @@ def accuracy_rows(report: Report) -> list[AccuracyRow]:
             if other and other.top1 is not None and accuracy.top1 is not None:
                 drop = other.top1 - accuracy.top1
                 # Where both agree with the teacher they agree with each other, so they differ on at most this share.
-                differing = min((200 - accuracy.agreement - other.agreement) / 100, 1.0)
-                drop_error = _drop_error(differing, drop / 100, images)
+                differing = min(200 - accuracy.agreement - other.agreement, 100.0)
+                drop_error = standard_error(differing, images, drop)
             row = AccuracyRow(
                 **dict(accuracy),
                 variant=name,
@@ -142,42 +131,25 @@ def latency_rows(report: Report) -> list[LatencyRow]:
     return rows
 
 
-def file_rows(report: Report) -> list[FileRow]:
-    """Return a row for each file, in the order of the report."""
-    return [
-        FileRow(variant.name, artifact, _share(report, artifact.size_bytes))
-        for variant in report.variants
-        for artifact in variant.artifacts
-    ]
+def size_share(report: Report, size_bytes: int | None) -> float | None:
+    """Return a size over that of fp32's graph for ONNX Runtime."""
+    float_sizes = (file.size_bytes for file in _baseline(report).artifacts if file.target == "onnxruntime")
+    float_size = next(float_sizes, None)
+    return size_bytes / float_size if float_size and size_bytes is not None else None
 
 
-def engine_latencies(report: Report) -> Iterator[tuple[str, Latency]]:
-    """Yield the variant and the latency of each engine: only these have parts."""
-    for variant in report.variants:
-        yield from ((variant.name, latency) for latency in variant.latency if latency.compute is not None)
-
-
-def trtexec_commands(report: Report) -> list[str]:
-    """Return the commands that repeat the engines' measurements, from the run directory."""
-    return [latency.trtexec for _, latency in engine_latencies(report) if latency.trtexec]
-
-
-def inspections(report: Report) -> Iterator[tuple[str, EngineInspection]]:
-    """Yield the variant and the inspection of each engine."""
-    for variant in report.variants:
-        yield from ((variant.name, inspection) for inspection in variant.inspections)
-
-
-def standard_error(percentage: float, images: int) -> float:
-    """Return the standard error of a percentage that was measured on `images` images, in points.
+def standard_error(percentage: float, images: int, difference: float | None = None) -> float:
+    """Return the standard error of a percentage of `images` images, in points.
 
     It is sqrt(p (1 - p) / n), of a share p to which half an image of each kind was added (Jeffreys' prior): that all of
-    300 images agree does not mean that all do.
+    300 images agree does not mean that all do. With `difference`, in points, it is that of a paired difference, of two
+    that differ on `percentage` of the images.
     """
     if not images:
         return math.nan
-    share = _smoothed_share(percentage / 100 * images, images)
-    return 100 * math.sqrt(share * (1 - share) / images)
+    share = (percentage / 100 * images + 0.5) / (images + 1)
+    variance = share * (1 - share) if difference is None else share - (difference / 100) ** 2
+    return 100 * math.sqrt(max(variance, 0.0) / images)
 
 
 def allowed_cost(report: Report) -> float:
@@ -203,7 +175,7 @@ def points(report: Report, runtime: str) -> list[Point]:
             cost_error=row.drop_error if labelled else None if is_float32 else row.agreement_error,
             interval=_interval(latency),
             unsteady=any(map(_is_unsteady, [latency, *_counterparts(report, latency, BASELINE)])),
-            size_share=_share(report, row.size_bytes),
+            size_share=size_share(report, row.size_bytes),
         )
         measured.append(point)
     return measured
@@ -279,22 +251,3 @@ def _interval(row: LatencyRow) -> tuple[float, float] | None:
     if row.speedup_low is not None and row.speedup_high is not None:
         return row.speedup_low, row.speedup_high
     return row.speedup * (1 - SPEED_TIE), row.speedup / (1 - SPEED_TIE)
-
-
-def _share(report: Report, size_bytes: int | None) -> float | None:
-    """Return a size over that of fp32's graph for ONNX Runtime."""
-    float_sizes = (file.size_bytes for file in _baseline(report).artifacts if file.target == "onnxruntime")
-    float_size = next(float_sizes, None)
-    return size_bytes / float_size if float_size and size_bytes is not None else None
-
-
-def _smoothed_share(count: float, images: int) -> float:
-    """Return the share of `count` in `images`, with half an image of each kind added."""
-    return (count + 0.5) / (images + 1)
-
-
-def _drop_error(differing: float, drop: float, images: int) -> float:
-    """Return the standard error of a paired difference, in points; `differing` is the share on which the two differ."""
-    if not images:
-        return math.nan
-    return 100 * math.sqrt(max(_smoothed_share(differing * images, images) - drop**2, 0.0) / images)

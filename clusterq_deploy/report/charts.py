@@ -11,13 +11,12 @@ import re
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from html import escape
+from typing import Any, NamedTuple
 
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from clusterq_deploy.report import formats
 from clusterq_deploy.report.analysis import BASELINE, FLOAT, LatencyRow, Point, latency_rows, points, verdicts
@@ -29,8 +28,20 @@ _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
 _VARIABLES |= {colour: f"var(--class-{index})" for index, colour in enumerate(_CLASSES)}
-_POINT = 1 / 72  # of an inch: figures are laid out in points, which become the units of the SVG
-_WIDTH, _TEXT = 340, 10.5  # of a chart and its text: on a phone, where it is 327 px wide, text stays above 10 px
+_WIDTH, _TEXT = 340, 10.5  # of a chart and its text, in points: on a phone, 327 px wide, text stays above 10 px
+_STYLE: dict[str, Any] = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), _TEXT),
+    **dict.fromkeys(("text.color", "axes.titlecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _MUTED),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), _RULE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "figure.frameon"), False),
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "xaxis.labellocation": "right",
+    "grid.linewidth": 0.7,
+    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib brings along; the page has its own
+    "svg.fonttype": "none",
+}
 _CURVE_WIDTH = 146  # two curves are next to each other on a phone, each 142 px wide
 _CURVE_POINTS = 240
 _LAYER_WIDTH = 28  # characters of a layer's name next to its bar
@@ -40,8 +51,7 @@ _LEAST_RANGE = 5.0  # percentage points: a smaller range would make noise look l
 _FARTHEST = 2.0  # times the end of the last box: where an axis of latencies ends, whatever the whiskers
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
+class Bar(NamedTuple):
     """One bar: its `share` of the longest, in [0, 1], the number at its end, and whether it is grey."""
 
     label: str
@@ -50,17 +60,15 @@ class Bar:
     grey: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """A chart of bars, and its description for readers that cannot see it."""
+class Bars(NamedTuple):
+    """A chart of bars, with a description for readers that cannot see it."""
 
     title: str
     description: str
     bars: list[Bar]
 
 
-@dataclass(frozen=True, slots=True)
-class Bins:
+class Bins(NamedTuple):
     """A histogram as a picture of width 1: the heights of its bins in [0, 1], and where values of its grid are.
 
     `ends` are the outermost values, with their integers; `lines` are some of those between them.
@@ -84,29 +92,23 @@ def tradeoff_charts(report: Report) -> list[tuple[str, str]]:
 
 def _tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
     """Draw accuracy (agreement without labels) over median latency, a labelled point for each variant."""
+    latency, places = points[0].latency, []
+    for point in points:
+        score = point.accuracy.top1 if labelled else None
+        places.append((point.latency.median_ms, point.accuracy.agreement if score is None else score, point.variant))
     with _style(name):
         figure, axes = _canvas(_WIDTH, 250, left=0.13, right=0.97, bottom=0.17, top=0.86)
-        places = []
-        for point in points:
-            score = point.accuracy.top1 if labelled else None
-            places.append(
-                (point.latency.median_ms, point.accuracy.agreement if score is None else score, point.variant)
-            )
         for x, y, variant in places:
             axes.plot([x], [y], "o", color=_colour(variant), markersize=7, clip_on=False, zorder=3)
         lowest, highest = min(y for _, y, _ in places), max(y for _, y, _ in places)
         pad = 0.2 * max(highest - lowest, _LEAST_RANGE)
         axes.set_ylim(lowest - pad, min(highest + pad, 100.0))
         axes.set_xlim(0, 1.2 * max(x for x, _, _ in places))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        axes.locator_params(nbins=5)
+        axes.grid(axis="y")
         axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        latency = points[0].latency
-        axes.set_xlabel(f"median latency, ms at batch {latency.batch}", color=_MUTED, fontsize=_TEXT, loc="right")
-        title = "top-1, %" if labelled else f"agreement with {BASELINE}, %"
-        axes.set_title(title, color=_MUTED, fontsize=_TEXT, loc="left", pad=14)  # clear of names at the top
+        axes.set_xlabel(f"median latency, ms at batch {latency.batch}")
+        axes.set_title("top-1, %" if labelled else f"agreement with {BASELINE}, %", pad=14)  # clear of names at the top
         _label_points(axes, places)
         listed = "; ".join(f"{variant} {y:.2f} % at {x:.3f} ms" for x, y, variant in places)
         return _svg(figure, name, f"Accuracy over latency in {latency.runtime}: {listed}")
@@ -156,34 +158,31 @@ def _distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
     A whisker that is long compared with the boxes would make them unreadable: it ends at the edge, in an arrow and its
     number.
     """
+    last_box = max(row.quantiles_ms[15] for row in rows)
+    limit = min(1.05 * max(row.quantiles_ms[19] for row in rows), _FARTHEST * last_box)
+    beyond = {at: end for at, row in enumerate(rows, 1) if (end := row.quantiles_ms[19]) > limit}
+    parts = {"whislo": 1, "q1": 5, "med": 10, "q3": 15, "whishi": 19}
+    boxes = [{part: row.quantiles_ms[at] for part, at in parts.items()} for row in rows]
     with _style(name):
-        last_box = max(row.quantiles_ms[15] for row in rows)
-        limit = min(1.05 * max(row.quantiles_ms[19] for row in rows), _FARTHEST * last_box)
-        beyond = {at: end for at, row in enumerate(rows, 1) if (end := row.quantiles_ms[19]) > limit}
         height = 52 + 20 * len(rows)
         right = 0.85 if beyond else 0.97
         figure, axes = _canvas(_WIDTH, height, left=0.14, right=right, bottom=42 / height, top=1 - 6 / height)
-        parts = ("whislo", "q1", "med", "q3", "whishi")
-        boxes = [dict(zip(parts, (row.quantiles_ms[at] for at in (1, 5, 10, 15, 19)), strict=True)) for row in rows]
         drawn = axes.bxp(boxes, orientation="horizontal", showfliers=False, widths=0.5, patch_artist=True)
         for row, box, middle in zip(rows, drawn["boxes"], drawn["medians"], strict=True):
             box.set(facecolor=_colour(row.variant), edgecolor=_colour(row.variant))
             middle.set(color=_INK, linewidth=1.6)
         for line in (*drawn["whiskers"], *drawn["caps"]):
             line.set(color=_MUTED, linewidth=0.9)
-        axes.set_yticks(range(1, len(rows) + 1), [_plain(row.variant) for row in rows])
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.set_yticks(range(1, len(rows) + 1), [_plain(row.variant) for row in rows], color=_INK)
+        axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(rows) + 0.6, 0.4)
         axes.set_xlim(0, limit)
         for at, end in beyond.items():
             axes.plot([limit], [at], ">", color=_MUTED, markersize=5, clip_on=False)
-            text, place = formats.milliseconds(end), (limit, at)
-            axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", color=_MUTED, fontsize=_TEXT)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="x", color=_RULE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("time of a call, ms", color=_MUTED, fontsize=_TEXT, loc="right")
+            axes.annotate(formats.milliseconds(end), (limit, at), (6, 0), textcoords="offset points", va="center")
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x")
+        axes.set_xlabel("time of a call, ms")
         medians = "; ".join(f"{row.variant} {row.median_ms:.3f} ms" for row in rows)
         ends = "; ".join(f"{rows[at - 1].variant} {formats.milliseconds(end)} ms" for at, end in beyond.items())
         far = f"; beyond the picture, 95 % of the calls: {ends}" if ends else ""
@@ -207,30 +206,29 @@ def _curve_chart(losses: Sequence[float], title: str, name: str) -> str:
     `losses` may have been thinned, so the axis has no numbers of steps. What is not finite is a gap, for instance
     if a term is not computed at first. A long curve is drawn as means over windows.
     """
+    window = math.ceil(len(losses) / _CURVE_POINTS) or 1
+    means = [_finite_mean(losses[start : start + window]) for start in range(0, len(losses), window)]
+    finite = [(step, value) for step, value in enumerate(means) if math.isfinite(value)]
+    written = formats.uniform([value for _, value in finite])
     with _style(name):
-        window = math.ceil(len(losses) / _CURVE_POINTS) or 1
-        means = [_finite_mean(losses[start : start + window]) for start in range(0, len(losses), window)]
-        finite = [(step, value) for step, value in enumerate(means) if math.isfinite(value)]
-        written = formats.uniform([value for _, value in finite])
         figure, axes = _canvas(_CURVE_WIDTH, 118, left=0.39, right=0.96, bottom=0.27, top=0.82)
         figure.text(0, 1, _plain(title), color=_INK, fontsize=_TEXT + 1, va="top")
         axes.plot(means, color=_ACCENT, linewidth=1.2)  # the line breaks at NaN
-        axes.spines["left"].set_visible(False)
         axes.margins(0.02, 0.06)
         axes.tick_params(length=2.5)
         axes.set_xlim(-0.02 * len(means), 1.02 * len(means) - 1)
         if finite:
             axes.plot(*finite[-1], "o", color=_ACCENT, markersize=3, clip_on=False)
             lowest, highest = (choose(value for _, value in finite) for choose in (min, max))
-            first, last = (written(value) for _, value in (finite[0], finite[-1]))
             ticks = sorted({lowest, highest})
             axes.set_yticks(ticks, [written(tick) for tick in ticks])
-            description = f"from {first} to {last}, between {written(lowest)} and {written(highest)}"
+            first, last, low, high = (written(value) for value in (finite[0][1], finite[-1][1], lowest, highest))
+            description = f"from {first} to {last}, between {low} and {high}"
             description += "; gaps where no value is finite" if len(finite) < len(means) else ""
         else:
             description = "no finite value"
             axes.set_yticks([])
-            axes.text(0.5, 0.5, description, color=_MUTED, fontsize=_TEXT, ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, description, ha="center", transform=axes.transAxes)
         ends = {0: "start", len(means) - 1: "end"} if len(means) > 1 else {0: "one value"}
         axes.set_xticks(list(ends), [f"{word}\n{written(means[step])}" for step, word in ends.items()])
         axes.get_xticklabels()[-1].set_horizontalalignment("right" if len(means) > 1 else "center")
@@ -259,8 +257,7 @@ def projection_charts(report: Report) -> list[tuple[str, str]]:
             figure, axes = _canvas(300, 300, left=0.02, right=0.98, bottom=0.02, top=0.98)
             axes.set_xlim(middle[0] - reach, middle[0] + reach)
             axes.set_ylim(middle[1] - reach, middle[1] + reach)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.axis("off")
             for place, label in enumerate(labels):
                 _draw_class(axes, images, label, _CLASSES[place % len(_CLASSES)])
             charts.append((title, _svg(figure, name, f"{title}: {len(images.labels)} {shown}")))
@@ -282,11 +279,13 @@ def sensitivity_bars(report: Report) -> list[Bars]:
     """Return a bar per layer, as long as its KL, in order of execution; layers with bits of their own are grey."""
     charts = []
     for variant in report.variants:
-        rows = [(c.layer, c.kl, formats.scientific(c.kl), c.layer in variant.keep) for c in variant.sensitivities]
-        if rows:
-            name, _, highest, _ = max(rows, key=lambda row: row[1])
-            description = f"Sensitivity of {len(rows)} layers; the highest is {name}, {highest}"
-            charts.append(Bars("KL from the fp32 model, nats", description, _bars(rows)))
+        if layers := variant.sensitivities:
+            worst = max(layers, key=lambda layer: layer.kl)
+            described = (
+                f"Sensitivity of {len(layers)} layers; the highest is {worst.layer}, {formats.scientific(worst.kl)}"
+            )
+            rows = [(own.layer, own.kl, formats.scientific(own.kl), own.layer in variant.keep) for own in layers]
+            charts.append(Bars("KL from the fp32 model, nats", described, _bars(rows)))
     return charts
 
 
@@ -294,22 +293,17 @@ def slowest_bars(report: Report) -> list[Bars]:
     """Return a bar per slow layer of each engine, as long as its time; layers that read no INT8 are grey."""
     charts = []
     for layers in (inspection.slowest for variant in report.variants for inspection in variant.inspections):
-        rows = [(own.name, own.mean_ms, f"{own.mean_ms:.3g}", own.precision != "INT8") for own in layers]
-        if rows:
-            description = f"The {len(rows)} slowest layers; the first is {rows[0][0]}, {rows[0][2]} ms"
-            charts.append(Bars("ms of a call; grey: reads no INT8", description, _bars(rows)))
+        if layers:
+            described = f"The {len(layers)} slowest layers; the first is {layers[0].name}, {layers[0].mean_ms:.3g} ms"
+            rows = [(own.name, own.mean_ms, f"{own.mean_ms:.3g}", own.precision != "INT8") for own in layers]
+            charts.append(Bars("ms of a call; grey: reads no INT8", described, _bars(rows)))
     return charts
 
 
 def _bars(rows: Sequence[tuple[str, float, str, bool]]) -> list[Bar]:
-    longest = max((length for _, length, *_ in rows if math.isfinite(length)), default=0.0)
+    longest = max((length for _, length, *_ in rows if math.isfinite(length)), default=0.0) or 1.0
     return [
-        Bar(
-            formats.shortened(name, _LAYER_WIDTH),
-            max(0.0, min(length / longest, 1.0)) if longest > 0 else 0.0,
-            number,
-            grey,
-        )
+        Bar(formats.shortened(name, _LAYER_WIDTH), max(0.0, min(length / longest, 1.0)), number, grey)
         for name, length, number, grey in rows
     ]
 
@@ -329,22 +323,16 @@ def bins(title: str, values: Histogram) -> Bins:
 
 
 def _style(name: str) -> AbstractContextManager[None]:
-    """Use matplotlib's own defaults, whatever the user's are; `name` seeds the ids in the SVG."""
-    fonts = {"font.sans-serif": ["DejaVu Sans"]}  # which it brings along; the page has its own
-    return style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name, **fonts}])
+    """Use the style of the page, whatever the user's is; `name` seeds the ids in the SVG."""
+    return style.context(["default", _STYLE | {"svg.hashsalt": name}])
 
 
 def _canvas(
     width: float, height: float, *, left: float, right: float, bottom: float, top: float
 ) -> tuple[Figure, Axes]:
-    """Return a transparent figure of `width` x `height` points; its axes are between the given shares of it."""
-    figure = Figure(figsize=(width * _POINT, height * _POINT), frameon=False)
-    axes = figure.add_axes((left, bottom, right - left, top - bottom), frameon=True)
-    axes.patch.set_visible(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_RULE)
-    axes.tick_params(colors=_MUTED, labelsize=_TEXT)
-    return figure, axes
+    """Return a figure of `width` x `height` points, the units of its SVG; its axes are between these shares of it."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    return figure, figure.add_axes((left, bottom, right - left, top - bottom))
 
 
 def _svg(figure: Figure, name: str, description: str) -> str:

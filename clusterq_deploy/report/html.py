@@ -8,8 +8,8 @@ import shlex
 import jinja2
 from PIL import Image
 
-from clusterq_deploy.report import tables, text
-from clusterq_deploy.report.analysis import BASELINE, accuracy_rows, file_rows, latency_rows, trtexec_commands, verdicts
+from clusterq_deploy.report import engines, tables, text
+from clusterq_deploy.report.analysis import BASELINE, accuracy_rows, latency_rows, verdicts
 from clusterq_deploy.results.report import Report
 
 _PREVIEW_WIDTH = 1200  # pixels; the page shows it 920 wide
@@ -37,12 +37,14 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
         for verdict in suggestions
         if verdict.choice and verdict.outcome in ("deploy", "unsure")
     }
-    scores, timings, files = accuracy_rows(report), latency_rows(report), file_rows(report)
-    largest = max((row.artifact.size_bytes for row in files), default=0) or 1
+    scores, timings = accuracy_rows(report), latency_rows(report)
+    files = [artifact for variant in report.variants for artifact in variant.artifacts]
+    largest = max((artifact.size_bytes for artifact in files), default=0) or 1
     return (
         environment.get_template("template.html.j2").render(
             report=report,
             text=text,
+            engines=engines,
             baseline=BASELINE,
             name=text.model_name(report),
             cards=[
@@ -54,11 +56,10 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
             latency=tables.latency_table(timings),
             chosen_latency=[(row.runtime, row.graph) in chosen for row in timings],
             files=tables.file_table(report),
-            chosen_files=[row.artifact.path in {graph for _, graph in chosen} for row in files],
-            file_shares=[row.artifact.size_bytes / largest for row in files],
-            engine_tables=tables.engine_tables(report),
-            slowest=list(zip(tables.slowest_tables(report), charts.slowest_bars(report), strict=True)),
-            trtexec=trtexec_commands(report),
+            chosen_files=[artifact.path in {graph for _, graph in chosen} for artifact in files],
+            file_shares=[artifact.size_bytes / largest for artifact in files],
+            engine_tables=engines.engine_tables(report),
+            slowest=list(zip(engines.slowest_tables(report), charts.slowest_bars(report), strict=True)),
             sensitivities=list(zip(tables.sensitivity_tables(report), charts.sensitivity_bars(report), strict=True)),
             tradeoffs=charts.tradeoff_charts(report),
             distributions=charts.distribution_charts(report),

@@ -4,8 +4,8 @@ import shlex
 import textwrap
 from collections.abc import Iterable
 
-from clusterq_deploy.report import tables, text
-from clusterq_deploy.report.analysis import accuracy_rows, latency_rows, trtexec_commands, verdicts
+from clusterq_deploy.report import engines, tables, text
+from clusterq_deploy.report.analysis import accuracy_rows, latency_rows, verdicts
 from clusterq_deploy.report.tables import Table, escaped
 from clusterq_deploy.report.tables import to_markdown as table_text
 from clusterq_deploy.results.report import Report
@@ -40,11 +40,11 @@ def to_markdown(report: Report) -> str:
 
 
 def _engines(report: Report) -> list[str]:
-    parts = [_section(table, level=3) for table in tables.engine_tables(report)]
-    parts += [_section(table, level=3) for table in tables.slowest_tables(report)]
-    if commands := trtexec_commands(report):
+    parts = [_section(table, level=3) for table in engines.engine_tables(report)]
+    parts += [_section(table, level=3) for table in engines.slowest_tables(report)]
+    if commands := engines.trtexec_commands(report):
         parts += ["### The same with trtexec, in the run directory", textwrap.indent("\n".join(commands), "    ")]
-    return ["## TensorRT engines", *parts, _bullets(text.engine_notes(report))] if parts else []
+    return ["## TensorRT engines", *parts, _bullets(engines.engine_notes(report))] if parts else []
 
 
 def _sensitivities(report: Report) -> list[str]:

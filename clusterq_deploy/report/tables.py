@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from clusterq_deploy.report.analysis import (
-    BASELINE,
     HALF,
     AccuracyRow,
     LatencyRow,
     accuracy_rows,
-    engine_latencies,
-    file_rows,
-    inspections,
     latency_rows,
+    size_share,
 )
 from clusterq_deploy.report.formats import (
     ABSENT,
@@ -22,13 +19,11 @@ from clusterq_deploy.report.formats import (
     number,
     percent,
     scientific,
-    shortened,
     size,
     speedup,
     with_error,
 )
 from clusterq_deploy.report.text import model_name
-from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, Reading
 from clusterq_deploy.results.report import Latency, Report
 
 
@@ -125,11 +120,11 @@ def closing_table(report: Report) -> Table:
 
 def file_table(report: Report) -> Table:
     """Return the deployable files: what they are for, and their size."""
-    rows = [
-        (row.artifact.path, purpose, size(row.artifact.size_bytes), percent(row.share))
-        for row in file_rows(report)
-        for purpose in ["storage" if row.artifact.target == "int4" else row.artifact.target]
-    ]
+    rows = []
+    for artifact in (artifact for variant in report.variants for artifact in variant.artifacts):
+        purpose = "storage" if artifact.target == "int4" else artifact.target
+        share = percent(size_share(report, artifact.size_bytes))
+        rows.append((artifact.path, purpose, size(artifact.size_bytes), share))
     return Table("Files", ("file", "for", "size", "of fp32"), rows, 2)
 
 
@@ -151,62 +146,6 @@ def sensitivity_tables(report: Report) -> list[Table]:
     ]
 
 
-def engine_tables(report: Report) -> list[Table]:
-    """Return the tables on TensorRT engines that have rows: the parts of a call, the GPU, layers by type."""
-    timing, gpu, layers = [], [], []
-    for variant, latency in engine_latencies(report):
-        place = (variant, file_name(latency.graph))
-        parts = (latency.host_to_device, latency.compute, latency.device_to_host, latency.enqueue)
-        cells = (
-            *place,
-            {True: "yes", False: "no", None: ABSENT}[latency.cuda_graph],
-            str(latency.batch),
-            *(milliseconds(part.median_ms) if part else ABSENT for part in parts),
-            milliseconds(latency.compute.p99_ms) if latency.compute else ABSENT,
-            percent(latency.compute.coefficient_of_variation) if latency.compute else ABSENT,
-            speedup(_compute_speedup(report, latency)),
-            f"{latency.images_per_second:,.0f}",
-        )
-        timing.append(cells)
-        if latency.gpu is not None and latency.gpu.reason is None:
-            gpu.append((*place, str(latency.batch), *_gpu_cells(latency.gpu)))
-    for variant, inspection in inspections(report):
-        layers.append((variant, file_name(inspection.engine), str(inspection.layers), *_layer_counts(inspection)))
-    parts = ("To GPU, ms", "Compute, ms", "From GPU, ms", "Enqueue, ms", "Compute p99, ms")
-    calls = ("Variant", "Engine", "CUDA graph", "Batch", *parts, "Variation", "Compute speed-up", "Images/s")
-    clocks = ("Variant", "Engine", "Batch", "SM clock, MHz", "Memory clock, MHz", "Clocks", "Power, W", "°C")
-    types = ("Variant", "Engine", "Layers", "INT8", "FP16", "FP32", "Other", "Reformats", "Their time", "Missed INT8")
-    tables = (
-        Table("Time of a call in parts, medians", calls, timing, 3),
-        Table("The GPU meanwhile", (*clocks, "Throttled by"), gpu, 9),
-        Table("Layers by the type that they read", types, layers, 2),
-    )
-    return [table for table in tables if table.rows]
-
-
-def slowest_tables(report: Report) -> list[Table]:
-    """Return the ten slowest layers of each engine."""
-    return [
-        Table(
-            f"Slowest layers of {inspection.engine}, batch {inspection.batch}",
-            ("Layer", "Kind", "Reads", "ms", "Of all"),
-            [
-                (
-                    shortened(layer.name),
-                    layer.kind or ABSENT,
-                    layer.precision or ABSENT,
-                    milliseconds(layer.mean_ms),
-                    percent(layer.share),
-                )
-                for layer in inspection.slowest
-            ],
-            3,
-        )
-        for _, inspection in inspections(report)
-        if inspection.slowest
-    ]
-
-
 def _place(row: AccuracyRow | LatencyRow) -> tuple[str, str, str]:
     return row.variant, row.runtime, file_name(row.graph)
 
@@ -222,41 +161,3 @@ def _times(ratio: float | None, latency: Latency | None = None) -> str:
     if latency is None or latency.speedup_low is None or latency.speedup_high is None:
         return f"{ratio:.2f}x"
     return f"{ratio:.2f}x {latency.speedup_low:.2f}-{latency.speedup_high:.2f}"
-
-
-def _compute_speedup(report: Report, latency: Latency) -> float | None:
-    """Return how many times as fast as fp32's first engine an engine computes, at the same batch, without copies."""
-    for variant, other in engine_latencies(report):
-        if variant == BASELINE and other.batch == latency.batch and other.compute and latency.compute:
-            return other.compute.median_ms / latency.compute.median_ms
-    return None
-
-
-def _gpu_cells(gpu: GpuTelemetry) -> tuple[str, ...]:
-    return (
-        _range(gpu.sm_clock_mhz, gpu.sm_clock_limit_mhz),
-        _range(gpu.memory_clock_mhz, gpu.memory_clock_limit_mhz),
-        gpu.clocks or ABSENT,
-        _range(gpu.power_watts, gpu.power_limit_watts),
-        _range(gpu.temperature_celsius, None),
-        ABSENT if gpu.throttling is None else ", ".join(gpu.throttling) or "nothing",
-    )
-
-
-def _range(reading: Reading | None, limit: float | None) -> str:
-    """Return the least and the most, one number if they are the same, and the limit: `1980 of 1980`."""
-    if reading is None:
-        return ABSENT
-    ends = dict.fromkeys((f"{reading.lowest:.0f}", f"{reading.highest:.0f}"))
-    return ABSENT.join(ends) + (f" of {limit:.0f}" if limit is not None else "")
-
-
-def _layer_counts(inspection: EngineInspection) -> list[str]:
-    """Return how many layers read each type, how many are reformats and their time, and how many missed INT8."""
-    if not inspection.detailed:
-        return [ABSENT] * 7
-    named = [inspection.precisions.get(kind, 0) for kind in ("INT8", "FP16", "FP32")]
-    counts = [*named, sum(inspection.precisions.values()) - sum(named), inspection.reformats]
-    reformats = percent(inspection.reformat_ms / inspection.total_ms) if inspection.total_ms else ABSENT
-    missed = f"{len(inspection.missed)} of {inspection.quantized_layers}" if inspection.quantized_layers else ABSENT
-    return [*map(str, counts), reformats, missed]

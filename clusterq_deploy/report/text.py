@@ -12,15 +12,12 @@ from clusterq_deploy.report.analysis import (
     UNSTEADY,
     Verdict,
     allowed_cost,
-    engine_latencies,
-    inspections,
     latency_rows,
     verdicts,
 )
 from clusterq_deploy.report.formats import (
     TIMES,
     duration,
-    file_name,
     milliseconds,
     number,
     percent,
@@ -29,14 +26,9 @@ from clusterq_deploy.report.formats import (
 )
 from clusterq_deploy.results.features import FeatureSet
 from clusterq_deploy.results.histograms import Histogram, LayerHistograms
-from clusterq_deploy.results.report import Latency, Report, Variant
+from clusterq_deploy.results.report import Report, Variant
 
-ENQUEUE_BOUND = 0.8
-"""Enqueue time over compute time above which the host may hold the GPU back; trtexec warns at the same share."""
-HOST_BOUND = 1.2
-"""Time between calls over their longest part on the GPU above which the throughput is that of the host."""
 _RECOGNIZED = 50.0  # percent of the synthetic images
-_LISTED = 10  # layers in a sentence
 _BITS = re.compile(r"w(\d+)a(\d+)(?:\W.*)?")  # the weight and activation bits in a name such as `w4a8`
 
 _ERROR = (
@@ -47,12 +39,6 @@ SENSITIVITY_NOTE = (
     "Each layer is quantized alone, its weight and what it reads, on views of the synthetic images; all others "
     "stay in float. KL is the divergence from the fp32 model in nats, the expected drop what top-1 would lose, in "
     "points, if the model's own probabilities were the truth: it ranks layers, and is no measured drop."
-)
-HISTOGRAM_NOTES = (
-    "What fp32 has at each quantized layer, in the variant's channels if these were equalized: its weight, each "
-    "output channel in steps of its own, and what it reads when up to 64 synthetic images pass through the model.",
-    "Vertical lines are values of the grid (every eighth one with 8 bits); what is more than half a step past "
-    "the outer two is clipped. Heights are logarithmic. The outermost bins also hold what is beyond the picture.",
 )
 _CURVES = {
     "generator.ce": "cross-entropy of the teacher's answers with the intended labels (8)",
@@ -197,47 +183,49 @@ def _cost(points: float, error: float | None, labelled: bool) -> str:
 # How to read the numbers
 
 
-def notes(report: Report) -> list[str]:
-    """Return how to read the numbers, and what they do not say."""
-    rows, unreadable = latency_rows(report), unreadable_note(report)
+def notes(report: Report) -> Iterator[str]:
+    """Yield how to read the numbers, and what they do not say."""
+    rows = latency_rows(report)
     runtimes = {row.runtime for row in rows}
-    return [
-        *_accuracy_notes(report),
-        *_when(unreadable, unreadable or ""),
-        *_grid_notes(report),
-        *_when(
-            rows,
+    yield from _accuracy_notes(report)
+    if unreadable := unreadable_note(report):
+        yield unreadable
+    yield from _grid_notes(report)
+    if rows:
+        yield (
             "Latency is the time of one call of a whole batch. Speed-up is over fp32 at the same runtime, batch and "
             "threads: if both took turns, the median ratio of a turn's first quartiles, with its interval of 95 %, "
             "else the ratio of medians. Images per second are those of all calls together, so that a few slow ones "
-            "lower them and leave the median.",
-        ),
-        *_tuning_notes(report),
-        *_when(any(row.variant == HALF for row in rows), _half_note(report)),
-        *_when(
-            any(row.unsteady for row in rows),
+            "lower them and leave the median."
+        )
+    yield from _tuning_notes(report)
+    if any(row.variant == HALF for row in rows):
+        yield _half_note(report)
+    if any(row.unsteady for row in rows):
+        yield (
             f"~ marks a latency whose standard deviation exceeds {100 * UNSTEADY:g} % of its mean: "
-            "the machine was not quiet.",
-        ),
-        *_when(
-            "onnxruntime-cpu" in runtimes and report.environment.cpu_int8 == [],
+            "the machine was not quiet."
+        )
+    if "onnxruntime-cpu" in runtimes and report.environment.cpu_int8 == []:
+        yield (
             "This CPU has no instructions for INT8 dot products (VNNI, AMX): INT8 gains little on it, "
-            "and more on one that has them.",
-        ),
+            "and more on one that has them."
+        )
+    yield (
         f"The suggestion is the fastest variant within {_limit(report.evaluation.labelled)}, in each "
         f"runtime; of those within {100 * SPEED_TIE:g} % of its time, the one that loses least. "
-        "It is suggested if the whole interval of its speed-up is above 1.",
-        *_when(
-            "onnxruntime-cuda" in runtimes,
+        "It is suggested if the whole interval of its speed-up is above 1."
+    )
+    if "onnxruntime-cuda" in runtimes:
+        yield (
             "ONNX Runtime's CUDA provider has no INT8 convolutions: it dequantizes and convolves in float, and a "
-            "quantized model is no faster there.",
-        ),
-        *_when(
-            "onnxruntime-tensorrt" in runtimes,
+            "quantized model is no faster there."
+        )
+    if "onnxruntime-tensorrt" in runtimes:
+        yield (
             "ONNX Runtime's TensorRT provider builds its own engine of the graph for TensorRT; its latency is "
-            "from host to host, as ONNX Runtime's others are.",
-        ),
-    ]
+            "from host to host, as ONNX Runtime's others are."
+        )
 
 
 def unreadable_note(report: Report) -> str | None:
@@ -246,12 +234,11 @@ def unreadable_note(report: Report) -> str | None:
     if not evaluation.unreadable:
         return None
     images = [f"{image.file} ({image.reason})" for image in evaluation.unreadable_files]
-    more = evaluation.unreadable - len(images)
-    listed = "; ".join([*images, *_when(images and more > 0, f"{more:,} more")])
-    return (
-        f"{evaluation.unreadable:,} of {evaluation.images + evaluation.unreadable:,} images of {evaluation.dataset} "
-        f"could not be read and count nowhere{f': {listed}' if listed else ''}."
-    )
+    if images and (more := evaluation.unreadable - len(images)) > 0:
+        images.append(f"{more:,} more")
+    total, listed = evaluation.images + evaluation.unreadable, f": {'; '.join(images)}" if images else ""
+    images_of = f"{evaluation.unreadable:,} of {total:,} images of {evaluation.dataset}"
+    return f"{images_of} could not be read and count nowhere{listed}."
 
 
 def file_notes(report: Report) -> list[tuple[str, str]]:
@@ -260,104 +247,93 @@ def file_notes(report: Report) -> list[tuple[str, str]]:
     return [(artifact.path, "; ".join(artifact.notes)) for artifact in artifacts if artifact.notes]
 
 
-def curve_notes(report: Report) -> list[str]:
-    """Return what the training curves of the report show."""
+def curve_notes(report: Report) -> Iterator[str]:
+    """Yield what the training curves of the report show."""
     stages = (report.calibration.losses, *(variant.losses for variant in report.variants))
-    shown = {name for losses in stages for name, values in losses.items() if values}
-    curves = [f"{name}: {text}." for name, text in _CURVES.items() if name in shown]
-    return [*curves, *_when(curves, "Numbers in brackets are equations of ClusterQ (arXiv 2205.00179).")]
+    shown = [name for name in _CURVES if any(losses.get(name) for losses in stages)]
+    yield from (f"{name}: {_CURVES[name]}." for name in shown)
+    if shown:
+        yield "Numbers in brackets are equations of ClusterQ (arXiv 2205.00179)."
 
 
-def _accuracy_notes(report: Report) -> list[str]:
+def _accuracy_notes(report: Report) -> Iterator[str]:
     images, dataset = f"{report.evaluation.images:,}", report.evaluation.dataset
     if not report.evaluation.labelled:
-        return [
+        yield (
             "Accuracy was not measured, because no labelled images were given. Agreement is the percentage of "
             f"{images} held-out synthetic images on which a variant predicts the class that the fp32 teacher "
             "predicts: it says how closely the variant follows the teacher on such images, not how it "
             f"does on real ones. {_ERROR}"
-        ]
-    simulated = any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy)
-    return [
+        )
+        return
+    yield (
         f"Top-1 and top-5 are percentages of {images} images of {dataset}; agreement is the percentage "
-        f"on which a variant predicts the class that the fp32 teacher predicts. {_ERROR}",
-        "Drop is fp32's top-1 in the same runtime less the variant's, in points. Both saw the same images, "
-        "so its ± is that of a paired difference: an upper bound, from how many predictions differ.",
-        *_when(
-            simulated, "In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing."
-        ),
-    ]
-
-
-def _grid_notes(report: Report) -> list[str]:
-    widths = {v.name: min(map(int, m.groups())) for v in report.variants if (m := _BITS.fullmatch(v.name))}
-    coarse = {name: bits for name, bits in widths.items() if bits < 8}
-    any_cpu, vnni = ([v.name for v in report.variants if v.cpu == cpu] for cpu in ("any", "vnni"))
-    has_vnni = not {"avx_vnni", "avx512_vnni"}.isdisjoint(report.environment.cpu_int8 or [])
-    packed = any(artifact.target == "int4" for variant in report.variants for artifact in variant.artifacts)
-    return [
-        *_when(
-            coarse,
-            f"{_listed(list(coarse))}: neither TensorRT nor ONNX Runtime convolves in INT4. Both run such a network as "
-            f"INT8 whose values lie on a {_listed(sorted({f'{bits}-bit' for bits in coarse.values()}))} grid: INT4 "
-            "saves storage, the speed is INT8's.",
-        ),
-        *_when(
-            any_cpu,
-            f"{_listed(any_cpu)}: the graph for ONNX Runtime computes the same on every CPU, with VNNI and without. "
-            "No two integer products of an output channel add up to more than 16 bits hold.",
-        ),
-        *_when(
-            vnni,
-            f"{_listed(vnni)}: the graph for ONNX Runtime was requested with --cpu vnni. On x86 CPUs without VNNI its "
-            "sums saturate at 16 bits, and it computes something else there.",
-        ),
-        *_when(
-            vnni and not has_vnni,
-            "This CPU has no VNNI: what was measured here of these graphs is not what they do with it.",
-        ),
-        *(f"{variant.name}: {_mixed_widths(variant)}" for variant in report.variants if variant.keep),
-        *_when(
-            packed,
-            "The int4 files hold two weights in a byte and are the smallest to store and ship; ONNX Runtime "
-            "dequantizes them and convolves in float, so they are no faster than fp32.",
-        ),
-    ]
-
-
-def _mixed_widths(variant: Variant) -> str:
-    """Return which layers have bits of their own, and why."""
-    layers = _listed([f"{layer} ({bits})" for layer, bits in variant.keep.items()])
-    count = (
-        "one layer has bits of its own"
-        if len(variant.keep) == 1
-        else f"{len(variant.keep)} layers have bits of their own"
+        f"on which a variant predicts the class that the fp32 teacher predicts. {_ERROR}"
     )
-    why = ""
-    if (drop := variant.expected_drop) is not None:
-        missed = f", more than the {variant.max_drop:g} asked for" if drop > (variant.max_drop or drop) else ""
-        why = f", for an expected drop before fine-tuning of {number(drop)} points{missed}"
-    return f"{count}{why}: {layers}."
+    yield (
+        "Drop is fp32's top-1 in the same runtime less the variant's, in points. Both saw the same images, "
+        "so its ± is that of a paired difference: an upper bound, from how many predictions differ."
+    )
+    if any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy):
+        yield "In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing."
 
 
-def _tuning_notes(report: Report) -> list[str]:
-    """Return what was done in smaller batches than requested, and which variants fine-tuning did not improve."""
+def _grid_notes(report: Report) -> Iterator[str]:
+    bits = {v.name: min(map(int, match.groups())) for v in report.variants if (match := _BITS.fullmatch(v.name))}
+    if coarse := [name for name in bits if bits[name] < 8]:
+        grids = _listed(sorted({f"{bits[name]}-bit" for name in coarse}))
+        yield (
+            f"{_listed(coarse)}: neither TensorRT nor ONNX Runtime convolves in INT4. Both run such a network as "
+            f"INT8 whose values lie on a {grids} grid: INT4 saves storage, the speed is INT8's."
+        )
+    if names := [variant.name for variant in report.variants if variant.cpu == "any"]:
+        yield (
+            f"{_listed(names)}: the graph for ONNX Runtime computes the same on every CPU, with VNNI and without. "
+            "No two integer products of an output channel add up to more than 16 bits hold."
+        )
+    if names := [variant.name for variant in report.variants if variant.cpu == "vnni"]:
+        yield (
+            f"{_listed(names)}: the graph for ONNX Runtime was requested with --cpu vnni. On x86 CPUs without VNNI its "
+            "sums saturate at 16 bits, and it computes something else there."
+        )
+        if not {"avx_vnni", "avx512_vnni"}.intersection(report.environment.cpu_int8 or []):
+            yield "This CPU has no VNNI: what was measured here of these graphs is not what they do with it."
+    for variant in report.variants:
+        if variant.keep:
+            layers = _listed([f"{layer} ({width})" for layer, width in variant.keep.items()])
+            many = len(variant.keep) > 1
+            count = f"{len(variant.keep)} layers have bits of their own" if many else "one layer has bits of its own"
+            yield f"{variant.name}: {count}{_expected_drop(variant)}: {layers}."
+    if any(artifact.target == "int4" for variant in report.variants for artifact in variant.artifacts):
+        yield (
+            "The int4 files hold two weights in a byte and are the smallest to store and ship; ONNX Runtime "
+            "dequantizes them and convolves in float, so they are no faster than fp32."
+        )
+
+
+def _expected_drop(variant: Variant) -> str:
+    """Return what the widths of single layers were chosen for, as a clause."""
+    drop = variant.expected_drop
+    if drop is None:
+        return ""
+    missed = f", more than the {variant.max_drop:g} asked for" if drop > (variant.max_drop or drop) else ""
+    return f", for an expected drop before fine-tuning of {number(drop)} points{missed}"
+
+
+def _tuning_notes(report: Report) -> Iterator[str]:
+    """Yield what was done in smaller batches than requested, and which variants fine-tuning did not improve."""
     divisors = {"Synthesis": report.calibration.batch_divisor}
     divisors |= {f"Fine-tuning of {variant.name}": variant.batch_divisor for variant in report.variants}
-    return [
-        *(
-            f"{stage} took batches of 1/{divisor} of the size in the configuration: "
-            "the memory did not suffice for more."
-            for stage, divisor in divisors.items()
-            if divisor > 1
-        ),
-        *(
-            f"{variant.name}: no step of fine-tuning brought it nearer to the teacher on the held-out synthetic images; "
-            "its weights are those it was initialized with."
-            for variant in report.variants
-            if variant.kept_step == 0
-        ),
-    ]
+    for stage, divisor in divisors.items():
+        if divisor > 1:
+            size = f"batches of 1/{divisor} of the size in the configuration"
+            yield f"{stage} took {size}: the memory did not suffice for more."
+    for variant in report.variants:
+        if variant.kept_step == 0:
+            yield (
+                f"{variant.name}: no step of fine-tuning brought it nearer to the teacher on the held-out synthetic "
+                "images; its weights are those it was initialized with."
+            )
 
 
 def _half_note(report: Report) -> str:
@@ -371,86 +347,8 @@ def _half_note(report: Report) -> str:
     advice = f" {_listed(names)} {computes} in float32 what is not quantized; --fp16 makes that FP16."
     return (
         "fp16 is the same float model with everything in FP16, which loses next to nothing: an INT8 engine is worth "
-        f"its loss only if it is faster than that, not than fp32.{advice if names else ''}"
+        f"its loss only if it is faster than that, not only than fp32.{advice if names else ''}"
     )
-
-
-# TensorRT engines
-
-
-def engine_notes(report: Report) -> list[str]:
-    """Return how to read the numbers on engines, what to distrust in them, and what is missing."""
-    timed = list(engine_latencies(report))
-    no_telemetry = [latency.gpu.reason for _, latency in timed if latency.gpu and latency.gpu.reason]
-    return [
-        *_when(
-            timed,
-            "An engine's latency is defined as trtexec's: the sum of the copy to the GPU, the computation and the copy "
-            "back, by CUDA events; the compute speed-up leaves the copies out. Copies run while another batch is "
-            "computed, and throughput is by the time of the whole measurement.",
-        ),
-        *(
-            f"{variant}, {file_name(latency.graph)}, batch {latency.batch}: {warning}"
-            for variant, latency in timed
-            for warning in _engine_warnings(latency)
-        ),
-        *(
-            f"Clocks, power, temperature and throttling of the GPU are not known: {reason}."
-            for reason in dict.fromkeys(no_telemetry)
-        ),
-        *_when(
-            any(latency.gpu and latency.gpu.clocks == "steady" for _, latency in timed),
-            "Steady clocks did not move while they were watched; whether they are locked (nvidia-smi -lgc) is not "
-            "something that NVML reports.",
-        ),
-        *_inspection_notes(report),
-        *_when(
-            any(inspection.slowest for _, inspection in inspections(report)),
-            "Layers are timed by TensorRT's profiler, one after the other: their sum is more than the time of a call. "
-            "Their type is that of what they read; reformats only change a layout or a type, and cost time for it.",
-        ),
-    ]
-
-
-def _inspection_notes(report: Report) -> Iterator[str]:
-    for variant, inspection in inspections(report):
-        where = f"{variant}, {file_name(inspection.engine)}"
-        if inspection.missed:
-            layers = [f"{layer.weight} ({layer.layer}) {layer.reason}" for layer in inspection.missed[:_LISTED]]
-            if more := len(inspection.missed) - len(layers):
-                layers.append(f"and {more} more (report.json has them)")
-            yield f"{where}: quantized in the graph, and not in INT8 in the engine: {'; '.join(layers)}."
-        yield from (f"{where}: {note}" for note in inspection.notes)
-
-
-def _engine_warnings(latency: Latency) -> Iterator[str]:
-    compute, enqueue, upload, gpu = latency.compute, latency.enqueue, latency.host_to_device, latency.gpu
-    if compute is None:
-        return
-    if compute.coefficient_of_variation > UNSTEADY:
-        clocks = " The GPU's clocks were floating." if gpu and gpu.clocks == "floating" else ""
-        yield (
-            f"the standard deviation of the computation is {percent(compute.coefficient_of_variation)} of its mean, "
-            f"more than {100 * UNSTEADY:g} %.{clocks}"
-        )
-    if enqueue and enqueue.median_ms > ENQUEUE_BOUND * compute.median_ms:
-        times = f"{milliseconds(enqueue.median_ms)} ms against {milliseconds(compute.median_ms)} ms"
-        graph = "" if latency.cuda_graph else ", because no CUDA graph was replayed"
-        yield f"enqueuing takes about as long as the computation ({times}): the host may hold the GPU back{graph}."
-    if upload and upload.median_ms >= compute.median_ms:
-        times = f"{milliseconds(upload.median_ms)} ms against {milliseconds(compute.median_ms)} ms"
-        yield f"copying to the GPU takes longer than the computation ({times}), and limits the throughput."
-    if latency.wall_seconds and upload and latency.device_to_host:
-        between = 1000 * latency.wall_seconds / latency.runs
-        longest = max(part.mean_ms for part in (upload, compute, latency.device_to_host))
-        if between > HOST_BOUND * longest:
-            yield (
-                f"a call came every {milliseconds(between)} ms, though no part of it takes the GPU longer than "
-                f"{milliseconds(longest)} ms: the host, which starts the calls, limits the throughput."
-            )
-    if gpu and gpu.throttling:
-        listed = ", ".join(f"{reason} ({100 * share:.0f} % of the time)" for reason, share in gpu.throttling.items())
-        yield f"the GPU lowered its clocks: {listed}."
 
 
 # Calibration set, features, layers, machine
@@ -522,39 +420,6 @@ def feature_sentence(report: Report) -> str | None:
     return text + "."
 
 
-def feature_notes(report: Report) -> list[str]:
-    """Return how to read the numbers and the picture of the features, and what is missing in them."""
-    features = report.features
-    if features is None:
-        return []
-    sets = [features.synthetic, *([features.real] if features.real else [])]
-    shown, classes = len({label for own in sets for label in own.points.labels}), features.synthetic.classes
-    of = f", of {shown} of the {classes:,} classes" if shown < classes else ""
-    both = " Both panels are one projection, with the same axes." if features.real is not None else ""
-    return [
-        *_when(
-            features.projection,
-            f"A dot is an image{of}; its colour, and the number, is the class: the one that a synthetic "
-            f"image was made for, the true one of a real image.{both} Images that lie close together look alike to the "
-            "model; how far apart two groups are, and in which direction, means nothing "
-            f"({features.projection.method if features.projection else ''}).",
-        ),
-        *_when(
-            features.synthetic.silhouette is not None,
-            "Silhouette: 1 if the classes are far apart, 0 if they touch. Diversity is the share of the "
-            "variance within classes: 0 if all images of a class are the same. Synthetic images should come near "
-            "the real ones in both.",
-        ),
-        *_when(
-            features.coverage is not None,
-            "Coverage is the share of real images that have a synthetic one among their neighbours; density is how "
-            "many neighbourhoods of real images a synthetic one lies in, about 1 if both sets are alike "
-            "(arXiv 2002.09797, k = 5).",
-        ),
-        *features.notes,
-    ]
-
-
 def _separation(features: FeatureSet, name: str) -> str:
     images = f"{features.images:,} {name} of {features.classes:,} classes"
     if features.silhouette is None:
@@ -586,7 +451,3 @@ def _clipped(values: Histogram) -> str:
 
 def _listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
-def _when(condition: object, text: str) -> list[str]:
-    return [text] if condition else []

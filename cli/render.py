@@ -9,16 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -32,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class LiveProgress:
-    """Shows the library's tasks as bars on stderr; silent where stderr is no terminal.
+    """Shows the library's tasks as bars on stderr; silent if stderr is no terminal.
 
-    A task that is opened while another one runs stands indented below it until it ends; tasks of several threads stand
-    beside each other. Tasks may be opened, advanced and closed in any thread.
+    A task that is opened while another one runs is indented below it until it ends; tasks of several threads are
+    at the same depth. Tasks may be opened, advanced and closed in any thread.
 
     Attributes:
         shown: whether there is anything to see.
@@ -50,7 +43,7 @@ class LiveProgress:
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator["Advance"]:
-        """Open a task; what it tells of losses stands behind its bar."""
+        """Open a task; the losses that it reports are behind its bar."""
         if not self.shown:
             yield lambda n=1, **figures: None
             return
@@ -69,14 +62,16 @@ class LiveProgress:
 
     @contextmanager
     def _display(self) -> Iterator[tuple[RichProgress, int]]:
-        """The bars on the screen, there while any task runs, and how deep a new task stands below those that run."""
+        """Keep the bars on the screen while any task runs; yield them and the depth of a new task."""
         thread = threading.get_ident()
         with self._lock:
             own = self._open[thread]
             depth = own + (self._open.total() > own)
             self._open[thread] += 1
             if self._bars is None:
-                self._bars = RichProgress(*_columns(), console=self._console)
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+                figures = TextColumn("{task.fields[figures]}", style="dim")
+                self._bars = RichProgress(*columns, TimeRemainingColumn(), figures, console=self._console)
                 self._bars.start()
             bars = self._bars
         try:
@@ -89,44 +84,32 @@ class LiveProgress:
                     self._bars = None
 
 
-def _columns() -> tuple[ProgressColumn, ...]:
-    return (
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}", style="dim"),
-    )
-
-
-def print_json(text: str) -> None:
-    """Machine output, alone on stdout."""
-    print_text(text if text.endswith("\n") else text + "\n")
-
-
 def print_text(text: str) -> None:
-    """Text on stdout, byte for byte."""
+    """Print text byte for byte."""
     sys.stdout.write(text)
 
 
+def print_json(text: str) -> None:
+    """Print machine output, which ends in one line break."""
+    print_text(text.removesuffix("\n") + "\n")
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is, however long."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+
+
 def print_table(table: Table) -> None:
-    """A table on stdout; as wide as it must be where stdout is no terminal."""
-    console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
+    """Print a table, in 160 columns if stdout is no terminal."""
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Records on stdout, as JSON or as a table."""
+    """Print records as JSON or as a table."""
     if as_json:
         print_json(json.dumps(rows, indent=2))
     else:
         print_table(rows_table(rows))
-
-
-def print_line(text: str) -> None:
-    """A line on stdout, as it is."""
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)
 
 
 def report_table(report: "Report") -> Table:
@@ -142,9 +125,8 @@ def comparison_tables(comparison: "Comparison") -> list[Table]:
 
 
 def _rich(table: "ReportTable") -> Table:
-    shown = Table(title=table.title, title_justify="left")
-    for index, name in enumerate(table.columns):
-        shown.add_column(name, justify="left" if index < table.left else "right")
+    columns = (Column(name, justify="left" if at < table.left else "right") for at, name in enumerate(table.columns))
+    shown = Table(*columns, title=table.title, title_justify="left")
     for row in table.rows:
         shown.add_row(*map(Text, row))
     return shown
@@ -155,34 +137,31 @@ def conclusions(report: "Report") -> list[str]:
     from clusterq_deploy.report import text
     from clusterq_deploy.report.analysis import verdicts
 
-    unreadable = text.unreadable_note(report)
     sentences = [text.sentence(verdict, report.evaluation.labelled) for verdict in verdicts(report)]
-    return [*sentences, *text.caveats(report), *([unreadable] if unreadable else [])]
+    return [*sentences, *text.caveats(report), *filter(None, [text.unreadable_note(report)])]
 
 
 def plan_table(plan: "Plan") -> Table:
-    """The stages of a run that was not done."""
+    """Return the stages of a run that was not done."""
     from clusterq_deploy.report import formats
 
-    table = Table(title=f"{plan.model} on {plan.device}: nothing was done or written", title_justify="left")
-    for name in ("stage", "state", "work"):
-        table.add_column(name)
-    table.add_column("about", justify="right")
-    for own in plan.stages:
-        seconds = formats.duration(own.seconds) if own.seconds is not None else "not estimated"
-        table.add_row(own.stage, own.state, Text(own.work), seconds if own.state == "to do" else formats.ABSENT)
+    title = f"{plan.model} on {plan.device}: nothing was done or written"
+    table = Table("stage", "state", "work", Column("about", justify="right"), title=title, title_justify="left")
+    for stage in plan.stages:
+        seconds = formats.duration(stage.seconds) if stage.seconds is not None else "not estimated"
+        table.add_row(stage.stage, stage.state, Text(stage.work), seconds if stage.state == "to do" else formats.ABSENT)
     return table
 
 
 def plan_lines(plan: "Plan") -> Iterator[str]:
-    """What stands below the table of a plan."""
+    """Yield what is below the table of a plan."""
     from clusterq_deploy.report import formats
     from clusterq_deploy.run.estimate import UNCERTAIN
 
     for name, asked in plan.scaled.items():
         yield f"{name} is {plan.settings[name]:,}, not {asked:,}: less for a large model on a CPU"
     if plan.memory_bytes is None:
-        yield "Everything is finished: a run would write the report anew."
+        yield "Everything is finished: a run would write the report again."
         return
     yield (
         f"Roughly {formats.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. "
@@ -192,22 +171,15 @@ def plan_lines(plan: "Plan") -> Iterator[str]:
 
 
 def models_table(entries: list["ModelEntry"]) -> Table:
-    """Known models; those without BatchNorm are marked."""
-    table = Table(caption="Also: timm:NAME and path/to/module.py:factory", caption_justify="left")
-    for name, justify in (
-        ("model", "left"),
-        ("source", "left"),
-        ("input", "left"),
-        ("parameters", "right"),
-        ("top-1 %", "right"),
-        ("BatchNorm", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    """Return the known models; those without BatchNorm are marked."""
+    numbers = (Column(name, justify="right") for name in ("parameters", "top-1 %"))
+    caption = "Also: timm:NAME and path/to/module.py:factory"
+    table = Table("model", "source", "input", *numbers, "BatchNorm", caption=caption, caption_justify="left")
     for entry in entries:
         table.add_row(
             entry.name,
             entry.source,
-            "x".join(str(side) for side in entry.input_size),
+            "x".join(map(str, entry.input_size)),
             f"{entry.parameters:,}" if entry.parameters else "",
             f"{entry.top1:.2f}" if entry.top1 else "",
             "yes" if entry.has_batchnorm else "no: cannot be used",
@@ -219,10 +191,8 @@ _STATE_STYLES = {"ok": "green", "low": "yellow", "absent": "dim", "broken": "bol
 
 
 def findings_table(findings: list["Finding"]) -> Table:
-    """What `clusterq doctor` found, a row a thing."""
-    table = Table()
-    for name in ("what", "state", "found", "for"):
-        table.add_column(name)
+    """Return what `clusterq doctor` found, a row per thing."""
+    table = Table("what", "state", "found", "for")
     for finding in findings:
         state = Text(finding.state, style=_STATE_STYLES[finding.state])
         table.add_row(finding.name, state, Text(finding.found), Text(finding.purpose))
@@ -230,7 +200,7 @@ def findings_table(findings: list["Finding"]) -> Table:
 
 
 def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """Plain records as a table, a column for each key that the first one has."""
+    """Return plain records as a table, a column for each key that the first one has."""
     table = Table()
     for key in rows[0]:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
@@ -240,7 +210,7 @@ def rows_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _cell(value: Any) -> str:
-    """A number with three decimals, a small one with two digits; nothing for None."""
+    """Return a number with three decimals, a small one with two digits; nothing for None."""
     if isinstance(value, float):
         return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
     return "" if value is None else str(value)

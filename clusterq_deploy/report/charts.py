@@ -189,15 +189,16 @@ def _distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
         return _svg(figure, name, f"Distribution of the time of a call in ms, medians: {medians}{far}")
 
 
-def curve_charts(report: Report) -> list[tuple[str, list[str]]]:
-    """Return the training curves of each stage that has any."""
-    stages = {"Synthesis": report.calibration.losses}
-    stages |= {variant.name: variant.losses for variant in report.variants}
-    return [
-        (stage, [_curve_chart(losses[name], name, f"curve{at}-{i}") for i, name in enumerate(losses) if losses[name]])
-        for at, (stage, losses) in enumerate(stages.items())
-        if any(losses.values())
-    ]
+def curve_charts(report: Report) -> list[tuple[str, dict[str, str]]]:
+    """Return the training curves of each stage that has any, by name."""
+    stages = {"Synthesis": report.calibration.losses} | {variant.name: variant.losses for variant in report.variants}
+    charts = []
+    for at, (stage, losses) in enumerate(stages.items()):
+        curves = {
+            name: _curve_chart(losses[name], name, f"curve{at}-{i}") for i, name in enumerate(losses) if losses[name]
+        }
+        charts.append((stage, curves))
+    return [(stage, curves) for stage, curves in charts if curves]
 
 
 def _curve_chart(losses: Sequence[float], title: str, name: str) -> str:

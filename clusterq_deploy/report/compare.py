@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,8 +35,7 @@ _SCORES = ("size_bytes", "top1", "top1_error", "top5", "drop", "drop_error", "ag
 _TIMES = ("median_ms", "speedup")
 _MORE = ("p90_ms", "p99_ms", "images_per_second", "threads", "unsteady")
 _INTERVAL = ("speedup_low", "speedup_high")
-_VERSIONS = ("torch", "onnxruntime", "tensorrt")
-_HARDWARE = ("driver", "gpu", "cpu", "cores")
+_MACHINE = ("torch", "onnxruntime", "tensorrt", "driver", "gpu", "cpu", "cores")
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,15 @@ class Comparison:
         Latency has a column per batch size. What the run was asked to do and what measured it is in every row.
         """
         facts = {run["run"]: run | machine for run, machine in zip(self.runs, self.machines, strict=True)}
-        rows: dict[tuple[str, str, str, str | None], Record] = defaultdict(dict)
+        rows: dict[tuple[object, ...], Record] = defaultdict(dict)
         for run, score in self.accuracy:
-            key = (run, score.variant, score.runtime, score.graph)
-            rows[key] |= facts[run] | _record(run, score, *_FILE, *_SCORES, "agreement_error")
+            record = _record(run, score, *_FILE, *_SCORES, "agreement_error")
+            rows[run, score.variant, score.runtime, score.graph] |= facts[run] | record
         for run, timing in self.latency:
-            key = (run, timing.variant, timing.runtime, timing.graph)
-            rows[key] |= facts[run] | _record(run, timing, *_FILE)
-            rows[key] |= {
-                f"{name}_batch_{timing.batch}": getattr(timing, name) for name in (*_TIMES, *_MORE, *_INTERVAL)
-            }
-            rows[key][f"unsteady_batch_{timing.batch}"] = str(timing.unsteady).lower()
+            names = (*_TIMES, *_MORE, *_INTERVAL)
+            record = _record(run, timing, *_FILE) | {f"{n}_batch_{timing.batch}": getattr(timing, n) for n in names}
+            record[f"unsteady_batch_{timing.batch}"] = str(timing.unsteady).lower()
+            rows[run, timing.variant, timing.runtime, timing.graph] |= facts[run] | record
         batches = sorted({row.batch for _, row in self.latency})
         times, later, last = (
             [f"{name}_batch_{batch}" for batch in batches for name in names] for names in (_TIMES, _MORE, _INTERVAL)
@@ -142,9 +139,11 @@ def compare(reports: Mapping[str, Report]) -> Comparison:
 
     def neighbours(rows: list[tuple[str, _Row]], *keys: str) -> list[tuple[str, _Row]]:
         """Sort rows by variant, then by the given attributes in the order in which their values came first."""
-        seen = {key: list(dict.fromkeys(getattr(row, key) for _, row in rows)) for key in keys}
-        places = {id(row): [seen[key].index(getattr(row, key)) for key in keys] for _, row in rows}
-        return sorted(rows, key=lambda pair: (order.index(pair[1].variant), places[id(pair[1])]))
+        pairs = rows
+        for key in reversed(keys):
+            seen = list(dict.fromkeys(getattr(row, key) for _, row in rows))
+            pairs = sorted(pairs, key=lambda pair: seen.index(getattr(pair[1], key)))
+        return sorted(pairs, key=lambda pair: order.index(pair[1].variant))
 
     latency = [(run, row) for run, report in reports.items() for row in latency_rows(report)]
     accuracy = [(run, row) for run, report in reports.items() for row in accuracy_rows(report)]
@@ -167,7 +166,7 @@ def compare(reports: Mapping[str, Report]) -> Comparison:
         latency=neighbours(latency, "runtime", "graph", "batch"),
         machines=[
             {"run": run, "clusterq_deploy": report.clusterq_deploy}
-            | {name: getattr(report.environment, name) for name in (*_VERSIONS, *_HARDWARE)}
+            | {name: getattr(report.environment, name) for name in _MACHINE}
             for run, report in reports.items()
         ],
         notes=_notes(list(reports.values()), [run for run, row in latency if row.unsteady]),
@@ -186,25 +185,19 @@ def _record_table(title: str, records: Sequence[Record]) -> Table:
 
 def _notes(reports: list[Report], unsteady: list[str]) -> list[str]:
     """Return what differs between the runs, so that numbers of one column do not measure the same."""
-
-    def differ(*values: object) -> bool:
-        return len(set(values)) > 1
-
-    environments = [report.environment for report in reports]
-    notes = {
-        "The models differ: compare drops and speed-ups, not top-1 and times.": differ(
-            *(report.model.name for report in reports)
-        ),
-        "Accuracy was measured on different images: top-1, drop and agreement cannot be compared.": differ(
-            *((report.evaluation.dataset, report.evaluation.images) for report in reports)
-        ),
-        "The machines differ: times cannot be compared, speed-ups only roughly.": differ(
-            *(tuple(getattr(environment, name) for name in _HARDWARE) for environment in environments)
-        ),
-        "The versions of the runtimes differ: some of a difference in time may be theirs.": differ(
-            *(tuple(getattr(environment, name) for name in _VERSIONS) for environment in environments)
-        ),
+    machines = [report.environment for report in reports]
+    columns: dict[str, list[Hashable]] = {
+        "The models differ: compare drops and speed-ups, not top-1 and times.": [own.model.name for own in reports],
+        "Accuracy was measured on different images: top-1, drop and agreement cannot be compared.": [
+            (own.evaluation.dataset, own.evaluation.images) for own in reports
+        ],
+        "The machines differ: times cannot be compared, speed-ups only roughly.": [
+            (own.gpu, own.cpu, own.cores, own.driver) for own in machines
+        ],
+        "The versions of the runtimes differ: some of a difference in time may be theirs.": [
+            (own.onnxruntime, own.tensorrt, own.torch) for own in machines
+        ],
         f"~ marks a median whose measurement was unsteady (standard deviation above {100 * UNSTEADY:g} % of the "
-        f"mean), in {', '.join(dict.fromkeys(unsteady))}: the machine was not quiet.": bool(unsteady),
+        f"mean), in {', '.join(dict.fromkeys(unsteady))}: the machine was not quiet.": [False, bool(unsteady)],
     }
-    return [note for note, applies in notes.items() if applies]
+    return [note for note, values in columns.items() if len(set(values)) > 1]

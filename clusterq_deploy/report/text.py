@@ -40,20 +40,6 @@ SENSITIVITY_NOTE = (
     "stay in float. KL is the divergence from the fp32 model in nats, the expected drop what top-1 would lose, in "
     "points, if the model's own probabilities were the truth: it ranks layers, and is no measured drop."
 )
-_CURVES = {
-    "generator.ce": "cross-entropy of the teacher's answers with the intended labels (8)",
-    "generator.bns": "distance to the statistics in BatchNorm's buffers (9)",
-    "generator.sfda": "distance of each class's features to its centroid (4), from the end of the warm-up on",
-    "generator.icv": "distance to the diversity that is wanted within a class (6), from then on too",
-    "refine.bns": "the same as generator.bns, of the images themselves",
-    "refine.ce": "cross-entropy of those images that the teacher is not sure of",
-    "refine.spread": "how far the spread between images falls short",
-    "refine.variation": "total variation of the images",
-    "distillation": "divergence of the variant's answers from the teacher's, on the batches it is tuned on",
-    "features": "distance of its features from the teacher's",
-    "held_out_kl": "divergence on held-out synthetic images, by which the best step is chosen",
-}
-"""What the training curves show, by name."""
 
 
 def model_name(report: Report) -> str:
@@ -247,15 +233,6 @@ def file_notes(report: Report) -> list[tuple[str, str]]:
     return [(artifact.path, "; ".join(artifact.notes)) for artifact in artifacts if artifact.notes]
 
 
-def curve_notes(report: Report) -> Iterator[str]:
-    """Yield what the training curves of the report show."""
-    stages = (report.calibration.losses, *(variant.losses for variant in report.variants))
-    shown = [name for name in _CURVES if any(losses.get(name) for losses in stages)]
-    yield from (f"{name}: {_CURVES[name]}." for name in shown)
-    if shown:
-        yield "Numbers in brackets are equations of ClusterQ (arXiv 2205.00179)."
-
-
 def _accuracy_notes(report: Report) -> Iterator[str]:
     images, dataset = f"{report.evaluation.images:,}", report.evaluation.dataset
     if not report.evaluation.labelled:
@@ -390,19 +367,6 @@ def environment_facts(report: Report) -> list[tuple[str, str]]:
         "TensorRT": environment.tensorrt or "not installed",
     }
     return [(label, value) for label, value in facts.items() if value]
-
-
-def preview_caption(report: Report) -> str:
-    """Return what the contact sheet of synthetic images shows."""
-    shown, classes = report.calibration.preview_classes, report.model.classes
-    text = "Synthetic images, made from only the model"
-    if not shown:  # a report from before they were noted
-        return f"{text}."
-    label = "number and name" if any(" " in name for name in shown) else "number"
-    of = f"all {classes:,} classes" if classes > 1 else "its only class"
-    if len(shown) < classes:
-        of = f"{len(shown)} of the {classes:,} classes"
-    return f"{text}: a class per column, under its {label}; {of}."
 
 
 def feature_sentence(report: Report) -> str | None:

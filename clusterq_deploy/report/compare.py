@@ -59,7 +59,7 @@ class Comparison:
     def tables(self) -> list[Table]:
         """Return the tables that have rows."""
         accuracy = tables.accuracy_table([row for _, row in self.accuracy])
-        latency = tables.latency_table([row for _, row in self.latency])
+        latency = tables.latency_table([row for _, row in self.latency], files=True)
         shown = (
             _record_table("Runs", self.runs),
             accuracy.with_first("run", [run for run, _ in self.accuracy]),

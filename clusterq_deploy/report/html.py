@@ -31,7 +31,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    suggestions, labelled = verdicts(report), report.evaluation.labelled
+    suggestions = verdicts(report)
     chosen = {
         (verdict.runtime, verdict.choice.accuracy.graph)
         for verdict in suggestions
@@ -40,38 +40,27 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
     scores, timings = accuracy_rows(report), latency_rows(report)
     files = [artifact for variant in report.variants for artifact in variant.artifacts]
     largest = max((artifact.size_bytes for artifact in files), default=0) or 1
-    return (
-        environment.get_template("template.html.j2").render(
-            report=report,
-            text=text,
-            engines=engines,
-            baseline=BASELINE,
-            name=text.model_name(report),
-            cards=[
-                (own, text.headline(own), text.verdict_figures(own, labelled), text.sentence(own, labelled))
-                for own in suggestions
-            ],
-            accuracy=tables.accuracy_table(scores, labelled),
-            chosen_accuracy=[(row.runtime, row.graph) in chosen for row in scores],
-            latency=tables.latency_table(timings),
-            chosen_latency=[(row.runtime, row.graph) in chosen for row in timings],
-            files=tables.file_table(report),
-            chosen_files=[artifact.path in {graph for _, graph in chosen} for artifact in files],
-            file_shares=[artifact.size_bytes / largest for artifact in files],
-            engine_tables=engines.engine_tables(report),
-            slowest=list(zip(engines.slowest_tables(report), charts.slowest_bars(report), strict=True)),
-            sensitivities=list(zip(tables.sensitivity_tables(report), charts.sensitivity_bars(report), strict=True)),
-            tradeoffs=charts.tradeoff_charts(report),
-            distributions=charts.distribution_charts(report),
-            projections=charts.projection_charts(report),
-            curves=charts.curve_charts(report),
-            bins=charts.bins,
-            command="\n".join(map(shlex.join, report.commands or [report.command])),
-            config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
-            preview=_data_uri(preview_png) if preview_png else None,
-        )
-        + "\n"
+    page = environment.get_template("template.html.j2").render(
+        report=report,
+        text=text,
+        engines=engines,
+        charts=charts,
+        baseline=BASELINE,
+        verdicts=suggestions,
+        accuracy=tables.accuracy_table(scores, report.evaluation.labelled),
+        chosen_accuracy=[(row.runtime, row.graph) in chosen for row in scores],
+        latency=tables.latency_table(timings),
+        chosen_latency=[(row.runtime, row.graph) in chosen for row in timings],
+        files=tables.file_table(report),
+        chosen_files=[artifact.path in {graph for _, graph in chosen} for artifact in files],
+        file_shares=[artifact.size_bytes / largest for artifact in files],
+        slowest=list(zip(engines.slowest_tables(report), charts.slowest_bars(report), strict=True)),
+        sensitivities=list(zip(tables.sensitivity_tables(report), charts.sensitivity_bars(report), strict=True)),
+        command="\n".join(map(shlex.join, report.commands or [report.command])),
+        config=json.dumps(report.config, indent=2, ensure_ascii=False, default=str) if report.config else "",
+        preview=_data_uri(preview_png) if preview_png else None,
     )
+    return page + "\n"
 
 
 def _data_uri(png: bytes) -> str:

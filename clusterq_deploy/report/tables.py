@@ -70,12 +70,12 @@ def accuracy_table(rows: Sequence[AccuracyRow], labelled: bool = True) -> Table:
     return Table("Accuracy", ("variant", "runtime", "file", "size", *scored, "agreement %"), cells, 3)
 
 
-def latency_table(rows: Sequence[LatencyRow]) -> Table:
-    """Return latency by variant, runtime, file, batch and threads; over fp16 too if that was timed."""
-    over_half = any(row.variant == HALF for row in rows)
+def latency_table(rows: Sequence[LatencyRow], files: bool = False) -> Table:
+    """Return latency by variant, runtime, file if wanted, batch and threads; over fp16 too if that was timed."""
+    over_half, left = any(row.variant == HALF for row in rows), 3 if files else 2
     cells = [
         (
-            *_place(row),
+            *_place(row)[:left],
             str(row.batch),
             str(row.threads or ABSENT),
             _median(row),
@@ -88,7 +88,8 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
         for row in rows
     ]
     times = ("batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up")
-    return Table("Latency", ("variant", "runtime", "file", *times, *(["over fp16"] if over_half else [])), cells, 3)
+    columns = (*("variant", "runtime", "file")[:left], *times, *(["over fp16"] if over_half else []))
+    return Table("Latency", columns, cells, left)
 
 
 def closing_table(report: Report) -> Table:

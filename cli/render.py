@@ -65,8 +65,8 @@ class LiveProgress:
         """Keep the bars on the screen while any task runs; yield them and the depth of a new task."""
         thread = threading.get_ident()
         with self._lock:
-            own = self._open[thread]
-            depth = own + (self._open.total() > own)
+            nested = self._open[thread]
+            depth = nested + (self._open.total() > nested)
             self._open[thread] += 1
             if self._bars is None:
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -162,10 +162,10 @@ def points(report: Report, runtime: str) -> list[Point]:
     timed = [row for row in latency_rows(report) if row.runtime == runtime]
     measured, labelled = [], report.evaluation.labelled
     for row in accuracy_rows(report):
-        own = [timing for timing in timed if (timing.variant, timing.graph) == (row.variant, row.graph)]
-        if row.runtime != runtime or not own:
+        timings = [timing for timing in timed if (timing.variant, timing.graph) == (row.variant, row.graph)]
+        if row.runtime != runtime or not timings:
             continue
-        latency = min(own, key=lambda timing: (timing.batch, -(timing.threads or 0)))
+        latency = min(timings, key=lambda timing: (timing.batch, -(timing.threads or 0)))
         is_float32 = row.variant == BASELINE
         point = Point(
             variant=row.variant,
@@ -216,7 +216,8 @@ def _verdict(report: Report, runtime: str) -> Verdict:
 
 def _baseline(report: Report) -> Variant:
     """Return the float variant that the others are compared with; an empty one if there is none."""
-    return next((own for own in report.variants if own.name == BASELINE), Variant(name=BASELINE, seconds=0))
+    fp32 = (variant for variant in report.variants if variant.name == BASELINE)
+    return next(fp32, Variant(name=BASELINE, seconds=0))
 
 
 def _name_of(variant: Variant, graph: str | None) -> str:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from clusterq_deploy.report import formats
 from clusterq_deploy.report.analysis import BASELINE, FLOAT, LatencyRow, Point, latency_rows, points, verdicts
+from clusterq_deploy.report.formats import scientific
 from clusterq_deploy.results.features import Points
 from clusterq_deploy.results.histograms import Histogram
 from clusterq_deploy.results.report import Report
@@ -266,7 +267,7 @@ def projection_charts(report: Report) -> list[tuple[str, str]]:
 
 
 def _draw_class(axes: Axes, points: Points, label: int, colour: str) -> None:
-    places = [(x, y) for x, y, own in zip(points.x, points.y, points.labels, strict=True) if own == label]
+    places = [(x, y) for x, y, other in zip(points.x, points.y, points.labels, strict=True) if other == label]
     if not places:
         return
     xs, ys = zip(*places, strict=True)
@@ -282,10 +283,8 @@ def sensitivity_bars(report: Report) -> list[Bars]:
     for variant in report.variants:
         if layers := variant.sensitivities:
             worst = max(layers, key=lambda layer: layer.kl)
-            described = (
-                f"Sensitivity of {len(layers)} layers; the highest is {worst.layer}, {formats.scientific(worst.kl)}"
-            )
-            rows = [(own.layer, own.kl, formats.scientific(own.kl), own.layer in variant.keep) for own in layers]
+            described = f"Sensitivity of {len(layers)} layers; the highest is {worst.layer}, {scientific(worst.kl)}"
+            rows = [(layer.layer, layer.kl, scientific(layer.kl), layer.layer in variant.keep) for layer in layers]
             charts.append(Bars("KL from the fp32 model, nats", described, _bars(rows)))
     return charts
 
@@ -296,7 +295,7 @@ def slowest_bars(report: Report) -> list[Bars]:
     for layers in (inspection.slowest for variant in report.variants for inspection in variant.inspections):
         if layers:
             described = f"The {len(layers)} slowest layers; the first is {layers[0].name}, {layers[0].mean_ms:.3g} ms"
-            rows = [(own.name, own.mean_ms, f"{own.mean_ms:.3g}", own.precision != "INT8") for own in layers]
+            rows = [(layer.name, layer.mean_ms, f"{layer.mean_ms:.3g}", layer.precision != "INT8") for layer in layers]
             charts.append(Bars("ms of a call; grey: reads no INT8", described, _bars(rows)))
     return charts
 

@@ -187,15 +187,17 @@ def _notes(reports: list[Report], unsteady: list[str]) -> list[str]:
     """Return what differs between the runs, so that numbers of one column do not measure the same."""
     machines = [report.environment for report in reports]
     columns: dict[str, list[Hashable]] = {
-        "The models differ: compare drops and speed-ups, not top-1 and times.": [own.model.name for own in reports],
+        "The models differ: compare drops and speed-ups, not top-1 and times.": [
+            report.model.name for report in reports
+        ],
         "Accuracy was measured on different images: top-1, drop and agreement cannot be compared.": [
-            (own.evaluation.dataset, own.evaluation.images) for own in reports
+            (report.evaluation.dataset, report.evaluation.images) for report in reports
         ],
         "The machines differ: times cannot be compared, speed-ups only roughly.": [
-            (own.gpu, own.cpu, own.cores, own.driver) for own in machines
+            (machine.gpu, machine.cpu, machine.cores, machine.driver) for machine in machines
         ],
         "The versions of the runtimes differ: some of a difference in time may be theirs.": [
-            (own.onnxruntime, own.tensorrt, own.torch) for own in machines
+            (machine.onnxruntime, machine.tensorrt, machine.torch) for machine in machines
         ],
         f"~ marks a median whose measurement was unsteady (standard deviation above {100 * UNSTEADY:g} % of the "
         f"mean), in {', '.join(dict.fromkeys(unsteady))}: the machine was not quiet.": [False, bool(unsteady)],

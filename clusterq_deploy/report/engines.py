@@ -36,13 +36,13 @@ def slowest_tables(report: Report) -> list[Table]:
     for _, inspection in _inspected(report):
         rows = [
             (
-                shortened(own.name),
-                own.kind or ABSENT,
-                own.precision or ABSENT,
-                milliseconds(own.mean_ms),
-                percent(own.share),
+                shortened(layer.name),
+                layer.kind or ABSENT,
+                layer.precision or ABSENT,
+                milliseconds(layer.mean_ms),
+                percent(layer.share),
             )
-            for own in inspection.slowest
+            for layer in inspection.slowest
         ]
         title = f"Slowest layers of {inspection.engine}, batch {inspection.batch}"
         tables.append(Table(title, ("Layer", "Kind", "Reads", "ms", "Of all"), rows, 3))
@@ -118,7 +118,7 @@ def _warnings(latency: Latency, compute: LatencyStats) -> Iterator[str]:
 
 def _timing_cells(report: Report, latency: Latency, compute: LatencyStats) -> tuple[str, ...]:
     parts = (latency.host_to_device, compute, latency.device_to_host, latency.enqueue)
-    fp32 = [other for name, own, other in _timed(report) if name == BASELINE and own.batch == latency.batch]
+    fp32 = [other for name, timing, other in _timed(report) if name == BASELINE and timing.batch == latency.batch]
     return (
         file_name(latency.graph),
         {True: "yes", False: "no", None: ABSENT}[latency.cuda_graph],

@@ -4,14 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from clusterq_deploy.report.analysis import (
-    HALF,
-    AccuracyRow,
-    LatencyRow,
-    accuracy_rows,
-    latency_rows,
-    size_share,
-)
+from clusterq_deploy.report.analysis import HALF, AccuracyRow, LatencyRow, accuracy_rows, latency_rows, size_share
 from clusterq_deploy.report.formats import (
     ABSENT,
     file_name,
@@ -71,7 +64,7 @@ def accuracy_table(rows: Sequence[AccuracyRow], labelled: bool = True) -> Table:
 
 
 def latency_table(rows: Sequence[LatencyRow], files: bool = False) -> Table:
-    """Return latency by variant, runtime, file if wanted, batch and threads; over fp16 too if that was timed."""
+    """Return latency by variant, runtime, with `files` by file, batch and threads; over fp16 too if that was timed."""
     over_half, left = any(row.variant == HALF for row in rows), 3 if files else 2
     cells = [
         (

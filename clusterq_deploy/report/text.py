@@ -15,15 +15,7 @@ from clusterq_deploy.report.analysis import (
     latency_rows,
     verdicts,
 )
-from clusterq_deploy.report.formats import (
-    TIMES,
-    duration,
-    milliseconds,
-    number,
-    percent,
-    speedup,
-    with_error,
-)
+from clusterq_deploy.report.formats import TIMES, duration, milliseconds, number, percent, speedup, with_error
 from clusterq_deploy.results.features import FeatureSet
 from clusterq_deploy.results.histograms import Histogram, LayerHistograms
 from clusterq_deploy.results.report import Report, Variant
@@ -109,11 +101,10 @@ def sentence(verdict: Verdict, labelled: bool) -> str:
     space = "" if choice.size_share is None else f"in {percent(choice.size_share)} of the size"
     if verdict.outcome in ("same", "unmeasured"):
         interval = f"({interval} at batch {choice.latency.batch})"
-        speed = (
-            f"no difference in speed from fp32 was measured for {choice.variant} {interval}"
-            if verdict.outcome == "same"
-            else f"the speed of {choice.variant} is not measurable here {interval}: the machine was busy"
-        )
+        speed = f"no difference in speed from fp32 was measured for {choice.variant} {interval}"
+        if verdict.outcome == "unmeasured":
+            busy = "the machine was busy with other work"
+            speed = f"the speed of {choice.variant} is not measurable here {interval}: {busy}"
         return f"{where} {speed}{f'; it comes {space}' if space else ''}; it {cost}."
     measured = choice.latency.speedup_low is not None  # an interval says more than "about"
     pace = "about " if choice.unsteady and not measured else ""
@@ -261,7 +252,7 @@ def _grid_notes(report: Report) -> Iterator[str]:
         grids = _listed(sorted({f"{bits[name]}-bit" for name in coarse}))
         yield (
             f"{_listed(coarse)}: neither TensorRT nor ONNX Runtime convolves in INT4. Both run such a network as "
-            f"INT8 whose values lie on a {grids} grid: INT4 saves storage, the speed is INT8's."
+            f"INT8 whose values are on a {grids} grid: INT4 saves storage, the speed is INT8's."
         )
     if names := [variant.name for variant in report.variants if variant.cpu == "any"]:
         yield (
@@ -303,8 +294,8 @@ def _tuning_notes(report: Report) -> Iterator[str]:
     divisors |= {f"Fine-tuning of {variant.name}": variant.batch_divisor for variant in report.variants}
     for stage, divisor in divisors.items():
         if divisor > 1:
-            size = f"batches of 1/{divisor} of the size in the configuration"
-            yield f"{stage} took {size}: the memory did not suffice for more."
+            batches = f"batches of 1/{divisor} of the size in the configuration"
+            yield f"{stage} took {batches}: the memory did not suffice for more."
     for variant in report.variants:
         if variant.kept_step == 0:
             yield (

@@ -50,7 +50,7 @@ def run(
     goes on where it stopped; with the same --out a changed option redoes what depends on it.
     """
     from cli import render
-    from clusterq_deploy.report.wording import summary
+    from clusterq_deploy.report.text import summary
 
     config = options.config_of(ctx, config_file)
     out = out or _default_out(config)

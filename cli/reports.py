@@ -1,7 +1,5 @@
-"""What was measured, for people: one run's report, or several runs side by side."""
+"""What was measured, for people: the report of one run, or several runs side by side."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 @click.option("--compare", is_flag=True, help="Lay the reports of several runs side by side; write nothing.")
 @options.json_option
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, to paste.")
-@click.option("--csv", is_flag=True, help="Print CSV: a row a variant and file, every number with it.")
+@click.option("--csv", is_flag=True, help="Print CSV: a row per variant and file, every number with it.")
 @click.pass_context
 def report(
     ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json: bool, markdown: bool, csv: bool
@@ -28,44 +26,39 @@ def report(
     With --compare the reports of several runs, written before, are laid side by side instead.
     """
     from cli import render
-    from clusterq_deploy.report.compare import compare as compared
+    from clusterq_deploy.report.compare import compare as compare_reports
     from clusterq_deploy.report.compare import read_reports
 
-    forms = [name for name, given in (("json", as_json), ("markdown", markdown), ("csv", csv)) if given]
+    forms = [name for name, asked in (("json", as_json), ("markdown", markdown), ("csv", csv)) if asked]
     if len(forms) > 1:
         raise click.UsageError(f"{' and '.join(f'--{name}' for name in forms)} exclude each other: give one", ctx)
     form = forms[0] if forms else None
     if compare:
-        _show(compared(read_reports(list(runs))), form)
+        _show(compare_reports(read_reports(list(runs))), form)
         return
     if len(runs) > 1:
         raise click.UsageError(f"got {len(runs)} runs, expected one: add --compare to lay them side by side", ctx)
     pipeline = stages.resume(ctx, runs[0])
-    made = pipeline.report()
+    written = pipeline.report()
     if form == "json":
-        render.print_json(made.to_json())
+        render.print_text(written.to_json())
     elif form:
-        _show(compared({runs[0].resolve().name: made}), form)
+        _show(compare_reports({runs[0].resolve().name: written}), form)
     else:
-        render.print_table(render.report_table(made))
-        for line in render.conclusions(made):
+        render.print_table(render.report_table(written))
+        for line in (*render.conclusions(written), f"Report: {pipeline.directory.path / 'report.html'}"):
             render.print_line(line)
-        render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
 
 
 def _show(comparison: "Comparison", form: str | None) -> None:
-    """A comparison on stdout: as JSON, Markdown or CSV, else as tables for a terminal."""
+    """Print a comparison: as JSON, Markdown or CSV, else as tables for a terminal."""
     from cli import render
-    from clusterq_deploy.report.compare import to_csv, to_markdown_tables
 
-    if form == "json":
-        render.print_json(json.dumps(asdict(comparison), indent=2))
-    elif form == "csv":
-        render.print_text(to_csv(comparison))
-    elif form == "markdown":
-        render.print_text(to_markdown_tables(comparison))
-    else:
+    if form is None:
         for table in render.comparison_tables(comparison):
             render.print_table(table)
         for note in comparison.notes:
             render.print_line(note)
+    else:
+        print_as = {"json": comparison.to_json, "csv": comparison.to_csv, "markdown": comparison.to_markdown}
+        render.print_text(print_as[form]())

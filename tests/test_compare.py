@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import tomli_w
 from click.testing import CliRunner, Result
+from sample_reports import CPU, ENVIRONMENT, FP32, TIMES, W4A4, W8A8, build, with_half, with_latency
 from test_pipeline import SMALL
-from test_report import ENVIRONMENT, build, with_half
 
 from cli.main import main
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.report import Report
-from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
-from clusterq_deploy.report.findings import standard_error
+from clusterq_deploy.report.analysis import standard_error
+from clusterq_deploy.report.compare import compare, read_reports
+from clusterq_deploy.results.report import Report
 
 
 def call(*args: object) -> Result:
@@ -31,81 +31,50 @@ def written(folder: Path, report: Report) -> Path:
 
 @pytest.fixture
 def two(tmp_path: Path) -> list[Path]:
-    """Two runs: the second of another seed, on another machine, with fp32 and w8a8 alone."""
-    first = build()
+    """Two runs: the second with another seed, on another machine, with only fp32 and w8a8."""
     other = ENVIRONMENT.model_copy(update={"cpu": "Intel Xeon 8480", "onnxruntime": "1.30.0"})
-    second = build(seed=8, environment=other, variants=first.variants[:2])
-    return [written(tmp_path / "a" / "resnet18", first), written(tmp_path / "b" / "resnet18", second)]
+    second = build(seed=8, environment=other, variants=[FP32, W8A8])
+    return [written(tmp_path / "a" / "resnet18", build()), written(tmp_path / "b" / "resnet18", second)]
 
 
-def test_runs_are_named_by_what_tells_them_apart(two: list[Path], tmp_path: Path) -> None:
+def test_read_reports_names_runs_by_the_shortest_paths_that_differ(two: list[Path], tmp_path: Path) -> None:
     assert list(read_reports(two)) == ["a/resnet18", "b/resnet18"]
     assert list(read_reports([two[0]])) == ["resnet18"]
     assert list(read_reports([two[0] / "report.json"])) == ["resnet18"]
-    third = written(tmp_path / "c", build())
-    assert list(read_reports([two[0], third])) == ["resnet18", "c"]
+    assert list(read_reports([two[0], written(tmp_path / "c", build())])) == ["resnet18", "c"]
 
 
-def test_rows_of_the_same_variant_and_file_are_neighbours(two: list[Path]) -> None:
-    found = compare(read_reports(two))
-    order = [(row["variant"], row["runtime"], row["run"]) for row in found.accuracy]
-    assert order[:4] == [
-        ("fp32", "torch", "a/resnet18"),
-        ("fp32", "torch", "b/resnet18"),
-        ("fp32", "onnxruntime-cpu", "a/resnet18"),
-        ("fp32", "onnxruntime-cpu", "b/resnet18"),
-    ]
+def test_compare_sorts_rows_by_variant_runtime_and_run(two: list[Path]) -> None:
+    comparison = compare(read_reports(two))
+    order = [(row.variant, row.runtime, run) for run, row in comparison.accuracy]
+    assert order[:4] == [("fp32", runtime, run) for runtime in ("torch", CPU) for run in ("a/resnet18", "b/resnet18")]
     assert [variant for variant, _, _ in order] == ["fp32"] * 6 + ["w8a8"] * 6 + ["w4a4"] * 3
-    timed = [(row["batch"], row["run"]) for row in found.latency if row["runtime"] == "onnxruntime-cpu"][:4]
+    timed = [(row.batch, run) for run, row in comparison.latency if row.runtime == CPU][:4]
     assert timed == [(1, "a/resnet18"), (1, "b/resnet18"), (32, "a/resnet18"), (32, "b/resnet18")]
-    assert [row["seed"] for row in found.runs] == [7, 8]
-    assert [row["onnxruntime"] for row in found.machines] == ["1.31.1", "1.30.0"]
+    assert [run["seed"] for run in comparison.runs] == [7, 8]
+    assert [machine["onnxruntime"] for machine in comparison.machines] == ["1.31.1", "1.30.0"]
+    mixed = compare({"gpu": with_half(0.55), "cpu": build()})
+    assert list(dict.fromkeys(row.variant for _, row in mixed.latency)) == ["fp32", "fp16", "w8a8", "w4a4"]
 
 
-def test_fp16_rows_stand_behind_those_of_fp32() -> None:
-    compared = compare({"gpu": with_half(build(), 0.55), "cpu": build()})
-    assert list(dict.fromkeys(row["variant"] for row in compared.latency)) == ["fp32", "fp16", "w8a8", "w4a4"]
-
-
-def test_numbers_are_those_of_the_reports(two: list[Path]) -> None:
-    (row,) = (
-        r
-        for r in compare(read_reports(two)).accuracy
-        if (r["run"], r["variant"], r["runtime"]) == ("a/resnet18", "w4a4", "onnxruntime-cpu")
-    )
-    assert row["top1"] == pytest.approx(66.16)
-    assert row["drop"] == pytest.approx(3.58)
-    assert row["agreement"] == pytest.approx(86.40)
-    assert row["size_bytes"] == 11_830_000
-
-
-def test_what_does_not_compare_is_said(two: list[Path]) -> None:
+def test_compare_notes_what_differs(two: list[Path]) -> None:
     notes = compare(read_reports(two)).notes
     assert any("machines differ" in note for note in notes)
     assert any("versions" in note for note in notes)
-    same = compare({"a": build(), "b": build(seed=9)})
-    (unsteady,) = same.notes
+    (unsteady,) = compare({"a": build(), "b": build(seed=9)}).notes
     assert unsteady.startswith("~ marks a median whose measurement was unsteady (standard deviation above 2.5 %")
     assert "in a, b: the machine" in unsteady
-    quiet = [
-        v.model_copy(
-            update={"latency": [own.model_copy(update={"coefficient_of_variation": 0.0}) for own in v.latency]}
-        )
-        for v in build().variants
-    ]
-    assert compare({"a": build(variants=quiet)}).notes == []
-    model = build().model.model_copy(update={"name": "resnet50"})
-    images = build().evaluation.model_copy(update={"images": 100})
-    other = compare({"a": build(), "b": build(model=model, evaluation=images)}).notes
+    quiet = build(variants=[with_latency(own, coefficient_of_variation=0.0) for own in (FP32, W8A8, W4A4)])
+    assert compare({"a": quiet}).notes == []
+    other = compare({"a": build(), "b": build(model={"name": "resnet50"}, evaluation={"images": 100})}).notes
     assert any("models differ" in note for note in other)
     assert any("different images" in note for note in other)
 
 
-def test_csv_is_one_table_with_every_number(two: list[Path]) -> None:
-    reports = read_reports(two)
-    rows = list(csv.DictReader(io.StringIO(to_csv(compare(reports)))))
+def test_csv_has_every_number_in_one_table(two: list[Path]) -> None:
+    rows = list(csv.DictReader(io.StringIO(compare(read_reports(two)).to_csv())))
     assert len(rows) == 15  # three runtimes of five variants
-    (row,) = (r for r in rows if (r["run"], r["variant"], r["runtime"]) == ("b/resnet18", "w8a8", "onnxruntime-cpu"))
+    (row,) = (r for r in rows if (r["run"], r["variant"], r["runtime"]) == ("b/resnet18", "w8a8", CPU))
     assert float(row["median_ms_batch_1"]) == 4.604
     assert float(row["speedup_batch_1"]) == pytest.approx(15.104 / 4.604)
     assert (row["model"], row["seed"], row["cpu"]) == ("resnet18", "8", "Intel Xeon 8480")
@@ -115,44 +84,49 @@ def test_csv_is_one_table_with_every_number(two: list[Path]) -> None:
     assert (row["threads_batch_1"], row["unsteady_batch_1"], row["unsteady_batch_32"]) == ("2", "false", "true")
     assert float(row["agreement_error"]) == pytest.approx(standard_error(98.26, 5000))
     columns = list(row)
-    assert columns[columns.index("agreement") + 1] == "median_ms_batch_1"  # what came later stands at the end
+    assert columns[columns.index("agreement") + 1] == "median_ms_batch_1"  # new columns are at the end
     assert columns[columns.index("cores") + 1 :][:2] == ["agreement_error", "p90_ms_batch_1"]
     torch_row = next(r for r in rows if r["runtime"] == "torch")
     assert torch_row["median_ms_batch_1"] == torch_row["graph"] == ""
 
 
-def test_markdown_tables_are_whole(two: list[Path]) -> None:
-    text = to_markdown_tables(compare(read_reports(two)))
+def test_markdown_has_every_table(two: list[Path]) -> None:
+    text = compare(read_reports(two)).to_markdown()
     assert re.findall(r"^### (.*)", text, re.M) == ["Runs", "Accuracy", "Latency", "Machines"]
-    widths = [re.findall(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
-    assert len(widths) == 4 * 2 + 2 + 15 + 20 + 2
+    assert sum(line.startswith("|") for line in text.splitlines()) == 4 * 2 + 2 + 15 + 20 + 2
     assert "66.16 ± 0.67" in text
     assert "98.26 ± 0.19" in text
     latency = text[text.index("### Latency") :].splitlines()
     heading, once, batched = (
-        re.split(r"\s*\|\s*", next(line for line in latency if re.match(found, line)))[1:-1]
-        for found in (r"\| run", r"\| a/resnet18 \| w8a8 .* 1 \| ", r"\| a/resnet18 \| w8a8 .* 32 \| ")
+        re.split(r"\s*\|\s*", next(line for line in latency if re.match(pattern, line)))[1:-1]
+        for pattern in (r"\| run", r"\| a/resnet18 \| w8a8 .* 1 \| ", r"\| a/resnet18 \| w8a8 .* 32 \| ")
     )
     assert heading[4:] == ["batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up"]
-    times = "\N{MULTIPLICATION SIGN}"
-    assert once[4:] == ["1", "2", "4.604", "4.788", "5.295", "217", f"3.28{times}"]
-    assert batched[4:] == ["32", "2", "~133.5", "138.9", "153.5", "240", f"3.28{times}"]
+    assert once[4:] == ["1", "2", "4.604", "4.788", "5.295", "217", f"3.28{TIMES}"]
+    assert batched[4:] == ["32", "2", "~133.5", "138.9", "153.5", "240", f"3.28{TIMES}"]
     assert "- The machines differ" in text
 
 
-def test_the_command_lays_runs_side_by_side_and_writes_nothing(two: list[Path]) -> None:
+def test_report_compare_prints_every_form_and_writes_nothing(two: list[Path]) -> None:
     result = call("report", "--compare", *two)
     assert result.exit_code == 0, result.output
     for text in ("Runs", "Accuracy", "Latency", "a/resnet18", "b/resnet18", "p50 ms", "machines differ"):
         assert text in result.stdout
     content = json.loads(call("report", "--compare", *two, "--json").stdout)
     assert content.keys() == {"runs", "accuracy", "latency", "machines", "notes"}
+    (row,) = (r for r in content["accuracy"] if (r["run"], r["variant"], r["runtime"]) == ("a/resnet18", "w4a4", CPU))
+    assert (row["graph"], row["size_bytes"]) == ("w4a4/model.ort.onnx", 11_830_000)
+    assert (row["top1"], row["drop"], row["agreement"]) == pytest.approx((66.16, 3.58, 86.40))
+    assert content["latency"][0].keys() == {
+        "run", "variant", "runtime", "graph", "batch", "threads", "median_ms", "p90_ms", "p99_ms",
+        "images_per_second", "speedup", "unsteady", "speedup_low", "speedup_high",
+    }  # fmt: skip
     assert call("report", "--compare", *two, "--csv").stdout.startswith("run,variant,runtime,graph,size_bytes,top1")
     assert call("report", "--compare", *two, "--markdown").stdout.startswith("### Runs\n\n| run")
     assert [p.name for folder in two for p in folder.iterdir()] == ["report.json"] * 2
 
 
-def test_the_command_says_what_is_wrong(two: list[Path], tmp_path: Path) -> None:
+def test_report_command_rejects_wrong_arguments(two: list[Path], tmp_path: Path) -> None:
     def fails(*args: object) -> str:
         result = call("report", *args)
         assert (result.exit_code, result.stdout) == (2, "")
@@ -168,7 +142,7 @@ def test_the_command_says_what_is_wrong(two: list[Path], tmp_path: Path) -> None
         read_reports([tmp_path / "nowhere"])
 
 
-def test_one_run_prints_tables_to_paste(tmp_path: Path) -> None:
+def test_report_of_one_run_prints_tables_to_paste(tmp_path: Path) -> None:
     settings, out = tmp_path / "small.toml", tmp_path / "out"
     settings.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
     assert call("synthesize", "digits", "--config", settings, "--out", out).exit_code == 0

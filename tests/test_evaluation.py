@@ -22,7 +22,7 @@ from clusterq_deploy.evaluation.latency import (
     summarize,
 )
 from clusterq_deploy.lowering import export_graph
-from clusterq_deploy.report.verdicts import WIDEST
+from clusterq_deploy.report.analysis import WIDEST
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner, Runner
 
 

@@ -20,7 +20,7 @@ from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirect
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.quantization import BitWidths
-from clusterq_deploy.report import Artifact
+from clusterq_deploy.results.report import Artifact
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.run.run import resolve_device
 from clusterq_deploy.runtimes.tensorrt import unavailable_reason

@@ -1,11 +1,12 @@
-"""Bars on the terminal."""
+"""Bars and lines on the terminal."""
 
 import io
 import threading
 import time
 
+import pytest
 from rich.console import Console
-from test_report import build
+from sample_reports import build
 
 from cli.render import LiveProgress, conclusions
 
@@ -15,7 +16,7 @@ def terminal() -> tuple[LiveProgress, io.StringIO]:
     return LiveProgress(False, Console(file=shown, force_terminal=True, width=120)), shown
 
 
-def test_tasks_nest_and_leave_their_place_when_they_end() -> None:
+def test_nested_tasks_leave_their_place_when_they_end() -> None:
     progress, shown = terminal()
     with progress.task("outer", 2) as advance:
         with progress.task("inner", 4) as step:
@@ -36,7 +37,7 @@ def test_tasks_nest_and_leave_their_place_when_they_end() -> None:
     assert "inner" not in final
 
 
-def test_tasks_may_end_in_another_thread_and_another_order() -> None:
+def test_tasks_end_in_another_thread_and_another_order() -> None:
     progress, shown = terminal()
     outer, inner = progress.task("outer", 1), progress.task("inner", 1)
     with progress.task("whole", 1):
@@ -52,7 +53,7 @@ def test_tasks_may_end_in_another_thread_and_another_order() -> None:
     assert "afterwards" in shown.getvalue()
 
 
-def test_tasks_of_several_threads_stand_beside_each_other() -> None:
+def test_tasks_of_several_threads_are_at_the_same_depth() -> None:
     progress, _ = terminal()
     depths: list[int] = []
 
@@ -71,29 +72,23 @@ def test_tasks_of_several_threads_stand_beside_each_other() -> None:
     assert depths == [1, 2, 1, 2]
 
 
-def test_a_failure_ends_the_bars() -> None:
+def test_an_exception_ends_the_bars() -> None:
     progress, _ = terminal()
-    try:
-        with progress.task("outer", 1), progress.task("inner", 1):
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
+    with pytest.raises(KeyboardInterrupt), progress.task("outer", 1), progress.task("inner", 1):
+        raise KeyboardInterrupt
     assert progress._bars is None
 
 
-def test_nothing_is_shown_where_there_is_no_terminal() -> None:
+def test_nothing_is_shown_without_a_terminal() -> None:
     shown = io.StringIO()
-    progress = LiveProgress(False, Console(file=shown))
-    with progress.task("outer", 1) as advance:
+    with LiveProgress(False, Console(file=shown)).task("outer", 1) as advance:
         advance()
     assert shown.getvalue() == ""
 
 
-def test_a_command_ends_with_what_to_deploy() -> None:
-    report = build()
-    assert [line[:31] for line in conclusions(report)] == [
+def test_conclusions_say_what_to_deploy() -> None:
+    assert [line[:31] for line in conclusions(build())] == [
         "On onnxruntime-cpu deploy w8a8 ",
         "On tensorrt deploy w8a8 (w8a8/m",
     ]
-    few = report.model_copy(update={"evaluation": report.evaluation.model_copy(update={"images": 90})})
-    assert conclusions(few)[-1].startswith("90 images are too few to tell")
+    assert conclusions(build(evaluation={"images": 90}))[-1].startswith("90 images are too few to tell")

@@ -3,38 +3,27 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sample_reports import DASH, TIMES, build
 
 from cli.render import report_table
 from clusterq_deploy.evaluation.latency import latency_stats
-from clusterq_deploy.report import (
-    Accuracy,
-    CalibrationInfo,
+from clusterq_deploy.report import read_report, to_html, to_markdown
+from clusterq_deploy.report.analysis import latency_rows
+from clusterq_deploy.report.engines import engine_notes
+from clusterq_deploy.report.text import notes
+from clusterq_deploy.results.engines import (
     EngineInspection,
     EngineLayer,
-    Environment,
-    EvaluationInfo,
     GpuTelemetry,
-    Latency,
     LatencyStats,
     MissedLayer,
-    ModelInfo,
     Reading,
-    Report,
-    Skipped,
-    Variant,
-    read_report,
-    to_html,
-    to_markdown,
 )
-from clusterq_deploy.report.engine_wording import engine_notes, provider_notes, shortened
-from clusterq_deploy.report.findings import latency_rows
+from clusterq_deploy.results.report import Accuracy, Latency, Report, Variant
 
-ENVIRONMENT = Environment(
-    python="3.11", torch="2.13", onnx="1.23", onnxruntime="1.31", cpu="a CPU", cores=2, memory_bytes=0, platform="Linux"
-)
-DASH = "\N{EN DASH}"
 TRTEXEC = "trtexec --loadEngine=w8a8/model.engine --shapes=images:8x3x224x224 --useCudaGraph"
 GPU = GpuTelemetry(
     samples=30,
@@ -53,26 +42,20 @@ def part(milliseconds: float, variation: float = 0.01) -> LatencyStats:
     return latency_stats([milliseconds]).model_copy(update={"coefficient_of_variation": variation})
 
 
-def timed(**changes: object) -> Latency:
-    parts = {"host_to_device": part(0.31), "compute": part(1.25), "device_to_host": part(0.02), "enqueue": part(0.05)}
-    own = part(1.58)
-    values = {
-        "runtime": "tensorrt",
-        "batch": 8,
-        "runs": 2000,
-        "images_per_second": 6321.0,
-        "graph": "w8a8/model.engine",
-        "cuda_graph": True,
-        "wall_seconds": 3.0,
-        "trtexec": TRTEXEC,
-        "gpu": GPU,
-        **own.model_dump(),
-        **parts,
-        **changes,
-    }
-    return Latency.model_validate(values)
-
-
+PARTS = {"host_to_device": part(0.31), "compute": part(1.25), "device_to_host": part(0.02), "enqueue": part(0.05)}
+LATENCY = Latency(
+    runtime="tensorrt",
+    batch=8,
+    runs=2000,
+    images_per_second=6321.0,
+    graph="w8a8/model.engine",
+    cuda_graph=True,
+    wall_seconds=3.0,
+    trtexec=TRTEXEC,
+    gpu=GPU,
+    **dict(part(1.58)),
+    **PARTS,
+)
 INSPECTED = EngineInspection(
     engine="w8a8/model.engine",
     batch=8,
@@ -92,44 +75,33 @@ INSPECTED = EngineInspection(
 )
 
 
-def report(*latencies: Latency, inspections: tuple[EngineInspection, ...] = (INSPECTED,)) -> Report:
-    own = Variant(name="w8a8", seconds=1.0, latency=list(latencies), inspections=list(inspections))
-    return Report(
-        schema=1,
-        command=["clusterq", "run", "net"],
-        seed=0,
-        created="2026-01-01",
-        clusterq_deploy="0.1.0",
-        environment=ENVIRONMENT,
-        model=ModelInfo(name="net", parameters=1, input_size=(3, 224, 224), classes=10),
-        calibration=CalibrationInfo(images=1, seconds=1, teacher_top1=100, recipe="default"),
-        evaluation=EvaluationInfo(dataset="images", images=100),
-        variants=[own],
-        skipped=[Skipped(stage="onnxruntime-cuda", reason="libcuda.so.1: not there")],
-    )
+def timed(**changes: Any) -> Latency:
+    return LATENCY.model_copy(update=changes)
 
 
-def test_the_records_survive_the_way_through_json(tmp_path: Path) -> None:
+def report(*latencies: Latency, inspections: tuple[EngineInspection, ...] = (INSPECTED,), **more: Any) -> Report:
+    own = Variant(name="w8a8", seconds=1.0, latency=latencies, inspections=inspections, **more)
+    return build(variants=[own], features=None, calibration={"losses": {}})
+
+
+def test_records_of_engines_round_trip_through_json(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    own = report(timed())
-    path.write_text(own.to_json())
-    assert read_report(path) == own
+    path.write_text(report(timed()).to_json())
+    assert read_report(path) == report(timed())
 
 
 @pytest.mark.parametrize("render", [to_markdown, to_html])
-def test_pages_carry_the_numbers(render: Callable[[Report], str]) -> None:
+def test_pages_have_the_numbers_of_engines(render: Callable[[Report], str]) -> None:
     page = render(report(timed()))
-    for text in ("0.310", "1.250", "0.020", "0.050", "6,321", "1.0 %"):
-        assert text in page
-    for text in (f"1410{DASH}1965 of 1980", "2619 of 2619", "floating", f"201{DASH}412 of 700", f"41{DASH}57"):
-        assert text in page
-    assert TRTEXEC in page
-    assert "0.123" in page
-    assert "7.7 %" in page
-    assert "12.5 %" in page  # of the layers' time, for reformats
-    assert "1 of 21" in page
-    assert "fc.weight (node_linear) reads FP16 in node_linear" in page
-    assert "onnxruntime-cuda" in page
+    for text in (
+        "0.310", "1.250", "0.020", "0.050", "6,321", "1.0 %",
+        f"1410{DASH}1965 of 1980", "2619 of 2619", "floating", f"201{DASH}412 of 700", f"41{DASH}57",
+        "0.123", "7.7 %", "Slowest layers of w8a8/model.engine, batch 8",
+        "12.5 %",  # of the layers' time, for reformats
+        "1 of 21", "fc.weight (node_linear) reads FP16 in node_linear",
+        TRTEXEC,
+    ):  # fmt: skip
+        assert text in page, text
 
 
 def test_layers_are_counted_by_type() -> None:
@@ -139,28 +111,27 @@ def test_layers_are_counted_by_type() -> None:
     ]  # fmt: skip
 
 
-def test_the_chart_tells_int8_from_other_types() -> None:
+def test_bars_of_layers_are_grey_without_int8() -> None:
     page = to_html(report(timed()))
     (chart,) = re.findall(r'<svg class="chart"[^>]*aria-label="The 2 slowest layers.*?</svg>', page, re.DOTALL)
-    bars = re.findall(r'<path d="[^"]*z\s*"[^>]*style="fill: (var\(--[a-z]+\))', chart)
-    assert bars == ["var(--accent)", "var(--muted)"]
-    assert ">0.4<" in chart.replace(" ", "")
+    assert re.findall(r'<rect [^>]*style="fill: (var\(--[a-z]+\))', chart) == ["var(--accent)", "var(--muted)"]
+    assert ">0.4<" in chart
     assert "$relu$" in chart
 
 
-def test_tables_of_the_page_are_whole() -> None:
-    page = to_html(report(timed()))
-    for table in re.findall(r"<table>.*?</table>", page, re.DOTALL):
-        widths = {len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)}
-        assert len(widths) == 1
+def test_html_tables_have_a_cell_per_column() -> None:
+    tables = re.findall(r"<table>.*?</table>", to_html(report(timed())), re.DOTALL)
+    assert len(tables) == 5
+    for table in tables:
+        assert len({len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)}) == 1
 
 
-def test_without_engines_there_is_no_section() -> None:
-    cpu = Latency(runtime="onnxruntime-cpu", batch=1, runs=9, images_per_second=1, **part(1.0).model_dump())
+def test_pages_without_engines_have_no_section() -> None:
+    cpu = timed(runtime="onnxruntime-cpu", **dict.fromkeys(PARTS), trtexec=None)
     own = report(cpu, inspections=())
     assert "TensorRT engines" not in to_markdown(own)
     assert 'id="engines"' not in to_html(own)
-    assert engine_notes(own) == []
+    assert list(engine_notes(own)) == []
 
 
 @pytest.mark.parametrize(
@@ -171,7 +142,7 @@ def test_without_engines_there_is_no_section() -> None:
             "w8a8, model.engine, batch 8: enqueuing takes about as long as the computation (1.200 ms against "
             "1.250 ms): the host may hold the GPU back.",
         ),
-        ({"enqueue": part(1.2), "cuda_graph": False}, "hold the GPU back, for no CUDA graph was replayed."),
+        ({"enqueue": part(1.2), "cuda_graph": False}, "hold the GPU back, because no CUDA graph was replayed."),
         ({"compute": part(1.25, 0.041)}, "is 4.1 % of its mean, more than 2.5 %. The GPU's clocks were floating."),
         ({"host_to_device": part(1.3)}, "copying to the GPU takes longer than the computation (1.300 ms against"),
         (
@@ -182,55 +153,53 @@ def test_without_engines_there_is_no_section() -> None:
             {"gpu": GPU.model_copy(update={"throttling": {"power limit": 0.4}})},
             "the GPU lowered its clocks: power limit (40 % of the time).",
         ),
-        ({"gpu": GPU.model_copy(update={"clocks": "steady"})}, "is not something that NVML tells."),
+        ({"gpu": GPU.model_copy(update={"clocks": "steady"})}, "is not something that NVML reports."),
         ({"gpu": GpuTelemetry(reason="NVML does not start")}, "of the GPU are not known: NVML does not start."),
     ],
 )
-def test_what_to_distrust_is_said(changes: dict[str, object], words: str) -> None:
+def test_engine_notes_warn_only_of_what_was_measured(changes: dict[str, object], words: str) -> None:
     assert any(words in note for note in engine_notes(report(timed(**changes))))
     assert not any(words in note for note in engine_notes(report(timed())))
 
 
-def test_an_engine_is_unsteady_where_its_computation_is() -> None:
+def test_an_engine_is_unsteady_if_its_computation_is() -> None:
     calm, shaky = timed(coefficient_of_variation=0.2), timed(compute=part(1.25, 0.03))
     assert [row.unsteady for row in latency_rows(report(calm, shaky))] == [False, True]
 
 
-def test_what_the_engine_does_not_tell_is_a_dash_and_a_note() -> None:
-    named = EngineInspection(
-        engine="w8a8/model.engine",
-        batch=1,
-        detailed=False,
-        layers=12,
-        quantized_layers=21,
-        notes=["The engine tells only the names of its layers."],
+def test_an_engine_without_details_has_dashes_and_a_note() -> None:
+    note = "The engine tells only the names of its layers."
+    unknown = EngineInspection(
+        engine="w8a8/model.engine", batch=1, detailed=False, layers=12, quantized_layers=21, notes=[note]
     )
-    own = report(timed(gpu=GpuTelemetry(reason="none")), inspections=(named,))
-    assert "w8a8, model.engine: The engine tells only the names of its layers." in engine_notes(own)
-    (line,) = [line for line in to_markdown(own).splitlines() if "| 12" in line or " 12 |" in line]
+    own = report(timed(gpu=GpuTelemetry(reason="none")), inspections=(unknown,))
+    assert f"w8a8, model.engine: {note}" in engine_notes(own)
+    (line,) = [line for line in to_markdown(own).splitlines() if " 12 |" in line]
     assert line.count(DASH) == 7
     assert "The GPU meanwhile" not in to_markdown(own)
     assert "Slowest layers" not in to_html(own)
 
 
-def test_gpu_providers_are_explained_where_they_were_timed() -> None:
-    rest = {"compute": None, "host_to_device": None, "device_to_host": None, "enqueue": None}
-    own = report(timed(runtime="onnxruntime-cuda", **rest), timed(runtime="onnxruntime-tensorrt", **rest))
-    cuda, tensorrt = provider_notes(own)
+def test_notes_explain_the_gpu_providers_that_were_timed() -> None:
+    def explained(own: Report) -> list[str]:
+        return [note for note in notes(own) if note.startswith("ONNX Runtime's")]
+
+    absent = dict.fromkeys(PARTS)
+    own = report(*(timed(runtime=name, **absent) for name in ("onnxruntime-cuda", "onnxruntime-tensorrt")))
+    cuda, tensorrt = explained(own)
     assert "no INT8 convolutions" in cuda
     assert "from host to host" in tensorrt
     assert cuda.replace("'", "&#39;") in to_html(own)
-    assert provider_notes(report(timed())) == []
+    assert explained(report(timed())) == []
 
 
-def test_the_speed_of_the_computation_is_against_the_first_engine_of_fp32_at_the_same_batch() -> None:
-    own = report(timed())
+def test_compute_speedup_is_over_the_first_engine_of_fp32_at_the_same_batch() -> None:
     fp32 = timed(compute=part(5.0), graph="fp32/model.engine")
     half, other = timed(compute=part(2.5), graph="fp32/model.fp16.engine"), timed(compute=part(9.0), batch=1)
     baseline = Variant(name="fp32", seconds=1.0, latency=[other, fp32, half])
-    page = to_markdown(own.model_copy(update={"variants": [baseline, *own.variants]}))
+    page = to_markdown(build(variants=[baseline, *report(timed()).variants]))
     table = page[page.index("### Time of a call") : page.index("### The GPU")]
-    assert re.findall(r"(\S+)\N{MULTIPLICATION SIGN} ", table) == ["1.00", "1.00", "2.00", "4.00"]
+    assert re.findall(rf"(\S+){TIMES} ", table) == ["1.00", "1.00", "2.00", "4.00"]
 
 
 def test_a_long_list_of_missed_layers_is_cut() -> None:
@@ -241,24 +210,13 @@ def test_a_long_list_of_missed_layers_is_cut() -> None:
     assert "conv10" not in note
 
 
-def test_the_closing_table_takes_the_time_of_the_runtime_that_was_scored() -> None:
-    graph = "w8a8/model.ort.onnx"
-    runtimes = {"onnxruntime-cpu": 3.0, "onnxruntime-cuda": 7.0}
-    own = Variant(
-        name="w8a8",
-        seconds=1.0,
-        accuracy=[Accuracy(runtime=name, top1=None, top5=None, agreement=99, graph=graph) for name in runtimes],
-        latency=[
-            Latency(runtime=name, batch=1, runs=9, images_per_second=1, graph=graph, **part(ms).model_dump())
-            for name, ms in runtimes.items()
-        ],
-    )
-    table = report_table(report().model_copy(update={"variants": [own]}))
-    columns = {column.header: list(column.cells) for column in table.columns}
+def test_closing_table_has_the_time_of_the_runtime_that_was_scored() -> None:
+    graph, milliseconds = "w8a8/model.ort.onnx", {"onnxruntime-cpu": 3.0, "onnxruntime-cuda": 7.0}
+    latencies = [
+        timed(runtime=name, batch=1, graph=graph, median_ms=ms, **dict.fromkeys(PARTS))
+        for name, ms in milliseconds.items()
+    ]
+    scores = [Accuracy(runtime=name, top1=None, top5=None, agreement=99, graph=graph) for name in milliseconds]
+    table = report_table(report(*latencies, accuracy=scores))
+    columns = {column.header: [str(cell) for cell in column.cells] for column in table.columns}
     assert columns["batch 1, ms"] == ["3.000", "7.000"]
-
-
-def test_long_names_lose_their_middle() -> None:
-    name = "first" + "x" * 100 + "last"
-    assert shortened(name, 11) == "first…xlast"
-    assert shortened("short", 11) == "short"

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from test_report import build
+from sample_reports import FP32, W4A4, W8A8, build, sensitivities
 
 from clusterq_deploy.report import to_html
-from clusterq_deploy.results.report import LayerSensitivity
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -84,27 +83,21 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report of four variants, and of ten classes with names as long as names can be."""
-    report, sheet = build(), io.BytesIO()
+    """Return the address of a report of four variants, and of ten classes with the longest of names."""
+    sheet = io.BytesIO()
     Image.new("RGB", (2258, 1806)).save(sheet, "PNG")
     names = ["0 tench", *["111 nematode worm with a name that is long"] * 8, "999 incomprehensibilities"]
-    calibration = report.calibration.model_copy(update={"preview_classes": names})
-    costs = [
-        LayerSensitivity(layer=f"layer1.{n}.conv2", bits="w4a4", kl=kl, agreement=99.0, expected_drop=0.1)
-        for n, kl in enumerate((6.9e-6, 0.0007, 0.25))
-    ]
-    fp32, *others = report.variants
-    # as good as fp32 and far faster: its name stands at the upper left, under the title
-    fast = others[0].model_copy(
+    # as good as fp32 and far faster: its name is at the upper left, under the title
+    fast = W8A8.model_copy(
         update={
             "name": "w2a2",
-            "latency": [own.model_copy(update={"median_ms": own.median_ms / 60}) for own in others[0].latency],
-            "accuracy": [own.model_copy(update={"top1": 99.99}) for own in others[0].accuracy],
+            "latency": [own.model_copy(update={"median_ms": own.median_ms / 60}) for own in W8A8.latency],
+            "accuracy": [own.model_copy(update={"top1": 99.99}) for own in W8A8.accuracy],
             "losses": {"features": [math.nan] * 9 + [0.00071] * 90 + [0.00012]},
-            "sensitivities": costs,
+            "sensitivities": sensitivities(6.9e-6, 0.0007, 0.25),
         }
     )
-    report = report.model_copy(update={"calibration": calibration, "variants": [fp32, *others, fast]})
+    report = build(calibration={"preview_classes": names}, variants=[FP32, W8A8, W4A4, fast])
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(to_html(report, sheet.getvalue()), encoding="utf-8")
     return path.as_uri()
@@ -112,7 +105,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """The report with everything unfolded, on a screen of the width that a test asks for, in its colours."""
+    """Yield the report with everything unfolded, on a screen of the width that a test asks for, in its colours."""
     width, scheme = getattr(request, "param", (1280, "light"))
     screen = {"width": width, "height": 844}
     context = browser.new_context(viewport=screen, is_mobile=width < 600, color_scheme=scheme)
@@ -127,7 +120,7 @@ def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iter
         assert said == []  # neither errors nor requests
 
 
-def test_a_browser_shows_the_numbers(page: Page) -> None:
+def test_browser_shows_numbers_and_charts(page: Page) -> None:
     cells = page.locator("td, th").all_text_contents()
     assert set(NUMBERS) <= {cell.strip() for cell in cells}
     assert page.locator("svg.chart").count() == 16 + 12  # two of each layer
@@ -136,7 +129,7 @@ def test_a_browser_shows_the_numbers(page: Page) -> None:
 @pytest.mark.parametrize(
     "page", [(320, "light"), (390, "light"), (1280, "light")], indirect=True, ids=["small", "phone", "desk"]
 )
-def test_the_page_does_not_scroll_sideways(page: Page) -> None:
+def test_page_does_not_scroll_sideways(page: Page) -> None:
     width = page.evaluate("innerWidth")
     assert width == page.viewport_size["width"] if page.viewport_size else False
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -145,7 +138,7 @@ def test_the_page_does_not_scroll_sideways(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", [(390, "light"), (1280, "light")], indirect=True, ids=["phone", "desk"])
-def test_a_name_stands_over_its_column_of_the_preview(page: Page) -> None:
+def test_preview_names_are_above_their_columns(page: Page) -> None:
     picture = page.locator(".sheet img").bounding_box()
     assert picture is not None
     for column in (1, 10):
@@ -156,7 +149,7 @@ def test_a_name_stands_over_its_column_of_the_preview(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", [(390, "light"), (1280, "light")], indirect=True, ids=["phone", "desk"])
-def test_text_in_a_chart_can_be_read(page: Page) -> None:
+def test_chart_texts_are_large_and_do_not_overlap(page: Page) -> None:
     sizes = page.evaluate(SIZES)
     assert {"KL from the fp32 model, nats", "6.9e-06", "end", "0.00012", "grid steps"} <= {text for _, text in sizes}
     assert [text for text in sizes if text[0] < 10] == []
@@ -164,7 +157,7 @@ def test_text_in_a_chart_can_be_read(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", [(1280, "light"), (1280, "dark")], indirect=True, ids=["light", "dark"])
-def test_every_text_stands_out_from_its_ground(page: Page, request: pytest.FixtureRequest) -> None:
+def test_texts_have_enough_contrast(page: Page, request: pytest.FixtureRequest) -> None:
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 150) == dark == ("dark" in request.node.name)
@@ -174,7 +167,7 @@ def test_every_text_stands_out_from_its_ground(page: Page, request: pytest.Fixtu
 
 
 @pytest.mark.parametrize("page", [(1280, "dark")], indirect=True, ids=["dark"])
-def test_it_prints_with_its_numbers_in_the_colours_of_paper(page: Page, tmp_path: Path) -> None:
+def test_print_is_light_and_has_the_numbers(page: Page, tmp_path: Path) -> None:
     printed = page.pdf(path=tmp_path / "report.pdf", format="A4", print_background=True)
     assert len(re.findall(rb"/Type\s*/Page\b", printed)) >= 3
     page.emulate_media(media="print")

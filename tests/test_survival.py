@@ -20,7 +20,7 @@ from calib.synthesis import SynthesisConfig
 from cli.main import main
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.quantization import FinetuneConfig
-from clusterq_deploy.report.wording import notes
+from clusterq_deploy.report.text import notes
 from clusterq_deploy.results.report import read_report
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.stages import quantize, sensitivity, synthesize

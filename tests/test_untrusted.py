@@ -13,7 +13,7 @@ import tomli_w
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_report import build
+from sample_reports import build
 
 from clusterq_deploy.config.run_config import RunConfig, make_config
 from clusterq_deploy.config.toml import read_settings
@@ -21,7 +21,7 @@ from clusterq_deploy.errors import ConfigError, DataError, ModelError, ReportErr
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
-from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
+from clusterq_deploy.report.compare import compare, read_reports
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.stages.standalone import Graph
 
@@ -319,8 +319,8 @@ def shown(report: Report) -> None:
     """Everything that is made of a report that was read."""
     to_markdown(report)
     compared = compare({"one": report})
-    to_csv(compared)
-    to_markdown_tables(compared)
+    compared.to_csv()
+    compared.to_markdown()
 
 
 @quick

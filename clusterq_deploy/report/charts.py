@@ -1,294 +1,126 @@
-"""The charts of the HTML report, as inline SVG that takes its colours and its font from the page."""
+"""The charts of the HTML report, as inline SVG that takes its colours and its font from the page.
 
+matplotlib draws in placeholder colours, which are then replaced by the page's CSS variables, so that a chart follows
+light and dark without a script. Text stays text. The same numbers always give the same bytes. Bars and histograms are
+drawn by the page's template; what is here of them are their lengths.
+"""
+
+import io
 import math
+import re
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from html import escape
+from typing import Any, NamedTuple
 
+from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 
-from calib.support.progress import Advance
 from clusterq_deploy.report import formats
-from clusterq_deploy.report.canvas import (
-    ACCENT,
-    CLASSES,
-    INK,
-    MUTED,
-    RULE,
-    TEXT,
-    WIDTH,
-    canvas,
-    chart_style,
-    compact,
-    plain,
-    svg,
-)
-from clusterq_deploy.report.engine_wording import shortened
-from clusterq_deploy.report.findings import FLOAT, LatencyRow
-from clusterq_deploy.report.verdicts import Point
-from clusterq_deploy.results.engines import EngineLayer
+from clusterq_deploy.report.analysis import BASELINE, FLOAT, LatencyRow, Point, latency_rows, points, verdicts
+from clusterq_deploy.report.formats import scientific
 from clusterq_deploy.results.features import Points
 from clusterq_deploy.results.histograms import Histogram
-from clusterq_deploy.results.report import LayerSensitivity
+from clusterq_deploy.results.report import Report
 
+_INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
+_CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for
+_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
+_VARIABLES |= {colour: f"var(--class-{index})" for index, colour in enumerate(_CLASSES)}
+_WIDTH, _TEXT = 340, 10.5  # of a chart and its text, in points: on a phone, 327 px wide, text stays above 10 px
+_STYLE: dict[str, Any] = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), _TEXT),
+    **dict.fromkeys(("text.color", "axes.titlecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _MUTED),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), _RULE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "figure.frameon"), False),
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "xaxis.labellocation": "right",
+    "grid.linewidth": 0.7,
+    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib brings along; the page has its own
+    "svg.fonttype": "none",
+}
+_CURVE_WIDTH = 146  # two curves are next to each other on a phone, each 142 px wide
 _CURVE_POINTS = 240
-_CURVE_WIDTH = 146  # two curves stand side by side on a phone, each some 142 px wide
-_LAYER_WIDTH = 28  # characters of a layer's name beside its bar
-_LETTER = 6.3  # points that a letter takes, about
+_LAYER_WIDTH = 28  # characters of a layer's name next to its bar
 _NAME_WIDTH = 45.0  # points that a variant's name takes, about
 _GRID_LINES = 32  # a finer grid has a line at every second value, every fourth, and so on
 _LEAST_RANGE = 5.0  # percentage points: a smaller range would make noise look like a difference
 _FARTHEST = 2.0  # times the end of the last box: where an axis of latencies ends, whatever the whiskers
 
 
-def tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
-    """Accuracy (agreement without labels) over median latency, a labelled point for each variant.
+class Bar(NamedTuple):
+    """One bar: its `share` of the longest, in [0, 1], the number at its end, and whether it is grey."""
 
-    `name` makes the ids of this chart unique in the page.
+    label: str
+    share: float
+    number: str
+    grey: bool
+
+
+class Bars(NamedTuple):
+    """A chart of bars, with a description for readers that cannot see it."""
+
+    title: str
+    description: str
+    bars: list[Bar]
+
+
+class Bins(NamedTuple):
+    """A histogram as a picture of width 1: the heights of its bins in [0, 1], and where values of its grid are.
+
+    `ends` are the outermost values, with their integers; `lines` are some of those between them.
     """
-    with chart_style(name):
-        figure, axes = canvas(WIDTH, 250, left=0.13, right=0.97, bottom=0.17, top=0.86)
-        placed = [(p.latency.median_ms, _score(p, labelled), p.variant) for p in points]
-        for x, y, variant in placed:
-            colour = MUTED if variant in FLOAT else ACCENT
-            axes.plot([x], [y], "o", color=colour, markersize=7, clip_on=False, zorder=3)
-        lowest, highest = min(y for _, y, _ in placed), max(y for _, y, _ in placed)
+
+    description: str
+    heights: list[float]
+    lines: list[float]
+    ends: list[tuple[float, str]]
+
+
+def tradeoff_charts(report: Report) -> list[tuple[str, str]]:
+    """Return runtime and chart for each runtime in which something was both scored and timed."""
+    measured = {verdict.runtime: points(report, verdict.runtime) for verdict in verdicts(report)}
+    return [
+        (runtime, _tradeoff_chart(candidates, report.evaluation.labelled, f"tradeoff{index}"))
+        for index, (runtime, candidates) in enumerate(measured.items())
+        if candidates
+    ]
+
+
+def _tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
+    """Draw accuracy (agreement without labels) over median latency, a labelled point for each variant."""
+    latency, places = points[0].latency, []
+    for point in points:
+        score = point.accuracy.top1 if labelled else None
+        places.append((point.latency.median_ms, point.accuracy.agreement if score is None else score, point.variant))
+    with _style(name):
+        figure, axes = _canvas(_WIDTH, 250, left=0.13, right=0.97, bottom=0.17, top=0.86)
+        for x, y, variant in places:
+            axes.plot([x], [y], "o", color=_colour(variant), markersize=7, clip_on=False, zorder=3)
+        lowest, highest = min(y for _, y, _ in places), max(y for _, y, _ in places)
         pad = 0.2 * max(highest - lowest, _LEAST_RANGE)
         axes.set_ylim(lowest - pad, min(highest + pad, 100.0))
-        axes.set_xlim(0, 1.2 * max(x for x, _, _ in placed))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="y", color=RULE, linewidth=0.7)
+        axes.set_xlim(0, 1.2 * max(x for x, _, _ in places))
+        axes.locator_params(nbins=5)
+        axes.grid(axis="y")
         axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel(
-            f"median latency, ms at batch {points[0].latency.batch}", color=MUTED, fontsize=TEXT, loc="right"
-        )
-        title = "top-1, %" if labelled else "agreement with fp32, %"
-        axes.set_title(title, color=MUTED, fontsize=TEXT, loc="left", pad=14)  # clear of names at the top
-        _label(axes, placed)
-        listed = "; ".join(f"{variant} {y:.2f} % at {x:.3f} ms" for x, y, variant in placed)
-        return svg(figure, name, f"Accuracy over latency in {points[0].latency.runtime}: {listed}")
+        axes.set_xlabel(f"median latency, ms at batch {latency.batch}")
+        axes.set_title("top-1, %" if labelled else f"agreement with {BASELINE}, %", pad=14)  # clear of names at the top
+        _label_points(axes, places)
+        listed = "; ".join(f"{variant} {y:.2f} % at {x:.3f} ms" for x, y, variant in places)
+        return _svg(figure, name, f"Accuracy over latency in {latency.runtime}: {listed}")
 
 
-def distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
-    """A box for each measurement: the middle half of its calls, the median, and whiskers from 5 to 95 % of them.
-
-    A whisker that is long beside the boxes would make them unreadable: it ends at the edge, in an arrow and its number.
-    """
-    with chart_style(name):
-        widest = max(row.latency.quantiles_ms[15] for row in rows)
-        limit = min(1.05 * max(row.latency.quantiles_ms[19] for row in rows), _FARTHEST * widest)
-        beyond = {at: own for at, row in enumerate(rows, 1) if (own := row.latency.quantiles_ms[19]) > limit}
-        height = 52 + 20 * len(rows)
-        right = 0.85 if beyond else 0.97
-        figure, axes = canvas(WIDTH, height, left=0.14, right=right, bottom=42 / height, top=1 - 6 / height)
-        boxes = []
-        for row in rows:
-            low, first, median, third, high = (row.latency.quantiles_ms[at] for at in (1, 5, 10, 15, 19))
-            boxes.append({"whislo": low, "q1": first, "med": median, "q3": third, "whishi": high})
-        drawn = axes.bxp(boxes, orientation="horizontal", showfliers=False, widths=0.5, patch_artist=True)
-        for row, box, middle in zip(rows, drawn["boxes"], drawn["medians"], strict=True):
-            colour = MUTED if row.variant in FLOAT else ACCENT
-            box.set(facecolor=colour, edgecolor=colour)
-            middle.set(color=INK, linewidth=1.6)
-        for line in (*drawn["whiskers"], *drawn["caps"]):
-            line.set(color=MUTED, linewidth=0.9)
-        axes.set_yticks(range(1, len(rows) + 1), [plain(row.variant) for row in rows])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_ylim(len(rows) + 0.6, 0.4)
-        axes.set_xlim(0, limit)
-        for at, end in beyond.items():
-            axes.plot([limit], [at], ">", color=MUTED, markersize=5, clip_on=False)
-            _beside(axes, formats.milliseconds(end), (limit, at))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="x", color=RULE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("time of a call, ms", color=MUTED, fontsize=TEXT, loc="right")
-        medians = "; ".join(f"{row.variant} {row.latency.median_ms:.3f} ms" for row in rows)
-        ends = "; ".join(f"{rows[at - 1].variant} {formats.milliseconds(end)} ms" for at, end in beyond.items())
-        far = f"; beyond the picture, 95 % of the calls: {ends}" if ends else ""
-        return svg(figure, name, f"Distribution of the time of a call in ms, medians: {medians}{far}")
-
-
-def curve_chart(losses: Sequence[float], title: str, name: str) -> str:
-    """One training curve: its lowest and highest value beside it, those of its start and end below it.
-
-    `losses` may have been thinned, so the axis has no numbers of steps. What is not finite is a gap, as where a term
-    is not computed at first. A long curve is drawn as means over windows.
-    """
-    with chart_style(name):
-        window = math.ceil(len(losses) / _CURVE_POINTS) or 1
-        means = [_mean(losses[start : start + window]) for start in range(0, len(losses), window)]
-        finite = [(step, value) for step, value in enumerate(means) if math.isfinite(value)]
-        written = formats.alike([value for _, value in finite])
-        figure, axes = canvas(_CURVE_WIDTH, 118, left=0.39, right=0.96, bottom=0.27, top=0.82)
-        figure.text(0, 1, plain(title), color=INK, fontsize=TEXT + 1, va="top")
-        axes.plot(means, color=ACCENT, linewidth=1.2)  # the line breaks at NaN
-        axes.spines["left"].set_visible(False)
-        axes.margins(0.02, 0.06)
-        axes.tick_params(length=2.5)
-        axes.set_xlim(-0.02 * len(means), 1.02 * len(means) - 1)
-        described = f"{title} over the training"
-        if finite:
-            axes.plot(*finite[-1], "o", color=ACCENT, markersize=3, clip_on=False)
-            lowest, highest = (choose(value for _, value in finite) for choose in (min, max))
-            first, last = (written(value) for _, value in (finite[0], finite[-1]))
-            described += f": from {first} to {last}, between {written(lowest)} and {written(highest)}"
-            ticks = sorted({lowest, highest})
-            axes.set_yticks(ticks, [written(tick) for tick in ticks])
-            described += "; gaps where no value is finite" if len(finite) < len(means) else ""
-        else:
-            described += ": no finite value"
-            axes.set_yticks([])
-            axes.text(0.5, 0.5, "no finite value", color=MUTED, fontsize=TEXT, ha="center", transform=axes.transAxes)
-        ends = {0: "start", len(means) - 1: "end"} if len(means) > 1 else {0: "one value"}
-        axes.set_xticks(list(ends), [f"{word}\n{written(means[step])}" for step, word in ends.items()])
-        axes.get_xticklabels()[-1].set_horizontalalignment("right" if len(means) > 1 else "center")
-        return svg(figure, name, described)
-
-
-def sensitivity_chart(costs: Sequence[LayerSensitivity], kept: Collection[str], name: str) -> str:
-    """A bar for each layer, as long as its KL, in order of execution; layers of other bits are grey."""
-    rows = [(own.layer, own.kl, formats.scientific(own.kl), own.layer not in kept) for own in costs]
-    worst = max(costs, key=lambda own: own.kl)
-    described = f"Sensitivity of {len(costs)} layers; the highest is {worst.layer}, {formats.scientific(worst.kl)}"
-    return _bar_chart(rows, "KL from the fp32 model, nats", name, described)
-
-
-def layer_chart(layers: Sequence[EngineLayer], name: str) -> str:
-    """A bar for each layer of an engine, as long as its time in a call; layers that read no INT8 are grey."""
-    rows = [(own.name, own.mean_ms, f"{own.mean_ms:.3g}", own.precision == "INT8") for own in layers]
-    described = f"The {len(layers)} slowest layers; the first is {layers[0].name}, {layers[0].mean_ms:.3g} ms"
-    return _bar_chart(rows, "ms of a call; grey: reads no INT8", name, described)
-
-
-def _bar_chart(rows: Sequence[tuple[str, float, str, bool]], title: str, name: str, described: str) -> str:
-    """A bar for each layer: its name, its length, that as a number, and whether it is coloured, grey otherwise."""
-    with chart_style(name):
-        height = 30 + 15 * len(rows)
-        layers = [shortened(layer, _LAYER_WIDTH) for layer, *_ in rows]
-        left = (10 + _LETTER * max(map(len, layers))) / WIDTH
-        figure, axes = canvas(WIDTH, height, left=left, right=0.84, bottom=8 / height, top=1 - 22 / height)
-        colours = [ACCENT if coloured else MUTED for *_, coloured in rows]
-        bars = axes.barh(range(len(rows)), [length for _, length, *_ in rows], color=colours, height=0.66)
-        axes.bar_label(bars, [number for _, _, number, _ in rows], padding=4, color=INK, fontsize=TEXT)
-        axes.set_yticks(range(len(rows)), [plain(layer) for layer in layers])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_xticks([])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        axes.set_title(title, color=MUTED, fontsize=TEXT, loc="left")
-        return svg(figure, name, described)
-
-
-def projection_charts(sets: Sequence[tuple[str, Points]], method: str, name: str) -> list[str]:
-    """A chart for each titled set of projected images, all over the same axes, with the same colour for a class.
-
-    A class's number stands at the image that is nearest to the middle of the class. `name` makes the ids unique.
-    """
-    every = sorted({label for _, points in sets for label in points.labels})
-    colours = {label: CLASSES[index % len(CLASSES)] for index, label in enumerate(every)}
-    xs, ys = ([value for _, points in sets for value in getattr(points, axis)] for axis in ("x", "y"))
-    middle = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
-    reach = 0.54 * max(max(xs) - min(xs), max(ys) - min(ys), 1e-9)
-    charts = []
-    for index, (title, points) in enumerate(sets):
-        chart = f"{name}{index}"
-        with chart_style(chart):
-            figure, axes = canvas(300, 300, left=0.02, right=0.98, bottom=0.02, top=0.98)
-            axes.set_xlim(middle[0] - reach, middle[0] + reach)
-            axes.set_ylim(middle[1] - reach, middle[1] + reach)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            places = list(zip(points.labels, points.x, points.y, strict=True))
-            for label in every:
-                own = [(x, y) for other, x, y in places if other == label]
-                if not own:
-                    continue
-                axes.plot(*zip(*own, strict=True), "o", color=colours[label], markersize=3, markeredgewidth=0)
-                axes.annotate(
-                    str(label), _central(own), ha="center", va="center", color=INK, fontsize=12, fontweight="bold"
-                )
-            shown = ", ".join(str(label) for label in every)
-            charts.append(svg(figure, chart, f"{title}: {len(places)} images of the classes {shown} by {method}"))
-    return charts
-
-
-def histogram_charts(titled: Sequence[tuple[str, Histogram]], name: str, advance: Advance) -> list[str]:
-    """A chart for each titled histogram: counts on a logarithmic scale, behind the values of their grid.
-
-    The ends of a grid are stronger lines, with their integers. A page has two charts of each layer, so they are
-    small, and drawn on one figure, since making a figure takes longer than drawing. `advance` hears of each.
-    """
-    charts = []
-    with chart_style(name):
-        figure, axes = canvas(240, 96, left=0.08, right=0.97, bottom=0.25, top=0.99)
-        axes.axis("off")
-        figure.text(0.525, 0.01, "grid steps", color=MUTED, fontsize=8, ha="center", va="bottom")
-        figure.text(0.01, 0.62, "count (log)", color=MUTED, fontsize=8, ha="left", va="center", rotation=90)
-        for title, values in titled:
-            _draw(axes, values)
-            described = (
-                f"{title}: {sum(values.counts)} values on the grid from {values.low} to {values.high}; "
-                "counts, on a logarithmic scale, over grid steps"
-            )
-            charts.append(compact(svg(figure, name, described)))
-            for artist in (*axes.lines, *axes.patches, *axes.texts):
-                artist.remove()
-            advance()
-    return charts
-
-
-def _draw(axes: Axes, values: Histogram) -> None:
-    tops = [math.log1p(count) for count in values.counts]
-    edges = [values.start + index * values.width for index in range(len(tops) + 1)]
-    highest, every = max(tops), 1
-    while (values.high - values.low + 1) / every > _GRID_LINES:
-        every *= 2
-    axes.stairs(tops, edges, fill=True, facecolor=(ACCENT, 0.2), edgecolor=ACCENT, linewidth=0.8, clip_on=False)
-    for colour, width, marks in (
-        (RULE, 0.6, range(values.low + every, values.high, every)),
-        (MUTED, 1.1, (values.low, values.high)),
-    ):
-        xs = [x for mark in marks for x in (mark, mark, math.nan)]  # one path: the line breaks at NaN
-        axes.plot(xs, [0, highest, math.nan] * len(marks), color=colour, linewidth=width, clip_on=False)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, 1.04 * highest)
-    for mark in (values.low, values.high):
-        number = str(mark).replace("-", "\N{MINUS SIGN}")
-        axes.text(mark, -0.04 * highest, number, color=MUTED, fontsize=8, ha="center", va="top")
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean of the finite ones; NaN where there are none."""
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(finite) if finite else math.nan
-
-
-def _beside(axes: Axes, text: str, place: tuple[float, float]) -> None:
-    """Write right of a point."""
-    axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", color=MUTED, fontsize=TEXT)
-
-
-def _central(places: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The place that is nearest to the median of all."""
-    x, y = (statistics.median(column) for column in zip(*places, strict=True))
-    return min(places, key=lambda place: math.dist(place, (x, y)))
-
-
-def _score(point: Point, labelled: bool) -> float:
-    top1 = point.accuracy.top1
-    return top1 if labelled and top1 is not None else point.accuracy.agreement
-
-
-def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name right of its point, left where another point is; names that would overlap move down."""
+def _label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
+    """Write each name right of its point, left if another point is there; names that would overlap move down."""
     scale = 72 / axes.figure.dpi
-    spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in placed]
+    spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in places]
     taken: list[tuple[float, float]] = []
-    for (column, row), (x, y, variant) in sorted(zip(spots, placed, strict=True), key=lambda item: -item[0][1]):
+    for (column, row), (x, y, variant) in sorted(zip(spots, places, strict=True), key=lambda item: -item[0][1]):
         left = any(0 < other - column < _NAME_WIDTH and abs(height - row) < 10 for other, height in spots)
         start, shift = column + (-_NAME_WIDTH if left else 0), 0.0
         for other_start, other_row in taken:
@@ -296,14 +128,238 @@ def _label(axes: Axes, placed: Sequence[tuple[float, float, str]]) -> None:
                 shift = other_row - 13 - row
         taken.append((start, row + shift))
         axes.annotate(
-            plain(variant),
+            _plain(variant),
             (x, y),
             (-9 if left else 9, shift),
             textcoords="offset points",
             ha="right" if left else "left",
             va="center",
-            color=INK,
+            color=_INK,
             fontsize=11,
             fontweight="normal" if variant in FLOAT else "bold",
             zorder=2.5,
         )
+
+
+def distribution_charts(report: Report) -> list[tuple[str, str]]:
+    """Return caption and chart for each runtime and batch size of which quantiles are known."""
+    groups: dict[tuple[str, int], list[LatencyRow]] = {}
+    for row in latency_rows(report):
+        if row.quantiles_ms:
+            groups.setdefault((row.runtime, row.batch), []).append(row)
+    return [
+        (f"{runtime}, calls of batch {batch}", _distribution_chart(rows, f"distribution{index}"))
+        for index, ((runtime, batch), rows) in enumerate(groups.items())
+    ]
+
+
+def _distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
+    """Draw a box for each measurement: the middle half of its calls, the median, and whiskers from 5 to 95 % of them.
+
+    A whisker that is long compared with the boxes would make them unreadable: it ends at the edge, in an arrow and its
+    number.
+    """
+    last_box = max(row.quantiles_ms[15] for row in rows)
+    limit = min(1.05 * max(row.quantiles_ms[19] for row in rows), _FARTHEST * last_box)
+    beyond = {at: end for at, row in enumerate(rows, 1) if (end := row.quantiles_ms[19]) > limit}
+    parts = {"whislo": 1, "q1": 5, "med": 10, "q3": 15, "whishi": 19}
+    boxes = [{part: row.quantiles_ms[at] for part, at in parts.items()} for row in rows]
+    with _style(name):
+        height = 52 + 20 * len(rows)
+        right = 0.85 if beyond else 0.97
+        figure, axes = _canvas(_WIDTH, height, left=0.14, right=right, bottom=42 / height, top=1 - 6 / height)
+        drawn = axes.bxp(boxes, orientation="horizontal", showfliers=False, widths=0.5, patch_artist=True)
+        for row, box, middle in zip(rows, drawn["boxes"], drawn["medians"], strict=True):
+            box.set(facecolor=_colour(row.variant), edgecolor=_colour(row.variant))
+            middle.set(color=_INK, linewidth=1.6)
+        for line in (*drawn["whiskers"], *drawn["caps"]):
+            line.set(color=_MUTED, linewidth=0.9)
+        axes.set_yticks(range(1, len(rows) + 1), [_plain(row.variant) for row in rows], color=_INK)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(rows) + 0.6, 0.4)
+        axes.set_xlim(0, limit)
+        for at, end in beyond.items():
+            axes.plot([limit], [at], ">", color=_MUTED, markersize=5, clip_on=False)
+            axes.annotate(formats.milliseconds(end), (limit, at), (6, 0), textcoords="offset points", va="center")
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x")
+        axes.set_xlabel("time of a call, ms")
+        medians = "; ".join(f"{row.variant} {row.median_ms:.3f} ms" for row in rows)
+        ends = "; ".join(f"{rows[at - 1].variant} {formats.milliseconds(end)} ms" for at, end in beyond.items())
+        far = f"; beyond the picture, 95 % of the calls: {ends}" if ends else ""
+        return _svg(figure, name, f"Distribution of the time of a call in ms, medians: {medians}{far}")
+
+
+def curve_charts(report: Report) -> list[tuple[str, dict[str, str]]]:
+    """Return the training curves of each stage that has any, by name."""
+    stages = {"Synthesis": report.calibration.losses} | {variant.name: variant.losses for variant in report.variants}
+    charts = []
+    for at, (stage, losses) in enumerate(stages.items()):
+        curves = {
+            name: _curve_chart(losses[name], name, f"curve{at}-{i}") for i, name in enumerate(losses) if losses[name]
+        }
+        charts.append((stage, curves))
+    return [(stage, curves) for stage, curves in charts if curves]
+
+
+def _curve_chart(losses: Sequence[float], title: str, name: str) -> str:
+    """Draw one training curve, with its lowest and highest value at the left, and those of its start and end below.
+
+    `losses` may have been thinned, so the axis has no numbers of steps. What is not finite is a gap, for instance
+    if a term is not computed at first. A long curve is drawn as means over windows.
+    """
+    window = math.ceil(len(losses) / _CURVE_POINTS) or 1
+    means = [_finite_mean(losses[start : start + window]) for start in range(0, len(losses), window)]
+    finite = [(step, value) for step, value in enumerate(means) if math.isfinite(value)]
+    written = formats.uniform([value for _, value in finite])
+    with _style(name):
+        figure, axes = _canvas(_CURVE_WIDTH, 118, left=0.39, right=0.96, bottom=0.27, top=0.82)
+        figure.text(0, 1, _plain(title), color=_INK, fontsize=_TEXT + 1, va="top")
+        axes.plot(means, color=_ACCENT, linewidth=1.2)  # the line breaks at NaN
+        axes.margins(0.02, 0.06)
+        axes.tick_params(length=2.5)
+        axes.set_xlim(-0.02 * len(means), 1.02 * len(means) - 1)
+        if finite:
+            axes.plot(*finite[-1], "o", color=_ACCENT, markersize=3, clip_on=False)
+            lowest, highest = (choose(value for _, value in finite) for choose in (min, max))
+            ticks = sorted({lowest, highest})
+            axes.set_yticks(ticks, [written(tick) for tick in ticks])
+            first, last, low, high = (written(value) for value in (finite[0][1], finite[-1][1], lowest, highest))
+            description = f"from {first} to {last}, between {low} and {high}"
+            description += "; gaps where no value is finite" if len(finite) < len(means) else ""
+        else:
+            description = "no finite value"
+            axes.set_yticks([])
+            axes.text(0.5, 0.5, description, ha="center", transform=axes.transAxes)
+        ends = {0: "start", len(means) - 1: "end"} if len(means) > 1 else {0: "one value"}
+        axes.set_xticks(list(ends), [f"{word}\n{written(means[step])}" for step, word in ends.items()])
+        axes.get_xticklabels()[-1].set_horizontalalignment("right" if len(means) > 1 else "center")
+        return _svg(figure, name, f"{title} over the training: {description}")
+
+
+def projection_charts(report: Report) -> list[tuple[str, str]]:
+    """Return title and chart for each set of projected images, all over the same axes, a class in the same colour.
+
+    The number of a class is at the image that is nearest to the middle of the class.
+    """
+    features = report.features
+    if features is None or features.projection is None:
+        return []
+    sets = {"Synthetic images": features.synthetic.points}
+    if features.real is not None:
+        sets[f"Real images: {features.real.dataset}"] = features.real.points
+    labels = sorted({label for images in sets.values() for label in images.labels})
+    xs, ys = ([value for images in sets.values() for value in getattr(images, axis)] for axis in ("x", "y"))
+    middle = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    reach = 0.54 * max(max(xs) - min(xs), max(ys) - min(ys), 1e-9)
+    shown = f"images of the classes {', '.join(map(str, labels))} by {features.projection.method}"
+    charts = []
+    for index, (title, images) in enumerate(sets.items()):
+        with _style(name := f"features{index}"):
+            figure, axes = _canvas(300, 300, left=0.02, right=0.98, bottom=0.02, top=0.98)
+            axes.set_xlim(middle[0] - reach, middle[0] + reach)
+            axes.set_ylim(middle[1] - reach, middle[1] + reach)
+            axes.axis("off")
+            for place, label in enumerate(labels):
+                _draw_class(axes, images, label, _CLASSES[place % len(_CLASSES)])
+            charts.append((title, _svg(figure, name, f"{title}: {len(images.labels)} {shown}")))
+    return charts
+
+
+def _draw_class(axes: Axes, points: Points, label: int, colour: str) -> None:
+    places = [(x, y) for x, y, other in zip(points.x, points.y, points.labels, strict=True) if other == label]
+    if not places:
+        return
+    xs, ys = zip(*places, strict=True)
+    middle = statistics.median(xs), statistics.median(ys)
+    nearest = min(places, key=lambda place: math.dist(place, middle))
+    axes.plot(xs, ys, "o", color=colour, markersize=3, markeredgewidth=0)
+    axes.annotate(str(label), nearest, ha="center", va="center", color=_INK, fontsize=12, fontweight="bold")
+
+
+def sensitivity_bars(report: Report) -> list[Bars]:
+    """Return a bar per layer, as long as its KL, in order of execution; layers with bits of their own are grey."""
+    charts = []
+    for variant in report.variants:
+        if layers := variant.sensitivities:
+            worst = max(layers, key=lambda layer: layer.kl)
+            described = f"Sensitivity of {len(layers)} layers; the highest is {worst.layer}, {scientific(worst.kl)}"
+            rows = [(layer.layer, layer.kl, scientific(layer.kl), layer.layer in variant.keep) for layer in layers]
+            charts.append(Bars("KL from the fp32 model, nats", described, _bars(rows)))
+    return charts
+
+
+def slowest_bars(report: Report) -> list[Bars]:
+    """Return a bar per slow layer of each engine, as long as its time; layers that read no INT8 are grey."""
+    charts = []
+    for layers in (inspection.slowest for variant in report.variants for inspection in variant.inspections):
+        if layers:
+            described = f"The {len(layers)} slowest layers; the first is {layers[0].name}, {layers[0].mean_ms:.3g} ms"
+            rows = [(layer.name, layer.mean_ms, f"{layer.mean_ms:.3g}", layer.precision != "INT8") for layer in layers]
+            charts.append(Bars("ms of a call; grey: reads no INT8", described, _bars(rows)))
+    return charts
+
+
+def _bars(rows: Sequence[tuple[str, float, str, bool]]) -> list[Bar]:
+    longest = max((length for _, length, *_ in rows if math.isfinite(length)), default=0.0) or 1.0
+    return [
+        Bar(formats.shortened(name, _LAYER_WIDTH), max(0.0, min(length / longest, 1.0)), number, grey)
+        for name, length, number, grey in rows
+    ]
+
+
+def bins(title: str, values: Histogram) -> Bins:
+    """Return a histogram as a picture, with counts on a logarithmic scale."""
+    width = values.width * len(values.counts)
+    highest = math.log1p(max(values.counts)) or 1.0
+    stride = 2 ** max(0, math.ceil(math.log2((values.high - values.low + 1) / _GRID_LINES)))
+    return Bins(
+        f"{title}: {sum(values.counts)} values on the grid from {values.low} to {values.high}; "
+        "counts, on a logarithmic scale, over grid steps",
+        [math.log1p(count) / highest for count in values.counts],
+        [(mark - values.start) / width for mark in range(values.low + stride, values.high, stride)],
+        [((mark - values.start) / width, formats.number(mark, 0)) for mark in (values.low, values.high)],
+    )
+
+
+def _style(name: str) -> AbstractContextManager[None]:
+    """Use the style of the page, whatever the user's is; `name` seeds the ids in the SVG."""
+    return style.context(["default", _STYLE | {"svg.hashsalt": name}])
+
+
+def _canvas(
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float
+) -> tuple[Figure, Axes]:
+    """Return a figure of `width` x `height` points, the units of its SVG; its axes are between these shares of it."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    return figure, figure.add_axes((left, bottom, right - left, top - bottom))
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """Return the figure as an `<svg>` element that scales to its container; `name` makes its ids unique in the page."""
+    page = io.StringIO()
+    figure.savefig(page, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = page.getvalue()
+    text = text[text.index("<svg") :]
+    # A style sheet inside an inline <svg> would hold for the whole page.
+    text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(f": {colour}", f": {variable}")
+    opening = f'<svg class="chart" role="img" aria-label="{escape(description)}" '
+    text = re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', lambda tag: f"{opening}{tag[1]}>", text, count=1)
+    return text.strip()
+
+
+def _plain(text: str) -> str:
+    """Return text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
+def _colour(variant: str) -> str:
+    return _MUTED if variant in FLOAT else _ACCENT
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(finite) if finite else math.nan

@@ -2,49 +2,120 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.report import formats, wording
-from clusterq_deploy.report.findings import BASELINE, HALF, UNSTEADY, AccuracyRow, accuracy_rows, latency_rows
-from clusterq_deploy.report.tables import escaped, markdown_table
+from clusterq_deploy.report import tables
+from clusterq_deploy.report.analysis import (
+    BASELINE,
+    HALF,
+    UNSTEADY,
+    AccuracyRow,
+    LatencyRow,
+    accuracy_rows,
+    latency_rows,
+)
+from clusterq_deploy.report.formats import ABSENT
+from clusterq_deploy.report.tables import Table, escaped
+from clusterq_deploy.report.text import model_name
 from clusterq_deploy.results.report import Report, read_report
 
-Row = dict[str, Any]
-"""A row of a table: a value a column, as JSON has it; None where nothing was measured."""
+Record = dict[str, str | int | float | None]
+"""A row of JSON or CSV, a value per column; None if nothing was measured."""
+_Row = TypeVar("_Row", AccuracyRow, LatencyRow)
 
 _REPORT = "report.json"
+_FILE = ("variant", "runtime", "graph")
+_SCORES = ("size_bytes", "top1", "top1_error", "top5", "drop", "drop_error", "agreement")
+_TIMES = ("median_ms", "speedup")
+_MORE = ("p90_ms", "p99_ms", "images_per_second", "threads", "unsteady")
+_INTERVAL = ("speedup_low", "speedup_high")
+_MACHINE = ("torch", "onnxruntime", "tensorrt", "driver", "gpu", "cpu", "cores")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, as tables whose rows are in the order of variants, then of runs.
+    """Runs side by side; rows are those of a run by its name, in the order of variants, then of runs.
 
     Attributes:
         runs: what each run was asked to do.
         accuracy: top-1 and agreement in percent, drop in points, sizes in bytes.
         latency: medians in milliseconds, the speed-up over the same run's fp32, and whether it was unsteady.
         machines: the versions and the hardware that measured.
-        notes: what in the runs cannot be compared or deserves no trust, whole sentences.
+        notes: what in the runs cannot be compared or trusted, whole sentences.
     """
 
-    runs: list[Row]
-    accuracy: list[Row]
-    latency: list[Row]
-    machines: list[Row]
-    notes: list[str] = field(default_factory=list)
+    runs: list[Record]
+    accuracy: list[tuple[str, AccuracyRow]]
+    latency: list[tuple[str, LatencyRow]]
+    machines: list[Record]
+    notes: list[str]
 
-    def tables(self) -> dict[str, list[Row]]:
-        """The tables that have rows, by title."""
-        named = {"Runs": self.runs, "Accuracy": self.accuracy, "Latency": self.latency, "Machines": self.machines}
-        return {title: rows for title, rows in named.items() if rows}
+    def tables(self) -> list[Table]:
+        """Return the tables that have rows."""
+        accuracy = tables.accuracy_table([row for _, row in self.accuracy])
+        latency = tables.latency_table([row for _, row in self.latency], files=True)
+        shown = (
+            _record_table("Runs", self.runs),
+            accuracy.with_first("run", [run for run, _ in self.accuracy]),
+            latency.with_first("run", [run for run, _ in self.latency]),
+            _record_table("Machines", self.machines),
+        )
+        return [table for table in shown if table.rows]
+
+    def to_json(self) -> str:
+        """Return the comparison with all numbers as they are."""
+        times = ("batch", "threads", "median_ms", "p90_ms", "p99_ms", "images_per_second", "speedup", "unsteady")
+        content = {
+            "runs": self.runs,
+            "accuracy": [_record(run, row, *_FILE, *_SCORES, "agreement_error") for run, row in self.accuracy],
+            "latency": [_record(run, row, *_FILE, *times, *_INTERVAL) for run, row in self.latency],
+            "machines": self.machines,
+            "notes": self.notes,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """Return one table, a row per run, variant, runtime and file: numbers as they are, empty if not measured.
+
+        Latency has a column per batch size. What the run was asked to do and what measured it is in every row.
+        """
+        facts = {run["run"]: run | machine for run, machine in zip(self.runs, self.machines, strict=True)}
+        rows: dict[tuple[object, ...], Record] = defaultdict(dict)
+        for run, score in self.accuracy:
+            record = _record(run, score, *_FILE, *_SCORES, "agreement_error")
+            rows[run, score.variant, score.runtime, score.graph] |= facts[run] | record
+        for run, timing in self.latency:
+            names = (*_TIMES, *_MORE, *_INTERVAL)
+            record = _record(run, timing, *_FILE) | {f"{n}_batch_{timing.batch}": getattr(timing, n) for n in names}
+            record[f"unsteady_batch_{timing.batch}"] = str(timing.unsteady).lower()
+            rows[run, timing.variant, timing.runtime, timing.graph] |= facts[run] | record
+        batches = sorted({row.batch for _, row in self.latency})
+        times, later, last = (
+            [f"{name}_batch_{batch}" for batch in batches for name in names] for names in (_TIMES, _MORE, _INTERVAL)
+        )
+        about = [name for record in (self.runs[0], self.machines[0]) for name in record if name != "run"]
+        # columns are added at the end: others may count them
+        columns = ["run", *_FILE, *_SCORES, *times, *about, "agreement_error", *later, *last]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """Return the tables as Markdown, each under its title."""
+        parts = [part for table in self.tables() for part in (f"### {table.title}", tables.to_markdown(table))]
+        return "\n\n".join([*parts, *(f"- {escaped(note)}" for note in self.notes)]) + "\n"
 
 
 def read_reports(paths: list[Path]) -> dict[str, Report]:
-    """The reports of run directories, or of `report.json` files, by the shortest names that tell them apart.
+    """Return the reports of run directories, or of `report.json` files, by the shortest names that differ.
 
     Raises:
         ReportError: one has none, or it cannot be read, or one is named twice.
@@ -61,230 +132,74 @@ def read_reports(paths: list[Path]) -> dict[str, Report]:
 
 
 def compare(reports: Mapping[str, Report]) -> Comparison:
-    """Lay reports side by side.
-
-    Args:
-        reports: by the name that a run has in the tables.
-    """
+    """Compare reports, by the names that their runs have in the tables."""
     variants = [variant.name for report in reports.values() for variant in report.variants]
     # fp32's rows on its files in FP16 are called fp16
     order = list(dict.fromkeys(n for name in variants for n in ((BASELINE, HALF) if name == BASELINE else (name,))))
 
-    def sorted_rows(rows: list[Row], *keys: str) -> list[Row]:
-        """Rows of the same variant, runtime and file next to each other, in the order in which each came first."""
-        seen = {key: list(dict.fromkeys(row[key] for row in rows)) for key in keys}
-        return sorted(rows, key=lambda row: (order.index(row["variant"]), *(seen[key].index(row[key]) for key in keys)))
+    def neighbours(rows: list[tuple[str, _Row]], *keys: str) -> list[tuple[str, _Row]]:
+        """Sort rows by variant, then by the given attributes in the order in which their values came first."""
+        pairs = rows
+        for key in reversed(keys):
+            seen = list(dict.fromkeys(getattr(row, key) for _, row in rows))
+            pairs = sorted(pairs, key=lambda pair: seen.index(getattr(pair[1], key)))
+        return sorted(pairs, key=lambda pair: order.index(pair[1].variant))
 
-    accuracy = [_accuracy(run, row) for run, report in reports.items() for row in accuracy_rows(report)]
-    latency = [row for run, report in reports.items() for row in _latency(run, report)]
+    latency = [(run, row) for run, report in reports.items() for row in latency_rows(report)]
+    accuracy = [(run, row) for run, report in reports.items() for row in accuracy_rows(report)]
     return Comparison(
-        runs=[_run(run, report) for run, report in reports.items()],
-        accuracy=sorted_rows(accuracy, "runtime", "graph"),
-        latency=sorted_rows(latency, "runtime", "graph", "batch"),
-        machines=[_machine(run, report) for run, report in reports.items()],
-        notes=[*_notes(list(reports.values())), *_unsteady_note(latency)],
+        runs=[
+            {
+                "run": run,
+                "model": model_name(report),
+                "seed": report.seed,
+                "recipe": report.calibration.recipe,
+                "effort": report.config.get("effort"),
+                "synthetic_images": report.calibration.images,
+                "evaluated_on": report.evaluation.dataset,
+                "evaluated_images": report.evaluation.images,
+                "created": report.created,
+            }
+            for run, report in reports.items()
+        ],
+        accuracy=neighbours(accuracy, "runtime", "graph"),
+        latency=neighbours(latency, "runtime", "graph", "batch"),
+        machines=[
+            {"run": run, "clusterq_deploy": report.clusterq_deploy}
+            | {name: getattr(report.environment, name) for name in _MACHINE}
+            for run, report in reports.items()
+        ],
+        notes=_notes(list(reports.values()), [run for run, row in latency if row.unsteady]),
     )
 
 
-def to_markdown_tables(comparison: Comparison) -> str:
-    """The tables as Markdown, each under its title."""
-    parts = []
-    for title, rows in comparison.tables().items():
-        cells = [[escaped(text) for text in formatted(row)] for row in rows]
-        parts += [f"### {title}", markdown_table(headings(rows), cells, left=text_columns(rows))]
-    parts += [f"- {escaped(note)}" for note in comparison.notes]
-    return "\n\n".join(parts) + "\n"
+def _record(run: str, row: AccuracyRow | LatencyRow, *names: str) -> Record:
+    return {"run": run} | {name: getattr(row, name) for name in names}
 
 
-def to_csv(comparison: Comparison) -> str:
-    """One table, a row a run, variant, runtime and file: numbers as they are, empty where nothing was measured.
-
-    Latency has a column a batch size. What was asked of the run and what measured it stand in every row.
-    """
-    batches = sorted({row["batch"] for row in comparison.latency})
-    about = {row["run"]: row for row in comparison.runs}
-    machines = {row["run"]: row for row in comparison.machines}
-    timed: dict[tuple[Any, ...], Row] = {}
-    for row in comparison.latency:
-        own = timed.setdefault(_key(row), {})
-        own |= {f"{name}_batch_{row['batch']}": row[name] for name in (*_TIMES, *_MORE_TIMES, *_INTERVAL)}
-        own[f"unsteady_batch_{row['batch']}"] = "true" if row["unsteady"] else "false"
-    scored = {_key(row): row for row in comparison.accuracy}
-    rows = [
-        {
-            **about[key[0]],
-            **dict(zip(_KEY, key, strict=True)),
-            **scored.get(key, {}),
-            **timed.get(key, {}),
-            **machines[key[0]],
-        }
-        for key in dict.fromkeys([*scored, *timed])
-    ]
-    measured = ("size_bytes", "top1", "top1_error", "top5", "drop", "drop_error", "agreement")
-    latencies = [f"{name}_batch_{batch}" for batch in batches for name in _TIMES]
-    later = [f"{name}_batch_{batch}" for batch in batches for name in (*_MORE_TIMES, "unsteady")]
-    later += [f"{name}_batch_{batch}" for batch in batches for name in _INTERVAL]
-    about_columns = [key for key in comparison.runs[0] if key != "run"]
-    machine_columns = [key for key in comparison.machines[0] if key != "run"]
-    # columns are added at the end: others may count them
-    columns = [*_KEY, *measured, *latencies, *about_columns, *machine_columns, "agreement_error", *later]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _record_table(title: str, records: Sequence[Record]) -> Table:
+    columns = tuple(name.replace("_", " ") for name in records[0])
+    rows = [tuple(ABSENT if value is None else str(value) for value in record.values()) for record in records]
+    return Table(title, columns, rows, len(columns))
 
 
-_KEY = ("run", "variant", "runtime", "graph")
-_TIMES = ("median_ms", "speedup")
-_INTERVAL = ("speedup_low", "speedup_high")
-_MORE_TIMES = ("p90_ms", "p99_ms", "images_per_second", "threads")
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in _KEY)
-
-
-def _run(run: str, report: Report) -> Row:
-    return {
-        "run": run,
-        "model": wording.model_name(report),
-        "seed": report.seed,
-        "recipe": report.calibration.recipe,
-        "effort": report.config.get("effort"),
-        "synthetic_images": report.calibration.images,
-        "evaluated_on": report.evaluation.dataset,
-        "evaluated_images": report.evaluation.images,
-        "created": report.created,
-    }
-
-
-def _accuracy(run: str, row: AccuracyRow) -> Row:
-    return {
-        "run": run,
-        "variant": row.variant,
-        "runtime": row.accuracy.runtime,
-        "graph": row.accuracy.graph,
-        "size_bytes": row.size_bytes,
-        "top1": row.accuracy.top1,
-        "top1_error": row.top1_error,
-        "top5": row.accuracy.top5,
-        "drop": row.drop,
-        "drop_error": row.drop_error,
-        "agreement": row.accuracy.agreement,
-        "agreement_error": row.agreement_error,
-    }
-
-
-def _latency(run: str, report: Report) -> list[Row]:
-    return [
-        {
-            "run": run,
-            "variant": row.variant,
-            "runtime": row.latency.runtime,
-            "graph": row.latency.graph,
-            "batch": row.latency.batch,
-            "threads": row.latency.threads,
-            "median_ms": row.latency.median_ms,
-            "p90_ms": row.latency.p90_ms,
-            "p99_ms": row.latency.p99_ms,
-            "images_per_second": row.latency.images_per_second,
-            "speedup": row.speedup,
-            "unsteady": row.unsteady,
-            "speedup_low": row.latency.speedup_low,
-            "speedup_high": row.latency.speedup_high,
-        }
-        for row in latency_rows(report)
-    ]
-
-
-def _machine(run: str, report: Report) -> Row:
-    environment = report.environment
-    return {
-        "run": run,
-        "clusterq_deploy": report.clusterq_deploy,
-        "torch": environment.torch,
-        "onnxruntime": environment.onnxruntime,
-        "tensorrt": environment.tensorrt,
-        "driver": environment.driver,
-        "gpu": environment.gpu,
-        "cpu": environment.cpu,
-        "cores": environment.cores,
-    }
-
-
-def _notes(reports: list[Report]) -> list[str]:
-    """What differs between the runs so that numbers of one column do not measure the same."""
-    notes = []
-    if len({report.model.name for report in reports}) > 1:
-        notes.append("The models differ: compare drops and speed-ups, not top-1 and times.")
-    if len({(report.evaluation.dataset, report.evaluation.images) for report in reports}) > 1:
-        notes.append("Accuracy was measured on different images: top-1, drop and agreement do not compare.")
-    hardware = {(r.environment.gpu, r.environment.cpu, r.environment.cores, r.environment.driver) for r in reports}
-    if len(hardware) > 1:
-        notes.append("The machines differ: times do not compare, speed-ups only roughly.")
-    if len({(r.environment.onnxruntime, r.environment.tensorrt, r.environment.torch) for r in reports}) > 1:
-        notes.append("The versions of the runtimes differ: some of a difference in time may be theirs.")
-    return notes
-
-
-def _unsteady_note(latency: list[Row]) -> list[str]:
-    """What the mark of an unsteady median says; nothing where there is none."""
-    runs = dict.fromkeys(row["run"] for row in latency if row["unsteady"])
-    if not runs:
-        return []
-    return [
+def _notes(reports: list[Report], unsteady: list[str]) -> list[str]:
+    """Return what differs between the runs, so that numbers of one column do not measure the same."""
+    machines = [report.environment for report in reports]
+    columns: dict[str, list[Hashable]] = {
+        "The models differ: compare drops and speed-ups, not top-1 and times.": [
+            report.model.name for report in reports
+        ],
+        "Accuracy was measured on different images: top-1, drop and agreement cannot be compared.": [
+            (report.evaluation.dataset, report.evaluation.images) for report in reports
+        ],
+        "The machines differ: times cannot be compared, speed-ups only roughly.": [
+            (machine.gpu, machine.cpu, machine.cores, machine.driver) for machine in machines
+        ],
+        "The versions of the runtimes differ: some of a difference in time may be theirs.": [
+            (machine.onnxruntime, machine.tensorrt, machine.torch) for machine in machines
+        ],
         f"~ marks a median whose measurement was unsteady (standard deviation above {100 * UNSTEADY:g} % of the "
-        f"mean), in {', '.join(runs)}: the machine was not quiet."
-    ]
-
-
-# how a column reads; what is not here stands as it is
-_FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "graph": ("file", formats.file_name),
-    "size_bytes": ("size", formats.size),
-    "top1": ("top-1 %", formats.number),
-    "top5": ("top-5 %", formats.number),
-    "drop": ("drop", formats.number),
-    "agreement": ("agreement %", formats.number),
-    "median_ms": ("p50 ms", formats.milliseconds),
-    "p90_ms": ("p90 ms", formats.milliseconds),
-    "p99_ms": ("p99 ms", formats.milliseconds),
-    "images_per_second": ("images/s", "{:,.0f}".format),
-    "speedup": ("speed-up", formats.speedup),
-}
-_BESIDE = (
-    "top1_error",
-    "drop_error",
-    "agreement_error",
-    "unsteady",
-    *_INTERVAL,
-)  # no columns: they stand at their number
-_FIRST_NUMBERS = ("size_bytes", "batch")
-
-
-def headings(rows: list[Row]) -> list[str]:
-    """The headings of a table for people."""
-    return [_FORMATS[key][0] if key in _FORMATS else key.replace("_", " ") for key in rows[0] if key not in _BESIDE]
-
-
-def formatted(row: Row) -> list[str]:
-    """A row for people: units, errors behind their numbers, ~ before an unsteady median, a dash where nothing is."""
-    cells = []
-    for key, value in row.items():
-        if key in _BESIDE:
-            continue
-        if f"{key}_error" in row:
-            cells.append(formats.with_error(value, row[f"{key}_error"]))
-        elif value is None:
-            cells.append(formats.ABSENT)
-        else:
-            mark = "~" if key == "median_ms" and row["unsteady"] else ""
-            cells.append(mark + (_FORMATS[key][1](value) if key in _FORMATS else str(value)))
-    return cells
-
-
-def text_columns(rows: list[Row]) -> int:
-    """How many columns of a table hold text, from the left; numbers stand behind them."""
-    shown = [key for key in rows[0] if key not in _BESIDE]
-    return next((index for index, key in enumerate(shown) if key in _FIRST_NUMBERS), len(shown))
+        f"mean), in {', '.join(dict.fromkeys(unsteady))}: the machine was not quiet.": [False, bool(unsteady)],
+    }
+    return [note for note, values in columns.items() if len(set(values)) > 1]

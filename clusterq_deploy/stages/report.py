@@ -29,7 +29,7 @@ def write_report(run: Run) -> Report:
     run.directory.write("report.json", report.to_json())
     run.directory.write("report.md", to_markdown(report))
     picture = (run.directory.path / PREVIEW).read_bytes() if "synthesize" in records else None  # whole, by its digest
-    run.directory.write("report.html", to_html(report, picture, run.progress))
+    run.directory.write("report.html", to_html(report, picture))
     return report
 
 

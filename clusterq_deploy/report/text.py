@@ -1,0 +1,408 @@
+"""The words of a report: what to deploy, how to read the numbers, and what to distrust in them."""
+
+import re
+from collections.abc import Iterator
+
+from clusterq_deploy.report.analysis import (
+    BASELINE,
+    HALF,
+    MAX_DISAGREEMENT,
+    MAX_DROP,
+    SPEED_TIE,
+    UNSTEADY,
+    Verdict,
+    allowed_cost,
+    latency_rows,
+    verdicts,
+)
+from clusterq_deploy.report.formats import TIMES, duration, milliseconds, number, percent, speedup, with_error
+from clusterq_deploy.results.features import FeatureSet
+from clusterq_deploy.results.histograms import Histogram, LayerHistograms
+from clusterq_deploy.results.report import Report, Variant
+
+_RECOGNIZED = 50.0  # percent of the synthetic images
+_BITS = re.compile(r"w(\d+)a(\d+)(?:\W.*)?")  # the weight and activation bits in a name such as `w4a8`
+
+_ERROR = (
+    "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both kinds: that all of a few images "
+    "agree does not mean that all do."
+)
+SENSITIVITY_NOTE = (
+    "Each layer is quantized alone, its weight and what it reads, on views of the synthetic images; all others "
+    "stay in float. KL is the divergence from the fp32 model in nats, the expected drop what top-1 would lose, in "
+    "points, if the model's own probabilities were the truth: it ranks layers, and is no measured drop."
+)
+
+
+def model_name(report: Report) -> str:
+    """Return the model's name; for a factory in a file the name of the factory only."""
+    path, colon, factory = report.model.name.rpartition(":")
+    return factory if colon and path.endswith(".py") else report.model.name
+
+
+def summary(report: Report) -> str:
+    """Return what was done, in one sentence."""
+    names = [variant.name for variant in report.variants if variant.name != BASELINE]
+    widths = f"to {_listed(names)} " if names else ""
+    if report.evaluation.labelled:
+        scored = f"scored on {report.evaluation.images:,} labelled images of {report.evaluation.dataset}"
+    else:
+        scored = f"compared with its fp32 teacher on {report.evaluation.images:,} held-out synthetic images"
+    return (
+        f"{model_name(report)} was quantized {widths}without any of its training data, "
+        f"from {report.calibration.images:,} synthetic images, and {scored}."
+    )
+
+
+# What to deploy
+
+
+def headline(verdict: Verdict) -> str:
+    """Return what to do in one runtime, in a few words."""
+    if verdict.choice is None:
+        return "No suggestion"
+    words = {
+        "deploy": f"Deploy {verdict.choice.variant}",
+        "unsure": f"Perhaps {verdict.choice.variant}",
+        "same": "No difference in speed",
+        "unmeasured": "Not measurable here",
+    }
+    return words.get(verdict.outcome, f"Keep {BASELINE}")
+
+
+def verdict_figures(verdict: Verdict, labelled: bool) -> list[tuple[str, str]]:
+    """Return label and value of the numbers behind a suggestion; none if nothing is suggested."""
+    choice = verdict.choice
+    if choice is None or verdict.outcome not in ("deploy", "unsure"):
+        return []
+    pace = ("~" if choice.unsteady else "") + speedup(choice.latency.speedup)
+    figures = [(f"speed of {BASELINE} at batch {choice.latency.batch}", pace)]
+    if choice.latency.over_half is not None:
+        figures.append(("speed of fp16", speedup(choice.latency.over_half)))
+    if labelled:
+        figures.append(("points of top-1 lost", with_error(choice.cost, choice.cost_error)))
+    else:
+        figures.append((f"agreement with {BASELINE}", f"{with_error(choice.accuracy.agreement, choice.cost_error)} %"))
+    if choice.size_share is not None:
+        figures.append(("of its size", percent(choice.size_share)))
+    return figures
+
+
+def sentence(verdict: Verdict, labelled: bool) -> str:
+    """Return what to deploy in one runtime, what it costs and what it saves."""
+    choice, where = verdict.choice, f"On {verdict.runtime}"
+    if choice is None or choice.cost is None or choice.interval is None:
+        return f"{where} nothing can be suggested: no variant could be compared with fp32 there."
+    cost = _cost(choice.cost, choice.cost_error, labelled)
+    if verdict.outcome == "inaccurate":
+        limit = _limit(labelled)
+        return f"{where} keep fp32: no variant stays within {limit}; the nearest, {choice.variant}, {cost}."
+    interval = f"{choice.interval[0]:.2f} to {choice.interval[1]:.2f}{TIMES}"
+    space = "" if choice.size_share is None else f"in {percent(choice.size_share)} of the size"
+    if verdict.outcome in ("same", "unmeasured"):
+        interval = f"({interval} at batch {choice.latency.batch})"
+        speed = f"no difference in speed from fp32 was measured for {choice.variant} {interval}"
+        if verdict.outcome == "unmeasured":
+            busy = "the machine was busy with other work"
+            speed = f"the speed of {choice.variant} is not measurable here {interval}: {busy}"
+        return f"{where} {speed}{f'; it comes {space}' if space else ''}; it {cost}."
+    measured = choice.latency.speedup_low is not None  # an interval says more than "about"
+    pace = "about " if choice.unsteady and not measured else ""
+    pace += speedup(choice.latency.speedup) + (f" ({interval})" if measured else "") + " the speed of fp32"
+    pace += "" if choice.latency.over_half is None else f" and {speedup(choice.latency.over_half)} that of fp16"
+    pace += f" at batch {choice.latency.batch}"
+    if verdict.baseline is not None:
+        times = (milliseconds(point.latency.median_ms) for point in (choice, verdict.baseline))
+        pace += " ({} ms against {} ms)".format(*times)
+    pace += f", {space}" if space else ""
+    if verdict.outcome == "slow":
+        return f"{where} keep fp32: {choice.variant} runs at {pace}; it {cost}."
+    file = f" ({choice.accuracy.graph})" if choice.accuracy.graph else ""
+    advice = "deploy" if verdict.outcome == "deploy" else "consider"
+    return f"{where} {advice} {choice.variant}{file}: {pace}; it {cost}."
+
+
+def caveats(report: Report) -> list[str]:
+    """Return what keeps the suggestions from being certain, in whole sentences; most important first."""
+    labelled, top1 = report.evaluation.labelled, report.calibration.teacher_top1
+    errors = [verdict.choice.cost_error or 0.0 for verdict in verdicts(report) if verdict.choice]
+    sentences = []
+    if report.model.random:
+        sentences.append(
+            "The weights are random: what is measured here shows that the model can be processed, and at what expense; "
+            "it says nothing about the accuracy of a trained one."
+        )
+    if any(error > allowed_cost(report) for error in errors):
+        sentences.append(
+            f"{report.evaluation.images:,} images are too few to tell whether a variant stays within "
+            f"{_limit(labelled)}: evaluate on more."
+        )
+    if not labelled and report.calibration.images and top1 < _RECOGNIZED:
+        sentences.append(
+            f"The teacher predicts the intended label for only {top1:.0f} % of the synthetic images: agreement on such "
+            "images says little about real ones. Evaluate on labelled images with --data."
+        )
+    return sentences
+
+
+def _limit(labelled: bool) -> str:
+    return f"{MAX_DROP:g} point of top-1" if labelled else f"{MAX_DISAGREEMENT:g} % disagreement"
+
+
+def _cost(points: float, error: float | None, labelled: bool) -> str:
+    if not labelled:
+        return f"agrees with the teacher on {with_error(100 - points, error)} % of the images"
+    if round(points, 2) == 0:
+        return "keeps the top-1 of fp32" + ("" if error is None else f" (± {number(error)} points)")
+    return f"{'loses' if points > 0 else 'gains'} {with_error(abs(points), error)} points of top-1"
+
+
+# How to read the numbers
+
+
+def notes(report: Report) -> Iterator[str]:
+    """Yield how to read the numbers, and what they do not say."""
+    rows = latency_rows(report)
+    runtimes = {row.runtime for row in rows}
+    yield from _accuracy_notes(report)
+    if unreadable := unreadable_note(report):
+        yield unreadable
+    yield from _grid_notes(report)
+    if rows:
+        yield (
+            "Latency is the time of one call of a whole batch. Speed-up is over fp32 at the same runtime, batch and "
+            "threads: if both took turns, the median ratio of a turn's first quartiles, with its interval of 95 %, "
+            "else the ratio of medians. Images per second are those of all calls together, so that a few slow ones "
+            "lower them and leave the median."
+        )
+    yield from _tuning_notes(report)
+    if any(row.variant == HALF for row in rows):
+        yield _half_note(report)
+    if any(row.unsteady for row in rows):
+        yield (
+            f"~ marks a latency whose standard deviation exceeds {100 * UNSTEADY:g} % of its mean: "
+            "the machine was not quiet."
+        )
+    if "onnxruntime-cpu" in runtimes and report.environment.cpu_int8 == []:
+        yield (
+            "This CPU has no instructions for INT8 dot products (VNNI, AMX): INT8 gains little on it, "
+            "and more on one that has them."
+        )
+    yield (
+        f"The suggestion is the fastest variant within {_limit(report.evaluation.labelled)}, in each "
+        f"runtime; of those within {100 * SPEED_TIE:g} % of its time, the one that loses least. "
+        "It is suggested if the whole interval of its speed-up is above 1."
+    )
+    if "onnxruntime-cuda" in runtimes:
+        yield (
+            "ONNX Runtime's CUDA provider has no INT8 convolutions: it dequantizes and convolves in float, and a "
+            "quantized model is no faster there."
+        )
+    if "onnxruntime-tensorrt" in runtimes:
+        yield (
+            "ONNX Runtime's TensorRT provider builds its own engine of the graph for TensorRT; its latency is "
+            "from host to host, as ONNX Runtime's others are."
+        )
+
+
+def unreadable_note(report: Report) -> str | None:
+    """Return how many images could not be read, and which; None if all could."""
+    evaluation = report.evaluation
+    if not evaluation.unreadable:
+        return None
+    images = [f"{image.file} ({image.reason})" for image in evaluation.unreadable_files]
+    if images and (more := evaluation.unreadable - len(images)) > 0:
+        images.append(f"{more:,} more")
+    total, listed = evaluation.images + evaluation.unreadable, f": {'; '.join(images)}" if images else ""
+    images_of = f"{evaluation.unreadable:,} of {total:,} images of {evaluation.dataset}"
+    return f"{images_of} could not be read and count nowhere{listed}."
+
+
+def file_notes(report: Report) -> list[tuple[str, str]]:
+    """Return path and notes of each file that has any."""
+    artifacts = [artifact for variant in report.variants for artifact in variant.artifacts]
+    return [(artifact.path, "; ".join(artifact.notes)) for artifact in artifacts if artifact.notes]
+
+
+def _accuracy_notes(report: Report) -> Iterator[str]:
+    images, dataset = f"{report.evaluation.images:,}", report.evaluation.dataset
+    if not report.evaluation.labelled:
+        yield (
+            "Accuracy was not measured, because no labelled images were given. Agreement is the percentage of "
+            f"{images} held-out synthetic images on which a variant predicts the class that the fp32 teacher "
+            "predicts: it says how closely the variant follows the teacher on such images, not how it "
+            f"does on real ones. {_ERROR}"
+        )
+        return
+    yield (
+        f"Top-1 and top-5 are percentages of {images} images of {dataset}; agreement is the percentage "
+        f"on which a variant predicts the class that the fp32 teacher predicts. {_ERROR}"
+    )
+    yield (
+        "Drop is fp32's top-1 in the same runtime less the variant's, in points. Both saw the same images, "
+        "so its ± is that of a paired difference: an upper bound, from how many predictions differ."
+    )
+    if any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy):
+        yield "In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing."
+
+
+def _grid_notes(report: Report) -> Iterator[str]:
+    bits = {v.name: min(map(int, match.groups())) for v in report.variants if (match := _BITS.fullmatch(v.name))}
+    if coarse := [name for name in bits if bits[name] < 8]:
+        grids = _listed(sorted({f"{bits[name]}-bit" for name in coarse}))
+        yield (
+            f"{_listed(coarse)}: neither TensorRT nor ONNX Runtime convolves in INT4. Both run such a network as "
+            f"INT8 whose values are on a {grids} grid: INT4 saves storage, the speed is INT8's."
+        )
+    if names := [variant.name for variant in report.variants if variant.cpu == "any"]:
+        yield (
+            f"{_listed(names)}: the graph for ONNX Runtime computes the same on every CPU, with VNNI and without. "
+            "No two integer products of an output channel add up to more than 16 bits hold."
+        )
+    if names := [variant.name for variant in report.variants if variant.cpu == "vnni"]:
+        yield (
+            f"{_listed(names)}: the graph for ONNX Runtime was requested with --cpu vnni. On x86 CPUs without VNNI its "
+            "sums saturate at 16 bits, and it computes something else there."
+        )
+        if not {"avx_vnni", "avx512_vnni"}.intersection(report.environment.cpu_int8 or []):
+            yield "This CPU has no VNNI: what was measured here of these graphs is not what they do with it."
+    for variant in report.variants:
+        if variant.keep:
+            layers = _listed([f"{layer} ({width})" for layer, width in variant.keep.items()])
+            many = len(variant.keep) > 1
+            count = f"{len(variant.keep)} layers have bits of their own" if many else "one layer has bits of its own"
+            yield f"{variant.name}: {count}{_expected_drop(variant)}: {layers}."
+    if any(artifact.target == "int4" for variant in report.variants for artifact in variant.artifacts):
+        yield (
+            "The int4 files hold two weights in a byte and are the smallest to store and ship; ONNX Runtime "
+            "dequantizes them and convolves in float, so they are no faster than fp32."
+        )
+
+
+def _expected_drop(variant: Variant) -> str:
+    """Return what the widths of single layers were chosen for, as a clause."""
+    drop = variant.expected_drop
+    if drop is None:
+        return ""
+    missed = f", more than the {variant.max_drop:g} asked for" if drop > (variant.max_drop or drop) else ""
+    return f", for an expected drop before fine-tuning of {number(drop)} points{missed}"
+
+
+def _tuning_notes(report: Report) -> Iterator[str]:
+    """Yield what was done in smaller batches than requested, and which variants fine-tuning did not improve."""
+    divisors = {"Synthesis": report.calibration.batch_divisor}
+    divisors |= {f"Fine-tuning of {variant.name}": variant.batch_divisor for variant in report.variants}
+    for stage, divisor in divisors.items():
+        if divisor > 1:
+            batches = f"batches of 1/{divisor} of the size in the configuration"
+            yield f"{stage} took {batches}: the memory did not suffice for more."
+    for variant in report.variants:
+        if variant.kept_step == 0:
+            yield (
+                f"{variant.name}: no step of fine-tuning brought it nearer to the teacher on the held-out synthetic "
+                "images; its weights are those it was initialized with."
+            )
+
+
+def _half_note(report: Report) -> str:
+    """Return what fp16 is, and which engines could gain by it."""
+    names = [
+        variant.name
+        for variant in report.variants
+        if variant.name != BASELINE and any(file.kind == "engine" and not file.fp16 for file in variant.artifacts)
+    ]
+    computes = "compute" if len(names) > 1 else "computes"
+    advice = f" {_listed(names)} {computes} in float32 what is not quantized; --fp16 makes that FP16."
+    return (
+        "fp16 is the same float model with everything in FP16, which loses next to nothing: an INT8 engine is worth "
+        f"its loss only if it is faster than that, not only than fp32.{advice if names else ''}"
+    )
+
+
+# Calibration set, features, layers, machine
+
+
+def calibration_facts(report: Report) -> list[tuple[str, str]]:
+    """Return label and value of everything that is known of the calibration set."""
+    calibration = report.calibration
+    facts = {
+        "Synthetic images": f"{calibration.images:,}",
+        "Recipe": calibration.recipe,
+        "Time": duration(calibration.seconds),
+        "Teacher predicts the intended label": f"{calibration.teacher_top1:.2f} %",
+    }
+    if calibration.within_class_diversity is not None:
+        facts["Diversity within a class, at the last BatchNorm"] = f"{calibration.within_class_diversity:.3f}"
+    if calibration.silhouette is not None:
+        facts["Separability of the classes (silhouette), before the classifier"] = number(calibration.silhouette, 3)
+    return list(facts.items())
+
+
+def environment_facts(report: Report) -> list[tuple[str, str]]:
+    """Return label and value of everything that is known of the machine."""
+    environment, int8 = report.environment, report.environment.cpu_int8
+    facts = {
+        "GPU": environment.gpu or "none used",
+        "NVIDIA driver": environment.driver,
+        "CUDA": environment.cuda,
+        "CPU": environment.cpu,
+        "CPU INT8 instructions": None if int8 is None else ", ".join(int8) or "none",
+        "Cores": str(environment.cores),
+        "Memory": f"{environment.memory_bytes / 2**30:.1f} GiB" if environment.memory_bytes else None,
+        "Platform": environment.platform,
+        "Python": environment.python,
+        "torch": environment.torch,
+        "torchvision": environment.torchvision,
+        "onnx": environment.onnx,
+        "onnxruntime": environment.onnxruntime,
+        "TensorRT": environment.tensorrt or "not installed",
+    }
+    return [(label, value) for label, value in facts.items() if value]
+
+
+def feature_sentence(report: Report) -> str | None:
+    """Return what the teacher's penultimate features of synthetic and real images are like, in numbers."""
+    features = report.features
+    if features is None:
+        return None
+    text = f"In front of the classifier ({features.width:,} features), "
+    text += _separation(features.synthetic, "synthetic images")
+    if features.real is not None:
+        text += f", {_separation(features.real, f'real ones ({features.real.dataset})')}"
+    if features.coverage is not None:
+        text += f"; the synthetic ones cover {percent(features.coverage)} of the real ones"
+        text += f" (density {number(features.density)})"
+    return text + "."
+
+
+def _separation(features: FeatureSet, name: str) -> str:
+    images = f"{features.images:,} {name} of {features.classes:,} classes"
+    if features.silhouette is None:
+        return f"{images} have no silhouette"
+    silhouette, diversity = number(features.silhouette, 3), number(features.within_class_diversity, 3)
+    return f"{images} have a silhouette of {silhouette} and a within-class diversity of {diversity}"
+
+
+def histogram_line(layer: LayerHistograms) -> str:
+    """Return the widths of a layer's weight and input, and how much of each is clipped."""
+    return "; ".join(
+        f"{name} {(values.high - values.low).bit_length()} bits, {_clipped(values)} clipped"
+        for name, values in (("weight", layer.weight), ("input", layer.activation))
+    )
+
+
+def histogram_caption(values: Histogram) -> str:
+    """Return the steps of a histogram's grid, and how many of its values are clipped."""
+    steps = [f"{step:.3g}" for step in dict.fromkeys(values.steps)]
+    words = f"step {steps[0]}" if len(steps) == 1 else f"steps of {steps[0]} to {steps[-1]}"
+    return f"{words}, {_clipped(values)} of {sum(values.counts):,} clipped"
+
+
+def _clipped(values: Histogram) -> str:
+    """Return the clipped share as a percentage that is 0 only if nothing is clipped."""
+    share = values.clipped
+    return "none" if share == 0 else "under 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

@@ -102,7 +102,7 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
 
     config = options.config_of(ctx, config_file)
     pipeline = stages.pipeline_of(ctx, config, out or _default_out(config))
-    pipeline.begin()
+    pipeline.write_config()
     record = pipeline.synthesize()
     path = pipeline.directory.path
     figures = {k: v for k, v in record.result.items() if k != "losses"} | {"seconds": record.seconds}

@@ -59,7 +59,7 @@ def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
     """The same, for a stage: once that is done, its options are part of the run's configuration."""
     pipeline = resume(ctx, run)
     yield pipeline
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    pipeline.directory.write_config(pipeline.requested_config.to_toml())
 
 
 def _options_alone(ctx: click.Context) -> "RunConfig":

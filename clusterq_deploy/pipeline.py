@@ -49,12 +49,12 @@ class Pipeline(Run):
 
     def run(self) -> Report:
         """Do every stage in order, and write the report."""
-        self.begin()
+        self.write_config()
         for stage in stages(self.config):
             if unavailable(stage) is None:
                 self.do(stage)
         made = self.report()
-        self.directory.forget()
+        self.directory.remove_checkpoints()
         return made
 
     def synthesize(self) -> StageRecord:

@@ -32,7 +32,7 @@ SETTINGS = {
 @pytest.mark.slow
 def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.export("fp32")
     pipeline.synthesize()
     pipeline.quantize(BitWidths.parse("w8a8"))
@@ -72,7 +72,7 @@ def test_a_run_measures_and_inspects_every_engine(tmp_path: Path, monkeypatch: p
 
 def test_engines_of_another_release_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.export("fp32")
     install(monkeypatch)
     first, again = (pipeline.build("fp32") for _ in range(2))
@@ -87,7 +87,7 @@ def test_an_engine_whose_memory_does_not_suffice_is_left_out_of_the_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = Pipeline(make_config(SETTINGS), tmp_path / "run")
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.export("fp32")
     world = install(monkeypatch)
     world.input_shape, world.classes = (-1, *pipeline.model.input.size), pipeline.model.classes

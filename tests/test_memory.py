@@ -58,7 +58,7 @@ def test_a_runtime_that_fails_for_want_of_memory_gets_smaller_batches_and_for_no
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Pipeline(make_config({"model": "digits", "limit": 60}), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.export("fp32")
     calls: list[int] = []
     infer = OnnxRunner.infer
@@ -85,7 +85,7 @@ def test_features_that_do_not_fit_the_memory_are_taken_in_smaller_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.synthesize()
     infer, calls = TorchRunner.infer, []
 
@@ -238,7 +238,7 @@ def test_a_benchmark_that_lacked_memory_is_done_again_by_another_process(
 ) -> None:
     settings = {"model": "digits", "limit": 60, "benchmark": {"batches": [1, 3], "min_seconds": 0, "rounds": 1}}
     run = Pipeline(make_config(settings), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.export("fp32")
     infer = OnnxRunner.infer
 
@@ -264,7 +264,7 @@ def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.synthesize()
     monkeypatch.setattr(compare, "_ROOM", 1 << 60)
     found = run.features().result

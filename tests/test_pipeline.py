@@ -398,7 +398,7 @@ def test_a_model_that_does_not_fit_fp16_goes_without_the_baseline(tmp_path: Path
         "    made.fc.weight.data *= 1e6\n    return made\n"
     )
     pipeline = Pipeline(config(model=f"{module}:large", data=HELD_OUT), tmp_path / "out")
-    pipeline.begin()
+    pipeline.write_config()
     record = pipeline.export("fp32")
     assert list(record.files) == ["fp32/model.onnx"]
     (skipped,) = (own for own in pipeline.report().skipped if own.stage == "fp16 baseline")
@@ -432,7 +432,7 @@ def test_a_model_whose_features_cannot_be_taken_is_reported_without_them(tmp_pat
     )
     small = {"synthesis": {**SMALL["synthesis"], "images": 20}}
     pipeline = Pipeline(config(model=f"{module}:net", **small), tmp_path / "out")
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.synthesize()
     pipeline.features()
     report = pipeline.report()

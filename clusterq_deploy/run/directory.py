@@ -83,7 +83,7 @@ class RunDirectory:
         }
         self.made_by = manifest.command
 
-    def _hold(self) -> None:
+    def _acquire_lock(self) -> None:
         """Take the folder for this process, if it has not got it yet; another one may have worked there meanwhile."""
         if self._lock is not None:
             return
@@ -104,13 +104,13 @@ class RunDirectory:
             left.unlink(missing_ok=True)
         self._read()
 
-    def begin(self, config: str) -> None:
+    def write_config(self, config: str) -> None:
         """Mark the folder as this run's, with its configuration, before the first stage.
 
         Raises:
             RunDirectoryError: another process is at work in it, or it cannot be written.
         """
-        self._hold()
+        self._acquire_lock()
         self._save()
         self.write(CONFIG, config)
 
@@ -155,7 +155,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another process is at work in the folder, or it cannot be written.
         """
-        self._hold()
+        self._acquire_lock()
         own, sources = self._digests(inputs, upstream)
         record = self._settled(stage, own)
         if record is None:
@@ -171,9 +171,9 @@ class RunDirectory:
         self._forget(self.path / CHECKPOINTS / stage)
         return record
 
-    def forget(self) -> None:
+    def remove_checkpoints(self) -> None:
         """Remove what is left of checkpoints, of stages that were begun once and are asked for no longer."""
-        self._hold()
+        self._acquire_lock()
         self._forget(self.path / CHECKPOINTS)
 
     def _forget(self, checkpoints: Path) -> None:
@@ -227,7 +227,7 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes | str) -> str:
         """Write a file of the run atomically; gives its name."""
-        self._hold()
+        self._acquire_lock()
         if isinstance(content, str):
             write_text(self.path / name, content)
         else:

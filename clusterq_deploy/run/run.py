@@ -58,7 +58,7 @@ class Run:
     """One run: its configuration, its model, its directory, and what several stages read.
 
     Attributes:
-        asked: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
+        requested_config: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
 
     Args:
         config: what to do.
@@ -92,8 +92,8 @@ class Run:
             bars=progress is not SILENT,
             shapes_only=shapes_only,
         )
-        self.asked = config
-        self._taught: Predictions | None = None
+        self.requested_config = config
+        self._teacher_predictions: Predictions | None = None
         if self.device.type == "cpu":
             self.config = config.scaled_to(self.pass_cost)
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
@@ -131,10 +131,10 @@ class Run:
             _ = self.evaluation
         return traced
 
-    def begin(self) -> None:
+    def write_config(self) -> None:
         """Make the run directory this run's, if `check` finds nothing wrong."""
         self.check()
-        self.directory.begin(self.asked.to_toml())
+        self.directory.write_config(self.requested_config.to_toml())
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -179,12 +179,12 @@ class Run:
         Args:
             checkpoint: the asking stage's; it has the answers afterwards.
         """
-        if (known := self._taught) is not None:
+        if (known := self._teacher_predictions) is not None:
             checkpoint.save("teacher", lambda: reached(known, self.evaluation), at_once=True)
             return known
         with TorchRunner(self.model.module) as runner:
-            self._taught = self.predictions(runner, checkpoint, "teacher")
-        return self._taught
+            self._teacher_predictions = self.predictions(runner, checkpoint, "teacher")
+        return self._teacher_predictions
 
     def predictions(self, runner: Runner, checkpoint: Checkpoint = NOWHERE, phase: str = "predictions") -> Predictions:
         """What a runner answers on the evaluation images, (N, 5) int64.

@@ -105,7 +105,7 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
     pipeline.write_config()
     record = pipeline.synthesize()
     path = pipeline.directory.path
-    figures = {k: v for k, v in record.result.items() if k != "losses"} | {"seconds": record.seconds}
+    figures = record.result.model_dump(mode="json", exclude={"losses"}) | {"seconds": record.seconds}
     if as_json:
         render.print_json(json.dumps({**figures, "run": str(path), "files": list(record.files)}))
         return

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib import synthesis
 from calib.calibration_set import CalibrationSet
 from calib.leaves import with_leaves
 from calib.refine import survives_flip
@@ -32,13 +31,12 @@ from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Student,
-    finetune,
-    fit_full_range_biases,
     make_student,
-    post_training_quantize,
 )
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import TorchRunner
+from clusterq_deploy.stages.quantize import in_smaller_batches, tune
+from clusterq_deploy.stages.synthesize import synthesize_in_memory
 
 __all__ = ["export", "quantize", "synthesize"]
 
@@ -75,22 +73,11 @@ def synthesize(
     require_batchnorm(name, "nn.Module", model)
     classes = count_classes(name, model, spec)
 
-    def images(divisor: int) -> synthesis.Synthesis:
-        return synthesis.synthesize(
-            model,
-            classes=classes,
-            size=spec.size,
-            mean=spec.mean,
-            std=spec.std,
-            config=settings.with_smaller_batches(divisor),
-            device=device,
-            rng=torch.Generator(device).manual_seed(seed),
-            progress=progress,
-        )
-
-    made, _ = retry_on_oom(images, "synthesis")
+    synthesis, _ = synthesize_in_memory(
+        model, spec, classes, settings, rng=lambda: torch.Generator(device).manual_seed(seed), progress=progress
+    )
     provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
-    return CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
+    return CalibrationSet(synthesis.calibration.images, synthesis.calibration.labels, provenance)
 
 
 def quantize(
@@ -138,15 +125,16 @@ def quantize(
     calibration = images
 
     def tuned(divisor: int) -> Student:
-        rng, batch_size = torch.Generator(device).manual_seed(seed), max(1, settings.batch_size // divisor)
-        student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
-        shown = with_leaves(calibration.images, settings.procedural, rng)
-        started = post_training_quantize(student, shown, batch_size=batch_size, rng=rng, progress=progress)
-        flip = survives_flip(model, calibration.images.to(device), calibration.labels.to(device), batch_size)
-        scaled = settings.model_copy(update={"batch_size": batch_size})
-        finetune(student, started.reference, calibration, config=scaled, flip=flip, rng=rng, progress=progress)
-        fit_full_range_biases(student, calibration.images)
-        return student
+        rng, smaller = torch.Generator(device).manual_seed(seed), in_smaller_batches(settings, divisor)
+        return tune(
+            make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu),
+            calibration,
+            shown=with_leaves(calibration.images, settings.procedural, rng),
+            config=smaller,
+            flip=survives_flip(model, calibration.images.to(device), calibration.labels.to(device), smaller.batch_size),
+            rng=rng,
+            progress=progress,
+        ).student
 
     student, _ = retry_on_oom(tuned, f"quantization to {widths}")
     return student

@@ -10,7 +10,7 @@ from clusterq_deploy.pipeline import stages, unavailable
 from clusterq_deploy.run.estimate import estimate
 from clusterq_deploy.run.manifest import MANIFEST
 from clusterq_deploy.run.run import Run
-from clusterq_deploy.run.stage import Stage
+from clusterq_deploy.run.stage import AnyStage
 
 State = Literal["finished", "to do", "skipped"]
 
@@ -91,9 +91,9 @@ def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT, command: 
     )
 
 
-def states(run: Run) -> dict[Stage, State]:
+def states(run: Run) -> dict[AnyStage, State]:
     """Return which stages are finished: one that reads a stage that is to be done is to be done too."""
-    found: dict[Stage, State] = {}
+    found: dict[AnyStage, State] = {}
     to_do: set[str] = set()
     for stage in stages(run.config):
         needs = stage.needs(run)

@@ -95,8 +95,8 @@ def test_an_engine_whose_memory_does_not_suffice_is_left_out_of_the_benchmark(
     assert pipeline.build("fp32") is not None
     world.load_error = "Error Code 1: Cuda Runtime (out of memory)"
     found = pipeline.benchmark().result
-    assert {own["runtime"] for own in found["latency"]["fp32"]} == {"onnxruntime-cpu"}
-    reasons = [own["reason"] for own in found["skipped"] if own["stage"] == "benchmark"]
+    assert {own.runtime for own in found.latency["fp32"]} == {"onnxruntime-cpu"}
+    reasons = [own.reason for own in found.skipped if own.stage == "benchmark"]
     assert [reason.split(":")[0] for reason in reasons] == ["fp32/model.engine", "fp32/model.fp16.engine"]
     assert all("the GPU's memory ran out" in reason for reason in reasons)
     world.load_error = "Serialization assertion failed"

@@ -159,15 +159,15 @@ def test_fp16_is_written_into_the_graph_for_tensorrt_alone(finished: Path, tmp_p
     out = copied(finished, tmp_path / "out")
     pipeline = Pipeline(config(fp16=True), out)
     before = {name: (out / name).read_bytes() for name in ("w4a4/model.ort.onnx", "w4a4/model.trt.onnx")}
-    checks = pipeline.export("w4a4").result["verification"]
+    checks = pipeline.export("w4a4").result.verification
     assert checks["model.trt.onnx"]["half"]["agreement"] > 0.9
     assert (out / "w4a4/model.ort.onnx").read_bytes() == before["w4a4/model.ort.onnx"]
     halved = onnx.load(out / "w4a4/model.trt.onnx")
     kinds = {i.data_type for i in halved.graph.initializer}
     assert onnx.TensorProto.FLOAT16 in kinds
     assert onnx.TensorProto.FLOAT not in kinds
-    accuracy = pipeline.evaluate("w4a4").result["accuracy"]
-    assert next(a for a in accuracy if a["graph"] == "w4a4/model.trt.onnx")["agreement"] > 90
+    accuracy = pipeline.evaluate("w4a4").result.accuracy
+    assert next(a for a in accuracy if a.graph == "w4a4/model.trt.onnx").agreement > 90
 
 
 def test_run_toml_repeats_the_run(finished: Path) -> None:

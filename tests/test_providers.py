@@ -16,14 +16,14 @@ from onnx import TensorProto, helper
 
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.results.report import Skipped
-from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.results.report import Artifact, Skipped
+from clusterq_deploy.results.stages import ExportResult
 from clusterq_deploy.run.run import EVALUATION_BATCH
 from clusterq_deploy.runtimes import onnx_providers
 from clusterq_deploy.runtimes.onnx_providers import RECORD_PLACES, Placement, batch_profile, placement, provider_list
 from clusterq_deploy.runtimes.runners import OnnxRunner
 from clusterq_deploy.stages import deployables
-from clusterq_deploy.stages.deployables import open_provider, provider_runners
+from clusterq_deploy.stages.deployables import left_to_others, open_provider, opened, run_graphs_on_gpu
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
 
@@ -119,9 +119,9 @@ def run_on(device: str, path: Path) -> Any:
     )
 
 
-def exported(name: str) -> StageRecord:
-    artifacts = [{"kind": "onnx", "target": target, "path": name} for target in ("onnxruntime", "tensorrt")]
-    return StageRecord("", {}, {}, {"artifacts": artifacts}, 0.0)
+def exported(name: str) -> ExportResult:
+    own = [Artifact(kind="onnx", target="onnxruntime", path=name, size_bytes=0)]
+    return ExportResult(artifacts=[*own, *(artifact.model_copy(update={"target": "tensorrt"}) for artifact in own)])
 
 
 def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_the_profile_holds_every_batch_of_the_run(file: Path, monkeypatch: pytes
         raise ExportError("not here")
 
     monkeypatch.setattr(deployables, "OnnxRunner", refuse)
-    list(provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, []))
+    list(opened(run_graphs_on_gpu(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")})))
     assert [options["runtime"] for _, options in asked] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
     assert [options["optimized"] for _, options in asked] == [True, False]
     assert {options["batch"] for _, options in asked} == {(1, 8, EVALUATION_BATCH)}
@@ -169,36 +169,34 @@ def test_a_provider_that_leaves_the_work_to_others_is_named(
         with pytest.raises(ExportError, match=said):
             open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
         return
-    runner, shared = open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
-    assert shared == said
-    with runner:
+    with open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4)) as runner:
+        assert left_to_others(runner, file.name) == said
         assert runner.infer(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 60)
 
 
 @needs_no_gpu
 def test_what_cannot_load_is_skipped_once_with_its_reason(file: Path) -> None:
-    skipped: list[Skipped] = []
     exports = {name: exported("w8a8/model.trt.onnx") for name in ("fp32", "w8a8")}
-    assert list(provider_runners(run_on("cuda", file.parents[1]), exports, skipped)) == []
-    assert [own.stage for own in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    skipped = list(opened(run_graphs_on_gpu(run_on("cuda", file.parents[1]), exports)))
+    assert [own.stage for own in skipped if isinstance(own, Skipped)] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
     for own in skipped:
+        assert isinstance(own, Skipped)
         assert own.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
 
 
 def test_a_run_on_the_cpu_tries_no_gpu_provider(file: Path) -> None:
-    skipped: list[Skipped] = []
-    assert list(provider_runners(run_on("cpu", file.parents[1]), {"fp32": exported("none.onnx")}, skipped)) == []
-    assert skipped == []
+    assert run_graphs_on_gpu(run_on("cpu", file.parents[1]), {"fp32": exported("none.onnx")}) == []
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 def test_what_loads_gives_the_answers_of_the_cpu(file: Path) -> None:
-    skipped: list[Skipped] = []
     images = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
-    for own in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
-        with own.runner as runner:
-            np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
+    graphs = run_graphs_on_gpu(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")})
+    for own in opened(graphs):
+        if not isinstance(own, Skipped):
+            with own[1] as runner:
+                np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
 
 
 RUNS = """

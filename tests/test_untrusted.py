@@ -23,7 +23,7 @@ from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
 from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
 from clusterq_deploy.run.directory import RunDirectory
-from clusterq_deploy.stages.standalone import Graph
+from clusterq_deploy.stages.evaluate import Graph
 
 quick = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

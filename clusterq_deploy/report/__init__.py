@@ -11,15 +11,16 @@ from clusterq_deploy.results.engines import (
     Reading,
 )
 from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
-from clusterq_deploy.results.histograms import Histogram, LayerHistograms
 from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
     CalibrationInfo,
     Environment,
     EvaluationInfo,
+    Histogram,
     ImageNote,
     Latency,
+    LayerHistograms,
     LayerNote,
     ModelInfo,
     Report,

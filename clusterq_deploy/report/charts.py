@@ -28,8 +28,7 @@ from clusterq_deploy.report.findings import FLOAT, LatencyRow
 from clusterq_deploy.report.verdicts import Point
 from clusterq_deploy.results.engines import EngineLayer
 from clusterq_deploy.results.features import Points
-from clusterq_deploy.results.histograms import Histogram
-from clusterq_deploy.results.report import LayerSensitivity
+from clusterq_deploy.results.report import Histogram, LayerSensitivity
 
 _CURVE_POINTS = 240
 _CURVE_WIDTH = 146  # two curves stand side by side on a phone, each some 142 px wide

@@ -1,6 +1,6 @@
 """The words beside the histograms of layers."""
 
-from clusterq_deploy.results.histograms import Histogram, LayerHistograms
+from clusterq_deploy.results.report import Histogram, LayerHistograms
 
 
 def layer_line(layer: LayerHistograms) -> str:

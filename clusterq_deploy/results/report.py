@@ -2,22 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.results.base import Count, Duration, Percent
-from clusterq_deploy.results.base import Record as _Record
+from clusterq_deploy.results.base import Count, Duration, Finite, Percent, Record
 from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats
 from clusterq_deploy.results.features import FeatureInfo
-from clusterq_deploy.results.histograms import LayerHistograms
 
 _QUANTILES = 21
 _MOST_DIGITS = 20
+_Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Environment(_Record):
+class Environment(Record):
     """Versions and hardware of the machine that measured; None where a thing is not there.
 
     `cores` are the logical cores that the process may use. `cpu_int8` names the CPU's instructions for INT8
@@ -40,7 +39,7 @@ class Environment(_Record):
     platform: str
 
 
-class ModelInfo(_Record):
+class ModelInfo(Record):
     """The teacher: `input_size` is (channels, height, width); `weights` says what its weights are, for a person."""
 
     name: str
@@ -55,7 +54,7 @@ class ModelInfo(_Record):
         return (self.weights or "").startswith("random (seed ")
 
 
-class CalibrationInfo(_Record):
+class CalibrationInfo(Record):
     """The calibration set: the teacher gives `teacher_top1` percent of the images their label.
 
     `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
@@ -75,14 +74,14 @@ class CalibrationInfo(_Record):
     preview_classes: list[str] = Field(default_factory=list)
 
 
-class ImageNote(_Record):
+class ImageNote(Record):
     """An image that cannot be read, by its name in the data set, and why."""
 
     file: str
     reason: str
 
 
-class EvaluationInfo(_Record):
+class EvaluationInfo(Record):
     """What accuracy was measured on: `images` of them. `labelled` is False where only agreement has a meaning.
 
     `unreadable` images more could not be read and count nowhere; `unreadable_files` names the first of them.
@@ -95,7 +94,7 @@ class EvaluationInfo(_Record):
     unreadable_files: list[ImageNote] = Field(default_factory=list)
 
 
-class Accuracy(_Record):
+class Accuracy(Record):
     """Percentages, as `runtime` executed the model; top1 and top5 are None without labels.
 
     `agreement` is the share of images on which the prediction equals the FP32 teacher's. `graph` is the path
@@ -109,7 +108,7 @@ class Accuracy(_Record):
     graph: str | None = None
 
 
-class Artifact(_Record):
+class Artifact(Record):
     """A deployable file; `path` is relative to the run directory.
 
     `fp16` says whether what is not quantized computes in FP16: in the float baseline, everything.
@@ -164,14 +163,14 @@ class Latency(LatencyStats):
         return quantiles_ms
 
 
-class LayerNote(_Record):
+class LayerNote(Record):
     """A layer that was left in float, and why."""
 
     layer: str
     reason: str
 
 
-class LayerSensitivity(_Record):
+class LayerSensitivity(Record):
     """What it costs to quantize one layer alone, at `bits`, on synthetic images: KL in nats, percentages."""
 
     layer: str
@@ -181,7 +180,32 @@ class LayerSensitivity(_Record):
     expected_drop: float
 
 
-class Variant(_Record):
+class Histogram(Record):
+    """Values in steps of their grid, so that the grid's are the integers from `low` to `high`.
+
+    `steps` are the smallest and the largest step of an output channel, equal where the tensor has one step. Bin i of
+    `counts` begins at `start` + i * `width`, in steps; the outermost two hold what lies beyond, too. `clipped` is the
+    share of the values, in [0, 1], that the grid cuts off.
+    """
+
+    low: int = Field(ge=-128, le=0)
+    high: int = Field(ge=1, le=255)
+    steps: tuple[_Step, _Step]
+    start: Finite = Field(ge=-1024, le=1024)
+    width: _Step = Field(le=1024)
+    counts: list[Count] = Field(min_length=1, max_length=1024)
+    clipped: float = Field(ge=0, le=1)
+
+
+class LayerHistograms(Record):
+    """The weight of a quantized layer, and the activation that it reads: the FP32 model's, in a variant's channels."""
+
+    layer: str
+    weight: Histogram
+    activation: Histogram
+
+
+class Variant(Record):
     """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
 
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
@@ -211,14 +235,14 @@ class Variant(_Record):
     cpu: Literal["any", "vnni"] | None = None
 
 
-class Skipped(_Record):
+class Skipped(Record):
     """A stage or a runtime that was left out, and why."""
 
     stage: str
     reason: str
 
 
-class Report(_Record):
+class Report(Record):
     """The whole of `report.json`. Extra keys of a newer writer are ignored on reading.
 
     `command` is the command line that did the last stage, `commands` are all that did one, each once, in order.
@@ -240,7 +264,7 @@ class Report(_Record):
     commands: list[list[str]] = Field(default_factory=list)
 
     def to_json(self) -> str:
-        """The text of `report.json`."""
+        """Return the text of `report.json`."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
@@ -272,7 +296,7 @@ def read_report(path: Path) -> Report:
 
 
 def _integer(digits: str) -> int:
-    """An integer of JSON that other readers take too, and that fits a float."""
+    """Return an integer of JSON that other readers accept too, and that fits a float."""
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"an integer has {len(digits)} digits")
     return int(digits)

@@ -237,8 +237,9 @@ def evaluate(
     from clusterq_deploy.stages.evaluate import evaluate_file
 
     if target.is_file():
-        found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
-        render.show([own.model_dump(mode="json") for own in found], as_json)
+        found, images = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
+        counts = {"images": len(images.kept), "unreadable": len(images.unreadable)}
+        render.show([own.model_dump(mode="json", exclude={"agreement"}) | counts for own in found], as_json)
         return
     with _resumed(ctx, target) as pipeline:
         rows = [

@@ -7,6 +7,7 @@
 `Pipeline` is the resumable shell around the same functions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,10 @@ def synthesize(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> CalibrationSet:
-    """Make images for calibration and fine-tuning from a classifier alone (ClusterQ, arXiv 2205.00179, section III).
+    """Make images for calibration and fine-tuning from a classifier only (ClusterQ, arXiv 2205.00179, section III).
 
     Args:
-        model: in eval mode, with BatchNorm; images (N, C, H, W) float32, normalized, to logits (N, classes). It stays
-            as it is.
+        model: in eval mode, with BatchNorm; images (N, C, H, W) float32, normalized, to logits (N, classes); unchanged.
         spec: the size of an image, and the mean and standard deviation of pixels in [0, 1] that it is normalized by.
         config: how many images, from how many steps; the standard schedule by default.
         seed: of all randomness.
@@ -68,16 +68,14 @@ def synthesize(
         SynthesisError: the images diverge.
         OutOfMemoryError: the smallest batches do not fit the memory.
     """
-    device = _device_of(model)
-    name, settings = type(model).__name__, config or SynthesisConfig()
+    device, name, settings = _device_of(model), type(model).__name__, config or SynthesisConfig()
     require_batchnorm(name, "nn.Module", model)
     classes = count_classes(name, model, spec)
-
     synthesis, _ = synthesize_in_memory(
         model, spec, classes, settings, rng=lambda: torch.Generator(device).manual_seed(seed), progress=progress
     )
     provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
-    return CalibrationSet(synthesis.calibration.images, synthesis.calibration.labels, provenance)
+    return replace(synthesis.calibration, provenance=provenance)
 
 
 def quantize(
@@ -95,9 +93,9 @@ def quantize(
     """Quantize a classifier and tune the result on images.
 
     Args:
-        model: in eval mode; images (N, C, H, W) float32, normalized, to logits (N, classes). It stays as it is.
-        images: those of `synthesize`; or any unlabelled images (N, C, H, W) float32, normalized, which take the
-            classes that the model gives them.
+        model: in eval mode; images (N, C, H, W) float32, normalized, to logits (N, classes); unchanged.
+        images: those of `synthesize`; or any unlabelled images (N, C, H, W) float32, normalized, whose classes are the
+            model's answers.
         bits: of weights and activations, such as "w4a4"; 2 to 8 each.
         config: how long to tune; `FinetuneConfig(steps=0)` only calibrates and corrects.
         first_last: whether the first and last layer have those widths too, not 8 bits.
@@ -124,19 +122,21 @@ def quantize(
         images = CalibrationSet(images.cpu(), torch.from_numpy(answers[:, 0]))
     calibration = images
 
-    def tuned(divisor: int) -> Student:
+    def attempt(divisor: int) -> Student:
         rng, smaller = torch.Generator(device).manual_seed(seed), in_smaller_batches(settings, divisor)
-        return tune(
-            make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu),
+        student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
+        tune(
+            student,
             calibration,
             shown=with_leaves(calibration.images, settings.procedural, rng),
             config=smaller,
             flip=survives_flip(model, calibration.images.to(device), calibration.labels.to(device), smaller.batch_size),
             rng=rng,
             progress=progress,
-        ).student
+        )
+        return student
 
-    student, _ = retry_on_oom(tuned, f"quantization to {widths}")
+    student, _ = retry_on_oom(attempt, f"quantization to {widths}")
     return student
 
 
@@ -171,20 +171,14 @@ def export(
     batch = images.images if isinstance(images, CalibrationSet) else images
     sample = batch[: lowering.VERIFIED_IMAGES].cpu().numpy().astype(np.float32)
     _, channels, height, width = sample.shape
+    size, name = (channels, height, width), str(student.bits)
     graphs = lowering.student_graphs(
-        student,
-        sample,
-        size=(channels, height, width),
-        name=str(student.bits),
-        targets=(target,),
-        fp16=fp16,
-        progress=progress,
+        student, sample, size=size, name=name, targets=(target,), fp16=fp16, progress=progress
     )
-    found = list(graphs)
-    if not found:
-        raise ExportError(f"{student.bits} has weights of more than four bits: there is no INT4 graph")
-    write_bytes(Path(path), found[0].graph.SerializeToString())
-    return Path(path)
+    for verified in graphs:
+        write_bytes(Path(path), verified.graph.SerializeToString())
+        return Path(path)
+    raise ExportError(f"{student.bits} has weights of more than four bits: there is no INT4 graph")
 
 
 def _device_of(model: nn.Module) -> torch.device:

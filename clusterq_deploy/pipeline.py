@@ -5,17 +5,8 @@ from collections.abc import Iterator
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.lowering.integers import SiteComparison
 from clusterq_deploy.quantization import BitWidths
+from clusterq_deploy.results import stages as results
 from clusterq_deploy.results.report import Report
-from clusterq_deploy.results.stages import (
-    BenchmarkResult,
-    BuildResult,
-    EvaluationResult,
-    ExportResult,
-    FeaturesResult,
-    QuantizeResult,
-    SensitivityResult,
-    SynthesisResult,
-)
 from clusterq_deploy.run.run import FP32, Run
 from clusterq_deploy.run.stage import AnyStage, Finished, Stage
 from clusterq_deploy.runtimes.tensorrt import unavailable_reason
@@ -65,19 +56,19 @@ class Pipeline(Run):
         self.directory.remove_checkpoints()
         return report
 
-    def synthesize(self) -> Finished[SynthesisResult]:
+    def synthesize(self) -> Finished[results.SynthesisResult]:
         """Make the calibration set."""
         return self.do(Stage(synthesize))
 
-    def sensitivity(self, bits: BitWidths) -> Finished[SensitivityResult]:
+    def sensitivity(self, bits: BitWidths) -> Finished[results.SensitivityResult]:
         """Measure what the quantization of each layer alone costs, on synthetic images."""
         return self.do(Stage(sensitivity, str(bits)))
 
-    def quantize(self, bits: BitWidths) -> Finished[QuantizeResult]:
+    def quantize(self, bits: BitWidths) -> Finished[results.QuantizeResult]:
         """Make one variant: quantizers, scales, fine-tuning."""
         return self.do(Stage(quantize, str(bits)))
 
-    def export(self, variant: str) -> Finished[ExportResult]:
+    def export(self, variant: str) -> Finished[results.ExportResult]:
         """Write a variant's graphs, each verified against torch first."""
         return self.do(Stage(export, variant))
 
@@ -85,20 +76,20 @@ class Pipeline(Run):
         """Compare a variant's graphs with torch on up to `images` synthetic images; see `stages.export`."""
         return export.compare_graphs(self, Stage(export, variant), images)
 
-    def build(self, variant: str) -> Finished[BuildResult] | None:
+    def build(self, variant: str) -> Finished[results.BuildResult] | None:
         """Build a variant's TensorRT engine; return None if that cannot be done."""
         stage = Stage(build, variant)
         return None if unavailable(stage) else self.do(stage)
 
-    def evaluate(self, variant: str) -> Finished[EvaluationResult]:
+    def evaluate(self, variant: str) -> Finished[results.EvaluationResult]:
         """Measure a variant's accuracy in torch and as each runtime executes its graphs."""
         return self.do(Stage(evaluate, variant))
 
-    def features(self) -> Finished[FeaturesResult]:
+    def features(self) -> Finished[results.FeaturesResult]:
         """Compare the teacher's features of the synthetic images with those of real ones."""
         return self.do(Stage(features))
 
-    def benchmark(self) -> Finished[BenchmarkResult]:
+    def benchmark(self) -> Finished[results.BenchmarkResult]:
         """Time FP32 and every exported variant in turn, each as its target executes it."""
         return self.do(Stage(benchmark))
 

@@ -74,7 +74,7 @@ def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT, command: 
         PlannedStage(
             stage.name,
             state,
-            str(unavailable(stage)) if state == "skipped" else stage.describe(run),
+            str(unavailable(stage)) if state == "skipped" else stage.kind.describe(run, stage),
             expected.seconds(stage.name, run.config, run.evaluated) if expected and state == "to do" else 0.0,
         )
         for stage, state in known.items()
@@ -96,7 +96,7 @@ def states(run: Run) -> dict[AnyStage, State]:
     found: dict[AnyStage, State] = {}
     to_do: set[str] = set()
     for stage in stages(run.config):
-        needs = stage.needs(run)
+        needs = stage.kind.needs(run, stage)
         if unavailable(stage):
             found[stage] = "skipped"
         elif to_do.intersection(needs.required + needs.optional) or not run.is_finished(stage):

@@ -167,9 +167,9 @@ def test_a_provider_that_leaves_the_work_to_others_is_named(
     monkeypatch.setattr(OnnxRunner, "placement", lambda _: place)
     if place is not None and not place.taken:
         with pytest.raises(ExportError, match=said):
-            open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
+            open_provider(file, "onnxruntime-cuda", (1, 2, 4))
         return
-    with open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4)) as runner:
+    with open_provider(file, "onnxruntime-cuda", (1, 2, 4)) as runner:
         assert left_to_others(runner, file.name) == said
         assert runner.infer(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 60)
 

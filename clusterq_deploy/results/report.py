@@ -1,4 +1,4 @@
-"""What `report.json` holds (schema 1). Field names are a contract; more may be added, none renamed."""
+"""What `report.json` holds (schema 1). Field names are a contract: fields may be added, none may be renamed."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ _Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Environment(Record):
-    """Versions and hardware of the machine that measured; None where a thing is not there.
+    """Versions and hardware of the machine that measured; None for what is not there.
 
     `cores` are the logical cores that the process may use. `cpu_int8` names the CPU's instructions for INT8
-    dot products (avx512_vnni, amx_int8, ...): empty where it has none, None where that is not known.
+    dot products (avx512_vnni, amx_int8, ...): empty if it has none, None if that is not known.
     """
 
     python: str
@@ -40,7 +40,7 @@ class Environment(Record):
 
 
 class ModelInfo(Record):
-    """The teacher: `input_size` is (channels, height, width); `weights` says what its weights are, for a person."""
+    """The teacher: `input_size` is (channels, height, width); `weights` describes its weights in words."""
 
     name: str
     parameters: Count
@@ -50,17 +50,17 @@ class ModelInfo(Record):
 
     @property
     def random(self) -> bool:
-        """Whether its weights are random: what is measured then says nothing of a trained model."""
+        """Whether its weights are random: what is measured then says nothing about a trained model."""
         return (self.weights or "").startswith("random (seed ")
 
 
 class CalibrationInfo(Record):
-    """The calibration set: the teacher gives `teacher_top1` percent of the images their label.
+    """The calibration set; the teacher classifies `teacher_top1` percent of the images as labelled.
 
     `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
     coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
-    value a recorded step. `batch_divisor` is what the batches of synthesis were divided by, for want of memory.
-    `preview_classes` are those of the preview's columns, by number and, where it is known, name.
+    value per recorded step. `batch_divisor` is what the batches of synthesis were divided by to fit the memory.
+    `preview_classes` are those of the preview's columns, by number and, if it is known, name.
     """
 
     images: Count
@@ -82,9 +82,9 @@ class ImageNote(Record):
 
 
 class EvaluationInfo(Record):
-    """What accuracy was measured on: `images` of them. `labelled` is False where only agreement has a meaning.
+    """What accuracy was measured on: `images` of them. `labelled` is False if only agreement has a meaning.
 
-    `unreadable` images more could not be read and count nowhere; `unreadable_files` names the first of them.
+    `unreadable` more images could not be read and count nowhere; `unreadable_files` names the first of them.
     """
 
     dataset: str
@@ -128,10 +128,10 @@ class Latency(LatencyStats):
 
     `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
     calls at 0, 0.05, 0.1 and so on to 1. `speedup` is over fp32 that took turns with it, and `speedup_low` to
-    `speedup_high` are its interval of 95 %; None where they took no turns, or too few.
+    `speedup_high` are its interval of 95 %; None if they took no turns, or too few.
 
-    Engines alone have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
-    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph where
+    Only engines have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
+    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph if
     `cuda_graph` says so. `images_per_second` is by `wall_seconds`, from the first call to the end of the last.
     `trtexec` is the command that repeats the measurement.
     """
@@ -171,7 +171,7 @@ class LayerNote(Record):
 
 
 class LayerSensitivity(Record):
-    """What it costs to quantize one layer alone, at `bits`, on synthetic images: KL in nats, percentages."""
+    """What it costs to quantize only one layer, at `bits`, on synthetic images: KL in nats, percentages."""
 
     layer: str
     bits: str
@@ -183,8 +183,8 @@ class LayerSensitivity(Record):
 class Histogram(Record):
     """Values in steps of their grid, so that the grid's are the integers from `low` to `high`.
 
-    `steps` are the smallest and the largest step of an output channel, equal where the tensor has one step. Bin i of
-    `counts` begins at `start` + i * `width`, in steps; the outermost two hold what lies beyond, too. `clipped` is the
+    `steps` are the smallest and the largest step of an output channel, equal if the tensor has one step. Bin i of
+    `counts` begins at `start` + i * `width`, in steps; the outermost two hold what is beyond, too. `clipped` is the
     share of the values, in [0, 1], that the grid cuts off.
     """
 
@@ -209,11 +209,11 @@ class Variant(Record):
     """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
 
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
-    expected of these widths before fine-tuning, where a bound, `max_drop`, was asked for. `batch_divisor` is what the
-    batches of fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of
-    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 where none brought the student nearer
-    to the teacher on held-out images than it was before; None where nothing was tuned. `cpu` says which CPUs the graph
-    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None of the baseline.
+    expected of these widths before fine-tuning, if a bound, `max_drop`, was asked for. `batch_divisor` is what the
+    batches of fine-tuning were divided by to fit the memory. `histograms` are of the quantized layers, in order of
+    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 if none brought the student nearer
+    to the teacher on held-out images than it was before; None if nothing was tuned. `cpu` says which CPUs the graph
+    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None for the baseline.
     """
 
     name: str

@@ -40,7 +40,7 @@ class SynthesisResult(StageResult):
 
 
 class LayerCost(Record):
-    """What it costs to quantize one layer alone: KL in nats, the other two in percent."""
+    """What it costs to quantize only one layer: KL in nats, percentages."""
 
     kl: float
     agreement: float
@@ -61,27 +61,14 @@ class SensitivityResult(StageResult):
     layers: list[SensitiveLayer]
 
 
-class EqualizedPair(Record):
-    """Two layers whose common tensor was equalized; see `quantization.ptq.equalize.Equalized`."""
-
-    producer: str
-    consumer: str
-    exponent: float
-    shifted: int
-    spread_before: float
-    spread_after: float
-    error_before: float
-    error_after: float
-
-
 class QuantizeResult(StageResult):
-    """How a student was made; see `Variant`, and for errors and shifts `PTQResult`. `format` is that of its file."""
+    """How a student was made; see `Variant`, for pairs, errors and shifts `PTQResult`. `format` is that of its file."""
 
     format: int
     cpu: Literal["any", "vnni"] | None = None
     losses: dict[str, list[float]] = Field(default_factory=dict)
     kept_step: int | None = None
-    equalized: list[EqualizedPair] = Field(default_factory=list)
+    equalized: list[dict[str, str | int | float]] = Field(default_factory=list)
     reconstruction_errors: dict[str, tuple[float, float]] = Field(default_factory=dict)
     bias_shifts: dict[str, float] = Field(default_factory=dict)
     batch_divisor: int = 1
@@ -126,17 +113,6 @@ class EvaluationResult(StageResult):
     unreadable: UnreadableImages | None = None
 
 
-class FileAccuracy(Record):
-    """The accuracy of a single file; see `Accuracy`. `images` were read, `unreadable` could not be."""
-
-    runtime: str
-    top1: Percent | None
-    top5: Percent | None
-    graph: str | None
-    images: Count
-    unreadable: Count
-
-
 class FeaturesResult(StageResult):
     """The comparison, or why there is none; `inputs` are the real images that it is of.
 
@@ -165,5 +141,6 @@ class BenchmarkResult(StageResult):
 
 def latency_values(latency: Latency) -> dict[str, Any]:
     """Return a latency as JSON values, without what was not measured except `graph` and `threads` if they were set."""
-    named = {name: getattr(latency, name) for name in ("graph", "threads") if name in latency.model_fields_set}
-    return {**latency.model_dump(mode="json", exclude_none=True, exclude=set(named)), **named}
+    named: list[str] = [name for name in ("graph", "threads") if name in latency.model_fields_set]
+    values = latency.model_dump(mode="json", exclude_none=True, exclude=set(named))
+    return {**values, **{name: getattr(latency, name) for name in named}}

@@ -50,11 +50,10 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ConfigError: `cuda` is asked for and torch sees no GPU.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise ConfigError("torch sees no NVIDIA GPU; use --device cpu, or check the driver with nvidia-smi")
-    return torch.device(name)
+    return torch.device(("cuda" if available else "cpu") if name == "auto" else name)
 
 
 class Run:
@@ -101,19 +100,13 @@ class Run:
             self.config = config.scaled_to(self.pass_cost)
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
         self.directory = RunDirectory(out, identity, self.command, _is_outdated)
-        if outdated := self.directory.outdated:
+        if outdated := " and ".join(self.directory.outdated):
+            reason = "was made by an earlier version, whose graphs saturate on CPUs without VNNI"
             logger.warning(
-                "%s in %s was made by an earlier version, whose graphs saturate on CPUs without VNNI: it counts as not "
-                "done, and so does what was made from it",
-                " and ".join(outdated),
-                out,
+                "%s in %s %s: it counts as not done, and so does what was made from it", outdated, out, reason
             )
-        self._identity = {
-            **identity,
-            "code_sha256": self.model.code_sha256,
-            "input": self.model.input.model_dump(mode="json"),
-            "version": __version__,
-        }
+        spec = self.model.input.model_dump(mode="json")
+        self._identity = {**identity, "code_sha256": self.model.code_sha256, "input": spec, "version": __version__}
 
     @cached_property
     def pass_cost(self) -> float:
@@ -176,11 +169,7 @@ class Run:
         return collect_environment(self.device)
 
     def teacher_predictions(self, checkpoint: Checkpoint = NOWHERE) -> Predictions:
-        """Return what the FP32 model answers on the evaluation images, (N, 5) int64; computed once, for all stages.
-
-        Args:
-            checkpoint: the asking stage's; it has the answers afterwards.
-        """
+        """Return the FP32 model's `predictions`, computed once for all stages; `checkpoint` has them afterwards."""
         if (known := self._teacher_predictions) is not None:
             checkpoint.save("teacher", lambda: reached(known, self.evaluation), at_once=True)
             return known
@@ -189,12 +178,7 @@ class Run:
         return self._teacher_predictions
 
     def predictions(self, runner: Runner, checkpoint: Checkpoint = NOWHERE, phase: str = "predictions") -> Predictions:
-        """Return what a runner answers on the evaluation images, (N, 5) int64.
-
-        Args:
-            runner: executes the model.
-            checkpoint, phase: as for `measure.predictions`.
-        """
+        """Return what a runner answers on the evaluation images, (N, 5) int64; see `measure.predictions`."""
         return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress, checkpoint, phase)
 
     def student(self, bits: BitWidths) -> Student:
@@ -207,7 +191,7 @@ class Run:
         Raises:
             RunDirectoryError: a stage that it needs is not finished.
         """
-        needs = stage.needs(self)
+        needs = stage.kind.needs(self, stage)
         for name in needs.required:
             self._require(name)
         logger.info("stage %s", stage.name)
@@ -224,15 +208,11 @@ class Run:
 
     def is_finished(self, stage: AnyStage) -> bool:
         """Return whether `do` would do nothing; what the stage requires has to be finished."""
-        upstream = self._upstream(stage.needs(self))
+        upstream = self._upstream(stage.kind.needs(self, stage))
         return self.directory.look_up(stage.name, self._inputs(stage), upstream) is not None
 
     def finished(self, stage: Stage[_R]) -> Finished[_R] | None:
-        """Return what a finished stage found, or None; it is not asked with which inputs.
-
-        Raises:
-            RunDirectoryError: the manifest has a result that is none of such a stage.
-        """
+        """Return what a finished stage found, with whatever inputs, or None; as `require_finished` does."""
         record = self.directory.finished(stage.name)
         return None if record is None else self._finished(stage, record)
 
@@ -268,19 +248,18 @@ class Run:
     def _inputs(self, stage: AnyStage) -> Json:
         """Return a stage's inputs with what every stage depends on."""
         common = {"model": self._identity, "seed": self.config.seed, "device": self.device.type}
-        return {**stage.inputs(self), **common}
+        return {**stage.kind.inputs(self, stage), **common}
 
     def checkpoint(self, stage: AnyStage, divisor: int = 1, **more: Any) -> FileCheckpoint:
-        """Return where the work of a stage keeps what it has reached.
+        """Return where a stage's work in batches divided by `divisor` keeps what it has reached.
 
-        Args:
-            stage: whose work.
-            divisor: of its batches.
-            more: what the work depends on besides the stage's inputs, as JSON values.
+        What it depends on besides the stage's inputs is in `more`, as JSON values.
         """
         libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
         inputs = {**self._inputs(stage), **libraries, "bfloat16": has_fast_bfloat16(self.device), **more}
-        return self.directory.checkpoint(stage.name, f"batches-by-{divisor}", inputs, self._upstream(stage.needs(self)))
+        return self.directory.checkpoint(
+            stage.name, f"batches-by-{divisor}", inputs, self._upstream(stage.kind.needs(self, stage))
+        )
 
     def rng(self, stage: str) -> torch.Generator:
         """Return a generator for each stage, so that one more draw in a stage moves no other."""

@@ -29,7 +29,7 @@ class Needs:
 
 
 class Kind(Protocol[R_co]):
-    """Every module of `clusterq_deploy.stages` that is a stage; `variant` is empty for a stage of the whole run."""
+    """Every module of `clusterq_deploy.stages` that is a stage."""
 
     NAME: str
 
@@ -37,22 +37,22 @@ class Kind(Protocol[R_co]):
     def RESULT(self) -> type[R_co]:  # noqa: N802
         """The record of its result."""
 
-    def needs(self, run: Run, variant: str, /) -> Needs:
+    def needs(self, run: Run, stage: AnyStage, /) -> Needs:
         """Return the stages that it reads."""
 
-    def inputs(self, run: Run, variant: str, /) -> Json:
+    def inputs(self, run: Run, stage: AnyStage, /) -> Json:
         """Return what else its result depends on."""
 
     def work(self, run: Run, stage: AnyStage, /) -> tuple[R_co, list[str]]:
         """Do it; return its result, and the files that it wrote, relative to the run directory."""
 
-    def describe(self, run: Run, variant: str, /) -> str:
+    def describe(self, run: Run, stage: AnyStage, /) -> str:
         """Return in words what it does."""
 
 
 @dataclass(frozen=True)
 class Stage(Generic[R_co]):
-    """A stage of a run: of the whole run, or of one of its variants."""
+    """A stage of a run: of one of its variants, or of the whole run, without a variant."""
 
     kind: Kind[R_co]
     variant: str = ""
@@ -61,18 +61,6 @@ class Stage(Generic[R_co]):
     def name(self) -> str:
         """Its name in the manifest, such as synthesize or quantize/w8a8."""
         return f"{self.kind.NAME}/{self.variant}" if self.variant else self.kind.NAME
-
-    def needs(self, run: Run) -> Needs:
-        """Return the stages that it reads."""
-        return self.kind.needs(run, self.variant)
-
-    def inputs(self, run: Run) -> Json:
-        """Return what else its result depends on."""
-        return self.kind.inputs(run, self.variant)
-
-    def describe(self, run: Run) -> str:
-        """Return in words what it does."""
-        return self.kind.describe(run, self.variant)
 
 
 AnyStage = Stage[StageResult]

@@ -6,6 +6,8 @@ For an engine also what TensorRT made of the graph.
 import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from calib.support.progress import SILENT, Progress
@@ -22,33 +24,21 @@ from clusterq_deploy.run.run import FP32, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner, TorchRunner
-from clusterq_deploy.stages import export
-from clusterq_deploy.stages.build import ENGINE, profile_batches
-from clusterq_deploy.stages.deployables import (
-    Deployable,
-    engine_stages,
-    file_engine,
-    file_engines,
-    file_graphs,
-    on_cpu,
-    opened,
-    run_engines,
-    run_graphs_on_gpu,
-    warn_of,
-)
+from clusterq_deploy.stages import build, deployables, export
+from clusterq_deploy.stages.deployables import CPU, Deployable
 
 logger = logging.getLogger(__name__)
 
 NAME, RESULT = "benchmark", BenchmarkResult
 
 
-def needs(run: Run, _: str) -> Needs:
+def needs(run: Run, _: AnyStage) -> Needs:
     """Require FP32's graph; read the other graphs and the engines that are there."""
     exports = tuple(f"export/{bits}" for bits in run.config.bits)
-    return Needs((f"export/{FP32}",), optional=(*exports, *engine_stages(FP32, *run.config.bits)))
+    return Needs((f"export/{FP32}",), optional=(*exports, *deployables.engine_stages(FP32, *run.config.bits)))
 
 
-def inputs(run: Run, _: str) -> Json:
+def inputs(run: Run, _: AnyStage) -> Json:
     """Return the settings and the machine."""
     environment = run.environment.model_dump(mode="json")
     return {"settings": run.config.benchmark.model_dump(mode="json"), "environment": environment}
@@ -56,35 +46,34 @@ def inputs(run: Run, _: str) -> Json:
 
 def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
     """Time each variant as its target executes it."""
+    folder, settings = run.directory.path, run.config.benchmark
     finished = {variant: run.finished(Stage(export, variant)) for variant in (FP32, *run.config.bits)}
     exports = {variant: stage.result for variant, stage in finished.items() if stage}
-    folder, settings, threads = run.directory.path, run.config.benchmark, run.config.benchmark.cpu_threads
+    open_graph = partial(OnnxRunner, threads=settings.cpu_threads)
     graphs = {variant: exported.graph("onnxruntime") for variant, exported in exports.items()}
-    deployables: list[Deployable[Runner]] = [
-        *(on_cpu(folder / graph, graph, variant, threads=threads) for variant, graph in graphs.items()),
-        *run_graphs_on_gpu(run, exports),
+    models: list[Deployable[Runner]] = [
+        *(Deployable(variant, path, CPU, partial(open_graph, folder / path)) for variant, path in graphs.items()),
+        *deployables.run_graphs_on_gpu(run, exports),
     ]
     if run.device.type == "cuda":
-        deployables.append(Deployable(FP32, None, TorchRunner.runtime, lambda: TorchRunner(run.model.module)))
-    timed, skipped = time_in_turn(deployables, run.model.input.size, settings, run.progress)
-    latency = {v: [entry for variant, entries in timed if variant == v for entry in entries] for v in exports}
+        models.append(Deployable(FP32, None, TorchRunner.runtime, partial(TorchRunner, run.model.module)))
+    timed, skipped = time_in_turn(models, run.model.input.size, settings, run.progress)
+    latency = {v: [entry for model, entries in timed if model.variant == v for entry in entries] for v in exports}
     inspections: dict[str, list[EngineInspection]] = {variant: [] for variant in exports}
     files: list[str] = []
-    for variant in exports:
-        for deployable in run_engines(run, variant):
-            name = str(deployable.path)
-            try:
-                with deployable.open() as runner:
-                    latency[variant] += time_engine(runner, name, settings)
-                    inspection, text = inspect_engine(runner, name, folder / name, settings.batches[0])
-            except EngineError as error:  # loaded, it takes the memory of its largest batch
-                if not is_out_of_memory(error):
-                    raise
-                skipped.append(Skipped(stage=NAME, reason=f"{name}: {' '.join(str(error).split())}"))
-                continue
-            inspections[variant].append(inspection)
-            if text:
-                files.append(run.directory.write(f"{name}.layers.json", text))
+    for model in chain.from_iterable(deployables.run_engines(run, variant) for variant in exports):
+        name = str(model.path)
+        try:
+            with model.open() as runner:
+                latency[model.variant] += time_engine(runner, name, settings)
+                inspection, text = inspect_engine(runner, name, folder / name, settings.batches[0])
+        except EngineError as error:  # loaded, it takes the memory of its largest batch
+            if not is_out_of_memory(error):
+                raise
+            skipped.append(Skipped(stage=NAME, reason=f"{name}: {' '.join(str(error).split())}"))
+            continue
+        inspections[model.variant].append(inspection)
+        files += [run.directory.write(f"{name}.layers.json", text)] if text else []
     result = BenchmarkResult(
         latency=latency,
         environment=run.environment,
@@ -95,50 +84,49 @@ def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
     return result, files
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Say which batches and how many threads."""
     timing = run.config.benchmark
     return f"batches of {', '.join(map(str, timing.batches))}, {timing.cpu_threads} threads"
 
 
 def time_in_turn(
-    deployables: Iterable[Deployable[Runner]], size: tuple[int, int, int], settings: BenchmarkConfig, progress: Progress
-) -> tuple[list[tuple[str, list[Latency]]], list[Skipped]]:
-    """Time deployables from host to host, those of variants with the speed-up over FP32 in the same runtime.
+    models: Iterable[Deployable[Runner]], size: tuple[int, int, int], settings: BenchmarkConfig, progress: Progress
+) -> tuple[list[tuple[Deployable[Runner], list[Latency]]], list[Skipped]]:
+    """Time graphs and the torch model from host to host, those of variants with the speed-up over FP32 there.
 
     Args:
-        deployables: graphs, and the torch model; all are open at a time.
+        models: all are open at a time.
         size: (channels, height, width) of an image.
         settings: how to measure.
         progress: shows the runs.
 
     Returns:
-        The variant and the latencies of each deployable that could be opened, and what was left out.
+        The latencies of each that could be opened, and what was left out.
     """
-    timed: dict[str, Deployable[Runner]] = {}
-    runners: dict[str, Runner] = {}
+    timed: dict[str, tuple[Deployable[Runner], Runner]] = {}
     skipped: list[Skipped] = []
     with ExitStack() as stack:  # closed before TensorRT loads engines: sessions hold its logger and the memory
-        for item in opened(deployables):
+        for item in deployables.opened(models):
             if isinstance(item, Skipped):
                 skipped.append(item)
-                continue
-            deployable, runner = item
-            key = f"{deployable.runtime} {deployable.path}"
-            timed[key], runners[key] = deployable, stack.enter_context(runner)
-        single = {deployable.runtime: key for key, deployable in timed.items() if deployable.variant == FP32}
+            else:
+                stack.enter_context(item[1])
+                timed[f"{item[0].runtime} {item[0].path}"] = item
+        single = {model.runtime: key for key, (model, _) in timed.items() if model.variant == FP32}
         baselines = {
-            key: single[deployable.runtime]
-            for key, deployable in timed.items()
-            if deployable.variant != FP32 and deployable.runtime in single
+            key: single[model.runtime]
+            for key, (model, _) in timed.items()
+            if model.variant != FP32 and model.runtime in single
         }
-        unfit: list[str] = []
-        found = benchmark(runners, size, settings, progress, unfit, baselines)
+        runners, unfit = {key: runner for key, (_, runner) in timed.items()}, list[str]()
+        latencies = benchmark(runners, size, settings, progress, unfit, baselines)
     skipped += [Skipped(stage=NAME, reason=reason) for reason in unfit]
-    return [
-        (own.variant, [r.model_copy(update={"graph": own.path, "threads": own.threads}) for r in found[key]])
-        for key, own in timed.items()
-    ], skipped
+    described = []
+    for key, (model, _) in timed.items():
+        update = {"graph": model.path, "threads": settings.cpu_threads if model.runtime == CPU else None}
+        described.append((model, [entry.model_copy(update=update) for entry in latencies[key]]))
+    return described, skipped
 
 
 def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -> list[Latency]:
@@ -154,20 +142,20 @@ def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -
         EngineError: an engine cannot.
     """
     settings, latencies = config.benchmark, list[Latency]()
-    if path.suffix != ENGINE:
-        with OnnxRunner(path) as runner:
-            fixed, channels, height, width = shape = runner.input_shape
+    if path.suffix != build.ENGINE:
+        with OnnxRunner(path) as session:
+            fixed, channels, height, width = session.input_shape
         if fixed is not None and settings.batches != (fixed,):
             logger.warning("%s fixes the batch at %d, which alone is timed", path, fixed)
             settings = settings.model_copy(update={"batches": (fixed,)})
-        graphs = file_graphs(path, shape, profile_batches(config), settings.cpu_threads)
+        graphs = deployables.file_graphs(path, build.profile_batches(config), settings.cpu_threads)
         timed, skipped = time_in_turn(graphs, (channels, height, width), settings, progress)
         for entry in skipped:
-            warn_of(entry)
+            deployables.warn_of(entry)
         latencies += [latency for _, entries in timed for latency in entries]
-    for deployable in file_engines(path):
-        with file_engine(deployable, path) as engine_runner:
-            latencies += time_engine(engine_runner, str(deployable.path), settings)
+    for model in deployables.file_engines(path):
+        with deployables.file_engine(model, path) as runner:
+            latencies += time_engine(runner, str(model.path), settings)
     return latencies
 
 
@@ -215,9 +203,8 @@ def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: 
     Returns:
         The record, and the JSON of TensorRT's inspector for other tools, empty if there is none.
     """
-    graph = path.with_name(runner.info.source)
+    graph, text = path.with_name(runner.info.source), ""
     quantized = quantized_layers(read_graph(graph)) if graph.is_file() and not runner.info.derived else {}
-    text = ""
     try:
         text = runner.layer_information(batch)
         layers, times_ms = engine.parse_layers(text), runner.layer_times(batch)

@@ -24,12 +24,12 @@ NAME, RESULT = "build", BuildResult
 ENGINE = ".engine"
 
 
-def needs(_: Run, variant: str) -> Needs:
+def needs(_: Run, stage: AnyStage) -> Needs:
     """Require the graph."""
-    return Needs(required=(f"export/{variant}",))
+    return Needs(required=(f"export/{stage.variant}",))
 
 
-def inputs(run: Run, _: str) -> Json:
+def inputs(run: Run, _: AnyStage) -> Json:
     """Return the build settings and the machine; where measurements are kept decides nothing about the engine."""
     settings = _build_config(run)
     return {
@@ -48,10 +48,10 @@ def work(run: Run, stage: AnyStage) -> tuple[BuildResult, list[str]]:
             name = graph.path.removesuffix(".onnx").removesuffix(".trt") + ENGINE
             size = engine.build_engine(folder / graph.path, folder / name, settings, run.progress).size_bytes
             engines.append(Artifact(kind="engine", target="tensorrt", path=name, size_bytes=size, fp16=graph.fp16))
-    return BuildResult(artifacts=engines), [file for own in engines for file in (own.path, f"{own.path}.json")]
+    return BuildResult(artifacts=engines), [file for built in engines for file in (built.path, f"{built.path}.json")]
 
 
-def describe(_: Run, __: str) -> str:
+def describe(_: Run, __: AnyStage) -> str:
     """Say what is built."""
     return "a TensorRT engine"
 
@@ -64,6 +64,7 @@ def profile_batches(config: RunConfig) -> tuple[int, int, int]:
 
 
 def _build_config(run: Run) -> engine.BuildConfig:
+    """Return the build settings, with a profile that holds the batches to be timed."""
     return run.config.build.model_copy(update={"batch": profile_batches(run.config)})
 
 
@@ -80,7 +81,9 @@ def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILE
     engines = {engine_path: engine.build_engine(path, engine_path, config, progress)}
     try:
         if baseline := fp16_baseline(read_graph(path)):
-            _require_replaceable(baseline_path, path)
+            info = engine.read_sidecar(baseline_path) if baseline_path.exists() else None
+            if info and not (info.derived and info.source == path.name):
+                raise EngineError(f"{baseline_path} was built from {info.source}, and stays; move it away")
             with TemporaryDirectory() as folder:
                 graph = Path(folder) / baseline_path.with_suffix(".onnx").name
                 onnx.save(baseline, graph)
@@ -88,15 +91,3 @@ def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILE
     except (EngineError, ExportError, ValueError) as error:  # the last if it is larger than a protobuf may be
         logger.warning("%s has no FP16 baseline: %s", path, error)
     return engines
-
-
-def _require_replaceable(engine_path: Path, source: Path) -> None:
-    """Return if there is no engine yet, or one that was derived from that graph.
-
-    Raises:
-        EngineError: another one is there.
-    """
-    if engine_path.exists():
-        info = engine.read_sidecar(engine_path)
-        if not (info.derived and info.source == source.name):
-            raise EngineError(f"{engine_path} was built from {info.source}, and stays; move it away")

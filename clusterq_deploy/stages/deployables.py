@@ -20,10 +20,10 @@ from clusterq_deploy.run.stage import Stage
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
 from clusterq_deploy.stages import build
-from clusterq_deploy.stages.build import ENGINE, profile_batches
 
 logger = logging.getLogger(__name__)
 
+CPU = "onnxruntime-cpu"
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}
 """ONNX Runtime's GPU providers (CUDA runs integers in float, TensorRT builds an engine), and the format of the graph
 that each is given; of the float baseline it is the one in FP32."""
@@ -31,8 +31,6 @@ that each is given; of the float baseline it is the one in FP32."""
 COSTLY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "FusedConv"}
 """The operators that take a network's time; a provider that leaves one to another is not what is measured."""
 
-_Size = tuple[int, int, int]
-_Batches = tuple[int, int, int]
 R_co = TypeVar("R_co", bound=Runner, covariant=True)
 
 
@@ -45,14 +43,12 @@ class Deployable(Generic[R_co]):
         path: of its file, as results name it; None for the torch model.
         runtime: what executes it.
         open: loads it; raises an `ExportError` or an `EngineError` if it cannot run here.
-        threads: of the CPU; None on a GPU.
     """
 
     variant: str
     path: str | None
     runtime: str
     open: Callable[[], R_co]
-    threads: int | None = None
 
 
 def opened(deployables: Iterable[Deployable[R_co]]) -> Iterator[tuple[Deployable[R_co], R_co] | Skipped]:
@@ -78,14 +74,13 @@ def opened(deployables: Iterable[Deployable[R_co]]) -> Iterator[tuple[Deployable
         yield deployable, runner
 
 
-def open_provider(graph: Path, runtime: str, size: _Size, batches: _Batches) -> OnnxRunner:
+def open_provider(graph: Path, runtime: str, batches: tuple[int, int, int]) -> OnnxRunner:
     """Open a graph in a GPU provider, and show that it runs there.
 
     Args:
         graph: the file.
         runtime: a key of `GPU_RUNTIMES`.
-        size: (channels, height, width) of an image.
-        batches: smallest, tuned-for and largest batch; the smallest is run once.
+        batches: smallest, tuned-for and largest batch; the smallest is run once, or the one that the graph fixes.
 
     Raises:
         ExportError: the provider cannot load, cannot run the graph, or takes no node of it.
@@ -93,7 +88,8 @@ def open_provider(graph: Path, runtime: str, size: _Size, batches: _Batches) -> 
     optimized = GPU_RUNTIMES[runtime] != "tensorrt"  # TensorRT fuses Q/DQ itself, and wants to find them
     with ExitStack() as stack:
         runner = stack.enter_context(OnnxRunner(graph, runtime=runtime, optimized=optimized, batch=batches))
-        runner.infer(np.zeros((batches[0], *size), np.float32))
+        fixed, *size = runner.input_shape
+        runner.infer(np.zeros((fixed or batches[0], *size), np.float32))
         place = runner.placement()
         if place is not None and not place.taken:
             raise ExportError(f"{runtime} takes none of the {place.nodes} nodes of {graph.name}")
@@ -106,30 +102,8 @@ def left_to_others(runner: OnnxRunner, graph: str) -> str | None:
     place = runner.placement() if runner.runtime in GPU_RUNTIMES else None
     if place is None or not (operators := COSTLY.intersection(place.left)):
         return None
-    return (
-        f"it takes {place.taken} of the {place.nodes} nodes of {graph}, and leaves "
-        f"{', '.join(sorted(operators))} to others"
-    )
-
-
-def on_cpu(
-    path: Path, name: str, variant: str = "", *, threads: int | None = None, optimized: bool = True
-) -> Deployable[OnnxRunner]:
-    """Return a graph in ONNX Runtime on the CPU; not `optimized` executes it as TensorRT's graphs are meant."""
-    run = partial(OnnxRunner, path, threads=threads, optimized=optimized)
-    return Deployable(variant, name, "onnxruntime-cpu", run, threads)
-
-
-def on_gpu(
-    runtime: str, path: Path, name: str, variant: str, *, size: _Size, batches: _Batches
-) -> Deployable[OnnxRunner]:
-    """Return a graph in a GPU provider of ONNX Runtime; see `open_provider`."""
-    return Deployable(variant, name, runtime, partial(open_provider, path, runtime, size, batches))
-
-
-def on_tensorrt(path: Path, name: str, variant: str = "") -> Deployable[engine.TensorRTRunner]:
-    """Return an engine."""
-    return Deployable(variant, name, "tensorrt", partial(engine.TensorRTRunner, path))
+    taken = f"it takes {place.taken} of the {place.nodes} nodes of {graph}"
+    return f"{taken}, and leaves {', '.join(sorted(operators))} to others"
 
 
 def engine_stages(*variants: str) -> tuple[str, ...]:
@@ -140,32 +114,27 @@ def engine_stages(*variants: str) -> tuple[str, ...]:
 def run_engines(run: Run, variant: str) -> list[Deployable[engine.TensorRTRunner]]:
     """Return the engines of a variant of a run, if they run here."""
     built = None if engine.unavailable_reason() else run.finished(Stage(build, variant))
-    return [
-        on_tensorrt(run.directory.path / a.path, a.path, variant) for a in (built.result.artifacts if built else ())
-    ]
+    paths = [artifact.path for artifact in built.result.artifacts] if built else []
+    return [Deployable(variant, p, "tensorrt", partial(engine.TensorRTRunner, run.directory.path / p)) for p in paths]
 
 
 def run_graphs_on_gpu(run: Run, exports: Mapping[str, ExportResult]) -> list[Deployable[OnnxRunner]]:
     """Return the graphs of exported variants in each GPU provider, if the run's device is a GPU."""
-    _, best, high = profile_batches(run.config)
+    _, best, high = build.profile_batches(run.config)
     batches = (1, best, max(high, EVALUATION_BATCH))  # it refuses what is outside, and an evaluation ends in a part
     return [
-        on_gpu(runtime, run.directory.path / path, path, variant, size=run.model.input.size, batches=batches)
+        Deployable(variant, path, runtime, partial(open_provider, run.directory.path / path, runtime, batches))
         for runtime, graph_format in (GPU_RUNTIMES if run.device.type == "cuda" else {}).items()
-        for variant, export in exports.items()
-        for path in [export.graph("onnxruntime" if variant == FP32 else graph_format)]
+        for variant, exported in exports.items()
+        for path in [exported.graph("onnxruntime" if variant == FP32 else graph_format)]
     ]
 
 
-def file_graphs(
-    path: Path, shape: tuple[int | None, int, int, int], batches: _Batches, threads: int | None = None
-) -> list[Deployable[OnnxRunner]]:
-    """Return an ONNX file in every runtime that is here; `shape` is that of its input, with None for an open batch."""
-    fixed, channels, height, width = shape
-    size, batches = (channels, height, width), batches if fixed is None else (fixed, fixed, fixed)
+def file_graphs(path: Path, batches: tuple[int, int, int], threads: int | None = None) -> list[Deployable[OnnxRunner]]:
+    """Return an ONNX file in every runtime that is here; see `open_provider`."""
     runtimes = GPU_RUNTIMES if torch.cuda.is_available() else ()
-    on_gpus = [on_gpu(runtime, path, str(path), "", size=size, batches=batches) for runtime in runtimes]
-    return [on_cpu(path, str(path), threads=threads), *on_gpus]
+    on_gpu = [Deployable("", str(path), name, partial(open_provider, path, name, batches)) for name in runtimes]
+    return [Deployable("", str(path), CPU, partial(OnnxRunner, path, threads=threads)), *on_gpu]
 
 
 def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[engine.TensorRTRunner]]:
@@ -175,24 +144,22 @@ def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[e
         path: an engine or a graph.
         baselines: whether FP16 baselines are among them.
     """
-    if path.suffix == ENGINE:
-        yield on_tensorrt(path, str(path))
-        return
-    if engine.unavailable_reason():
-        return
-    digest = sha256_file(path)
-    for engine_path in sorted(path.parent.glob(f"*{ENGINE}")):
-        try:
-            info = engine.read_sidecar(engine_path)
-        except EngineError as error:  # of another tool, for one
-            logger.warning("%s is left out: %s", engine_path, error)
-            continue
-        if info.source != path.name or (info.derived and not baselines):
-            continue
-        if info.source_sha256 != digest:
-            logger.warning("%s was built from an earlier %s; build it again", engine_path, path.name)
-            continue
-        yield on_tensorrt(engine_path, str(engine_path))
+    if path.suffix == build.ENGINE:
+        yield Deployable("", str(path), "tensorrt", partial(engine.TensorRTRunner, path))
+    elif not engine.unavailable_reason():
+        digest = sha256_file(path)
+        for built in sorted(path.parent.glob(f"*{build.ENGINE}")):
+            try:
+                info = engine.read_sidecar(built)
+            except EngineError as error:  # of another tool, for one
+                logger.warning("%s is left out: %s", built, error)
+                continue
+            if info.source != path.name or (info.derived and not baselines):
+                continue
+            if info.source_sha256 == digest:
+                yield Deployable("", str(built), "tensorrt", partial(engine.TensorRTRunner, built))
+            else:
+                logger.warning("%s was built from an earlier %s; build it again", built, path.name)
 
 
 @contextmanager

@@ -2,54 +2,42 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import DataError, EngineError, ExportError
-from clusterq_deploy.evaluation.data import load_evaluation
+from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.evaluation.measure import predictions, score
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.results.report import Accuracy, Skipped
-from clusterq_deploy.results.stages import EvaluationResult, FileAccuracy, UnreadableImages
+from clusterq_deploy.results.stages import EvaluationResult, UnreadableImages
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner, TorchRunner
-from clusterq_deploy.stages import export
-from clusterq_deploy.stages.build import ENGINE
-from clusterq_deploy.stages.deployables import (
-    Deployable,
-    engine_stages,
-    file_engine,
-    file_engines,
-    file_graphs,
-    on_cpu,
-    opened,
-    run_engines,
-    run_graphs_on_gpu,
-    warn_of,
-)
+from clusterq_deploy.stages import build, deployables, export
+from clusterq_deploy.stages.deployables import Deployable
 
 NAME, RESULT = "evaluate", EvaluationResult
 
 
-def needs(run: Run, variant: str) -> Needs:
+def needs(run: Run, stage: AnyStage) -> Needs:
     """Require the graphs, and synthetic images if there are no real ones; read the engines if there are some."""
     images = () if run.has_own_data else ("synthesize",)
-    return Needs((f"export/{variant}", *images), optional=engine_stages(variant))
+    return Needs((f"export/{stage.variant}", *images), optional=deployables.engine_stages(stage.variant))
 
 
-def inputs(run: Run, _: str) -> Json:
+def inputs(run: Run, _: AnyStage) -> Json:
     """Return the images."""
     return run.data_inputs
 
 
 def work(run: Run, stage: AnyStage) -> tuple[EvaluationResult, list[str]]:
     """Measure accuracy in torch and as each runtime executes the graphs."""
-    variant, data = stage.variant, run.evaluation
-    environment = run.environment.model_dump(mode="json")  # another runtime may answer otherwise
+    data, environment = run.evaluation, run.environment.model_dump(mode="json")  # another runtime may answer otherwise
     teacher = run.teacher_predictions(run.checkpoint(stage, environment=environment))
     # an image that can be read by now makes all that is kept another set's
     answers = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.kept.tolist()]
@@ -59,38 +47,46 @@ def work(run: Run, stage: AnyStage) -> tuple[EvaluationResult, list[str]]:
         phase = "-".join([runner.runtime, *Path(graph or "").parts])
         return score(runner.runtime, run.predictions(runner, checkpoint, phase), teacher, data, graph)
 
-    if variant == FP32:
+    if stage.variant == FP32:
         accuracies = [score("torch", teacher, teacher, data)]
     else:
-        with TorchRunner(run.student(BitWidths.parse(variant))) as student:
+        with TorchRunner(run.student(BitWidths.parse(stage.variant))) as student:
             accuracies = [accuracy(student, None)]
-    for item in opened(_deployables(run, variant)):
+    for item in deployables.opened(_deployables(run, stage.variant)):
         if not isinstance(item, Skipped):  # the benchmark says which are left out
-            deployable, runner = item
-            with runner:
-                accuracies.append(accuracy(runner, deployable.path))
+            with item[1] as runner:
+                accuracies.append(accuracy(runner, item[0].path))
     unreadable = UnreadableImages.model_validate(data.unreadable.summary())
     return EvaluationResult(accuracy=accuracies, unreadable=unreadable), []
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Count the images."""
     return f"{run.evaluated:,} images"
 
 
 def _deployables(run: Run, variant: str) -> list[Deployable[Runner]]:
-    """Return all that is measured of a variant but the torch model.
+    """Return all that is measured of a variant except the torch model.
 
     The FP16 baseline is measured as an engine only: ONNX Runtime has few FP16 kernels on a CPU and casts most of it to
     float, slowly.
     """
-    exported = run.require_finished(Stage(export, variant)).result
-    on_cpus = [
-        on_cpu(run.directory.path / graph.path, graph.path, variant, optimized=graph.target != "tensorrt")
+    exported, folder = run.require_finished(Stage(export, variant)).result, run.directory.path
+    graphs = [
+        Deployable(
+            variant,
+            graph.path,
+            deployables.CPU,
+            partial(OnnxRunner, folder / graph.path, optimized=graph.target != "tensorrt"),
+        )
         for graph in exported.artifacts
         if variant != FP32 or graph.target == "onnxruntime"
     ]
-    return [*on_cpus, *run_engines(run, variant), *run_graphs_on_gpu(run, {variant: exported})]
+    return [
+        *graphs,
+        *deployables.run_engines(run, variant),
+        *deployables.run_graphs_on_gpu(run, {variant: exported}),
+    ]
 
 
 @dataclass(frozen=True)
@@ -103,56 +99,49 @@ class Graph:
     classes: int
 
 
-def evaluate_file(path: Path, data: Path | None, limit: int | None, progress: Progress = SILENT) -> list[FileAccuracy]:
+def evaluate_file(
+    path: Path, data: Path | None, limit: int | None, progress: Progress = SILENT
+) -> tuple[list[Accuracy], EvaluationSet]:
     """Measure accuracy on evaluation data: of an ONNX file in every runtime that is here, or of an engine.
 
     With an ONNX file the engines next to it are measured too, except FP16 baselines: their time is what they are for.
 
+    Returns:
+        The accuracies, with no teacher to agree with, and the images, of which some may have turned out unreadable.
+
     Raises:
         DataError: there is no data, or it does not fit.
-        ExportError: the file cannot be run.
+        ExportError: the file cannot be run, or is of another exporter.
         EngineError: an engine cannot be run, or the graph that it was built from is not next to it.
     """
-    source = _source_of(path) if path.suffix == ENGINE else path
+    source = _source_of(path) if path.suffix == build.ENGINE else path
     with OnnxRunner(source) as runner:
-        graph, shape = _described(runner, source), runner.input_shape
+        graph = _described(source, runner.metadata(), runner.classes)
     if data is None and graph.source != "bundled":
         raise DataError(f"{path} was exported from {graph.name}; give the images to evaluate it on with --data")
     images, accuracies = load_evaluation(data, graph, limit), []
 
     def measure(runner: Runner, name: str | None) -> None:
         answers = predictions(runner, images, EVALUATION_BATCH, progress)
-        values = score(runner.runtime, answers, answers, images, name).model_dump(exclude={"agreement"})
-        accuracies.append(FileAccuracy(**values, images=len(images.kept), unreadable=len(images.unreadable)))
+        accuracies.append(score(runner.runtime, answers, answers, images, name))
 
-    batches = (1, EVALUATION_BATCH, EVALUATION_BATCH)
-    for item in opened(file_graphs(path, shape, batches) if source == path else ()):
+    graphs = deployables.file_graphs(path, (1, EVALUATION_BATCH, EVALUATION_BATCH)) if source == path else ()
+    for item in deployables.opened(graphs):
         if isinstance(item, Skipped):
-            warn_of(item)
+            deployables.warn_of(item)
         else:
-            deployable, opened_runner = item
-            with opened_runner:
-                measure(opened_runner, deployable.path)
-    for built in file_engines(path, baselines=False):
-        with file_engine(built, path) as engine_runner:
-            measure(engine_runner, built.path)
-    return accuracies
+            with item[1] as session:
+                measure(session, item[0].path)
+    for built in deployables.file_engines(path, baselines=False):
+        with deployables.file_engine(built, path) as running:
+            measure(running, built.path)
+    return accuracies, images
 
 
-def _described(runner: OnnxRunner, path: Path) -> Graph:
-    """Read the model, the input and the number of classes from a graph's metadata.
-
-    Raises:
-        ExportError: the file is of another exporter.
-    """
-    metadata = runner.metadata()
+def _described(path: Path, metadata: dict[str, str], classes: int) -> Graph:
     try:
-        return Graph(
-            metadata["clusterq.model"],
-            metadata["clusterq.source"],
-            InputSpec.model_validate_json(metadata["clusterq.input"]),
-            runner.classes,
-        )
+        spec = InputSpec.model_validate_json(metadata["clusterq.input"])
+        return Graph(metadata["clusterq.model"], metadata["clusterq.source"], spec, classes)
     except (KeyError, ValueError) as error:
         raise ExportError(f"{path} does not say how its input is made; only graphs of clusterq export do") from error
 
@@ -168,7 +157,6 @@ def _source_of(path: Path) -> Path:
         raise EngineError(f"{path} is the FP16 baseline of {info.source}, to compare times with; evaluate that")
     source = path.with_name(info.source)
     if not source.is_file() or sha256_file(source) != info.source_sha256:
-        raise EngineError(
-            f"{path} was built from a {source.name} that is not next to it; it says how images are prepared"
-        )
+        missing = f"{path} was built from a {source.name} that is not next to it"
+        raise EngineError(f"{missing}; it says how images are prepared")
     return source

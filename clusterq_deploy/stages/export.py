@@ -17,14 +17,14 @@ from clusterq_deploy.runtimes.runners import OnnxRunner
 NAME, RESULT = "export", ExportResult
 
 
-def needs(_: Run, variant: str) -> Needs:
+def needs(_: Run, stage: AnyStage) -> Needs:
     """Require the student, and the images that its graphs are compared with torch on; the float model needs neither."""
-    return Needs() if variant == FP32 else Needs(required=(f"quantize/{variant}", "synthesize"))
+    return Needs() if stage.variant == FP32 else Needs(required=(f"quantize/{stage.variant}", "synthesize"))
 
 
-def inputs(run: Run, variant: str) -> Json:
+def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the types in TensorRT's graph; for the float model, the names of its graphs."""
-    if variant == FP32:
+    if stage.variant == FP32:
         # the names make a run redo what it exported before there was a baseline in FP16
         return {"graphs": [lowering.FLOAT_FILE, lowering.HALF_FILE]}
     return {"fp16": run.config.fp16}
@@ -36,7 +36,7 @@ def work(run: Run, stage: AnyStage) -> tuple[ExportResult, list[str]]:
     return result, [artifact.path for artifact in result.artifacts]
 
 
-def describe(_: Run, __: str) -> str:
+def describe(_: Run, __: AnyStage) -> str:
     """Say what is written."""
     return "ONNX, checked against torch"
 

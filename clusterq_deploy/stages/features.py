@@ -12,12 +12,12 @@ from clusterq_deploy.run.stage import AnyStage, Json, Needs
 NAME, RESULT = "features", FeaturesResult
 
 
-def needs(_: Run, __: str) -> Needs:
+def needs(_: Run, __: AnyStage) -> Needs:
     """Require the images."""
     return Needs(required=("synthesize",))
 
 
-def inputs(run: Run, _: str) -> Json:
+def inputs(run: Run, _: AnyStage) -> Json:
     """Return the real images."""
     return run.data_inputs
 
@@ -46,7 +46,7 @@ def work(run: Run, __: AnyStage) -> tuple[FeaturesResult, list[str]]:
     return FeaturesResult(inputs=run.data_inputs, features=features), []
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Count the images."""
     real = run.evaluated if run.has_own_data else 0
     return f"{run.config.synthesis.images:,} synthetic and {real:,} real images"

@@ -1,7 +1,7 @@
 """Make a variant: the model and its images go in, a student with quantizers, scales and tuned weights comes out."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from pydantic import TypeAdapter
@@ -28,7 +28,7 @@ from clusterq_deploy.quantization import (
 )
 from clusterq_deploy.quantization.student import FORMAT
 from clusterq_deploy.results.report import LayerHistograms, LayerNote
-from clusterq_deploy.results.stages import EqualizedPair, QuantizeResult
+from clusterq_deploy.results.stages import QuantizeResult
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.stages import sensitivity, synthesize
@@ -39,16 +39,16 @@ logger = logging.getLogger(__name__)
 NAME, RESULT = "quantize", QuantizeResult
 
 
-def needs(_: Run, __: str) -> Needs:
+def needs(_: Run, __: AnyStage) -> Needs:
     """Require the images."""
     return Needs(required=("synthesize",))
 
 
-def inputs(run: Run, variant: str) -> Json:
+def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the widths and the settings of fine-tuning."""
-    settings = run.config.finetune.scaled_to(BitWidths.parse(variant))
+    settings = run.config.finetune.scaled_to(BitWidths.parse(stage.variant))
     widths = run.config.model_dump(mode="json", include={"max_drop", *PLACEMENT})
-    return {"format": FORMAT, "settings": settings.model_dump(mode="json"), "bits": variant, **widths}
+    return {"format": FORMAT, "settings": settings.model_dump(mode="json"), "bits": stage.variant, **widths}
 
 
 def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
@@ -56,12 +56,13 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
     bits, synthesis = BitWidths.parse(stage.variant), run.require_finished(Stage(synthesize))
     settings = run.config.finetune.scaled_to(bits)
 
-    def tuned(divisor: int) -> tuple[PrecisionPlan | None, TunedStudent]:
+    def attempt(divisor: int) -> tuple[PrecisionPlan | None, Student, PTQResult, Tuning]:
         config, checkpoint = in_smaller_batches(settings, divisor), run.checkpoint(stage, divisor)
         plan = _plan(run, bits, config.batch_size, checkpoint)
         widths = placement(run) if plan is None else {**placement(run), "keep": plan.keep}
-        return plan, tune(
-            make_student(run.model.module, bits, **widths),
+        student = make_student(run.model.module, bits, **widths)
+        ptq, tuning = tune(
+            student,
             run.calibration,
             shown=shown(run),
             config=config,
@@ -70,28 +71,22 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
             progress=run.progress,
             checkpoint=checkpoint,
         )
+        return plan, student, ptq, tuning
 
-    (plan, made), divisor = retry_on_oom(tuned, f"fine-tuning {bits}")
-    student, expected_drop, max_drop = made.student, None, None
-    if plan is not None:
-        expected_drop, max_drop = plan.estimate.expected_drop, run.config.max_drop
-        if max_drop is not None and expected_drop > max_drop:
-            logger.warning("%s: no widths are expected to keep the drop within %g points", bits, max_drop)
-    layers = histograms(
-        student,
-        made.ptq.reference,
-        run.calibration.images,
-        batch_size=in_smaller_batches(settings, divisor).batch_size,
-        rng=run.rng(f"histograms/{bits}"),
-    )
+    (plan, student, ptq, tuning), divisor = retry_on_oom(attempt, f"fine-tuning {bits}")
+    expected_drop, max_drop = (plan.estimate.expected_drop, run.config.max_drop) if plan else (None, None)
+    if expected_drop is not None and max_drop is not None and expected_drop > max_drop:
+        logger.warning("%s: no widths are expected to keep the drop within %g points", bits, max_drop)
+    batch_size, rng = in_smaller_batches(settings, divisor).batch_size, run.rng(f"histograms/{bits}")
+    layers = histograms(student, ptq.reference, run.calibration.images, batch_size=batch_size, rng=rng)
     result = QuantizeResult(
         format=FORMAT,
         cpu=student.target_cpu,
-        losses=made.tuning.losses,
-        kept_step=made.tuning.kept_step,
-        equalized=[EqualizedPair.model_validate(asdict(pair)) for pair in made.ptq.equalized],
-        reconstruction_errors=made.ptq.errors,
-        bias_shifts=made.ptq.shifts,
+        losses=tuning.losses,
+        kept_step=tuning.kept_step,
+        equalized=[asdict(pair) for pair in ptq.equalized],
+        reconstruction_errors=ptq.errors,
+        bias_shifts=ptq.shifts,
         batch_divisor=divisor,
         keep=student.keep,
         expected_drop=expected_drop,
@@ -105,25 +100,16 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
     return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
 
 
-def describe(run: Run, variant: str) -> str:
+def describe(run: Run, stage: AnyStage) -> str:
     """Count the steps."""
-    tuning = run.config.finetune.scaled_to(BitWidths.parse(variant))
-    raised = ", sensitivities first" if run.config.max_drop is not None and variant != "w8a8" else ""
+    tuning = run.config.finetune.scaled_to(BitWidths.parse(stage.variant))
+    raised = ", sensitivities first" if run.config.max_drop is not None and stage.variant != "w8a8" else ""
     return f"at most {tuning.steps:,} steps of {tuning.batch_size}{raised}"
 
 
 def in_smaller_batches(config: FinetuneConfig, divisor: int) -> FinetuneConfig:
     """Return the settings with the batch size divided, at least one image."""
     return config.model_copy(update={"batch_size": max(1, config.batch_size // divisor)})
-
-
-@dataclass(frozen=True)
-class TunedStudent:
-    """A student, what was done to it without a gradient, and how fine-tuning went."""
-
-    student: Student
-    ptq: PTQResult
-    tuning: Tuning
 
 
 def tune(
@@ -136,8 +122,8 @@ def tune(
     rng: torch.Generator,
     progress: Progress,
     checkpoint: Checkpoint = NOWHERE,
-) -> TunedStudent:
-    """Set a student's scales, correct what rounding does to it, and tune it, in place.
+) -> tuple[PTQResult, Tuning]:
+    """Set a student's scales, correct what rounding does to it, and tune it, in place; return what the two halves did.
 
     Args:
         student: fresh from `make_student`.
@@ -149,26 +135,20 @@ def tune(
         progress: shows how far it is.
         checkpoint: keeps what is reached; the student must come as it came the first time.
     """
-    if (kept := checkpoint.load("initialized")) is not None:
-        ptq = PTQResult.from_state(student, kept["state"])
-        rng.set_state(kept["rng"])
+    if (saved := checkpoint.load("initialized")) is not None:
+        ptq = PTQResult.from_state(student, saved["state"])
+        rng.set_state(saved["rng"])
     else:
         ptq = post_training_quantize(
             student, shown, batch_size=config.batch_size, rng=rng, progress=progress, checkpoint=checkpoint
         )
         checkpoint.save("initialized", lambda: {"state": ptq.state_dict(student), "rng": rng.get_state()}, at_once=True)
+    reference = ptq.reference
     tuning = finetune(
-        student,
-        ptq.reference,
-        calibration,
-        config=config,
-        flip=flip,
-        rng=rng,
-        progress=progress,
-        checkpoint=checkpoint,
+        student, reference, calibration, config=config, flip=flip, rng=rng, progress=progress, checkpoint=checkpoint
     )
     fit_full_range_biases(student, calibration.images)
-    return TunedStudent(student, ptq, tuning)
+    return ptq, tuning
 
 
 def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) -> PrecisionPlan | None:
@@ -176,8 +156,8 @@ def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) ->
     max_drop = run.config.max_drop
     if max_drop is None or bits == BitWidths(8, 8):
         return None
-    if (kept := checkpoint.load("plan")) is not None:
-        return TypeAdapter(PrecisionPlan).validate_python(kept)
+    if (saved := checkpoint.load("plan")) is not None:
+        return TypeAdapter(PrecisionPlan).validate_python(saved)
     costs, rng = run.do(Stage(sensitivity, str(bits))).result.layers, run.rng(f"precision/{bits}")
     plan = plan_precision(
         run.model.module,

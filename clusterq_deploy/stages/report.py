@@ -1,31 +1,16 @@
 """Write report.json, report.md and report.html from what the stages measured."""
 
 import datetime
-from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
-from clusterq_deploy.results.report import (
-    CalibrationInfo,
-    EvaluationInfo,
-    LayerSensitivity,
-    ModelInfo,
-    Report,
-    Skipped,
-    Variant,
-)
-from clusterq_deploy.results.stages import (
-    BenchmarkResult,
-    BuildResult,
-    EvaluationResult,
-    ExportResult,
-    FeaturesResult,
-    QuantizeResult,
-    SensitivityResult,
-    SynthesisResult,
-)
+from clusterq_deploy.results import report as records
+from clusterq_deploy.results.base import Record
+from clusterq_deploy.results.report import Report, Skipped
+from clusterq_deploy.results.stages import BenchmarkResult, ExportResult, FeaturesResult, StageResult
 from clusterq_deploy.run.run import FP32, IMAGES, PREVIEW, Run
 from clusterq_deploy.run.stage import Finished, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
@@ -33,18 +18,6 @@ from clusterq_deploy.stages import benchmark, build, evaluate, export, features,
 from clusterq_deploy.version import __version__
 
 _CURVE_POINTS = 200
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """The finished stages of a variant."""
-
-    name: str
-    sensitivity: Finished[SensitivityResult] | None
-    quantize: Finished[QuantizeResult] | None
-    export: Finished[ExportResult] | None
-    build: Finished[BuildResult] | None
-    evaluate: Finished[EvaluationResult] | None
 
 
 def write_report(run: Run) -> Report:
@@ -60,21 +33,10 @@ def write_report(run: Run) -> Report:
 def assemble(run: Run) -> Report:
     """Return the report of what has been done so far."""
     model, commands = run.model, run.directory.commands or [run.command]
-    synthesis, timing = run.finished(Stage(synthesize)), run.finished(Stage(benchmark))
-    compared = run.finished(Stage(features))
+    timing, compared = run.finished(Stage(benchmark)), run.finished(Stage(features))
     if compared and compared.result.inputs != run.data_inputs:
         compared = None  # it shows other images than those that this report is on
-    variants = [
-        _Variant(
-            name,
-            run.finished(Stage(sensitivity, name)),
-            run.finished(Stage(quantize, name)),
-            run.finished(Stage(export, name)),
-            run.finished(Stage(build, name)),
-            run.finished(Stage(evaluate, name)),
-        )
-        for name in (FP32, *run.config.bits)
-    ]
+    exports = {variant: run.finished(Stage(export, variant)) for variant in _variants(run)}
     return Report(
         schema=1,
         command=commands[-1],
@@ -82,51 +44,50 @@ def assemble(run: Run) -> Report:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         clusterq_deploy=__version__,
         environment=timing.result.environment if timing else run.environment,
-        model=ModelInfo(
+        model=records.ModelInfo(
             name=model.name,
             parameters=model.parameters,
             input_size=model.input.size,
             classes=model.classes,
             weights=model.weights,
         ),
-        calibration=_calibration(run, synthesis, compared),
-        evaluation=_evaluation(run, variants),
-        variants=[_variant(stages, stages.export, timing) for stages in variants if stages.export],
-        skipped=_skipped(variants, timing, compared),
+        calibration=_calibration(run, compared),
+        evaluation=_evaluation(run),
+        variants=[_variant(run, name, exported, timing) for name, exported in exports.items() if exported],
+        skipped=_skipped(run, exports[FP32], timing, compared),
         features=compared.result.features if compared else None,
         config=run.config.model_dump(mode="json"),
         commands=commands,
     )
 
 
-def _calibration(
-    run: Run, synthesis: Finished[SynthesisResult] | None, compared: Finished[FeaturesResult] | None
-) -> CalibrationInfo:
+def _variants(run: Run) -> list[str]:
+    return [FP32, *run.config.bits]
+
+
+def _calibration(run: Run, compared: Finished[FeaturesResult] | None) -> records.CalibrationInfo:
+    synthesis = run.finished(Stage(synthesize))
     if synthesis is None:
-        return CalibrationInfo(images=0, seconds=0, teacher_top1=0, recipe=run.config.synthesis.recipe)
-    result, features = synthesis.result, compared.result.features if compared else None
+        return records.CalibrationInfo(images=0, seconds=0, teacher_top1=0, recipe=run.config.synthesis.recipe)
     previewed = previewed_classes(CalibrationSet.read_labels(run.directory.path / IMAGES))
-    return CalibrationInfo(
-        images=result.images,
+    features = compared.result.features if compared else None
+    return records.CalibrationInfo(
+        **_shared(synthesis.result, records.CalibrationInfo),
         seconds=synthesis.seconds,
-        teacher_top1=result.teacher_top1,
-        recipe=result.recipe,
-        within_class_diversity=result.within_class_diversity,
         silhouette=features.synthetic.silhouette if features else None,
-        losses=_thinned(result.losses),
-        batch_divisor=result.batch_divisor,
         preview_classes=[run.model.class_label(label) for label in previewed.tolist()],
     )
 
 
-def _evaluation(run: Run, variants: list[_Variant]) -> EvaluationInfo:
+def _evaluation(run: Run) -> records.EvaluationInfo:
     """Describe the images less those that could not be read, as any stage says that read as many images."""
     data = run.evaluation
-    summaries = [stages.evaluate.result.unreadable for stages in variants if stages.evaluate]
+    stages = [run.finished(Stage(evaluate, variant)) for variant in _variants(run)]
+    summaries = [stage.result.unreadable for stage in stages if stage]
     fitting = [summary for summary in summaries if summary and summary.total == len(data)]
     unreadable = max(fitting, key=attrgetter("count"), default=None)
     count = unreadable.count if unreadable else 0
-    return EvaluationInfo(
+    return records.EvaluationInfo(
         dataset=data.name,
         images=len(data) - count,
         labelled=data.labelled,
@@ -135,57 +96,62 @@ def _evaluation(run: Run, variants: list[_Variant]) -> EvaluationInfo:
     )
 
 
-def _variant(stages: _Variant, exported: Finished[ExportResult], timing: Finished[BenchmarkResult] | None) -> Variant:
-    tuned = stages.quantize.result if stages.quantize else QuantizeResult(format=0)  # the float baseline has nothing
-    made = [stage for stage in (stages.quantize, exported, stages.build) if stage]
-    return Variant(
-        name=stages.name,
-        seconds=sum(stage.seconds for stage in made),
-        accuracy=stages.evaluate.result.accuracy if stages.evaluate else [],
+def _variant(
+    run: Run, name: str, exported: Finished[ExportResult], timing: Finished[BenchmarkResult] | None
+) -> records.Variant:
+    tuned, built = run.finished(Stage(quantize, name)), run.finished(Stage(build, name))
+    costs, measured = run.finished(Stage(sensitivity, name)), run.finished(Stage(evaluate, name))
+    tuning = _shared(tuned.result, records.Variant) if tuned else {}
+    if tuning and not tuning["losses"].get("held_out_kl"):
+        tuning["kept_step"] = None
+    return records.Variant(
+        name=name,
+        seconds=sum(stage.seconds for stage in (tuned, exported, built) if stage),
+        accuracy=measured.result.accuracy if measured else [],
         artifacts=[
             artifact.model_copy(update={"sha256": stage.files[artifact.path]})
-            for stage in (exported, stages.build)
+            for stage in (exported, built)
             if stage
             for artifact in stage.result.artifacts
         ],
-        latency=timing.result.latency.get(stages.name, []) if timing else [],
-        inspections=timing.result.inspections.get(stages.name, []) if timing else [],
-        quantized_layers=tuned.quantized_layers,
-        skipped_layers=tuned.skipped_layers,
-        keep=tuned.keep,
-        expected_drop=tuned.expected_drop,
-        max_drop=tuned.max_drop,
+        latency=timing.result.latency.get(name, []) if timing else [],
+        inspections=timing.result.inspections.get(name, []) if timing else [],
         sensitivities=[
-            LayerSensitivity(layer=layer.layer, bits=layer.bits, **layer.cost.model_dump())
-            for layer in (stages.sensitivity.result.layers if stages.sensitivity else ())
+            records.LayerSensitivity(layer=layer.layer, bits=layer.bits, **layer.cost.model_dump())
+            for layer in (costs.result.layers if costs else ())
         ],
-        histograms=tuned.histograms,
-        losses=_thinned(tuned.losses),
-        batch_divisor=tuned.batch_divisor,
-        cpu=tuned.cpu,
-        kept_step=tuned.kept_step if tuned.losses.get("held_out_kl") else None,
+        **tuning,
     )
 
 
-def _thinned(losses: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return at most 200 of each curve's points, evenly spaced, the last one among them."""
-    strides = {name: -(-len(values) // _CURVE_POINTS) or 1 for name, values in losses.items()}
-    return {name: values[:: -strides[name]][::-1] for name, values in losses.items()}
+def _shared(result: StageResult, record: type[Record]) -> dict[str, Any]:
+    """Return the fields of a result that a record of the report has too; of each curve at most 200 points."""
+    values = {name: getattr(result, name) for name in type(result).model_fields.keys() & record.model_fields.keys()}
+    return {**values, "losses": {name: thin(curve) for name, curve in values["losses"].items()}}
+
+
+def thin(values: list[float]) -> list[float]:
+    """Return at most 200 of a curve's points, evenly spaced, the last one among them."""
+    stride = -(-len(values) // _CURVE_POINTS) or 1
+    return values[::-stride][::-1]
 
 
 def _skipped(
-    variants: list[_Variant], timing: Finished[BenchmarkResult] | None, compared: Finished[FeaturesResult] | None
+    run: Run,
+    baseline: Finished[ExportResult] | None,
+    timing: Finished[BenchmarkResult] | None,
+    compared: Finished[FeaturesResult] | None,
 ) -> list[Skipped]:
     skipped, reason = [], engine.unavailable_reason()
-    if reason or not any(stages.build for stages in variants):
+    if reason or not any(run.finished(Stage(build, variant)) for variant in _variants(run)):
         skipped.append(Skipped(stage="build", reason=reason or "not asked for"))
     if timing:
         skipped += timing.result.skipped
-    if (exported := variants[0].export) and exported.result.no_fp16:
-        skipped.append(Skipped(stage="fp16 baseline", reason=exported.result.no_fp16))
+    if baseline and baseline.result.no_fp16:
+        skipped.append(Skipped(stage="fp16 baseline", reason=baseline.result.no_fp16))
     if compared and compared.result.skipped is not None:
         skipped.append(Skipped(stage="features", reason=compared.result.skipped))
-    if not any(stages.sensitivity for stages in variants):
+    if not any(run.finished(Stage(sensitivity, variant)) for variant in _variants(run)):
         reason = "not asked for; --max-drop measures what each layer costs, and so does clusterq sensitivity RUN"
         skipped.append(Skipped(stage="sensitivity", reason=reason))
     return skipped

@@ -1,4 +1,4 @@
-"""Measure what the quantization of each layer alone costs: the model and images go in, a cost per layer comes out."""
+"""Measure what it costs to quantize only one layer, for each: the model and images go in, a cost per layer comes out."""
 
 from dataclasses import asdict
 from typing import Any
@@ -18,19 +18,19 @@ PLACEMENT = {"first_last", "keep", "cpu"}
 """The settings of a run that say, next to its bits, which grids a variant has."""
 
 
-def needs(_: Run, __: str) -> Needs:
+def needs(_: Run, __: AnyStage) -> Needs:
     """Require the images."""
     return Needs(required=("synthesize",))
 
 
-def inputs(run: Run, variant: str) -> Json:
+def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the widths, and what decides which images are shown how."""
     tuning = run.config.finetune.model_dump(mode="json", include={"batch_size", "procedural"})
-    return {"bits": variant, **tuning, **run.config.model_dump(mode="json", include=PLACEMENT)}
+    return {"bits": stage.variant, **tuning, **run.config.model_dump(mode="json", include=PLACEMENT)}
 
 
 def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:
-    """Quantize each layer alone, in batches that fit the memory."""
+    """Quantize one layer at a time, in batches that fit the memory."""
     bits = BitWidths.parse(stage.variant)
 
     def costs(divisor: int) -> list[Sensitivity]:
@@ -49,9 +49,9 @@ def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:
     return SensitivityResult(layers=[SensitiveLayer.model_validate(asdict(layer)) for layer in layers]), []
 
 
-def describe(_: Run, variant: str) -> str:
+def describe(_: Run, stage: AnyStage) -> str:
     """Say which widths."""
-    return f"every layer at {variant} alone"
+    return f"every layer at {stage.variant} alone"
 
 
 def shown(run: Run) -> torch.Tensor:

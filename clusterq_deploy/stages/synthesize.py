@@ -3,11 +3,11 @@
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from calib.calibration_set import CalibrationSet
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.support.progress import Progress
 from calib.synthesis import Synthesis, SynthesisConfig
@@ -21,12 +21,12 @@ from clusterq_deploy.run.stage import AnyStage, Json, Needs
 NAME, RESULT = "synthesize", SynthesisResult
 
 
-def needs(_: Run, __: str) -> Needs:
+def needs(_: Run, __: AnyStage) -> Needs:
     """Require nothing: it is the first one."""
     return Needs()
 
 
-def inputs(run: Run, _: str) -> Json:
+def inputs(run: Run, _: AnyStage) -> Json:
     """Return the settings of synthesis."""
     return {"settings": run.config.synthesis.model_dump(mode="json")}
 
@@ -44,7 +44,7 @@ def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
         checkpoint=lambda divisor: run.checkpoint(stage, divisor),
     )
     provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
-    calibration = CalibrationSet(synthesis.calibration.images, synthesis.calibration.labels, provenance)
+    calibration = replace(synthesis.calibration, provenance=provenance)
     preview = io.BytesIO()
     calibration.preview(spec.mean, spec.std).save(preview, "PNG")
     files = [run.directory.write(IMAGES, calibration.to_bytes()), run.directory.write(PREVIEW, preview.getvalue())]
@@ -60,7 +60,7 @@ def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
     return result, files
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Count the steps and the images."""
     synthesis = run.config.synthesis
     generator, refine = synthesis.generator, synthesis.refine
@@ -81,27 +81,24 @@ def synthesize_in_memory(
     progress: Progress,
     checkpoint: Callable[[int], Checkpoint] = lambda _: NOWHERE,
 ) -> tuple[Synthesis, int]:
-    """Make images in batches that fit the memory; return them and what the batches of `config` were divided by.
+    """Make images in batches that fit the memory; return them, and what the batches of `config` were divided by.
 
     Args:
-        model: as for `calib.synthesis.synthesize`, and so are `config`, `progress` and the errors.
-        spec: how its input is made.
-        classes: that it knows.
-        rng: returns a new source of all randomness, always the same, on the model's device.
-        checkpoint: returns the checkpoint of batches that are divided by a number.
+        model, classes, config, progress: as for `calib.synthesis.synthesize`, whose errors it raises too.
+        spec: how the model's input is made.
+        rng: makes the source of all randomness for each attempt, on the model's device.
+        checkpoint: returns where images in batches divided by a number are kept.
 
     Raises:
         OutOfMemoryError: the smallest batches do not fit the memory.
     """
 
-    def synthesis(divisor: int) -> Synthesis:
+    def attempt(divisor: int) -> Synthesis:
         source = rng()
         return make_images(
             model,
             classes=classes,
-            size=spec.size,
-            mean=spec.mean,
-            std=spec.std,
+            **spec.model_dump(include={"size", "mean", "std"}),
             config=config.with_smaller_batches(divisor),
             device=source.device,
             rng=source,
@@ -109,4 +106,4 @@ def synthesize_in_memory(
             checkpoint=checkpoint(divisor),
         )
 
-    return retry_on_oom(synthesis, "synthesis")
+    return retry_on_oom(attempt, "synthesis")

@@ -172,13 +172,13 @@ def export(
     sample = batch[: lowering.VERIFIED_IMAGES].cpu().numpy().astype(np.float32)
     _, channels, height, width = sample.shape
     size, name = (channels, height, width), str(student.bits)
-    graphs = lowering.student_graphs(
-        student, sample, size=size, name=name, targets=(target,), fp16=fp16, progress=progress
+    graphs = list(
+        lowering.student_graphs(student, sample, size=size, name=name, targets=(target,), fp16=fp16, progress=progress)
     )
-    for verified in graphs:
-        write_bytes(Path(path), verified.graph.SerializeToString())
-        return Path(path)
-    raise ExportError(f"{student.bits} has weights of more than four bits: there is no INT4 graph")
+    if not graphs:
+        raise ExportError(f"{student.bits} has weights of more than four bits: there is no INT4 graph")
+    write_bytes(Path(path), graphs[0].graph.SerializeToString())
+    return Path(path)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -29,8 +29,8 @@ _Array = npt.NDArray[np.float32]
 def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[_T, int]:
     """Return the result of `work(divisor)`, and the divisor of its batches for which the memory was enough: 1, 2, 4...
 
-    Work starts over with each, or goes on if it was interrupted at the same one, so that its result is the same as if such
-    batches had been asked for.
+    Work starts over with each, or goes on if it was interrupted at the same one, so that its result is the same as if
+    such batches had been asked for.
 
     Args:
         work: raises what torch, Python or a runtime raises if the memory is not enough; what it leaves behind then

@@ -153,9 +153,10 @@ class RunDirectory:
             RunDirectoryError: another process is at work in the folder, or it cannot be written.
         """
         self._acquire_lock()
-        inputs_digest, sources = self._digests(inputs, upstream)
-        record = self._settled(stage, inputs_digest)
+        upstream = list(upstream)
+        record = self.look_up(stage, inputs, upstream)
         if record is None:
+            inputs_digest, sources = self._digests(inputs, upstream)
             start = time.perf_counter()
             result, names = work()
             files = {name: sha256_file(self.path / name) for name in names}
@@ -190,11 +191,7 @@ class RunDirectory:
 
     def look_up(self, stage: str, inputs: Json, upstream: Iterable[str] = ()) -> StageRecord | None:
         """Return the record with which `perform` would do nothing; None if it would do the stage."""
-        return self._settled(stage, self._digests(inputs, upstream)[0])
-
-    def _settled(self, stage: str, inputs: str) -> StageRecord | None:
-        """Return the record of a stage finished with these inputs, unless it is provisional and of another process."""
-        record = self.finished(stage, inputs)
+        record = self.finished(stage, self._digests(inputs, upstream)[0])
         return None if record is None or (record.provisional and stage not in self._performed) else record
 
     def _digests(self, inputs: Json, upstream: Iterable[str]) -> tuple[str, dict[str, str]]:

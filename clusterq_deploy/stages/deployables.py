@@ -74,6 +74,16 @@ def opened(deployables: Iterable[Deployable[R_co]]) -> Iterator[tuple[Deployable
         yield deployable, runner
 
 
+def in_turn(deployables: Iterable[Deployable[R_co]], *, tell: bool = False) -> Iterator[tuple[Deployable[R_co], R_co]]:
+    """Open one deployable after the other, and close each before the next; `tell` logs what `opened` skips."""
+    for item in opened(deployables):
+        if not isinstance(item, Skipped):
+            with item[1]:
+                yield item
+        elif tell:
+            warn_of(item)
+
+
 def open_provider(graph: Path, runtime: str, batches: tuple[int, int, int]) -> OnnxRunner:
     """Open a graph in a GPU provider, and show that it runs there.
 

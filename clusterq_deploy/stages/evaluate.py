@@ -12,7 +12,7 @@ from clusterq_deploy.evaluation.measure import predictions, score
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.quantization import BitWidths
-from clusterq_deploy.results.report import Accuracy, Skipped
+from clusterq_deploy.results.report import Accuracy
 from clusterq_deploy.results.stages import EvaluationResult, UnreadableImages
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
@@ -40,22 +40,12 @@ def work(run: Run, stage: AnyStage) -> tuple[EvaluationResult, list[str]]:
     data, environment = run.evaluation, run.environment.model_dump(mode="json")  # another runtime may answer otherwise
     teacher = run.teacher_predictions(run.checkpoint(stage, environment=environment))
     # an image that can be read by now makes all that is kept another set's
-    answers = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.kept.tolist()]
-    checkpoint = run.checkpoint(stage, environment=environment, teacher=answers)
-
-    def accuracy(runner: Runner, graph: str | None) -> Accuracy:
-        phase = "-".join([runner.runtime, *Path(graph or "").parts])
-        return score(runner.runtime, run.predictions(runner, checkpoint, phase), teacher, data, graph)
-
-    if stage.variant == FP32:
-        accuracies = [score("torch", teacher, teacher, data)]
-    else:
-        with TorchRunner(run.student(BitWidths.parse(stage.variant))) as student:
-            accuracies = [accuracy(student, None)]
-    for item in deployables.opened(_deployables(run, stage.variant)):
-        if not isinstance(item, Skipped):  # the benchmark says which are left out
-            with item[1] as runner:
-                accuracies.append(accuracy(runner, item[0].path))
+    kept = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.kept.tolist()]
+    checkpoint = run.checkpoint(stage, environment=environment, teacher=kept)
+    accuracies = [score("torch", teacher, teacher, data)] if stage.variant == FP32 else []
+    for model, runner in deployables.in_turn(_deployables(run, stage.variant)):
+        answers = run.predictions(runner, checkpoint, "-".join([runner.runtime, *Path(model.path or "").parts]))
+        accuracies.append(score(runner.runtime, answers, teacher, data, model.path))
     unreadable = UnreadableImages.model_validate(data.unreadable.summary())
     return EvaluationResult(accuracy=accuracies, unreadable=unreadable), []
 
@@ -66,13 +56,13 @@ def describe(run: Run, _: AnyStage) -> str:
 
 
 def _deployables(run: Run, variant: str) -> list[Deployable[Runner]]:
-    """Return all that is measured of a variant except the torch model.
+    """Return all that is measured of a variant: torch's student, graphs and engines.
 
     The FP16 baseline is measured as an engine only: ONNX Runtime has few FP16 kernels on a CPU and casts most of it to
     float, slowly.
     """
     exported, folder = run.require_finished(Stage(export, variant)).result, run.directory.path
-    graphs = [
+    models: list[Deployable[Runner]] = [
         Deployable(
             variant,
             graph.path,
@@ -82,11 +72,10 @@ def _deployables(run: Run, variant: str) -> list[Deployable[Runner]]:
         for graph in exported.artifacts
         if variant != FP32 or graph.target == "onnxruntime"
     ]
-    return [
-        *graphs,
-        *deployables.run_engines(run, variant),
-        *deployables.run_graphs_on_gpu(run, {variant: exported}),
-    ]
+    if variant != FP32:
+        bits = BitWidths.parse(variant)
+        models.insert(0, Deployable(variant, None, TorchRunner.runtime, lambda: TorchRunner(run.student(bits))))
+    return [*models, *deployables.run_engines(run, variant), *deployables.run_graphs_on_gpu(run, {variant: exported})]
 
 
 @dataclass(frozen=True)
@@ -126,12 +115,8 @@ def evaluate_file(
         accuracies.append(score(runner.runtime, answers, answers, images, name))
 
     graphs = deployables.file_graphs(path, (1, EVALUATION_BATCH, EVALUATION_BATCH)) if source == path else ()
-    for item in deployables.opened(graphs):
-        if isinstance(item, Skipped):
-            deployables.warn_of(item)
-        else:
-            with item[1] as session:
-                measure(session, item[0].path)
+    for model, session in deployables.in_turn(graphs, tell=True):
+        measure(session, model.path)
     for built in deployables.file_engines(path, baselines=False):
         with deployables.file_engine(built, path) as running:
             measure(running, built.path)

@@ -1,4 +1,4 @@
-"""Measure what it costs to quantize only one layer, for each: the model and images go in, a cost per layer comes out."""
+"""Measure what it costs to quantize each layer only: the model and images go in, a cost per layer comes out."""
 
 from dataclasses import asdict
 from typing import Any

@@ -102,10 +102,10 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
 
     config = options.config_of(ctx, config_file)
     pipeline = stages.pipeline_of(ctx, config, out or _default_out(config))
-    pipeline.begin()
+    pipeline.write_config()
     record = pipeline.synthesize()
     path = pipeline.directory.path
-    figures = {k: v for k, v in record.result.items() if k != "losses"} | {"seconds": record.seconds}
+    figures = record.result.model_dump(mode="json", exclude={"losses"}) | {"seconds": record.seconds}
     if as_json:
         render.print_json(json.dumps({**figures, "run": str(path), "files": list(record.files)}))
         return

@@ -59,7 +59,7 @@ def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
     """The same, for a stage: once that is done, its options are part of the run's configuration."""
     pipeline = resume(ctx, run)
     yield pipeline
-    pipeline.directory.begin(pipeline.asked.to_toml())
+    pipeline.directory.write_config(pipeline.requested_config.to_toml())
 
 
 def _options_alone(ctx: click.Context) -> "RunConfig":
@@ -95,9 +95,9 @@ def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> No
 
     with _resumed(ctx, run) as pipeline:
         rows = [
-            {"variant": str(bits), "layer": own["layer"], "bits": own["bits"], **own["cost"]}
+            {"variant": str(bits), "layer": own.layer, "bits": own.bits, **own.cost.model_dump(mode="json")}
             for bits in map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
-            for own in pipeline.sensitivity(bits).result["layers"]
+            for own in pipeline.sensitivity(bits).result.layers
         ]
     render.show(rows, as_json)
 
@@ -117,16 +117,16 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
         for name in ctx.params["bits"] or pipeline.config.bits:
             bits = BitWidths.parse(name)
             record = pipeline.quantize(bits)
-            held_out = record.result["losses"]["held_out_kl"] or [None]
+            result = record.result
             rows.append(
                 {
                     "variant": str(bits),
-                    "quantized_layers": record.result["quantized_layers"],
-                    "skipped_layers": len(record.result["skipped_layers"]),
-                    "kept_step": record.result["kept_step"],
-                    "held_out_kl": min((v for v in held_out if v is not None), default=None),
-                    "layers_of_other_bits": len(record.result["keep"]),
-                    "expected_drop": record.result["expected_drop"],
+                    "quantized_layers": result.quantized_layers,
+                    "skipped_layers": len(result.skipped_layers),
+                    "kept_step": result.kept_step,
+                    "held_out_kl": min(result.losses["held_out_kl"], default=None),
+                    "layers_of_other_bits": len(result.keep),
+                    "expected_drop": result.expected_drop,
                     "file": next(iter(record.files)),
                 }
             )
@@ -155,8 +155,8 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
         for variant in [FP32, *variants]:
             record = pipeline.export(variant)
             rows += [
-                {"variant": variant, **{k: a[k] for k in ("target", "path", "size_bytes")}}
-                for a in record.result["artifacts"]
+                {"variant": variant, **a.model_dump(mode="json", include={"target", "path", "size_bytes"})}
+                for a in record.result.artifacts
             ]
     if not verify:
         render.show(rows, as_json)
@@ -194,26 +194,27 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     from clusterq_deploy.errors import TensorRTMissing
     from clusterq_deploy.run.run import FP32
     from clusterq_deploy.runtimes import tensorrt as engine
-    from clusterq_deploy.stages.standalone import build_file
+    from clusterq_deploy.stages.build import build_file
 
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
     if target.suffix == ".onnx":
         built = build_file(target, _options_alone(ctx).build, render.LiveProgress(ctx.obj["quiet"]))
-        render.show(built, as_json)
+        sizes = [(str(own), info.size_bytes, info.seconds) for own, info in built.items()]
+        render.show([dict(zip(("engine", "size_bytes", "seconds"), own, strict=True)) for own in sizes], as_json)
         return
     with _resumed(ctx, target) as pipeline:
         records = {v: pipeline.build(v) for v in [FP32, *_variants(ctx, pipeline, "export")]}
     rows = [
         {
             "variant": variant,
-            "engine": artifact["path"],
-            "size_bytes": artifact["size_bytes"],
-            "seconds": engine.read_sidecar(target / artifact["path"]).seconds,
+            "engine": artifact.path,
+            "size_bytes": artifact.size_bytes,
+            "seconds": engine.read_sidecar(target / artifact.path).seconds,
         }
         for variant, record in records.items()
         if record
-        for artifact in record.result["artifacts"]
+        for artifact in record.result.artifacts
     ]
     render.show(rows, as_json)
 
@@ -233,17 +234,18 @@ def evaluate(
     """
     from cli import render
     from clusterq_deploy.run.run import FP32
-    from clusterq_deploy.stages.standalone import evaluate_file
+    from clusterq_deploy.stages.evaluate import evaluate_file
 
     if target.is_file():
-        found = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
-        render.show(found, as_json)
+        found, images = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
+        counts = {"images": len(images.kept), "unreadable": len(images.unreadable)}
+        render.show([own.model_dump(mode="json", exclude={"agreement"}) | counts for own in found], as_json)
         return
     with _resumed(ctx, target) as pipeline:
         rows = [
-            {"variant": variant, **entry}
+            {"variant": variant, **entry.model_dump(mode="json")}
             for variant in [FP32, *_variants(ctx, pipeline, "export")]
-            for entry in pipeline.evaluate(variant).result["accuracy"]
+            for entry in pipeline.evaluate(variant).result.accuracy
         ]
     render.show(rows, as_json)
 
@@ -259,14 +261,11 @@ def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
 
     with _resumed(ctx, run) as pipeline:
         found = pipeline.features().result
-    if "skipped" in found:
-        rows = [{"skipped": found["skipped"]}]
+    if found.features is None:
+        rows = [{"skipped": found.skipped}]
     else:
-        rows = [
-            {"set": name, **{k: v for k, v in found["features"][name].items() if k != "points"}}
-            for name in ("synthetic", "real")
-            if found["features"][name]
-        ]
+        sets = {"synthetic": found.features.synthetic, "real": found.features.real}
+        rows = [{"set": k, **v.model_dump(mode="json", exclude={"points"})} for k, v in sets.items() if v]
     render.show(rows, as_json)
 
 
@@ -281,14 +280,16 @@ def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> N
     With a file the engines beside it that were built from it are timed too.
     """
     from cli import render
-    from clusterq_deploy.stages.standalone import benchmark_file
+    from clusterq_deploy.results.stages import latency_values
+    from clusterq_deploy.stages.benchmark import benchmark_file
 
     if target.is_file():
-        rows = benchmark_file(target, _options_alone(ctx), render.LiveProgress(ctx.obj["quiet"]))
+        timed = benchmark_file(target, _options_alone(ctx), render.LiveProgress(ctx.obj["quiet"]))
+        rows = [latency_values(entry) for entry in timed]
     else:
         with _resumed(ctx, target) as pipeline:
-            record = pipeline.benchmark()
-        rows = [{"variant": v, **entry} for v, entries in record.result["latency"].items() for entry in entries]
+            latency = pipeline.benchmark().result.latency
+        rows = [{"variant": v, **latency_values(entry)} for v, entries in latency.items() for entry in entries]
     render.show(rows, as_json)
 
 

@@ -7,13 +7,13 @@
 `Pipeline` is the resumable shell around the same functions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib import synthesis
 from calib.calibration_set import CalibrationSet
 from calib.leaves import with_leaves
 from calib.refine import survives_flip
@@ -32,13 +32,12 @@ from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Student,
-    finetune,
-    fit_full_range_biases,
     make_student,
-    post_training_quantize,
 )
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import TorchRunner
+from clusterq_deploy.stages.quantize import in_smaller_batches, tune
+from clusterq_deploy.stages.synthesize import synthesize_in_memory
 
 __all__ = ["export", "quantize", "synthesize"]
 
@@ -51,11 +50,10 @@ def synthesize(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> CalibrationSet:
-    """Make images for calibration and fine-tuning from a classifier alone (ClusterQ, arXiv 2205.00179, section III).
+    """Make images for calibration and fine-tuning from a classifier only (ClusterQ, arXiv 2205.00179, section III).
 
     Args:
-        model: in eval mode, with BatchNorm; images (N, C, H, W) float32, normalized, to logits (N, classes). It stays
-            as it is.
+        model: in eval mode, with BatchNorm; images (N, C, H, W) float32, normalized, to logits (N, classes); unchanged.
         spec: the size of an image, and the mean and standard deviation of pixels in [0, 1] that it is normalized by.
         config: how many images, from how many steps; the standard schedule by default.
         seed: of all randomness.
@@ -70,27 +68,14 @@ def synthesize(
         SynthesisError: the images diverge.
         OutOfMemoryError: the smallest batches do not fit the memory.
     """
-    device = _device_of(model)
-    name, settings = type(model).__name__, config or SynthesisConfig()
+    device, name, settings = _device_of(model), type(model).__name__, config or SynthesisConfig()
     require_batchnorm(name, "nn.Module", model)
     classes = count_classes(name, model, spec)
-
-    def images(divisor: int) -> synthesis.Synthesis:
-        return synthesis.synthesize(
-            model,
-            classes=classes,
-            size=spec.size,
-            mean=spec.mean,
-            std=spec.std,
-            config=settings.with_smaller_batches(divisor),
-            device=device,
-            rng=torch.Generator(device).manual_seed(seed),
-            progress=progress,
-        )
-
-    made, _ = retry_on_oom(images, "synthesis")
+    synthesis, _ = synthesize_in_memory(
+        model, spec, classes, settings, rng=lambda: torch.Generator(device).manual_seed(seed), progress=progress
+    )
     provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
-    return CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
+    return replace(synthesis.calibration, provenance=provenance)
 
 
 def quantize(
@@ -108,9 +93,9 @@ def quantize(
     """Quantize a classifier and tune the result on images.
 
     Args:
-        model: in eval mode; images (N, C, H, W) float32, normalized, to logits (N, classes). It stays as it is.
-        images: those of `synthesize`; or any unlabelled images (N, C, H, W) float32, normalized, which take the
-            classes that the model gives them.
+        model: in eval mode; images (N, C, H, W) float32, normalized, to logits (N, classes); unchanged.
+        images: those of `synthesize`; or any unlabelled images (N, C, H, W) float32, normalized, whose classes are the
+            model's answers.
         bits: of weights and activations, such as "w4a4"; 2 to 8 each.
         config: how long to tune; `FinetuneConfig(steps=0)` only calibrates and corrects.
         first_last: whether the first and last layer have those widths too, not 8 bits.
@@ -137,18 +122,21 @@ def quantize(
         images = CalibrationSet(images.cpu(), torch.from_numpy(answers[:, 0]))
     calibration = images
 
-    def tuned(divisor: int) -> Student:
-        rng, batch_size = torch.Generator(device).manual_seed(seed), max(1, settings.batch_size // divisor)
+    def attempt(divisor: int) -> Student:
+        rng, smaller = torch.Generator(device).manual_seed(seed), in_smaller_batches(settings, divisor)
         student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
-        shown = with_leaves(calibration.images, settings.procedural, rng)
-        started = post_training_quantize(student, shown, batch_size=batch_size, rng=rng, progress=progress)
-        flip = survives_flip(model, calibration.images.to(device), calibration.labels.to(device), batch_size)
-        scaled = settings.model_copy(update={"batch_size": batch_size})
-        finetune(student, started.reference, calibration, config=scaled, flip=flip, rng=rng, progress=progress)
-        fit_full_range_biases(student, calibration.images)
+        tune(
+            student,
+            calibration,
+            shown=with_leaves(calibration.images, settings.procedural, rng),
+            config=smaller,
+            flip=survives_flip(model, calibration.images.to(device), calibration.labels.to(device), smaller.batch_size),
+            rng=rng,
+            progress=progress,
+        )
         return student
 
-    student, _ = retry_on_oom(tuned, f"quantization to {widths}")
+    student, _ = retry_on_oom(attempt, f"quantization to {widths}")
     return student
 
 
@@ -183,19 +171,13 @@ def export(
     batch = images.images if isinstance(images, CalibrationSet) else images
     sample = batch[: lowering.VERIFIED_IMAGES].cpu().numpy().astype(np.float32)
     _, channels, height, width = sample.shape
-    graphs = lowering.student_graphs(
-        student,
-        sample,
-        size=(channels, height, width),
-        name=str(student.bits),
-        targets=(target,),
-        fp16=fp16,
-        progress=progress,
+    size, name = (channels, height, width), str(student.bits)
+    graphs = list(
+        lowering.student_graphs(student, sample, size=size, name=name, targets=(target,), fp16=fp16, progress=progress)
     )
-    found = list(graphs)
-    if not found:
+    if not graphs:
         raise ExportError(f"{student.bits} has weights of more than four bits: there is no INT4 graph")
-    write_bytes(Path(path), found[0].graph.SerializeToString())
+    write_bytes(Path(path), graphs[0].graph.SerializeToString())
     return Path(path)
 
 

@@ -14,8 +14,8 @@ from clusterq_deploy.errors import OutOfMemoryError
 logger = logging.getLogger(__name__)
 
 _LARGEST_DIVISOR = 64
-# of torch and of oneDNN on a CPU, where they have no kind of their own, of CUDA, and of runtimes, whose errors have the
-# library's kinds
+# of torch and of oneDNN on a CPU, where they have no class of their own, of CUDA, and of runtimes, whose errors have
+# the library's classes
 _MESSAGE = re.compile(
     r"memory: you tried to allocate|out of memory|OutOfMemory|bad_alloc|STATUS_ALLOC_FAILED|failed to allocate memory"
     r"|memory ran out|cannot allocate memory|resource temporarily unavailable|can't start new thread"
@@ -27,14 +27,14 @@ _Array = npt.NDArray[np.float32]
 
 
 def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[_T, int]:
-    """The result of `work(divisor)`, and the divisor of its batches that the memory sufficed for: 1, 2, 4, and so on.
+    """Return the result of `work(divisor)`, and the divisor of its batches for which the memory was enough: 1, 2, 4...
 
-    Work begins anew with each, or where it was interrupted at the same one, so that its result is the same as if such
-    batches had been asked for.
+    Work starts over with each, or goes on if it was interrupted at the same one, so that its result is the same as if
+    such batches had been asked for.
 
     Args:
-        work: raises what torch, Python or a runtime raises where memory does not suffice; what it leaves behind then
-            is of that divisor alone.
+        work: raises what torch, Python or a runtime raises if the memory is not enough; what it leaves behind then
+            belongs to that divisor only.
         what: what messages call it.
         first: the divisor to begin with, a power of two.
 
@@ -60,26 +60,24 @@ def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tup
 
 
 def split_on_oom(work: Callable[[_Array], _T], what: str) -> Callable[[_Array], list[_T]]:
-    """`work` on a batch (N, C, H, W) in as many parts as the memory asks for: what it gives for each part, in order.
+    """Return `work` on a batch (N, C, H, W) in as many parts as fit the memory: what it returns for each, in order.
 
     A batch after one that had to be divided is divided likewise from the start.
 
     Args:
-        work: of a part of a batch; what it does to one image has to depend on that alone.
+        work: of a part of a batch; what it does to one image has to depend on that image only.
         what: as for `retry_on_oom`, whose errors it raises.
     """
     divisor = 1
 
-    def on(images: _Array) -> list[_T]:
+    def in_parts(images: _Array) -> list[_T]:
         nonlocal divisor
+        results, divisor = retry_on_oom(
+            lambda by: [work(part) for part in np.array_split(images, by) if len(part)], what, first=divisor
+        )
+        return results
 
-        def divided(by: int) -> list[_T]:
-            return [work(part) for part in np.array_split(images, by) if len(part)]
-
-        found, divisor = retry_on_oom(divided, what, first=divisor)
-        return found
-
-    return on
+    return in_parts
 
 
 def infer_split_on_oom(infer: Callable[[_Array], _Array], what: str) -> Callable[[_Array], _Array]:
@@ -89,7 +87,7 @@ def infer_split_on_oom(infer: Callable[[_Array], _Array], what: str) -> Callable
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error, of whatever kind, says that memory did not suffice."""
+    """Return whether an error, of whatever class, says that the memory was not enough."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None
     )

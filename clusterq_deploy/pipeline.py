@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.lowering.integers import SiteComparison
 from clusterq_deploy.quantization import BitWidths
+from clusterq_deploy.results import stages as results
 from clusterq_deploy.results.report import Report
-from clusterq_deploy.run.manifest import StageRecord
 from clusterq_deploy.run.run import FP32, Run
-from clusterq_deploy.run.stage import Stage
+from clusterq_deploy.run.stage import AnyStage, Finished, Stage
 from clusterq_deploy.runtimes.tensorrt import unavailable_reason
 from clusterq_deploy.stages import (
     benchmark,
@@ -23,23 +23,22 @@ from clusterq_deploy.stages import (
 )
 
 
-def stages(config: RunConfig) -> list[Stage]:
+def stages(config: RunConfig) -> list[AnyStage]:
     """Return every stage of a run but the report, in order."""
-    bits = [str(own) for own in config.widths]
-    variants = [FP32, *bits]
+    bits, variants = config.bits, [FP32, *config.bits]
     return [
         Stage(export, FP32),  # model -> fp32/model.onnx, model.fp16.onnx; first: it may be impossible
         Stage(synthesize),  # model -> calibration/images.safetensors, preview.png
-        *(Stage(quantize, own) for own in bits),  # model, images -> V/quantized.safetensors
-        *(Stage(export, own) for own in bits),  # student -> V/model.ort.onnx, model.trt.onnx, model.int4.onnx
-        *(Stage(build, own) for own in variants),  # graph for TensorRT -> V/model.engine
-        *(Stage(evaluate, own) for own in variants),  # graphs, engines, evaluation images -> accuracy
+        *(Stage(quantize, width) for width in bits),  # model, images -> V/quantized.safetensors
+        *(Stage(export, width) for width in bits),  # student -> V/model.ort.onnx, model.trt.onnx, model.int4.onnx
+        *(Stage(build, variant) for variant in variants),  # graph for TensorRT -> V/model.engine
+        *(Stage(evaluate, variant) for variant in variants),  # graphs, engines, evaluation images -> accuracy
         Stage(features),  # synthetic and real images -> their features, compared
         Stage(benchmark),  # graphs, engines -> latency
     ]
 
 
-def unavailable(stage: Stage) -> str | None:
+def unavailable(stage: AnyStage) -> str | None:
     """Return why a stage cannot be done here, or None."""
     return unavailable_reason() if stage.kind is build else None
 
@@ -49,48 +48,48 @@ class Pipeline(Run):
 
     def run(self) -> Report:
         """Do every stage in order, and write the report."""
-        self.begin()
+        self.write_config()
         for stage in stages(self.config):
             if unavailable(stage) is None:
                 self.do(stage)
-        made = self.report()
-        self.directory.forget()
-        return made
+        report = self.report()
+        self.directory.remove_checkpoints()
+        return report
 
-    def synthesize(self) -> StageRecord:
+    def synthesize(self) -> Finished[results.SynthesisResult]:
         """Make the calibration set."""
         return self.do(Stage(synthesize))
 
-    def sensitivity(self, bits: BitWidths) -> StageRecord:
+    def sensitivity(self, bits: BitWidths) -> Finished[results.SensitivityResult]:
         """Measure what the quantization of each layer alone costs, on synthetic images."""
         return self.do(Stage(sensitivity, str(bits)))
 
-    def quantize(self, bits: BitWidths) -> StageRecord:
+    def quantize(self, bits: BitWidths) -> Finished[results.QuantizeResult]:
         """Make one variant: quantizers, scales, fine-tuning."""
         return self.do(Stage(quantize, str(bits)))
 
-    def export(self, variant: str) -> StageRecord:
+    def export(self, variant: str) -> Finished[results.ExportResult]:
         """Write a variant's graphs, each verified against torch first."""
         return self.do(Stage(export, variant))
 
     def compare_graphs(self, variant: str, images: int) -> Iterator[tuple[str, float, list[SiteComparison]]]:
-        """Hold a variant's graphs against torch on up to so many synthetic images; see `stages.export`."""
-        return export.compare_graphs(self, variant, images)
+        """Compare a variant's graphs with torch on up to `images` synthetic images; see `stages.export`."""
+        return export.compare_graphs(self, Stage(export, variant), images)
 
-    def build(self, variant: str) -> StageRecord | None:
-        """Build a variant's TensorRT engine; return None where that cannot be done."""
+    def build(self, variant: str) -> Finished[results.BuildResult] | None:
+        """Build a variant's TensorRT engine; return None if that cannot be done."""
         stage = Stage(build, variant)
         return None if unavailable(stage) else self.do(stage)
 
-    def evaluate(self, variant: str) -> StageRecord:
+    def evaluate(self, variant: str) -> Finished[results.EvaluationResult]:
         """Measure a variant's accuracy in torch and as each runtime executes its graphs."""
         return self.do(Stage(evaluate, variant))
 
-    def features(self) -> StageRecord:
-        """Lay the teacher's features of the synthetic images beside those of real ones."""
+    def features(self) -> Finished[results.FeaturesResult]:
+        """Compare the teacher's features of the synthetic images with those of real ones."""
         return self.do(Stage(features))
 
-    def benchmark(self) -> StageRecord:
+    def benchmark(self) -> Finished[results.BenchmarkResult]:
         """Time FP32 and every exported variant in turn, each as its target executes it."""
         return self.do(Stage(benchmark))
 

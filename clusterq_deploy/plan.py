@@ -10,7 +10,7 @@ from clusterq_deploy.pipeline import stages, unavailable
 from clusterq_deploy.run.estimate import estimate
 from clusterq_deploy.run.manifest import MANIFEST
 from clusterq_deploy.run.run import Run
-from clusterq_deploy.run.stage import Stage
+from clusterq_deploy.run.stage import AnyStage
 
 State = Literal["finished", "to do", "skipped"]
 
@@ -74,7 +74,7 @@ def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT, command: 
         PlannedStage(
             stage.name,
             state,
-            str(unavailable(stage)) if state == "skipped" else stage.describe(run),
+            str(unavailable(stage)) if state == "skipped" else stage.kind.describe(run, stage),
             expected.seconds(stage.name, run.config, run.evaluated) if expected and state == "to do" else 0.0,
         )
         for stage, state in known.items()
@@ -91,12 +91,12 @@ def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT, command: 
     )
 
 
-def states(run: Run) -> dict[Stage, State]:
+def states(run: Run) -> dict[AnyStage, State]:
     """Return which stages are finished: one that reads a stage that is to be done is to be done too."""
-    found: dict[Stage, State] = {}
+    found: dict[AnyStage, State] = {}
     to_do: set[str] = set()
     for stage in stages(run.config):
-        needs = stage.needs(run)
+        needs = stage.kind.needs(run, stage)
         if unavailable(stage):
             found[stage] = "skipped"
         elif to_do.intersection(needs.required + needs.optional) or not run.is_finished(stage):

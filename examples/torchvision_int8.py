@@ -27,7 +27,7 @@ def make_graph(model: str, out: Path, **settings: Any) -> Path:
 
     config = RunConfig.model_validate({"model": model, "bits": ["w8a8"], "effort": "fast", **settings})
     pipeline = Pipeline(config, out)
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.synthesize()
     for bits in config.widths:
         pipeline.quantize(bits)

@@ -6,14 +6,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
-from clusterq_deploy.results.histograms import Histogram, LayerHistograms
 from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
     CalibrationInfo,
     Environment,
     EvaluationInfo,
+    Histogram,
     Latency,
+    LayerHistograms,
     LayerNote,
     LayerSensitivity,
     ModelInfo,

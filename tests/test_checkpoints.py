@@ -268,7 +268,7 @@ def test_it_is_time_again_after_a_while_and_less_often_where_writing_takes_long(
 @pytest.mark.usefixtures("always")
 def test_checkpoints_are_removed_with_the_folders_that_held_nothing_else(tmp_path: Path) -> None:
     out = RunDirectory(tmp_path, {"name": "net", "weights_sha256": "0"})
-    out.begin("")
+    out.write_config("")
     for bits in ("w4a4", "w8a8"):
         out.checkpoint(f"quantize/{bits}", "1-1", {}).save("tuning", dict)
     out.perform("quantize/w4a4", {}, lambda: ({}, []))

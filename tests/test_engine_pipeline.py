@@ -30,7 +30,7 @@ SETTINGS = {
 def begin(folder: Path) -> Pipeline:
     """Return a run that has exported the float model."""
     pipeline = Pipeline(make_config(SETTINGS), folder)
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.export("fp32")
     return pipeline
 
@@ -98,8 +98,8 @@ def test_benchmark_leaves_out_an_engine_that_does_not_fit_the_memory(
     assert pipeline.build("fp32") is not None
     world.load_error = "Error Code 1: Cuda Runtime (out of memory)"
     result = pipeline.benchmark().result
-    assert {record["runtime"] for record in result["latency"]["fp32"]} == {"onnxruntime-cpu"}
-    reasons = [entry["reason"] for entry in result["skipped"] if entry["stage"] == "benchmark"]
+    assert {record.runtime for record in result.latency["fp32"]} == {"onnxruntime-cpu"}
+    reasons = [entry.reason for entry in result.skipped if entry.stage == "benchmark"]
     assert [reason.split(":")[0] for reason in reasons] == ["fp32/model.engine", "fp32/model.fp16.engine"]
     assert all("the GPU's memory ran out" in reason for reason in reasons)
     world.load_error = "Serialization assertion failed"

@@ -110,5 +110,7 @@ def test_finetune_skips_steps_without_a_finite_loss(
 
 
 def test_finetune_gives_up_after_three_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TuningError, match="fine-tuning w3a3 diverges: its loss or gradient is not finite, 3 steps in a row; try"):
+    with pytest.raises(
+        TuningError, match="fine-tuning w3a3 diverges: its loss or gradient is not finite, 3 steps in a row; try"
+    ):
         tuned_with_bad_steps(monkeypatch, set(range(5, 1000)))

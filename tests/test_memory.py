@@ -22,6 +22,7 @@ from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
 from clusterq_deploy.quantization import Student
+from clusterq_deploy.results.report import Skipped
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner, TorchRunner
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def test_a_runtime_that_fails_for_want_of_memory_gets_smaller_batches_and_for_no
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Pipeline(make_config({"model": "digits", "limit": 60}), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.export("fp32")
     calls: list[int] = []
     infer = OnnxRunner.infer
@@ -85,7 +86,7 @@ def test_features_that_do_not_fit_the_memory_are_taken_in_smaller_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.synthesize()
     infer, calls = TorchRunner.infer, []
 
@@ -96,9 +97,11 @@ def test_features_that_do_not_fit_the_memory_are_taken_in_smaller_batches(
         return infer(self, images)
 
     monkeypatch.setattr(TorchRunner, "infer", narrow)
-    found = run.features().result["features"]
+    found = run.features().result.features
+    assert found is not None
+    assert found.real is not None
     assert calls == [50, 25, 25, 25, 5, 25, 25, 10]
-    assert (found["synthetic"]["images"], found["real"]["images"]) == (80, 60)
+    assert (found.synthetic.images, found.real.images) == (80, 60)
     assert "features: the memory does not suffice; again, with batches divided by 2" in caplog.text
 
 
@@ -239,7 +242,7 @@ def test_a_benchmark_that_lacked_memory_is_done_again_by_another_process(
 ) -> None:
     settings = {"model": "digits", "limit": 60, "benchmark": {"batches": [1, 3], "min_seconds": 0, "rounds": 1}}
     run = Pipeline(make_config(settings), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.export("fp32")
     infer = OnnxRunner.infer
 
@@ -250,13 +253,13 @@ def test_a_benchmark_that_lacked_memory_is_done_again_by_another_process(
 
     monkeypatch.setattr(OnnxRunner, "infer", narrow)
     record = run.benchmark()
-    assert [own["batch"] for own in record.result["latency"]["fp32"]] == [1]
+    assert [own.batch for own in record.result.latency["fp32"]] == [1]
     reason = "onnxruntime-cpu fp32/model.onnx: a batch of 3 does not fit the memory"
-    assert record.result["skipped"] == [{"stage": "benchmark", "reason": reason}]
-    assert run.benchmark() is record
+    assert record.result.skipped == [Skipped(stage="benchmark", reason=reason)]
+    assert run.benchmark() == record
     monkeypatch.undo()
     again = Pipeline(make_config(settings), tmp_path / "run").benchmark()
-    assert [own["batch"] for own in again.result["latency"]["fp32"]] == [1, 3]
+    assert [own.batch for own in again.result.latency["fp32"]] == [1, 3]
     later = Pipeline(make_config(settings), tmp_path / "run").benchmark()
     assert later == again
 
@@ -265,14 +268,15 @@ def test_features_that_the_memory_does_not_suffice_for_are_left_out_for_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run")
-    run.begin()
+    run.write_config()
     run.synthesize()
     monkeypatch.setattr(compare, "_ROOM", 1 << 60)
     found = run.features().result
-    assert found["skipped"].startswith("features: the memory does not suffice for batches of 1/64 either")
+    assert str(found.skipped).startswith("features: the memory does not suffice for batches of 1/64 either")
     monkeypatch.undo()
     again = Pipeline(make_config({"model": "digits", "limit": 60, **SMALL}), tmp_path / "run").features().result
-    assert again["features"]["synthetic"]["images"] == 80
+    assert again.features is not None
+    assert again.features.synthetic.images == 80
 
 
 def test_room_for_a_comparison_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,15 +159,15 @@ def test_fp16_is_written_into_the_graph_for_tensorrt_alone(finished: Path, tmp_p
     out = copied(finished, tmp_path / "out")
     pipeline = Pipeline(config(fp16=True), out)
     before = {name: (out / name).read_bytes() for name in ("w4a4/model.ort.onnx", "w4a4/model.trt.onnx")}
-    checks = pipeline.export("w4a4").result["verification"]
+    checks = pipeline.export("w4a4").result.verification
     assert checks["model.trt.onnx"]["half"]["agreement"] > 0.9
     assert (out / "w4a4/model.ort.onnx").read_bytes() == before["w4a4/model.ort.onnx"]
     halved = onnx.load(out / "w4a4/model.trt.onnx")
     kinds = {i.data_type for i in halved.graph.initializer}
     assert onnx.TensorProto.FLOAT16 in kinds
     assert onnx.TensorProto.FLOAT not in kinds
-    accuracy = pipeline.evaluate("w4a4").result["accuracy"]
-    assert next(a for a in accuracy if a["graph"] == "w4a4/model.trt.onnx")["agreement"] > 90
+    accuracy = pipeline.evaluate("w4a4").result.accuracy
+    assert next(a for a in accuracy if a.graph == "w4a4/model.trt.onnx").agreement > 90
 
 
 def test_run_toml_repeats_the_run(finished: Path) -> None:
@@ -398,7 +398,7 @@ def test_a_model_that_does_not_fit_fp16_goes_without_the_baseline(tmp_path: Path
         "    made.fc.weight.data *= 1e6\n    return made\n"
     )
     pipeline = Pipeline(config(model=f"{module}:large", data=HELD_OUT), tmp_path / "out")
-    pipeline.begin()
+    pipeline.write_config()
     record = pipeline.export("fp32")
     assert list(record.files) == ["fp32/model.onnx"]
     (skipped,) = (own for own in pipeline.report().skipped if own.stage == "fp16 baseline")
@@ -432,7 +432,7 @@ def test_a_model_whose_features_cannot_be_taken_is_reported_without_them(tmp_pat
     )
     small = {"synthesis": {**SMALL["synthesis"], "images": 20}}
     pipeline = Pipeline(config(model=f"{module}:net", **small), tmp_path / "out")
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.synthesize()
     pipeline.features()
     report = pipeline.report()

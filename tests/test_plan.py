@@ -167,7 +167,7 @@ def test_a_module_of_ones_own_need_not_have_all_its_tensors_registered(tmp_path:
 def test_settings_scaled_to_a_large_model_are_told_from_those_asked_for(tmp_path: Path) -> None:
     config = make_config({"model": "resnet18", "weights": "none", "bits": ["w4a4"], "device": "cpu"})
     run = Run(config, tmp_path / "out")
-    asked, done = amounts(run.asked), amounts(run.config)
+    asked, done = amounts(run.requested_config), amounts(run.config)
     assert (asked["synthesis.images"], done["synthesis.images"]) == (1024, 256)
     assert (asked["finetune.steps"], done["finetune.steps"]) == (1200, 300)
     assert asked["synthesis.refine.steps"] == done["synthesis.refine.steps"]

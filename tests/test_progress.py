@@ -139,7 +139,7 @@ def test_a_run_shows_its_exports_and_the_comparison_of_its_graphs(
     counter = Counter()
     settings = {"model": "digits", "bits": ["w8a8"], **SMALL, "finetune": {"steps": 0}}
     pipeline = Pipeline(make_config(settings), tmp_path / "run", progress=counter)
-    pipeline.begin()
+    pipeline.write_config()
     pipeline.synthesize()
     pipeline.quantize(BitWidths(8, 8))
     for variant in ("fp32", "w8a8"):

@@ -16,13 +16,13 @@ import torch
 
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
-from clusterq_deploy.results.report import Skipped
-from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.results.report import Artifact, Skipped
+from clusterq_deploy.results.stages import ExportResult
 from clusterq_deploy.run.run import EVALUATION_BATCH
 from clusterq_deploy.runtimes import runners
 from clusterq_deploy.runtimes.runners import OnnxRunner, Placement, provider_list
 from clusterq_deploy.stages import deployables
-from clusterq_deploy.stages.deployables import open_provider, provider_runners
+from clusterq_deploy.stages.deployables import left_to_others, open_provider, opened, run_graphs_on_gpu
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
 
@@ -113,9 +113,9 @@ def run_on(device: str, path: Path) -> Any:
     )
 
 
-def exported(name: str) -> StageRecord:
-    artifacts = [{"kind": "onnx", "target": target, "path": name} for target in ("onnxruntime", "tensorrt")]
-    return StageRecord("", {}, {}, {"artifacts": artifacts}, 0.0)
+def exported(name: str) -> ExportResult:
+    own = [Artifact(kind="onnx", target="onnxruntime", path=name, size_bytes=0)]
+    return ExportResult(artifacts=[*own, *(artifact.model_copy(update={"target": "tensorrt"}) for artifact in own)])
 
 
 def test_provider_runners_ask_for_a_profile_with_every_batch_of_the_run(
@@ -129,7 +129,7 @@ def test_provider_runners_ask_for_a_profile_with_every_batch_of_the_run(
         raise ExportError("not here")
 
     monkeypatch.setattr(deployables, "OnnxRunner", refuse)
-    list(provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, []))
+    list(opened(run_graphs_on_gpu(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")})))
     assert [options["runtime"] for _, options in asked] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
     assert [options["optimized"] for _, options in asked] == [True, False]
     assert {options["batch"] for _, options in asked} == {(1, 8, EVALUATION_BATCH)}
@@ -164,33 +164,36 @@ def test_open_provider_names_what_is_left_to_others(
     monkeypatch.setattr(OnnxRunner, "placement", lambda _: place)
     if place is not None and not place.taken:
         with pytest.raises(ExportError, match=message):
-            open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
+            open_provider(file, "onnxruntime-cuda", (1, 2, 4))
         return
-    runner, shared = open_provider(file, "onnxruntime-cuda", (3, 4, 5), (1, 2, 4))
-    assert shared == message
-    with runner:
+    with open_provider(file, "onnxruntime-cuda", (1, 2, 4)) as runner:
+        assert left_to_others(runner, file.name) == message
         assert runner.infer(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 60)
 
 
 @needs_no_gpu
-def test_provider_runners_skip_what_cannot_load_once_and_try_nothing_on_the_cpu(file: Path) -> None:
-    skipped: list[Skipped] = []
+def test_run_graphs_on_gpu_skips_once_what_cannot_load(file: Path) -> None:
     exports = {name: exported("w8a8/model.trt.onnx") for name in ("fp32", "w8a8")}
-    assert list(provider_runners(run_on("cpu", file.parents[1]), exports, skipped)) == skipped == []
-    assert list(provider_runners(run_on("cuda", file.parents[1]), exports, skipped)) == []
-    assert [entry.stage for entry in skipped] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
+    skipped = list(opened(run_graphs_on_gpu(run_on("cuda", file.parents[1]), exports)))
+    assert [e.stage for e in skipped if isinstance(e, Skipped)] == ["onnxruntime-cuda", "onnxruntime-tensorrt"]
     for entry in skipped:
+        assert isinstance(entry, Skipped)
         assert entry.reason.startswith(("ONNX Runtime has no working", "this ONNX Runtime has no"))
+
+
+def test_run_graphs_on_gpu_tries_no_provider_on_the_cpu(file: Path) -> None:
+    assert run_graphs_on_gpu(run_on("cpu", file.parents[1]), {"fp32": exported("none.onnx")}) == []
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
-def test_provider_runners_compute_what_the_cpu_computes(file: Path) -> None:
-    skipped: list[Skipped] = []
+def test_run_graphs_on_gpu_compute_what_the_cpu_computes(file: Path) -> None:
     images = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
-    for opened in provider_runners(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")}, skipped):
-        with opened.runner as runner:
-            np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
+    graphs = run_graphs_on_gpu(run_on("cuda", file.parents[1]), {"w8a8": exported("w8a8/model.trt.onnx")})
+    for item in opened(graphs):
+        if not isinstance(item, Skipped):
+            with item[1] as runner:
+                np.testing.assert_allclose(runner.infer(images), images.reshape(3, -1))
 
 
 RUNS = """

@@ -23,7 +23,7 @@ from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
 from clusterq_deploy.report.compare import compare, read_reports
 from clusterq_deploy.run.directory import RunDirectory
-from clusterq_deploy.stages.standalone import Graph
+from clusterq_deploy.stages.evaluate import Graph
 
 quick = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -261,7 +261,7 @@ def test_a_result_that_was_altered_is_made_again(tmp_path: Path) -> None:
 def test_what_a_killed_write_left_is_no_file_of_others(tmp_path: Path) -> None:
     (tmp_path / ".manifest.json.deadbeef.tmp").write_text("half")
     run = RunDirectory(tmp_path, MODEL)
-    run.begin("")
+    run.write_config("")
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "manifest.json", "run.toml"]
 
 

@@ -22,7 +22,7 @@ class LatencyStats(Record):
 
 
 class Reading(Record):
-    """One quantity of a GPU over a measurement: the least, the mean and the most of its samples."""
+    """One quantity of a GPU over a measurement: the lowest, the mean and the highest of its samples."""
 
     lowest: float
     mean: float
@@ -30,17 +30,17 @@ class Reading(Record):
 
 
 class GpuTelemetry(Record):
-    """What NVML told of a GPU while a latency was measured; None where it did not tell.
+    """What NVML reported of a GPU while a latency was measured; None for what it did not report.
 
     Attributes:
-        reason: why nothing was told; None where something was.
+        reason: why nothing was reported; None if something was.
         samples: how often it was asked.
         sm_clock_mhz, memory_clock_mhz: clocks; `*_limit_mhz` the most that the device can have.
         clocks: `set`: limited by application clocks; `steady`: the SM clock was the same in every sample, as locked
-            clocks are, which NVML does not tell of; `floating`: it moved.
+            clocks are, which NVML does not report; `floating`: it moved.
         power_watts: drawn by the board; `power_limit_watts` is the limit in force.
         temperature_celsius: of the GPU.
-        throttling: the share of the samples, by the reason that NVML gave for lowered clocks; empty where it gave none.
+        throttling: the share of the samples, by the reason that NVML gave for lowered clocks; empty if it gave none.
     """
 
     reason: str | None = None
@@ -57,9 +57,9 @@ class GpuTelemetry(Record):
 
 
 class EngineLayer(Record):
-    """One layer of an engine: `kind` and `precision` (of what it reads) are None where the engine does not tell.
+    """One layer of an engine: `kind` and `precision` (of what it reads) are None if the engine does not say.
 
-    `mean_ms` is its time in a call by TensorRT's profiler, `share` that over the time of all layers.
+    `mean_ms` is its time per call by TensorRT's profiler, `share` that over the time of all layers.
     """
 
     name: str
@@ -85,11 +85,11 @@ class EngineInspection(Record):
 
     Attributes:
         engine: the engine's path in the run directory.
-        batch: images a call, when it was looked at.
-        detailed: whether the engine tells more of its layers than their names.
-        layers: how many there are; `reformats` and `quantizers` are among them, and change a layout or a type alone.
+        batch: images per call of the inspection.
+        detailed: whether the engine says more about its layers than their names.
+        layers: how many there are; `reformats` and `quantizers` are among them, and only change a layout or a type.
         precisions: how many of the layers that compute read each type.
-        total_ms: mean time of all layers in a call, by the profiler, which slows them down; `reformat_ms` of the
+        total_ms: mean time of all layers per call, by the profiler, which slows them down; `reformat_ms` of the
             reformats.
         slowest: the ten that take longest, the longest first.
         quantized_layers: convolutions and Gemms that are quantized in the graph.

@@ -8,7 +8,7 @@ from clusterq_deploy.results.base import Finite, Record
 
 
 class Points(Record):
-    """Projected images: image i of class `labels[i]` lies at (`x[i]`, `y[i]`), rounded to two decimals."""
+    """Projected images: image i of class `labels[i]` is at (`x[i]`, `y[i]`), rounded to two decimals."""
 
     x: list[Finite] = Field(default_factory=list)
     y: list[Finite] = Field(default_factory=list)
@@ -25,7 +25,7 @@ class FeatureSet(Record):
     """The teacher's penultimate features of `images` images of `classes` classes of a set.
 
     `silhouette` is the mean silhouette coefficient by class, in [-1, 1]; `within_class_diversity` the share of the
-    variance that lies within classes, in [0, 1]; None where they are not defined.
+    variance that is within classes, in [0, 1]; None if they are not defined.
     """
 
     dataset: str
@@ -44,9 +44,9 @@ class Projection(Record):
 
 
 class FeatureInfo(Record):
-    """Synthetic images beside real ones, as the teacher's penultimate features, `width` of them, have them.
+    """Synthetic images and real ones, compared by the teacher's penultimate features, `width` of them.
 
-    `real` is None where no labelled images were there; both sets lie in one `projection`. `density` and `coverage`
+    `real` is None if there were no labelled images; both sets are in one `projection`. `density` and `coverage`
     (arXiv 2002.09797, k = 5) say how the synthetic features cover the real ones. `notes` are whole sentences that
     say what could not be computed, and why.
     """

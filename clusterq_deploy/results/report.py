@@ -1,27 +1,26 @@
-"""What `report.json` holds (schema 1). Field names are a contract; more may be added, none renamed."""
+"""What `report.json` holds (schema 1). Field names are a contract: fields may be added, none may be renamed."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.results.base import Count, Duration, Percent
-from clusterq_deploy.results.base import Record as _Record
+from clusterq_deploy.results.base import Count, Duration, Finite, Percent, Record
 from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats
 from clusterq_deploy.results.features import FeatureInfo
-from clusterq_deploy.results.histograms import LayerHistograms
 
 _QUANTILES = 21
 _MOST_DIGITS = 20
+_Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Environment(_Record):
-    """Versions and hardware of the machine that measured; None where a thing is not there.
+class Environment(Record):
+    """Versions and hardware of the machine that measured; None for what is not there.
 
     `cores` are the logical cores that the process may use. `cpu_int8` names the CPU's instructions for INT8
-    dot products (avx512_vnni, amx_int8, ...): empty where it has none, None where that is not known.
+    dot products (avx512_vnni, amx_int8, ...): empty if it has none, None if that is not known.
     """
 
     python: str
@@ -40,8 +39,8 @@ class Environment(_Record):
     platform: str
 
 
-class ModelInfo(_Record):
-    """The teacher: `input_size` is (channels, height, width); `weights` says what its weights are, for a person."""
+class ModelInfo(Record):
+    """The teacher: `input_size` is (channels, height, width); `weights` describes its weights in words."""
 
     name: str
     parameters: Count
@@ -51,17 +50,17 @@ class ModelInfo(_Record):
 
     @property
     def random(self) -> bool:
-        """Whether its weights are random: what is measured then says nothing of a trained model."""
+        """Whether its weights are random: what is measured then says nothing about a trained model."""
         return (self.weights or "").startswith("random (seed ")
 
 
-class CalibrationInfo(_Record):
-    """The calibration set: the teacher gives `teacher_top1` percent of the images their label.
+class CalibrationInfo(Record):
+    """The calibration set; the teacher classifies `teacher_top1` percent of the images as labelled.
 
     `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
     coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
-    value a recorded step. `batch_divisor` is what the batches of synthesis were divided by, for want of memory.
-    `preview_classes` are those of the preview's columns, by number and, where it is known, name.
+    value per recorded step. `batch_divisor` is what the batches of synthesis were divided by to fit the memory.
+    `preview_classes` are those of the preview's columns, by number and, if it is known, name.
     """
 
     images: Count
@@ -75,17 +74,17 @@ class CalibrationInfo(_Record):
     preview_classes: list[str] = Field(default_factory=list)
 
 
-class ImageNote(_Record):
+class ImageNote(Record):
     """An image that cannot be read, by its name in the data set, and why."""
 
     file: str
     reason: str
 
 
-class EvaluationInfo(_Record):
-    """What accuracy was measured on: `images` of them. `labelled` is False where only agreement has a meaning.
+class EvaluationInfo(Record):
+    """What accuracy was measured on: `images` of them. `labelled` is False if only agreement has a meaning.
 
-    `unreadable` images more could not be read and count nowhere; `unreadable_files` names the first of them.
+    `unreadable` more images could not be read and count nowhere; `unreadable_files` names the first of them.
     """
 
     dataset: str
@@ -95,7 +94,7 @@ class EvaluationInfo(_Record):
     unreadable_files: list[ImageNote] = Field(default_factory=list)
 
 
-class Accuracy(_Record):
+class Accuracy(Record):
     """Percentages, as `runtime` executed the model; top1 and top5 are None without labels.
 
     `agreement` is the share of images on which the prediction equals the FP32 teacher's. `graph` is the path
@@ -109,7 +108,7 @@ class Accuracy(_Record):
     graph: str | None = None
 
 
-class Artifact(_Record):
+class Artifact(Record):
     """A deployable file; `path` is relative to the run directory.
 
     `fp16` says whether what is not quantized computes in FP16: in the float baseline, everything.
@@ -129,10 +128,10 @@ class Latency(LatencyStats):
 
     `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
     calls at 0, 0.05, 0.1 and so on to 1. `speedup` is over fp32 that took turns with it, and `speedup_low` to
-    `speedup_high` are its interval of 95 %; None where they took no turns, or too few.
+    `speedup_high` are its interval of 95 %; None if they took no turns, or too few.
 
-    Engines alone have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
-    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph where
+    Only engines have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
+    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph if
     `cuda_graph` says so. `images_per_second` is by `wall_seconds`, from the first call to the end of the last.
     `trtexec` is the command that repeats the measurement.
     """
@@ -164,15 +163,15 @@ class Latency(LatencyStats):
         return quantiles_ms
 
 
-class LayerNote(_Record):
+class LayerNote(Record):
     """A layer that was left in float, and why."""
 
     layer: str
     reason: str
 
 
-class LayerSensitivity(_Record):
-    """What it costs to quantize one layer alone, at `bits`, on synthetic images: KL in nats, percentages."""
+class LayerSensitivity(Record):
+    """What it costs to quantize only one layer, at `bits`, on synthetic images: KL in nats, percentages."""
 
     layer: str
     bits: str
@@ -181,15 +180,40 @@ class LayerSensitivity(_Record):
     expected_drop: float
 
 
-class Variant(_Record):
+class Histogram(Record):
+    """Values in steps of their grid, so that the grid's are the integers from `low` to `high`.
+
+    `steps` are the smallest and the largest step of an output channel, equal if the tensor has one step. Bin i of
+    `counts` begins at `start` + i * `width`, in steps; the outermost two hold what is beyond, too. `clipped` is the
+    share of the values, in [0, 1], that the grid cuts off.
+    """
+
+    low: int = Field(ge=-128, le=0)
+    high: int = Field(ge=1, le=255)
+    steps: tuple[_Step, _Step]
+    start: Finite = Field(ge=-1024, le=1024)
+    width: _Step = Field(le=1024)
+    counts: list[Count] = Field(min_length=1, max_length=1024)
+    clipped: float = Field(ge=0, le=1)
+
+
+class LayerHistograms(Record):
+    """The weight of a quantized layer, and the activation that it reads: the FP32 model's, in a variant's channels."""
+
+    layer: str
+    weight: Histogram
+    activation: Histogram
+
+
+class Variant(Record):
     """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
 
     `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
-    expected of these widths before fine-tuning, where a bound, `max_drop`, was asked for. `batch_divisor` is what the
-    batches of fine-tuning were divided by, for want of memory. `histograms` are of the quantized layers, in order of
-    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 where none brought the student nearer
-    to the teacher on held-out images than it was before; None where nothing was tuned. `cpu` says which CPUs the graph
-    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None of the baseline.
+    expected of these widths before fine-tuning, if a bound, `max_drop`, was asked for. `batch_divisor` is what the
+    batches of fine-tuning were divided by to fit the memory. `histograms` are of the quantized layers, in order of
+    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 if none brought the student nearer
+    to the teacher on held-out images than it was before; None if nothing was tuned. `cpu` says which CPUs the graph
+    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None for the baseline.
     """
 
     name: str
@@ -211,14 +235,14 @@ class Variant(_Record):
     cpu: Literal["any", "vnni"] | None = None
 
 
-class Skipped(_Record):
+class Skipped(Record):
     """A stage or a runtime that was left out, and why."""
 
     stage: str
     reason: str
 
 
-class Report(_Record):
+class Report(Record):
     """The whole of `report.json`. Extra keys of a newer writer are ignored on reading.
 
     `command` is the command line that did the last stage, `commands` are all that did one, each once, in order.
@@ -240,7 +264,7 @@ class Report(_Record):
     commands: list[list[str]] = Field(default_factory=list)
 
     def to_json(self) -> str:
-        """The text of `report.json`."""
+        """Return the text of `report.json`."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
@@ -272,7 +296,7 @@ def read_report(path: Path) -> Report:
 
 
 def _integer(digits: str) -> int:
-    """An integer of JSON that other readers take too, and that fits a float."""
+    """Return an integer of JSON that other readers accept too, and that fits a float."""
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"an integer has {len(digits)} digits")
     return int(digits)

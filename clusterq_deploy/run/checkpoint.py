@@ -20,17 +20,17 @@ _EVERY = 30.0
 """Seconds. With the step that a process is killed in and the time to read a checkpoint, less than a minute is lost."""
 
 _LARGEST_SHARE = 0.1
-"""Of the time, for writing: where that takes long, it is done less often."""
+"""Of the time, for writing: if that takes long, it is done less often."""
 
 
 class FileCheckpoint:
-    """Keeps states in files, one a phase: the digest of the rest, then torch's format.
+    """Keeps states in files, one per phase: the digest of the rest, then torch's format.
 
     Files of other work, of another state than they were written in, or that cannot be read count as none. A state that
-    cannot be written, for a full disk or memory, is reported and costs nothing but itself.
+    cannot be written, as the disk or the memory is full, is logged and costs nothing but itself.
 
     Args:
-        folder: where the files are; made when something is first kept.
+        folder: where the files are; made when something is first saved.
         key: identifies the work: everything that its result depends on.
     """
 
@@ -39,23 +39,23 @@ class FileCheckpoint:
         self._due = time.monotonic() + _EVERY
 
     def load(self, phase: str) -> State | None:
-        """As `calib.support.checkpoint.Checkpoint.load`; reading runs no code."""
+        """Return the state of a phase, or None: see `calib.support.checkpoint.Checkpoint`; reading runs no code."""
         try:
             with (self._folder / phase).open("rb") as file:
                 digest, content = file.read(hashlib.sha256().digest_size), io.BytesIO(file.read())
             if hashlib.sha256(content.getbuffer()).digest() != digest:
                 return None
-            kept = torch.load(content, map_location="cpu", weights_only=True)
+            saved = torch.load(content, map_location="cpu", weights_only=True)
         except (OSError, EOFError, MemoryError, RuntimeError, pickle.UnpicklingError):
             return None
-        if kept["key"] != self._key:
+        if saved["key"] != self._key:
             return None
         logger.info("goes on from its checkpoint in %s", self._folder / phase)
-        state: State = kept["state"]
+        state: State = saved["state"]
         return state
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        """As `calib.support.checkpoint.Checkpoint.save`: it is time to every 30 seconds."""
+        """Save the state of a phase at once or if it is time to, as it is every 30 seconds."""
         start = time.monotonic()
         if start < self._due and not at_once:
             return
@@ -65,6 +65,6 @@ class FileCheckpoint:
             content = buffer.getbuffer()
             write_bytes(self._folder / phase, hashlib.sha256(content).digest(), content)
         except (RunDirectoryError, MemoryError) as error:
-            logger.warning("no checkpoint was kept: %s", error or "the memory does not suffice")
+            logger.warning("no checkpoint was kept: %s", error or "the memory is not enough")
         end = time.monotonic()
         self._due = end + max(_EVERY, (end - start) / _LARGEST_SHARE)

@@ -1,15 +1,14 @@
 """What the stages of a run share."""
 
 import logging
-from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
 import torch
-from torch import fx
+from pydantic import ValidationError
 
 from calib.calibration_set import CalibrationSet
 from calib.support.amp import has_fast_bfloat16
@@ -27,14 +26,18 @@ from clusterq_deploy.quantization import BitWidths, Student, load_student
 from clusterq_deploy.quantization.graph.placement import place
 from clusterq_deploy.quantization.graph.trace import folded_teacher
 from clusterq_deploy.quantization.student import FORMAT
+from clusterq_deploy.results.report import Environment
+from clusterq_deploy.results.stages import StageResult
 from clusterq_deploy.run.checkpoint import FileCheckpoint
 from clusterq_deploy.run.directory import RunDirectory
-from clusterq_deploy.run.manifest import Result, StageRecord, digest
-from clusterq_deploy.run.stage import Needs, Stage
+from clusterq_deploy.run.manifest import StageRecord, broken_manifest, digest
+from clusterq_deploy.run.stage import AnyStage, Finished, Json, Needs, Stage
 from clusterq_deploy.runtimes.runners import Runner, TorchRunner
 from clusterq_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
+
+_R = TypeVar("_R", bound=StageResult)
 
 IMAGES, PREVIEW = "calibration/images.safetensors", "calibration/preview.png"
 FP32 = "fp32"
@@ -42,23 +45,22 @@ EVALUATION_BATCH = 50
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of `auto`, `cpu` or `cuda`.
+    """Return the torch device of `auto`, `cpu` or `cuda`.
 
     Raises:
         ConfigError: `cuda` is asked for and torch sees no GPU.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise ConfigError("torch sees no NVIDIA GPU; use --device cpu, or check the driver with nvidia-smi")
-    return torch.device(name)
+    return torch.device(("cuda" if available else "cpu") if name == "auto" else name)
 
 
 class Run:
     """One run: its configuration, its model, its directory, and what several stages read.
 
     Attributes:
-        asked: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
+        requested_config: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
 
     Args:
         config: what to do.
@@ -92,33 +94,27 @@ class Run:
             bars=progress is not SILENT,
             shapes_only=shapes_only,
         )
-        self.asked = config
-        self._taught: Predictions | None = None
+        self.requested_config = config
+        self._teacher_predictions: Predictions | None = None
         if self.device.type == "cpu":
             self.config = config.scaled_to(self.pass_cost)
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
         self.directory = RunDirectory(out, identity, self.command, _is_outdated)
-        if outdated := self.directory.outdated:
+        if outdated := " and ".join(self.directory.outdated):
+            reason = "was made by an earlier version, whose graphs saturate on CPUs without VNNI"
             logger.warning(
-                "%s in %s was made by an earlier version, whose graphs saturate on CPUs without VNNI: it counts as not "
-                "done, and so does what was made from it",
-                " and ".join(outdated),
-                out,
+                "%s in %s %s: it counts as not done, and so does what was made from it", outdated, out, reason
             )
-        self._identity = {
-            **identity,
-            "code_sha256": self.model.code_sha256,
-            "input": self.model.input.model_dump(mode="json"),
-            "version": __version__,
-        }
+        spec = self.model.input.model_dump(mode="json")
+        self._identity = {**identity, "code_sha256": self.model.code_sha256, "input": spec, "version": __version__}
 
     @cached_property
     def pass_cost(self) -> float:
         """What a forward pass of one image costs (`calib.support.flops.pass_cost`)."""
         return pass_cost(self.model.module, self.model.input.size)
 
-    def check(self) -> fx.GraphModule:
-        """Find what can be found wrong with model or data before any work; gives the folded model.
+    def check(self) -> None:
+        """Find what can be found wrong with model or data before any work.
 
         Raises:
             GraphError: the model cannot be traced, or has no layer of a name that is to keep other bits.
@@ -129,12 +125,11 @@ class Run:
             place(traced, bits, first_last=self.config.first_last, keep=self.config.keep)
         if self.has_own_data:
             _ = self.evaluation
-        return traced
 
-    def begin(self) -> None:
+    def write_config(self) -> None:
         """Make the run directory this run's, if `check` finds nothing wrong."""
         self.check()
-        self.directory.begin(self.asked.to_toml())
+        self.directory.write_config(self.requested_config.to_toml())
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -146,7 +141,7 @@ class Run:
         """The images that accuracy is measured on; nothing but `evaluate`, `features` and `report` reads them."""
         if self.has_own_data:
             return load_evaluation(self.config.data, self.model, self.config.limit)
-        self.finished("synthesize")
+        self._require("synthesize")
         _, held_out = self.calibration.split(self.config.finetune.held_out)
         return EvaluationSet.from_images("held-out synthetic images", held_out.images.numpy())
 
@@ -157,128 +152,131 @@ class Run:
 
     @property
     def evaluated(self) -> int:
-        """Images that accuracy is measured on: real ones, or those of the synthetic ones that are held out."""
+        """The number of images that accuracy is measured on: real ones, or the held-out synthetic ones."""
         if self.has_own_data:
             return len(self.evaluation)
         return max(1, round(self.config.synthesis.images * self.config.finetune.held_out))
 
     @cached_property
-    def data_inputs(self) -> Result:
-        """Tells one choice of evaluation images from another; a changed file counts as another one."""
-        path, name = self.config.data, self.evaluation.name  # read first, for it says what is wrong with the data
+    def data_inputs(self) -> dict[str, str | int | None]:
+        """What tells one choice of evaluation images from another; a changed file counts as another one."""
+        path, name = self.config.data, self.evaluation.name  # read first, as it says what is wrong with the data
         return {"data": fingerprint(path) if path else name, "limit": self.config.limit}
 
     @cached_property
-    def environment(self) -> Result:
-        """What machine and what versions measure, as JSON values."""
-        return collect_environment(self.device).model_dump(mode="json")
+    def environment(self) -> Environment:
+        """What machine and what versions measure."""
+        return collect_environment(self.device)
 
     def teacher_predictions(self, checkpoint: Checkpoint = NOWHERE) -> Predictions:
-        """What the FP32 model answers on the evaluation images, (N, 5) int64; computed once, for all stages.
-
-        Args:
-            checkpoint: the asking stage's; it has the answers afterwards.
-        """
-        if (known := self._taught) is not None:
+        """Return the FP32 model's `predictions`, computed once for all stages; `checkpoint` has them afterwards."""
+        if (known := self._teacher_predictions) is not None:
             checkpoint.save("teacher", lambda: reached(known, self.evaluation), at_once=True)
             return known
         with TorchRunner(self.model.module) as runner:
-            self._taught = self.predictions(runner, checkpoint, "teacher")
-        return self._taught
+            self._teacher_predictions = self.predictions(runner, checkpoint, "teacher")
+        return self._teacher_predictions
 
     def predictions(self, runner: Runner, checkpoint: Checkpoint = NOWHERE, phase: str = "predictions") -> Predictions:
-        """What a runner answers on the evaluation images, (N, 5) int64.
-
-        Args:
-            runner: executes the model.
-            checkpoint, phase: as for `accuracy.predictions`.
-        """
+        """Return what a runner answers on the evaluation images, (N, 5) int64; see `accuracy.predictions`."""
         return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress, checkpoint, phase)
 
     def student(self, bits: BitWidths) -> Student:
-        """A variant as the quantize stage left it."""
+        """Return a variant as the quantize stage left it."""
         return load_student(self.directory.path / student_file(bits), self.model.module)[0].to(self.device)
 
-    def do(self, stage: Stage) -> StageRecord:
-        """Do a stage unless it is finished with the same inputs, model, seed and kind of device; return its record.
+    def do(self, stage: Stage[_R]) -> Finished[_R]:
+        """Do a stage unless it is finished with the same inputs, model, seed and kind of device; return what it found.
 
         Raises:
             RunDirectoryError: a stage that it needs is not finished.
         """
-        needs = stage.needs(self)
+        needs = stage.kind.needs(self, stage)
         for name in needs.required:
-            self.finished(name)
+            self._require(name)
         logger.info("stage %s", stage.name)
+
+        def work() -> tuple[Json, list[str]]:
+            result, files = stage.kind.work(self, stage)
+            return result.model_dump(mode="json"), files
+
         # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self.directory.perform(
-                stage.name,
-                self.own_inputs(stage.inputs(self)),
-                partial(stage.kind.work, self, stage.variant),
-                self.upstream(needs),
+            return self._finished(
+                stage, self.directory.perform(stage.name, self._inputs(stage), work, self._upstream(needs))
             )
 
-    def is_finished(self, stage: Stage) -> bool:
+    def is_finished(self, stage: AnyStage) -> bool:
         """Return whether `do` would do nothing; what the stage requires has to be finished."""
-        inputs = self.own_inputs(stage.inputs(self))
-        return self.directory.look_up(stage.name, inputs, self.upstream(stage.needs(self))) is not None
+        upstream = self._upstream(stage.kind.needs(self, stage))
+        return self.directory.look_up(stage.name, self._inputs(stage), upstream) is not None
 
-    def upstream(self, needs: Needs) -> list[str]:
-        """Return the stages that a stage reads: those that it requires, and the optional ones that are finished."""
-        return [*needs.required, *(name for name in needs.optional if self.directory.finished(name))]
+    def finished(self, stage: Stage[_R]) -> Finished[_R] | None:
+        """Return what a finished stage found, with whatever inputs, or None; as `require_finished` does."""
+        record = self.directory.finished(stage.name)
+        return None if record is None else self._finished(stage, record)
 
-    def checkpoint(self, stage: str, inputs: Result, divisor: int, upstream: Iterable[str] = ()) -> FileCheckpoint:
-        """Where the work of a stage keeps what it has reached.
-
-        Args:
-            stage: its name.
-            inputs, upstream: what the work depends on, and the stages that it reads.
-            divisor: of its batches.
-        """
-        libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-        own = {**self.own_inputs(inputs), **libraries, "bfloat16": has_fast_bfloat16(self.device)}
-        return self.directory.checkpoint(stage, f"batches-by-{divisor}", own, upstream)
-
-    def own_inputs(self, inputs: Result) -> Result:
-        """A stage's inputs with what every stage depends on."""
-        return {**inputs, "model": self._identity, "seed": self.config.seed, "device": self.device.type}
-
-    def finished(self, stage: str) -> StageRecord:
-        """Return the record of a stage that another one builds on.
+    def require_finished(self, stage: Stage[_R]) -> Finished[_R]:
+        """Return what a stage found that another one builds on.
 
         Raises:
-            RunDirectoryError: it is not finished, or its files have changed.
+            RunDirectoryError: it is not finished, its files have changed, or the manifest has no such result.
         """
+        return self._finished(stage, self._require(stage.name))
+
+    def _finished(self, stage: Stage[_R], record: StageRecord) -> Finished[_R]:
+        try:
+            result = stage.kind.RESULT.model_validate(record.result)
+        except ValidationError as error:
+            raise broken_manifest(self.directory.path, error, "stages", stage.name, "result") from error
+        return Finished(result, record.files, record.seconds)
+
+    def _require(self, stage: str) -> StageRecord:
         record = self.directory.finished(stage)
         if record is None:
             verb, _, variant = stage.partition("/")
-            wanted = f" --bits {variant}" if variant and variant != FP32 else ""
+            option = f" --bits {variant}" if variant and variant != FP32 else ""
             raise RunDirectoryError(
-                f"{self.directory.path} has no finished {stage} stage; run clusterq {verb}{wanted} first"
+                f"{self.directory.path} has no finished {stage} stage; run clusterq {verb}{option} first"
             )
         return record
 
+    def _upstream(self, needs: Needs) -> list[str]:
+        """Return the stages that a stage reads: those that it requires, and the optional ones that are finished."""
+        return [*needs.required, *(name for name in needs.optional if self.directory.finished(name))]
+
+    def _inputs(self, stage: AnyStage) -> Json:
+        """Return a stage's inputs with what every stage depends on."""
+        common = {"model": self._identity, "seed": self.config.seed, "device": self.device.type}
+        return {**stage.kind.inputs(self, stage), **common}
+
+    def checkpoint(self, stage: AnyStage, divisor: int = 1, **more: Any) -> FileCheckpoint:
+        """Return where a stage's work in batches divided by `divisor` keeps what it has reached.
+
+        What it depends on besides the stage's inputs is in `more`, as JSON values.
+        """
+        libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+        inputs = {**self._inputs(stage), **libraries, "bfloat16": has_fast_bfloat16(self.device), **more}
+        return self.directory.checkpoint(
+            stage.name, f"batches-by-{divisor}", inputs, self._upstream(stage.kind.needs(self, stage))
+        )
+
     def rng(self, stage: str) -> torch.Generator:
-        """A generator of its own for each stage, so that one more draw in a stage moves no other."""
+        """Return a generator for each stage, so that one more draw in a stage moves no other."""
         seed = int(digest([self.config.seed, stage])[:15], 16)
         return torch.Generator(self.device).manual_seed(seed)
 
-    def provenance(self, variant: str, **more: Any) -> Result:
-        """What a file of a variant is to say of where it came from, and `more`."""
-        return {
-            "variant": variant,
-            "seed": self.config.seed,
-            "torch": torch.__version__,
-            **self._identity,
-            **more,
-        }
+    def provenance(self, variant: str, **more: Any) -> Json:
+        """Return what a file of a variant is to say of where it came from, and `more`."""
+        common = {"variant": variant, "seed": self.config.seed, "torch": torch.__version__}
+        return {**common, **self._identity, **more}
 
 
 def _is_outdated(stage: str, record: StageRecord) -> bool:
-    """Whether a stage made a student of another form."""
+    """Return whether a stage made a student of another form."""
     return stage.startswith("quantize/") and record.result.get("format") != FORMAT
 
 
 def student_file(bits: BitWidths) -> str:
-    """The path of a variant's student in a run directory."""
+    """Return the path of a variant's student in a run directory."""
     return f"{bits}/quantized.safetensors"

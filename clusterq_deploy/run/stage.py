@@ -1,13 +1,18 @@
-"""What a stage of a run is."""
+"""What a stage of a run is, and what is kept of a finished one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from clusterq_deploy.results.stages import StageResult
 
 if TYPE_CHECKING:
-    from clusterq_deploy.run.manifest import Result
     from clusterq_deploy.run.run import Run
+
+R_co = TypeVar("R_co", bound=StageResult, covariant=True)
+Json = dict[str, Any]
+"""JSON values by name, which are hashed."""
 
 
 @dataclass(frozen=True)
@@ -23,29 +28,33 @@ class Needs:
     optional: tuple[str, ...] = ()
 
 
-class Kind(Protocol):
-    """Every module of `clusterq_deploy.stages` that is a stage; `variant` is empty for a stage of the whole run."""
+class Kind(Protocol[R_co]):
+    """Every module of `clusterq_deploy.stages` that is a stage."""
 
     NAME: str
 
-    def needs(self, run: Run, variant: str, /) -> Needs:
+    @property
+    def RESULT(self) -> type[R_co]:  # noqa: N802
+        """The record of its result."""
+
+    def needs(self, run: Run, stage: AnyStage, /) -> Needs:
         """Return the stages that it reads."""
 
-    def inputs(self, run: Run, variant: str, /) -> Result:
-        """Return what else its result depends on, as JSON values; it is hashed."""
+    def inputs(self, run: Run, stage: AnyStage, /) -> Json:
+        """Return what else its result depends on."""
 
-    def work(self, run: Run, variant: str, /) -> tuple[Result, list[str]]:
-        """Do it; return its result as JSON values, and the files that it wrote, relative to the run directory."""
+    def work(self, run: Run, stage: AnyStage, /) -> tuple[R_co, list[str]]:
+        """Do it; return its result, and the files that it wrote, relative to the run directory."""
 
-    def describe(self, run: Run, variant: str, /) -> str:
+    def describe(self, run: Run, stage: AnyStage, /) -> str:
         """Return in words what it does."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of a run: of the whole run, or of one of its variants."""
+class Stage(Generic[R_co]):
+    """A stage of a run: of one of its variants, or of the whole run, without a variant."""
 
-    kind: Kind
+    kind: Kind[R_co]
     variant: str = ""
 
     @property
@@ -53,14 +62,14 @@ class Stage:
         """Its name in the manifest, such as synthesize or quantize/w8a8."""
         return f"{self.kind.NAME}/{self.variant}" if self.variant else self.kind.NAME
 
-    def needs(self, run: Run) -> Needs:
-        """Return the stages that it reads."""
-        return self.kind.needs(run, self.variant)
 
-    def inputs(self, run: Run) -> Result:
-        """Return what else its result depends on."""
-        return self.kind.inputs(run, self.variant)
+AnyStage = Stage[StageResult]
 
-    def describe(self, run: Run) -> str:
-        """Return in words what it does."""
-        return self.kind.describe(run, self.variant)
+
+@dataclass(frozen=True)
+class Finished(Generic[R_co]):
+    """A finished stage: its result, the SHA-256 of each file that it wrote by path, and how many seconds it took."""
+
+    result: R_co
+    files: dict[str, str]
+    seconds: float

@@ -1,13 +1,17 @@
 """Time FP32 and every exported variant in turn: graphs and engines go in, latencies come out.
 
-Of an engine also what TensorRT made of the graph.
+For an engine also what TensorRT made of the graph.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+from calib.support.progress import SILENT, Progress
+from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.evaluation.latency import BenchmarkConfig, benchmark, summarize_engine
 from clusterq_deploy.files import read_graph
@@ -15,112 +19,148 @@ from clusterq_deploy.lowering import quantized_layers
 from clusterq_deploy.oom import is_out_of_memory
 from clusterq_deploy.results.engines import EngineInspection
 from clusterq_deploy.results.report import Latency, Skipped
-from clusterq_deploy.run.manifest import Result, StageRecord
+from clusterq_deploy.results.stages import BenchmarkResult
 from clusterq_deploy.run.run import FP32, Run
-from clusterq_deploy.run.stage import Needs
+from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner, TorchRunner
-from clusterq_deploy.stages.deployables import built_engine, engine_stages, graph_for, provider_runners
+from clusterq_deploy.stages import build, deployables, export
+from clusterq_deploy.stages.deployables import CPU, Deployable
 
-NAME = "benchmark"
+logger = logging.getLogger(__name__)
+
+NAME, RESULT = "benchmark", BenchmarkResult
 
 
-def needs(run: Run, _: str) -> Needs:
-    """The graphs and engines that are there; FP32's graph has to be."""
+def needs(run: Run, _: AnyStage) -> Needs:
+    """Require FP32's graph; read the other graphs and the engines that are there."""
     exports = tuple(f"export/{bits}" for bits in run.config.bits)
-    return Needs((f"export/{FP32}",), optional=(*exports, *engine_stages(FP32, *run.config.bits)))
+    return Needs((f"export/{FP32}",), optional=(*exports, *deployables.engine_stages(FP32, *run.config.bits)))
 
 
-def inputs(run: Run, _: str) -> Result:
-    """The settings and the machine."""
-    return {"settings": run.config.benchmark.model_dump(mode="json"), "environment": run.environment}
+def inputs(run: Run, _: AnyStage) -> Json:
+    """Return the settings and the machine."""
+    environment = run.environment.model_dump(mode="json")
+    return {"settings": run.config.benchmark.model_dump(mode="json"), "environment": environment}
 
 
-def work(run: Run, _: str) -> tuple[Result, list[str]]:
+def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
     """Time each variant as its target executes it."""
-    variants = [v for v in (FP32, *run.config.bits) if run.directory.finished(f"export/{v}")]
-    sources = {v: run.finished(f"export/{v}") for v in variants}
-    built = {v: built_engine(run, v) for v in variants}
-    settings, size = run.config.benchmark, run.model.input.size
-    skipped: list[Skipped] = []
-    latency: dict[str, list[Result]] = {v: [] for v in variants}
-    with ExitStack() as opened:  # closed before TensorRT loads engines: sessions hold its logger and the memory
-        timed = {own.key: own for own in _timed(run, sources, skipped)}
-        for own in timed.values():
-            opened.enter_context(own.runner)
-        runners = {key: own.runner for key, own in timed.items()}
-        single = {own.runner.runtime: key for key, own in timed.items() if own.variant == FP32}
-        baselines = {
-            key: single[own.runner.runtime]
-            for key, own in timed.items()
-            if own.variant != FP32 and own.runner.runtime in single
-        }
-        timings = benchmark(runners, size, settings, run.progress, baselines)
-        skipped += [Skipped(stage="benchmark", reason=reason) for reason in timings.skipped]
-    for key, records in timings.latencies.items():
-        own = timed[key]
-        latency[own.variant] += [_result(r, graph=own.graph, threads=own.threads) for r in records]
-    inspections: dict[str, list[Result]] = {v: [] for v in variants}
+    folder, settings = run.directory.path, run.config.benchmark
+    finished = {variant: run.finished(Stage(export, variant)) for variant in (FP32, *run.config.bits)}
+    exports = {variant: stage.result for variant, stage in finished.items() if stage}
+    open_graph = partial(OnnxRunner, threads=settings.cpu_threads)
+    graphs = {variant: exported.graph("onnxruntime") for variant, exported in exports.items()}
+    models: list[Deployable[Runner]] = [
+        *(Deployable(variant, path, CPU, partial(open_graph, folder / path)) for variant, path in graphs.items()),
+        *deployables.run_graphs_on_gpu(run, exports),
+    ]
+    if run.device.type == "cuda":
+        models.append(Deployable(FP32, None, TorchRunner.runtime, partial(TorchRunner, run.model.module)))
+    timed, skipped = time_in_turn(models, run.model.input.size, settings, run.progress)
+    latency = {v: [entry for model, entries in timed if model.variant == v for entry in entries] for v in exports}
+    inspections: dict[str, list[EngineInspection]] = {variant: [] for variant in exports}
     files: list[str] = []
-    for variant, record in built.items():
-        for artifact in record.result["artifacts"] if record else ():
-            name, path = artifact["path"], run.directory.path / artifact["path"]
-            try:
-                with engine.TensorRTRunner(path) as runner:
-                    latency[variant] += [_result(r) for r in time_engine(runner, name, settings)]
-                    inspected, text = inspect_engine(runner, name, path, settings.batches[0])
-            except EngineError as error:  # loaded, it takes the memory of its largest batch
-                if not is_out_of_memory(error):
-                    raise
-                skipped.append(Skipped(stage="benchmark", reason=f"{name}: {' '.join(str(error).split())}"))
-                continue
-            inspections[variant].append(inspected.model_dump(mode="json"))
-            if text:
-                files.append(run.directory.write(f"{name}.layers.json", text))
-    more: Result = {"inspections": inspections, "skipped": [s.model_dump(mode="json") for s in skipped]}
-    more["provisional"] = any(own.stage == "benchmark" for own in skipped)  # of what did not fit the memory
-    return {"latency": latency, "environment": run.environment, **more}, files
+    for model in chain.from_iterable(deployables.run_engines(run, variant) for variant in exports):
+        name = str(model.path)
+        try:
+            with model.open() as runner:
+                latency[model.variant] += time_engine(runner, name, settings)
+                inspection, text = inspect_engine(runner, name, folder / name, settings.batches[0])
+        except EngineError as error:  # loaded, it takes the memory of its largest batch
+            if not is_out_of_memory(error):
+                raise
+            skipped.append(Skipped(stage=NAME, reason=f"{name}: {' '.join(str(error).split())}"))
+            continue
+        inspections[model.variant].append(inspection)
+        files += [run.directory.write(f"{name}.layers.json", text)] if text else []
+    result = BenchmarkResult(
+        latency=latency,
+        environment=run.environment,
+        inspections=inspections,
+        skipped=skipped,
+        provisional=any(entry.stage == NAME for entry in skipped),  # what did not fit the memory
+    )
+    return result, files
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Say which batches and how many threads."""
     timing = run.config.benchmark
     return f"batches of {', '.join(map(str, timing.batches))}, {timing.cpu_threads} threads"
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """What is timed from host to host; `graph` and `threads` are None for the torch model, threads on a GPU too."""
+def time_in_turn(
+    models: Iterable[Deployable[Runner]], size: tuple[int, int, int], settings: BenchmarkConfig, progress: Progress
+) -> tuple[list[tuple[Deployable[Runner], list[Latency]]], list[Skipped]]:
+    """Time graphs and the torch model from host to host, those of variants with the speed-up over FP32 there.
 
-    variant: str
-    runner: Runner
-    graph: str | None = None
-    threads: int | None = None
+    Args:
+        models: all are open at a time.
+        size: (channels, height, width) of an image.
+        settings: how to measure.
+        progress: shows the runs.
 
-    @property
-    def key(self) -> str:
-        return f"{self.runner.runtime} {self.graph}"
+    Returns:
+        The latencies of each that could be opened, and what was left out.
+    """
+    timed: dict[str, tuple[Deployable[Runner], Runner]] = {}
+    skipped: list[Skipped] = []
+    with ExitStack() as stack:  # closed before TensorRT loads engines: sessions hold its logger and the memory
+        for item in deployables.opened(models):
+            if isinstance(item, Skipped):
+                skipped.append(item)
+            else:
+                stack.enter_context(item[1])
+                timed[f"{item[0].runtime} {item[0].path}"] = item
+        single = {model.runtime: key for key, (model, _) in timed.items() if model.variant == FP32}
+        baselines = {
+            key: single[model.runtime]
+            for key, (model, _) in timed.items()
+            if model.variant != FP32 and model.runtime in single
+        }
+        runners = {key: runner for key, (_, runner) in timed.items()}
+        timings = benchmark(runners, size, settings, progress, baselines)
+    skipped += [Skipped(stage=NAME, reason=reason) for reason in timings.skipped]
+    described = []
+    for key, (model, _) in timed.items():
+        update = {"graph": model.path, "threads": settings.cpu_threads if model.runtime == CPU else None}
+        described.append((model, [entry.model_copy(update=update) for entry in timings.latencies[key]]))
+    return described, skipped
 
 
-def _timed(run: Run, exports: Mapping[str, StageRecord], skipped: list[Skipped]) -> Iterator[_Timed]:
-    """Every graph in ONNX Runtime on the CPU, and, where the run has a GPU, in its GPU providers and in torch."""
-    threads = run.config.benchmark.cpu_threads
-    for variant, record in exports.items():
-        graph = str(graph_for(record, "onnxruntime"))
-        yield _Timed(variant, OnnxRunner(run.directory.path / graph, threads=threads), graph, threads)
-    for own in provider_runners(run, exports, skipped):
-        yield _Timed(own.variant, own.runner, own.graph)
-    if run.device.type == "cuda":
-        yield _Timed(FP32, TorchRunner(run.model.module))
+def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -> list[Latency]:
+    """Time an ONNX file, of any exporter, in every runtime that is here, with the engines next to it; or an engine.
 
+    Args:
+        path: the file.
+        config: its settings of builds and benchmarks count.
+        progress: shows the runs.
 
-def _result(record: Latency, **more: object) -> Result:
-    """A record as the manifest keeps it: without what was not measured."""
-    return {**record.model_dump(mode="json", exclude_none=True), **more}
+    Raises:
+        ExportError: the file cannot be run.
+        EngineError: an engine cannot.
+    """
+    settings, latencies = config.benchmark, list[Latency]()
+    if path.suffix != build.ENGINE:
+        with OnnxRunner(path) as session:
+            fixed, channels, height, width = session.input_shape
+        if fixed is not None and settings.batches != (fixed,):
+            logger.warning("%s fixes the batch at %d, which alone is timed", path, fixed)
+            settings = settings.model_copy(update={"batches": (fixed,)})
+        graphs = deployables.file_graphs(path, build.profile_batches(config), settings.cpu_threads)
+        timed, skipped = time_in_turn(graphs, (channels, height, width), settings, progress)
+        for entry in skipped:
+            deployables.warn_of(entry)
+        latencies += [latency for _, entries in timed for latency in entries]
+    for model in deployables.file_engines(path):
+        with deployables.file_engine(model, path) as runner:
+            latencies += time_engine(runner, str(model.path), settings)
+    return latencies
 
 
 def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkConfig) -> list[Latency]:
-    """The latency of an engine at each batch size, with a CUDA graph where one can be captured.
+    """Time an engine at each batch size, with a CUDA graph if one can be captured.
 
     Args:
         runner: the engine, open.
@@ -130,44 +170,36 @@ def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkCon
     Raises:
         EngineError: TensorRT cannot run, or not at one of the batch sizes.
     """
-    warmup_ms, min_runs, min_seconds = settings.warmup_ms, settings.min_runs, settings.min_seconds
-    found = []
+    how = settings.model_dump(include={"warmup_ms", "min_runs", "min_seconds"})
+    latencies = []
     for batch in settings.batches:
-        times = runner.measure(batch, warmup_ms=warmup_ms, min_runs=min_runs, min_seconds=min_seconds, cuda_graph=True)
-        command = runner.trtexec_command(
-            name,
-            batch,
-            warmup_ms=warmup_ms,
-            min_runs=min_runs,
-            min_seconds=min_seconds,
-            cuda_graph=times.cuda_graph,
-        )
+        times = runner.measure(batch, **how, cuda_graph=True)
+        command = runner.trtexec_command(name, batch, **how, cuda_graph=times.cuda_graph)
         record = summarize_engine(runner.runtime, batch, times)
-        found.append(record.model_copy(update={"graph": name, "trtexec": command}))
-    return found
+        latencies.append(record.model_copy(update={"graph": name, "trtexec": command}))
+    return latencies
 
 
 def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: int) -> tuple[EngineInspection, str]:
-    """Which of an engine's layers run in which type, and how long they take in calls of `batch` images.
+    """Find which of an engine's layers run in which type, and how long they take in calls of `batch` images.
 
     An engine that cannot be inspected is a note in the record: its latency holds nevertheless.
 
     Args:
         runner: the engine, open.
         name: its path in the run directory, for the record.
-        path: the engine; the graph that it was built from lies beside it.
-        batch: images a call.
+        path: the engine; the graph that it was built from is next to it.
+        batch: images per call.
 
     Returns:
-        The record, and the JSON of TensorRT's inspector for other tools, empty where there is none.
+        The record, and the JSON of TensorRT's inspector for other tools, empty if there is none.
     """
-    graph = path.with_name(runner.info.source)
+    graph, text = path.with_name(runner.info.source), ""
     quantized = quantized_layers(read_graph(graph)) if graph.is_file() and not runner.info.derived else {}
-    text = ""
     try:
         text = runner.layer_information(batch)
-        found, times_ms = engine.parse_layers(text), runner.layer_times(batch)
+        layers, times_ms = engine.parse_layers(text), runner.layer_times(batch)
     except EngineError as error:
         note = f"The engine could not be inspected: {error}."
         return EngineInspection(engine=name, batch=batch, detailed=False, layers=0, notes=[note]), text
-    return engine.summarize_layers(found, times_ms, quantized, engine=name, batch=batch), text
+    return engine.summarize_layers(layers, times_ms, quantized, engine=name, batch=batch), text

@@ -1,22 +1,36 @@
 """Build a variant's TensorRT engine: its graph goes in, an engine and its sidecar come out."""
 
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from calib.support.progress import SILENT, Progress
+from clusterq_deploy.config.run_config import RunConfig
+from clusterq_deploy.errors import EngineError, ExportError
+from clusterq_deploy.files import read_graph
+from clusterq_deploy.lowering import fp16_baseline
 from clusterq_deploy.results.report import Artifact
-from clusterq_deploy.run.manifest import Result, StageRecord
+from clusterq_deploy.results.stages import BuildResult
 from clusterq_deploy.run.run import FP32, Run
-from clusterq_deploy.run.stage import Needs
+from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
-from clusterq_deploy.stages.deployables import tuned_batches
+from clusterq_deploy.stages import export
 
-NAME = "build"
+logger = logging.getLogger(__name__)
 
-
-def needs(_: Run, variant: str) -> Needs:
-    """The graph."""
-    return Needs(required=(f"export/{variant}",))
+NAME, RESULT = "build", BuildResult
+ENGINE = ".engine"
 
 
-def inputs(run: Run, _: str) -> Result:
-    """The build settings and the machine; where measurements are kept decides nothing about the engine."""
+def needs(_: Run, stage: AnyStage) -> Needs:
+    """Require the graph."""
+    return Needs(required=(f"export/{stage.variant}",))
+
+
+def inputs(run: Run, _: AnyStage) -> Json:
+    """Return the build settings and the machine; where measurements are kept decides nothing about the engine."""
     settings = _build_config(run)
     return {
         "settings": settings.model_dump(mode="json", exclude={"timing_cache"}),
@@ -24,38 +38,56 @@ def inputs(run: Run, _: str) -> Result:
     }
 
 
-def work(run: Run, variant: str) -> tuple[Result, list[str]]:
-    """Build a variant's engine, of the float baseline one in FP32 and one in FP16."""
-    source, settings = run.finished(f"export/{variant}"), _build_config(run)
-    made = [_build(run, graph, settings) for graph in _engine_graphs(variant, source)]
-    return {"artifacts": made}, [file for a in made for file in (a["path"], f"{a['path']}.json")]
+def work(run: Run, stage: AnyStage) -> tuple[BuildResult, list[str]]:
+    """Build a variant's engine; for the float baseline one in FP32 and one in FP16."""
+    graphs = run.require_finished(Stage(export, stage.variant)).result.artifacts
+    settings, folder, engines = _build_config(run), run.directory.path, []
+    for graph in graphs:
+        if stage.variant == FP32 or graph.target == "tensorrt":
+            # w8a8/model.engine for w8a8/model.trt.onnx, fp32/model.fp16.engine for fp32/model.fp16.onnx
+            name = graph.path.removesuffix(".onnx").removesuffix(".trt") + ENGINE
+            size = engine.build_engine(folder / graph.path, folder / name, settings, run.progress).size_bytes
+            engines.append(Artifact(kind="engine", target="tensorrt", path=name, size_bytes=size, fp16=graph.fp16))
+    return BuildResult(artifacts=engines), [file for built in engines for file in (built.path, f"{built.path}.json")]
 
 
-def describe(_: Run, __: str) -> str:
+def describe(_: Run, __: AnyStage) -> str:
     """Say what is built."""
     return "a TensorRT engine"
 
 
-def _build(run: Run, graph: Result, settings: engine.BuildConfig) -> Result:
-    """Build the engine of an exported graph, beside it."""
-    name = _engine_name(graph["path"])
-    directory = run.directory.path
-    info = engine.build_engine(directory / graph["path"], directory / name, settings, run.progress)
-    fp16 = graph.get("fp16", False)
-    made = Artifact(kind="engine", target="tensorrt", path=name, size_bytes=info.size_bytes, fp16=fp16)
-    return made.model_dump(mode="json")
-
-
-def _engine_graphs(variant: str, source: StageRecord) -> list[Result]:
-    """The exported graphs that engines are built from: of the float baseline all, of a variant TensorRT's."""
-    return [a for a in source.result["artifacts"] if variant == FP32 or a["target"] == "tensorrt"]
-
-
-def _engine_name(graph: str) -> str:
-    """`w8a8/model.engine` for `w8a8/model.trt.onnx`, `fp32/model.fp16.engine` for `fp32/model.fp16.onnx`."""
-    return f"{graph.removesuffix('.onnx').removesuffix('.trt')}.engine"
+def profile_batches(config: RunConfig) -> tuple[int, int, int]:
+    """Return the smallest, the tuned-for and the largest batch of an engine; the batches to be timed are in it."""
+    low, best, high = config.build.batch
+    timed = config.benchmark.batches
+    return min(low, *timed), best, max(high, *timed)
 
 
 def _build_config(run: Run) -> engine.BuildConfig:
-    """The build settings, with a profile that holds the batches to be timed."""
-    return run.config.build.model_copy(update={"batch": tuned_batches(run.config)})
+    """Return the build settings, with a profile that holds the batches to be timed."""
+    return run.config.build.model_copy(update={"batch": profile_batches(run.config)})
+
+
+def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILENT) -> dict[Path, engine.EngineInfo]:
+    """Build the engine of an ONNX file, of any exporter, and that of the same network in FP16, both next to it.
+
+    Without the FP16 baseline nobody knows what INT8 gains. A graph that computes in FP16 needs none; if none can be
+    made, a warning says why.
+
+    Raises:
+        EngineError: TensorRT cannot build the graph.
+    """
+    engine_path, baseline_path = path.with_suffix(ENGINE), path.with_suffix(f".fp16{ENGINE}")
+    engines = {engine_path: engine.build_engine(path, engine_path, config, progress)}
+    try:
+        if baseline := fp16_baseline(read_graph(path)):
+            info = engine.read_sidecar(baseline_path) if baseline_path.exists() else None
+            if info and not (info.derived and info.source == path.name):
+                raise EngineError(f"{baseline_path} was built from {info.source}, and stays; move it away")
+            with TemporaryDirectory() as folder:
+                graph = Path(folder) / baseline_path.with_suffix(".onnx").name
+                onnx.save(baseline, graph)
+                engines[baseline_path] = engine.build_engine(graph, baseline_path, config, progress, derived_from=path)
+    except (EngineError, ExportError, ValueError) as error:  # the last if it is larger than a protobuf may be
+        logger.warning("%s has no FP16 baseline: %s", path, error)
+    return engines

@@ -1,130 +1,190 @@
-"""What is deployed of a run, and what executes it: graphs and engines, ONNX Runtime's providers for the GPU.
+"""What is deployed of a run, or of a single file, and what executes it: graphs and engines, on the CPU and the GPU."""
 
-Of these CUDA runs integers in float, and TensorRT builds an engine.
-"""
-
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 
-from clusterq_deploy.config.run_config import RunConfig
-from clusterq_deploy.errors import ExportError
+from clusterq_deploy.errors import EngineError, ExportError
+from clusterq_deploy.files import sha256_file
 from clusterq_deploy.results.report import Skipped
-from clusterq_deploy.run.manifest import Result, StageRecord
+from clusterq_deploy.results.stages import ExportResult
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
+from clusterq_deploy.run.stage import Stage
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
+from clusterq_deploy.stages import build
 
+logger = logging.getLogger(__name__)
+
+CPU = "onnxruntime-cpu"
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}
-"""The format of the graph that each of them takes; of the float baseline it is the one in FP32."""
+"""ONNX Runtime's GPU providers (CUDA runs integers in float, TensorRT builds an engine), and the format of the graph
+that each is given; of the float baseline it is the one in FP32."""
 
 COSTLY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "FusedConv"}
 """The operators that take a network's time; a provider that leaves one to another is not what is measured."""
 
+R_co = TypeVar("R_co", bound=Runner, covariant=True)
+
 
 @dataclass(frozen=True)
-class ProviderRunner:
-    """A variant's graph, opened in a provider, and shown to run there."""
+class Deployable(Generic[R_co]):
+    """A model that can be measured.
+
+    Attributes:
+        variant: of the run; empty for a single file.
+        path: of its file, as results name it; None for the torch model.
+        runtime: what executes it.
+        open: loads it; raises an `ExportError` or an `EngineError` if it cannot run here.
+    """
 
     variant: str
-    graph: str
-    runner: OnnxRunner
+    path: str | None
+    runtime: str
+    open: Callable[[], R_co]
 
 
-def open_provider(
-    graph: Path, runtime: str, size: tuple[int, int, int], batch: tuple[int, int, int]
-) -> tuple[OnnxRunner, str | None]:
-    """A graph in a GPU provider, shown to run there; and, where it left convolutions or products to others, what.
+def opened(deployables: Iterable[Deployable[R_co]]) -> Iterator[tuple[Deployable[R_co], R_co] | Skipped]:
+    """Open one deployable after the other, for the caller to close.
+
+    A GPU provider that cannot load, or cannot run a graph, is left out from there on. That is one `Skipped` in place
+    of a runner; another one, before a runner, says that the provider leaves costly operators to others.
+    """
+    broken: set[str] = set()
+    for deployable in deployables:
+        if deployable.runtime in broken:
+            continue
+        try:
+            runner = deployable.open()
+        except ExportError as error:
+            if deployable.runtime not in GPU_RUNTIMES:
+                raise
+            broken.add(deployable.runtime)
+            yield Skipped(stage=deployable.runtime, reason=str(error))
+            continue
+        if isinstance(runner, OnnxRunner) and (reason := left_to_others(runner, Path(str(deployable.path)).name)):
+            yield Skipped(stage=f"{deployable.runtime} {deployable.variant or deployable.path}", reason=reason)
+        yield deployable, runner
+
+
+def in_turn(deployables: Iterable[Deployable[R_co]], *, tell: bool = False) -> Iterator[tuple[Deployable[R_co], R_co]]:
+    """Open one deployable after the other, and close each before the next; `tell` logs what `opened` skips."""
+    for item in opened(deployables):
+        if not isinstance(item, Skipped):
+            with item[1]:
+                yield item
+        elif tell:
+            warn_of(item)
+
+
+def open_provider(graph: Path, runtime: str, batches: tuple[int, int, int]) -> OnnxRunner:
+    """Open a graph in a GPU provider, and show that it runs there.
 
     Args:
         graph: the file.
         runtime: a key of `GPU_RUNTIMES`.
-        size: (channels, height, width) of an image.
-        batch: smallest, tuned-for and largest batch; the smallest is run once.
+        batches: smallest, tuned-for and largest batch; the smallest is run once, or the one that the graph fixes.
 
     Raises:
         ExportError: the provider cannot load, cannot run the graph, or takes no node of it.
     """
     optimized = GPU_RUNTIMES[runtime] != "tensorrt"  # TensorRT fuses Q/DQ itself, and wants to find them
-    with ExitStack() as opened:
-        runner = opened.enter_context(OnnxRunner(graph, runtime=runtime, optimized=optimized, batch=batch))
-        runner.infer(np.zeros((batch[0], *size), np.float32))
+    with ExitStack() as stack:
+        runner = stack.enter_context(OnnxRunner(graph, runtime=runtime, optimized=optimized, batch=batches))
+        fixed, *size = runner.input_shape
+        runner.infer(np.zeros((fixed or batches[0], *size), np.float32))
         place = runner.placement()
         if place is not None and not place.taken:
             raise ExportError(f"{runtime} takes none of the {place.nodes} nodes of {graph.name}")
-        opened.pop_all()
-    if place is None or not COSTLY.intersection(place.left):
-        return runner, None
-    operators = ", ".join(sorted(COSTLY.intersection(place.left)))
-    return (
-        runner,
-        f"it takes {place.taken} of the {place.nodes} nodes of {graph.name}, and leaves {operators} to others",
-    )
+        stack.pop_all()
+    return runner
 
 
-def provider_runners(run: Run, exports: Mapping[str, StageRecord], skipped: list[Skipped]) -> Iterator[ProviderRunner]:
-    """Open each variant's graph in each GPU provider, where the run's device is a GPU.
-
-    A provider that cannot load, or cannot run a graph, is left out from there on.
-
-    Args:
-        exports: the finished export stages, by variant.
-        skipped: takes one entry for each provider that was left out, and for each graph that it left in part to others.
-    """
-    if run.device.type != "cuda":
-        return
-    _, best, high = tuned_batches(run.config)
-    batch = (1, best, max(high, EVALUATION_BATCH))  # it refuses what is outside, and an evaluation ends in a part
-    for runtime, graph_format in GPU_RUNTIMES.items():
-        for variant, record in exports.items():
-            graph = str(graph_for(record, "onnxruntime" if variant == FP32 else graph_format))
-            try:
-                runner, shared = open_provider(run.directory.path / graph, runtime, run.model.input.size, batch)
-            except ExportError as error:
-                skipped.append(Skipped(stage=runtime, reason=str(error)))
-                break
-            if shared:
-                skipped.append(Skipped(stage=f"{runtime} {variant}", reason=shared))
-            yield ProviderRunner(variant, graph, runner)
-
-
-def tuned_batches(config: RunConfig) -> tuple[int, int, int]:
-    """The smallest, the tuned-for and the largest batch of what TensorRT builds; the batches to be timed are in it."""
-    low, best, high = config.build.batch
-    timed = config.benchmark.batches
-    return min(low, *timed), best, max(high, *timed)
-
-
-def built_engine(run: Run, variant: str) -> StageRecord | None:
-    """The finished build stage of a variant, where its engine can run."""
-    return None if engine.unavailable_reason() else run.directory.finished(f"build/{variant}")
+def left_to_others(runner: OnnxRunner, graph: str) -> str | None:
+    """Say which costly operators of a graph of that name a GPU provider leaves to others; None if it leaves none."""
+    place = runner.placement() if runner.runtime in GPU_RUNTIMES else None
+    if place is None or not (operators := COSTLY.intersection(place.left)):
+        return None
+    taken = f"it takes {place.taken} of the {place.nodes} nodes of {graph}"
+    return f"{taken}, and leaves {', '.join(sorted(operators))} to others"
 
 
 def engine_stages(*variants: str) -> tuple[str, ...]:
-    """Return the build stages of variants, where engines run here."""
+    """Return the build stages of variants, if engines run here."""
     return () if engine.unavailable_reason() else tuple(f"build/{variant}" for variant in variants)
 
 
-def graph_for(record: StageRecord, target: str) -> str | None:
-    """The path of a finished export's graph for a target."""
-    return next((str(a["path"]) for a in record.result["artifacts"] if a["target"] == target), None)
+def run_engines(run: Run, variant: str) -> list[Deployable[engine.TensorRTRunner]]:
+    """Return the engines of a variant of a run, if they run here."""
+    built = None if engine.unavailable_reason() else run.finished(Stage(build, variant))
+    paths = [artifact.path for artifact in built.result.artifacts] if built else []
+    return [Deployable(variant, p, "tensorrt", partial(engine.TensorRTRunner, run.directory.path / p)) for p in paths]
 
 
-def executed_graphs(variant: str, source: StageRecord) -> list[Result]:
-    """The exported graphs that are measured as graphs.
+def run_graphs_on_gpu(run: Run, exports: Mapping[str, ExportResult]) -> list[Deployable[OnnxRunner]]:
+    """Return the graphs of exported variants in each GPU provider, if the run's device is a GPU."""
+    _, best, high = build.profile_batches(run.config)
+    batches = (1, best, max(high, EVALUATION_BATCH))  # it refuses what is outside, and an evaluation ends in a part
+    return [
+        Deployable(variant, path, runtime, partial(open_provider, run.directory.path / path, runtime, batches))
+        for runtime, graph_format in (GPU_RUNTIMES if run.device.type == "cuda" else {}).items()
+        for variant, exported in exports.items()
+        for path in [exported.graph("onnxruntime" if variant == FP32 else graph_format)]
+    ]
 
-    Not the FP16 baseline's: ONNX Runtime has few FP16 kernels on a CPU and casts most of it to float, slowly; its
-    engine is measured where there is one.
+
+def file_graphs(path: Path, batches: tuple[int, int, int], threads: int | None = None) -> list[Deployable[OnnxRunner]]:
+    """Return an ONNX file in every runtime that is here; see `open_provider`."""
+    runtimes = GPU_RUNTIMES if torch.cuda.is_available() else ()
+    on_gpu = [Deployable("", str(path), name, partial(open_provider, path, name, batches)) for name in runtimes]
+    return [Deployable("", str(path), CPU, partial(OnnxRunner, path, threads=threads)), *on_gpu]
+
+
+def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[engine.TensorRTRunner]]:
+    """Yield an engine itself; for a graph the engines next to it that were built from it as it is, if they run here.
+
+    Args:
+        path: an engine or a graph.
+        baselines: whether FP16 baselines are among them.
     """
-    return [a for a in source.result["artifacts"] if variant != FP32 or a["target"] == "onnxruntime"]
+    if path.suffix == build.ENGINE:
+        yield Deployable("", str(path), "tensorrt", partial(engine.TensorRTRunner, path))
+    elif not engine.unavailable_reason():
+        digest = sha256_file(path)
+        for built in sorted(path.parent.glob(f"*{build.ENGINE}")):
+            try:
+                info = engine.read_sidecar(built)
+            except EngineError as error:  # of another tool, for one
+                logger.warning("%s is left out: %s", built, error)
+                continue
+            if info.source != path.name or (info.derived and not baselines):
+                continue
+            if info.source_sha256 == digest:
+                yield Deployable("", str(built), "tensorrt", partial(engine.TensorRTRunner, built))
+            else:
+                logger.warning("%s was built from an earlier %s; build it again", built, path.name)
 
 
-def runner_of(run: Run, artifact: Result) -> Runner:
-    """Executes an artifact as its target does."""
-    path = run.directory.path / artifact["path"]
-    if artifact["kind"] == "engine":
-        return engine.TensorRTRunner(path)
-    return OnnxRunner(path, optimized=artifact["target"] != "tensorrt")
+@contextmanager
+def file_engine(deployable: Deployable[R_co], target: Path) -> Iterator[R_co]:
+    """Open an engine; if it cannot be opened or measured, log a warning, or raise if it is the target itself."""
+    try:
+        with deployable.open() as runner:
+            yield runner
+    except EngineError as error:
+        if deployable.path == str(target):
+            raise
+        logger.warning("%s is left out: %s", deployable.path, error)
+
+
+def warn_of(skipped: Skipped) -> None:
+    """Log what is left out of the measurement of a single file."""
+    verb = " is left out" if skipped.stage in GPU_RUNTIMES else ""
+    logger.warning("%s%s: %s", skipped.stage, verb, skipped.reason)

@@ -1,31 +1,31 @@
-"""Lay the teacher's features of the synthetic images beside those of real ones; the report alone reads it."""
+"""Compare the teacher's features of the synthetic images with those of real ones; only the report reads it."""
 
 from clusterq_deploy.errors import FeatureError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare_features
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.results.features import FeatureInfo
-from clusterq_deploy.run.manifest import Result
+from clusterq_deploy.results.stages import FeaturesResult
 from clusterq_deploy.run.run import EVALUATION_BATCH, Run
-from clusterq_deploy.run.stage import Needs
+from clusterq_deploy.run.stage import AnyStage, Json, Needs
 
-NAME = "features"
+NAME, RESULT = "features", FeaturesResult
 
 
-def needs(_: Run, __: str) -> Needs:
-    """The images."""
+def needs(_: Run, __: AnyStage) -> Needs:
+    """Require the images."""
     return Needs(required=("synthesize",))
 
 
-def inputs(run: Run, _: str) -> Result:
-    """The real images."""
+def inputs(run: Run, _: AnyStage) -> Json:
+    """Return the real images."""
     return run.data_inputs
 
 
-def work(run: Run, __: str) -> tuple[Result, list[str]]:
-    """Compare features, in batches that fit the memory; what cannot be compared is said in the result."""
-    made = run.calibration
-    synthetic = EvaluationSet.from_images("synthetic images", made.images.numpy(), made.labels.numpy())
+def work(run: Run, __: AnyStage) -> tuple[FeaturesResult, list[str]]:
+    """Compare features, in batches that fit the memory; the result says what cannot be compared."""
+    calibration = run.calibration
+    synthetic = EvaluationSet.from_images("synthetic images", calibration.images.numpy(), calibration.labels.numpy())
 
     def compared(divisor: int) -> FeatureInfo:
         return compare_features(
@@ -39,14 +39,14 @@ def work(run: Run, __: str) -> tuple[Result, list[str]]:
         )
 
     try:
-        found, _ = retry_on_oom(compared, "features")
+        features, _ = retry_on_oom(compared, "features")
     except (FeatureError, OutOfMemoryError) as error:
-        skipped = {"skipped": str(error), "provisional": isinstance(error, OutOfMemoryError)}
-        return {"inputs": run.data_inputs, **skipped}, []
-    return {"inputs": run.data_inputs, "features": found.model_dump(mode="json")}, []
+        provisional = isinstance(error, OutOfMemoryError)
+        return FeaturesResult(inputs=run.data_inputs, skipped=str(error), provisional=provisional), []
+    return FeaturesResult(inputs=run.data_inputs, features=features), []
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Count the images."""
     real = run.evaluated if run.has_own_data else 0
     return f"{run.config.synthesis.images:,} synthetic and {real:,} real images"

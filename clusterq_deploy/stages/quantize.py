@@ -5,11 +5,15 @@ from dataclasses import asdict
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
-from calib.support.checkpoint import Checkpoint
+from calib.calibration_set import CalibrationSet
+from calib.support.checkpoint import NOWHERE, Checkpoint
+from calib.support.progress import Progress
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import (
     BitWidths,
+    FinetuneConfig,
     PrecisionPlan,
     PTQResult,
     Sensitivity,
@@ -23,135 +27,143 @@ from clusterq_deploy.quantization import (
     post_training_quantize,
 )
 from clusterq_deploy.quantization.student import FORMAT
-from clusterq_deploy.run.manifest import Result
+from clusterq_deploy.results.report import LayerHistograms, LayerNote
+from clusterq_deploy.results.stages import QuantizeResult
 from clusterq_deploy.run.run import IMAGES, Run, student_file
-from clusterq_deploy.run.stage import Needs, Stage
-from clusterq_deploy.stages import sensitivity
-from clusterq_deploy.stages.sensitivity import placement, shown, views
+from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
+from clusterq_deploy.stages import sensitivity, synthesize
+from clusterq_deploy.stages.sensitivity import PLACEMENT, placement, shown, views
 
 logger = logging.getLogger(__name__)
 
-NAME = "quantize"
+NAME, RESULT = "quantize", QuantizeResult
 
 
-def needs(_: Run, __: str) -> Needs:
-    """The images."""
+def needs(_: Run, __: AnyStage) -> Needs:
+    """Require the images."""
     return Needs(required=("synthesize",))
 
 
-def inputs(run: Run, variant: str) -> Result:
-    """The widths and the settings of fine-tuning."""
-    settings = run.config.finetune.scaled_to(BitWidths.parse(variant))
-    return {
-        "format": FORMAT,
-        "settings": settings.model_dump(mode="json"),
-        "bits": variant,
-        "max_drop": run.config.max_drop,
-        **placement(run),
-    }
+def inputs(run: Run, stage: AnyStage) -> Json:
+    """Return the widths and the settings of fine-tuning."""
+    settings = run.config.finetune.scaled_to(BitWidths.parse(stage.variant))
+    widths = run.config.model_dump(mode="json", include={"max_drop", *PLACEMENT})
+    return {"format": FORMAT, "settings": settings.model_dump(mode="json"), "bits": stage.variant, **widths}
 
 
-def work(run: Run, variant: str) -> tuple[Result, list[str]]:
+def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
     """Place quantizers, search scales and tune, in batches that fit the memory."""
-    bits, source, max_drop = BitWidths.parse(variant), run.finished("synthesize"), run.config.max_drop
+    bits, synthesis = BitWidths.parse(stage.variant), run.require_finished(Stage(synthesize))
     settings = run.config.finetune.scaled_to(bits)
 
-    def tuned(divisor: int) -> tuple[PrecisionPlan | None, Student, PTQResult, Tuning]:
-        calibration, rng = run.calibration, run.rng(f"quantize/{bits}")
-        batch_size = max(1, settings.batch_size // divisor)
-        checkpoint = run.checkpoint(f"quantize/{bits}", inputs(run, variant), divisor, ["synthesize"])
-        plan, student, started = _initialized(run, bits, batch_size, rng, checkpoint)
-        tuning = finetune(
+    def attempt(divisor: int) -> tuple[PrecisionPlan | None, Student, PTQResult, Tuning]:
+        config, checkpoint = in_smaller_batches(settings, divisor), run.checkpoint(stage, divisor)
+        plan = _plan(run, bits, config.batch_size, checkpoint)
+        widths = placement(run) if plan is None else {**placement(run), "keep": plan.keep}
+        student = make_student(run.model.module, bits, **widths)
+        ptq, tuning = tune(
             student,
-            started.reference,
-            calibration,
-            config=settings.model_copy(update={"batch_size": batch_size}),
-            flip=bool(source.result["flip"]),
-            rng=rng,
+            run.calibration,
+            shown=shown(run),
+            config=config,
+            flip=synthesis.result.flip,
+            rng=run.rng(stage.name),
             progress=run.progress,
             checkpoint=checkpoint,
         )
-        fit_full_range_biases(student, calibration.images)
-        return plan, student, started, tuning
+        return plan, student, ptq, tuning
 
-    (plan, student, started, tuning), divisor = retry_on_oom(tuned, f"fine-tuning {bits}")
-    if plan is not None and max_drop is not None and plan.estimate.expected_drop > max_drop:
+    (plan, student, ptq, tuning), divisor = retry_on_oom(attempt, f"fine-tuning {bits}")
+    expected_drop, max_drop = (plan.estimate.expected_drop, run.config.max_drop) if plan else (None, None)
+    if expected_drop is not None and max_drop is not None and expected_drop > max_drop:
         logger.warning("%s: no widths are expected to keep the drop within %g points", bits, max_drop)
-    seen = histograms(
-        student,
-        started.reference,
-        run.calibration.images,
-        batch_size=max(1, settings.batch_size // divisor),
-        rng=run.rng(f"histograms/{bits}"),
+    batch_size, rng = in_smaller_batches(settings, divisor).batch_size, run.rng(f"histograms/{bits}")
+    layers = histograms(student, ptq.reference, run.calibration.images, batch_size=batch_size, rng=rng)
+    result = QuantizeResult(
+        format=FORMAT,
+        cpu=student.target_cpu,
+        losses=tuning.losses,
+        kept_step=tuning.kept_step,
+        equalized=[asdict(pair) for pair in ptq.equalized],
+        reconstruction_errors=ptq.errors,
+        bias_shifts=ptq.shifts,
+        batch_divisor=divisor,
+        keep=student.keep,
+        expected_drop=expected_drop,
+        max_drop=max_drop,
+        quantized_layers=len(student.placement.weights),
+        skipped_layers=[LayerNote(layer=k, reason=reason) for k, reason in student.placement.skipped.items()],
+        histograms=[LayerHistograms.model_validate(asdict(layer)) for layer in layers],
     )
-    provenance = run.provenance(str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES])
-    result = {
-        "format": FORMAT,
-        "cpu": student.target_cpu,
-        "losses": tuning.losses,
-        "kept_step": tuning.kept_step,
-        "equalized": [asdict(pair) for pair in started.equalized],
-        "reconstruction_errors": started.errors,
-        "bias_shifts": started.shifts,
-        "batch_divisor": divisor,
-        "keep": student.keep,
-        "expected_drop": None if plan is None else plan.estimate.expected_drop,
-        "max_drop": None if plan is None else max_drop,
-        "quantized_layers": len(student.placement.weights),
-        "skipped_layers": [{"layer": k, "reason": v} for k, v in student.placement.skipped.items()],
-        "histograms": [asdict(own) for own in seen],
-    }
+    calibration = synthesis.files[IMAGES]
+    provenance = run.provenance(str(bits), finetune=settings.model_dump(mode="json"), calibration=calibration)
     return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
 
 
-def describe(run: Run, variant: str) -> str:
+def describe(run: Run, stage: AnyStage) -> str:
     """Count the steps."""
-    tuning = run.config.finetune.scaled_to(BitWidths.parse(variant))
-    raised = ", sensitivities first" if run.config.max_drop is not None and variant != "w8a8" else ""
+    tuning = run.config.finetune.scaled_to(BitWidths.parse(stage.variant))
+    raised = ", sensitivities first" if run.config.max_drop is not None and stage.variant != "w8a8" else ""
     return f"at most {tuning.steps:,} steps of {tuning.batch_size}{raised}"
 
 
-def _initialized(
-    run: Run, bits: BitWidths, batch_size: int, rng: torch.Generator, checkpoint: Checkpoint
-) -> tuple[PrecisionPlan | None, Student, PTQResult]:
-    """A student as fine-tuning begins with it, and the layers' widths in it if they are planned."""
-    max_drop, widths = run.config.max_drop, placement(run)
-    kept = checkpoint.load("initialized")
-    plan = None
-    if kept is not None and kept["plan"] is not None:
-        plan = TypeAdapter(PrecisionPlan).validate_python(kept["plan"])
-    elif max_drop is not None and bits != BitWidths(8, 8):
-        plan = _plan(run, bits, max_drop, batch_size, checkpoint)
-    if plan is not None:
-        widths["keep"] = plan.keep
-    student = make_student(run.model.module, bits, **widths)
-    if kept is not None:
-        started = PTQResult.from_state(student, kept["state"])
-        rng.set_state(kept["rng"])
-        return plan, student, started
-    started = post_training_quantize(
-        student, shown(run), batch_size=batch_size, rng=rng, progress=run.progress, checkpoint=checkpoint
-    )
-    checkpoint.save(
-        "initialized",
-        lambda: {
-            "plan": None if plan is None else asdict(plan),
-            "state": started.state_dict(student),
-            "rng": rng.get_state(),
-        },
-        at_once=True,
-    )
-    return plan, student, started
+def in_smaller_batches(config: FinetuneConfig, divisor: int) -> FinetuneConfig:
+    """Return the settings with the batch size divided, at least one image."""
+    return config.model_copy(update={"batch_size": max(1, config.batch_size // divisor)})
 
 
-def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int, checkpoint: Checkpoint) -> PrecisionPlan:
-    """The layers that have to be raised for a variant to lose no more."""
-    costs, rng = run.do(Stage(sensitivity, str(bits))).result["layers"], run.rng(f"precision/{bits}")
-    return plan_precision(
+def tune(
+    student: Student,
+    calibration: CalibrationSet,
+    *,
+    shown: Tensor,
+    config: FinetuneConfig,
+    flip: bool,
+    rng: torch.Generator,
+    progress: Progress,
+    checkpoint: Checkpoint = NOWHERE,
+) -> tuple[PTQResult, Tuning]:
+    """Set a student's scales, correct what rounding does to it, and tune it, in place; return what the two halves did.
+
+    Args:
+        student: fresh from `make_student`.
+        calibration: the images to tune on.
+        shown: (N, C, H, W) float32, normalized, that set the scales.
+        config: how to tune, in which batches.
+        flip: whether images keep their class when mirrored.
+        rng: source of all randomness.
+        progress: shows how far it is.
+        checkpoint: keeps what is reached; the student must come as it came the first time.
+    """
+    if (saved := checkpoint.load("initialized")) is not None:
+        ptq = PTQResult.from_state(student, saved["state"])
+        rng.set_state(saved["rng"])
+    else:
+        ptq = post_training_quantize(
+            student, shown, batch_size=config.batch_size, rng=rng, progress=progress, checkpoint=checkpoint
+        )
+        checkpoint.save("initialized", lambda: {"state": ptq.state_dict(student), "rng": rng.get_state()}, at_once=True)
+    reference = ptq.reference
+    tuning = finetune(
+        student, reference, calibration, config=config, flip=flip, rng=rng, progress=progress, checkpoint=checkpoint
+    )
+    fit_full_range_biases(student, calibration.images)
+    return ptq, tuning
+
+
+def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) -> PrecisionPlan | None:
+    """Choose the layers that have to be raised for a variant to lose no more than was asked for, if a bound was."""
+    max_drop = run.config.max_drop
+    if max_drop is None or bits == BitWidths(8, 8):
+        return None
+    if (saved := checkpoint.load("plan")) is not None:
+        return TypeAdapter(PrecisionPlan).validate_python(saved)
+    costs, rng = run.do(Stage(sensitivity, str(bits))).result.layers, run.rng(f"precision/{bits}")
+    plan = plan_precision(
         run.model.module,
         bits,
         **placement(run),
-        costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
+        costs=TypeAdapter(list[Sensitivity]).validate_python([cost.model_dump() for cost in costs]),
         max_drop=max_drop,
         images=shown(run),
         judged=views(run, rng),
@@ -160,3 +172,5 @@ def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int, checkpoin
         progress=run.progress,
         checkpoint=checkpoint,
     )
+    checkpoint.save("plan", lambda: asdict(plan), at_once=True)
+    return plan

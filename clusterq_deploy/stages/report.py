@@ -1,63 +1,157 @@
 """Write report.json, report.md and report.html from what the stages measured."""
 
+import datetime
+from operator import attrgetter
+from typing import Any
+
 from calib.calibration_set import CalibrationSet, previewed_classes
-from clusterq_deploy.report.assemble import assemble
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
+from clusterq_deploy.results import report as records
+from clusterq_deploy.results.base import Record
 from clusterq_deploy.results.report import Report, Skipped
-from clusterq_deploy.run.manifest import StageRecord
+from clusterq_deploy.results.stages import BenchmarkResult, ExportResult, FeaturesResult, StageResult
 from clusterq_deploy.run.run import FP32, IMAGES, PREVIEW, Run
+from clusterq_deploy.run.stage import Finished, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
+from clusterq_deploy.stages import benchmark, build, evaluate, export, features, quantize, sensitivity, synthesize
+from clusterq_deploy.version import __version__
+
+_CURVE_POINTS = 200
 
 
 def write_report(run: Run) -> Report:
     """Write report.json, report.md and report.html from what the stages measured."""
-    records = {name: r for name in _stage_names(run) if (r := run.directory.finished(name)) is not None}
-    compared = records.get("features")
-    if compared and compared.result["inputs"] != run.data_inputs:
-        del records["features"]  # it shows other images than those that this report is on
-    report = assemble(
-        records,
-        config=run.config,
-        model=run.model,
-        data=run.evaluation,
-        device=run.device,
-        commands=run.directory.commands or [run.command],
-        skipped=_skipped(records),
-        preview_classes=_preview_classes(run) if "synthesize" in records else [],
-    )
+    report = assemble(run)
     run.directory.write("report.json", report.to_json())
     run.directory.write("report.md", to_markdown(report))
-    picture = (run.directory.path / PREVIEW).read_bytes() if "synthesize" in records else None  # whole, by its digest
+    picture = (run.directory.path / PREVIEW).read_bytes() if report.calibration.images else None  # whole, by its digest
     run.directory.write("report.html", to_html(report, picture))
     return report
 
 
-def _preview_classes(run: Run) -> list[str]:
-    labels = previewed_classes(CalibrationSet.read_labels(run.directory.path / IMAGES))
-    return [run.model.class_label(label) for label in labels.tolist()]
+def assemble(run: Run) -> Report:
+    """Return the report of what has been done so far."""
+    model, commands = run.model, run.directory.commands or [run.command]
+    timing, compared = run.finished(Stage(benchmark)), run.finished(Stage(features))
+    if compared and compared.result.inputs != run.data_inputs:
+        compared = None  # it shows other images than those that this report is on
+    exports = {variant: run.finished(Stage(export, variant)) for variant in _variants(run)}
+    return Report(
+        schema=1,
+        command=commands[-1],
+        seed=run.config.seed,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        clusterq_deploy=__version__,
+        environment=timing.result.environment if timing else run.environment,
+        model=records.ModelInfo(
+            name=model.name,
+            parameters=model.parameters,
+            input_size=model.input.size,
+            classes=model.classes,
+            weights=model.weights,
+        ),
+        calibration=_calibration(run, compared),
+        evaluation=_evaluation(run),
+        variants=[_variant(run, name, exported, timing) for name, exported in exports.items() if exported],
+        skipped=_skipped(run, exports[FP32], timing, compared),
+        features=compared.result.features if compared else None,
+        config=run.config.model_dump(mode="json"),
+        commands=commands,
+    )
 
 
-def _stage_names(run: Run) -> list[str]:
-    variants = [FP32, *run.config.bits]
-    return ["synthesize", "features", "benchmark"] + [
-        f"{stage}/{v}" for v in variants for stage in ("sensitivity", "quantize", "export", "build", "evaluate")
-    ]
+def _variants(run: Run) -> list[str]:
+    return [FP32, *run.config.bits]
 
 
-def _skipped(records: dict[str, StageRecord]) -> list[Skipped]:
-    skipped = []
-    reason = engine.unavailable_reason()
-    if reason or not any(name.startswith("build/") for name in records):
-        reason = reason or "not asked for"
-        skipped.append(Skipped(stage="build", reason=reason))
-    if "benchmark" in records:
-        skipped += [Skipped.model_validate(own) for own in records["benchmark"].result.get("skipped", [])]
-    if reason := records["export/fp32"].result.get("no_fp16") if "export/fp32" in records else None:
-        skipped.append(Skipped(stage="fp16 baseline", reason=reason))
-    if "features" in records and "skipped" in records["features"].result:
-        skipped.append(Skipped(stage="features", reason=records["features"].result["skipped"]))
-    if not any(name.startswith("sensitivity/") for name in records):
+def _calibration(run: Run, compared: Finished[FeaturesResult] | None) -> records.CalibrationInfo:
+    synthesis = run.finished(Stage(synthesize))
+    if synthesis is None:
+        return records.CalibrationInfo(images=0, seconds=0, teacher_top1=0, recipe=run.config.synthesis.recipe)
+    previewed = previewed_classes(CalibrationSet.read_labels(run.directory.path / IMAGES))
+    features = compared.result.features if compared else None
+    return records.CalibrationInfo(
+        **_shared(synthesis.result, records.CalibrationInfo),
+        seconds=synthesis.seconds,
+        silhouette=features.synthetic.silhouette if features else None,
+        preview_classes=[run.model.class_label(label) for label in previewed.tolist()],
+    )
+
+
+def _evaluation(run: Run) -> records.EvaluationInfo:
+    """Describe the images less those that could not be read, as any stage says that read as many images."""
+    data = run.evaluation
+    stages = [run.finished(Stage(evaluate, variant)) for variant in _variants(run)]
+    summaries = [stage.result.unreadable for stage in stages if stage]
+    fitting = [summary for summary in summaries if summary and summary.total == len(data)]
+    unreadable = max(fitting, key=attrgetter("count"), default=None)
+    count = unreadable.count if unreadable else 0
+    return records.EvaluationInfo(
+        dataset=data.name,
+        images=len(data) - count,
+        labelled=data.labelled,
+        unreadable=count,
+        unreadable_files=unreadable.files if unreadable else [],
+    )
+
+
+def _variant(
+    run: Run, name: str, exported: Finished[ExportResult], timing: Finished[BenchmarkResult] | None
+) -> records.Variant:
+    tuned, built = run.finished(Stage(quantize, name)), run.finished(Stage(build, name))
+    costs, measured = run.finished(Stage(sensitivity, name)), run.finished(Stage(evaluate, name))
+    tuning = _shared(tuned.result, records.Variant) if tuned else {}
+    if tuning and not tuning["losses"].get("held_out_kl"):
+        tuning["kept_step"] = None
+    return records.Variant(
+        name=name,
+        seconds=sum(stage.seconds for stage in (tuned, exported, built) if stage),
+        accuracy=measured.result.accuracy if measured else [],
+        artifacts=[
+            artifact.model_copy(update={"sha256": stage.files[artifact.path]})
+            for stage in (exported, built)
+            if stage
+            for artifact in stage.result.artifacts
+        ],
+        latency=timing.result.latency.get(name, []) if timing else [],
+        inspections=timing.result.inspections.get(name, []) if timing else [],
+        sensitivities=[
+            records.LayerSensitivity(layer=layer.layer, bits=layer.bits, **layer.cost.model_dump())
+            for layer in (costs.result.layers if costs else ())
+        ],
+        **tuning,
+    )
+
+
+def _shared(result: StageResult, record: type[Record]) -> dict[str, Any]:
+    """Return the fields of a result that a record of the report has too; of each curve at most 200 points."""
+    values = {name: getattr(result, name) for name in type(result).model_fields.keys() & record.model_fields.keys()}
+    return {**values, "losses": {name: thin(curve) for name, curve in values["losses"].items()}}
+
+
+def thin(values: list[float]) -> list[float]:
+    """Return at most 200 of a curve's points, evenly spaced, the last one among them."""
+    stride = -(-len(values) // _CURVE_POINTS) or 1
+    return values[::-stride][::-1]
+
+
+def _skipped(
+    run: Run,
+    baseline: Finished[ExportResult] | None,
+    timing: Finished[BenchmarkResult] | None,
+    compared: Finished[FeaturesResult] | None,
+) -> list[Skipped]:
+    skipped, reason = [], engine.unavailable_reason()
+    if reason or not any(run.finished(Stage(build, variant)) for variant in _variants(run)):
+        skipped.append(Skipped(stage="build", reason=reason or "not asked for"))
+    if timing:
+        skipped += timing.result.skipped
+    if baseline and baseline.result.no_fp16:
+        skipped.append(Skipped(stage="fp16 baseline", reason=baseline.result.no_fp16))
+    if compared and compared.result.skipped is not None:
+        skipped.append(Skipped(stage="features", reason=compared.result.skipped))
+    if not any(run.finished(Stage(sensitivity, variant)) for variant in _variants(run)):
         reason = "not asked for; --max-drop measures what each layer costs, and so does clusterq sensitivity RUN"
         skipped.append(Skipped(stage="sensitivity", reason=reason))
     return skipped

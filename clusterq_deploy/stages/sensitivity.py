@@ -1,4 +1,4 @@
-"""Measure what the quantization of each layer alone costs: the model and images go in, a cost per layer comes out."""
+"""Measure what it costs to quantize each layer only: the model and images go in, a cost per layer comes out."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,30 +8,33 @@ import torch
 from calib.leaves import with_leaves
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import BitWidths, Sensitivity, judged_views, make_student, sensitivities
-from clusterq_deploy.run.manifest import Result
+from clusterq_deploy.results.stages import SensitiveLayer, SensitivityResult
 from clusterq_deploy.run.run import Run
-from clusterq_deploy.run.stage import Needs
+from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
+from clusterq_deploy.stages import synthesize
 
-NAME = "sensitivity"
+NAME, RESULT = "sensitivity", SensitivityResult
+PLACEMENT = {"first_last", "keep", "cpu"}
+"""The settings of a run that say, next to its bits, which grids a variant has."""
 
 
-def needs(_: Run, __: str) -> Needs:
-    """The images."""
+def needs(_: Run, __: AnyStage) -> Needs:
+    """Require the images."""
     return Needs(required=("synthesize",))
 
 
-def inputs(run: Run, variant: str) -> Result:
-    """The widths, and what decides which images are shown how."""
-    tuning = run.config.finetune
-    return {"bits": variant, "batch_size": tuning.batch_size, "procedural": tuning.procedural, **placement(run)}
+def inputs(run: Run, stage: AnyStage) -> Json:
+    """Return the widths, and what decides which images are shown how."""
+    tuning = run.config.finetune.model_dump(mode="json", include={"batch_size", "procedural"})
+    return {"bits": stage.variant, **tuning, **run.config.model_dump(mode="json", include=PLACEMENT)}
 
 
-def work(run: Run, variant: str) -> tuple[Result, list[str]]:
-    """Quantize each layer alone, in batches that fit the memory."""
-    bits = BitWidths.parse(variant)
+def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:
+    """Quantize one layer at a time, in batches that fit the memory."""
+    bits = BitWidths.parse(stage.variant)
 
     def costs(divisor: int) -> list[Sensitivity]:
-        rng = run.rng(f"sensitivity/{variant}")
+        rng = run.rng(stage.name)
         return sensitivities(
             make_student(run.model.module, bits, **placement(run)),
             shown(run),
@@ -39,18 +42,16 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
             batch_size=max(1, run.config.finetune.batch_size // divisor),
             rng=rng,
             progress=run.progress,
-            checkpoint=run.checkpoint(
-                f"sensitivity/{variant}", inputs(run, variant), divisor, needs(run, variant).required
-            ),
+            checkpoint=run.checkpoint(stage, divisor),
         )
 
-    found, _ = retry_on_oom(costs, f"sensitivities of {variant}")
-    return {"layers": [asdict(own) for own in found]}, []
+    layers, _ = retry_on_oom(costs, f"sensitivities of {bits}")
+    return SensitivityResult(layers=[SensitiveLayer.model_validate(asdict(layer)) for layer in layers]), []
 
 
-def describe(_: Run, variant: str) -> str:
+def describe(_: Run, stage: AnyStage) -> str:
     """Say which widths."""
-    return f"every layer at {variant} alone"
+    return f"every layer at {stage.variant} alone"
 
 
 def shown(run: Run) -> torch.Tensor:
@@ -60,10 +61,10 @@ def shown(run: Run) -> torch.Tensor:
 
 def views(run: Run, rng: torch.Generator) -> torch.Tensor:
     """Return the views of the calibration images on which costs are estimated."""
-    flip = bool(run.finished("synthesize").result["flip"])
+    flip = run.require_finished(Stage(synthesize)).result.flip
     return judged_views(run.calibration.images, flip=flip, rng=rng)
 
 
 def placement(run: Run) -> dict[str, Any]:
-    """Return what `make_student` is to know beside a variant's bits."""
+    """Return the arguments of `make_student` next to a variant's bits."""
     return {"first_last": run.config.first_last, "keep": run.config.keep, "cpu": run.config.cpu}

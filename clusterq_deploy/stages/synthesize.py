@@ -2,65 +2,65 @@
 
 import io
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
-from calib.calibration_set import CalibrationSet
-from calib.synthesis import Synthesis
+import torch
+from torch import nn
+
+from calib.support.checkpoint import NOWHERE, Checkpoint
+from calib.support.progress import Progress
+from calib.synthesis import Synthesis, SynthesisConfig
 from calib.synthesis import synthesize as make_images
+from clusterq_deploy.models import InputSpec
 from clusterq_deploy.oom import retry_on_oom
-from clusterq_deploy.run.manifest import Result
+from clusterq_deploy.results.stages import SynthesisResult
 from clusterq_deploy.run.run import IMAGES, PREVIEW, Run
-from clusterq_deploy.run.stage import Needs
+from clusterq_deploy.run.stage import AnyStage, Json, Needs
 
-NAME = "synthesize"
+NAME, RESULT = "synthesize", SynthesisResult
 
 
-def needs(_: Run, __: str) -> Needs:
-    """Nothing: it is the first one."""
+def needs(_: Run, __: AnyStage) -> Needs:
+    """Require nothing: it is the first one."""
     return Needs()
 
 
-def inputs(run: Run, _: str) -> Result:
-    """The settings of synthesis."""
+def inputs(run: Run, _: AnyStage) -> Json:
+    """Return the settings of synthesis."""
     return {"settings": run.config.synthesis.model_dump(mode="json")}
 
 
-def work(run: Run, variant: str) -> tuple[Result, list[str]]:
+def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
     """Make the images in batches that fit the memory."""
     settings, spec = run.config.synthesis, run.model.input
-
-    def images(divisor: int) -> Synthesis:
-        return make_images(
-            run.model.module,
-            classes=run.model.classes,
-            size=spec.size,
-            mean=spec.mean,
-            std=spec.std,
-            config=settings.with_smaller_batches(divisor),
-            device=run.device,
-            rng=run.rng(NAME),
-            progress=run.progress,
-            checkpoint=run.checkpoint(NAME, inputs(run, variant), divisor),
-        )
-
-    made, divisor = retry_on_oom(images, "synthesis")
+    synthesis, divisor = synthesize_in_memory(
+        run.model.module,
+        spec,
+        run.model.classes,
+        settings,
+        rng=lambda: run.rng(stage.name),
+        progress=run.progress,
+        checkpoint=lambda divisor: run.checkpoint(stage, divisor),
+    )
     provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
-    calibration = CalibrationSet(made.calibration.images, made.calibration.labels, provenance)
+    calibration = replace(synthesis.calibration, provenance=provenance)
     preview = io.BytesIO()
     calibration.preview(spec.mean, spec.std).save(preview, "PNG")
-    names = [run.directory.write(IMAGES, calibration.to_bytes()), run.directory.write(PREVIEW, preview.getvalue())]
-    result = {
-        "images": len(calibration),
-        "teacher_top1": made.teacher_top1,
-        "within_class_diversity": made.within_class_diversity,
-        "flip": made.flip,
-        "recipe": settings.recipe,
-        "losses": made.losses,
-        "batch_divisor": divisor,
-    }
-    return result, names
+    files = [run.directory.write(IMAGES, calibration.to_bytes()), run.directory.write(PREVIEW, preview.getvalue())]
+    result = SynthesisResult(
+        images=len(calibration),
+        teacher_top1=synthesis.teacher_top1,
+        within_class_diversity=synthesis.within_class_diversity,
+        flip=synthesis.flip,
+        recipe=settings.recipe,
+        losses=synthesis.losses,
+        batch_divisor=divisor,
+    )
+    return result, files
 
 
-def describe(run: Run, _: str) -> str:
+def describe(run: Run, _: AnyStage) -> str:
     """Count the steps and the images."""
     synthesis = run.config.synthesis
     generator, refine = synthesis.generator, synthesis.refine
@@ -69,3 +69,41 @@ def describe(run: Run, _: str) -> str:
         f"{generator.steps:,} steps of {generator.batch_size}, then {synthesis.images:,} images: "
         f"{refine.steps:,} steps for each of {batches} batches"
     )
+
+
+def synthesize_in_memory(
+    model: nn.Module,
+    spec: InputSpec,
+    classes: int,
+    config: SynthesisConfig,
+    *,
+    rng: Callable[[], torch.Generator],
+    progress: Progress,
+    checkpoint: Callable[[int], Checkpoint] = lambda _: NOWHERE,
+) -> tuple[Synthesis, int]:
+    """Make images in batches that fit the memory; return them, and what the batches of `config` were divided by.
+
+    Args:
+        model, classes, config, progress: as for `calib.synthesis.synthesize`, whose errors it raises too.
+        spec: how the model's input is made.
+        rng: makes the source of all randomness for each attempt, on the model's device.
+        checkpoint: returns where images in batches divided by a number are kept.
+
+    Raises:
+        OutOfMemoryError: the smallest batches do not fit the memory.
+    """
+
+    def attempt(divisor: int) -> Synthesis:
+        source = rng()
+        return make_images(
+            model,
+            classes=classes,
+            **spec.model_dump(include={"size", "mean", "std"}),
+            config=config.with_smaller_batches(divisor),
+            device=source.device,
+            rng=source,
+            progress=progress,
+            checkpoint=checkpoint(divisor),
+        )
+
+    return retry_on_oom(attempt, "synthesis")

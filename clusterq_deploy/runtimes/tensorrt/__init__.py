@@ -9,10 +9,11 @@ from clusterq_deploy.runtimes.tensorrt.build import build_engine
 from clusterq_deploy.runtimes.tensorrt.gpu import unavailable_reason
 from clusterq_deploy.runtimes.tensorrt.inspect import parse_layers, summarize_layers
 from clusterq_deploy.runtimes.tensorrt.runner import TensorRTRunner
-from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, read_sidecar, sidecar_path, this_machine
+from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, EngineInfo, read_sidecar, sidecar_path, this_machine
 
 __all__ = [
     "BuildConfig",
+    "EngineInfo",
     "TensorRTRunner",
     "build_engine",
     "parse_layers",

@@ -14,7 +14,7 @@ import torch
 
 from calib.support.flops import pass_cost
 from clusterq_deploy import Pipeline, RunConfig, read_report
-from clusterq_deploy.config.run_config import make_config, without_presets
+from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.config.toml import read_settings
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
@@ -509,7 +509,7 @@ def test_effort_and_recipe_fill_in_what_was_not_given() -> None:
 
 def test_another_effort_replaces_what_the_first_one_filled_in_and_keeps_what_was_given() -> None:
     first = make_config({"model": "digits", "effort": "fast", "finetune": {"batch_size": 16}})
-    settings = without_presets(tomllib.loads(first.to_toml()))
+    settings = tomllib.loads(first.to_toml())
     again = make_config({**settings, "effort": "standard"})
     assert again == make_config({"model": "digits", "finetune": {"batch_size": 16}})
 

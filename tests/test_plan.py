@@ -10,12 +10,11 @@ from test_pipeline import SMALL
 
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
-from clusterq_deploy.plan import amounts, plan
+from clusterq_deploy.plan import StepTimes, amounts, peak_memory, plan
 from clusterq_deploy.quantization import BitWidths
-from clusterq_deploy.run.estimate import Estimate, estimate
 from clusterq_deploy.run.run import Run
 
-EXPECTED = Estimate(forward=0.01, forward_mixed=0.004, memory_bytes=1)
+EXPECTED = StepTimes(forward=0.01, forward_mixed=0.004)
 
 
 def call(*args: object) -> Result:
@@ -132,7 +131,7 @@ def test_a_plan_computes_no_pass_of_the_model_and_makes_no_weights(name: str, tm
     config = make_config({"model": name, "weights": "none", "device": "cpu"})
     run = Run(config, tmp_path / "out", shapes_only=True)
     assert all(tensor.is_meta for tensor in run.model.module.state_dict().values())
-    assert estimate(run, run.config.widths).memory_bytes > 1e9
+    assert peak_memory(run, run.config.widths) > 1e9
     found = plan(config, tmp_path / "out")
     assert found.seconds > 60
     assert [own.state for own in found.stages if own.stage == "synthesize"] == ["to do"]

@@ -12,8 +12,8 @@ from test_pipeline import SMALL
 from torchvision.models import resnet18
 
 from calib.support.progress import SILENT, Advance
-from cli import diagnosis
-from cli.machine import Finding
+from cli import doctor
+from cli.probe import Finding
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import RunDirectoryError
@@ -174,8 +174,8 @@ def test_the_doctor_counts_what_it_looks_at(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no such library")
         yield
 
-    monkeypatch.setattr(diagnosis, "memory", failing)
-    found = diagnosis.diagnose(tmp_path, counter)
+    monkeypatch.setattr(doctor, "memory", failing)
+    found = doctor.diagnose(tmp_path, counter)
     counter.require_whole()
     assert {"Doctor", "torch and clusterq-deploy", "torchvision", "ONNX Runtime"} <= set(counter.names)
     assert [(own.name, own.state) for own in found if "no such library" in own.found] == [("memory", "broken")]

@@ -3,44 +3,45 @@
 import glob
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli import options, reports, stages
-from cli.diagnosis import REQUIRABLE
+from cli import doctor, options, reports, stages
 
 if TYPE_CHECKING:
     from clusterq_deploy.config.run_config import RunConfig
 
 
 def _default_out(config: "RunConfig") -> Path:
-    """The newest folder of a run like this one that did not come to its end; else a new one."""
+    """Return the newest folder of a run like this one that did not come to its end; else a new one."""
     slug = config.model.rpartition(":")[2].rpartition("/")[2]
     for earlier in sorted(Path("runs").glob(f"{glob.escape(slug)}-*"), reverse=True):
-        kept = earlier / "run.toml"
-        if kept.is_file() and not (earlier / "report.html").exists() and kept.read_text() == config.to_toml():
+        file = earlier / "run.toml"
+        if file.is_file() and not (earlier / "report.html").exists() and file.read_text() == config.to_toml():
             click.echo(f"Goes on in {earlier}, where the same run did not come to its end.", err=True)
             return earlier
     return Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-@click.command()
-@click.argument("model", required=False)
-@options.model_options
-@options.quantize_options
-@options.fp16_option
-@options.data_options
-@options.synthesis_options
-@options.build_options
-@options.benchmark_options
-@options.run_options
-@options.out_option
-@options.config_option
-@click.option("--dry-run", is_flag=True, help="Show what would be done, and roughly how long it takes; write nothing.")
-@options.json_option
-@click.pass_context
+@options.command(
+    options.model_argument,
+    options.model_options,
+    options.quantize_options,
+    options.fp16_option,
+    options.data_options,
+    options.synthesis_options,
+    options.build_options,
+    options.benchmark_options,
+    options.run_options,
+    options.out_option,
+    options.config_option,
+    click.option(
+        "--dry-run", is_flag=True, help="Show what would be done and roughly how long it takes; write nothing."
+    ),
+)
 def run(
     ctx: click.Context, /, out: Path | None, config_file: Path | None, dry_run: bool, as_json: bool, **_: Any
 ) -> None:
@@ -50,12 +51,19 @@ def run(
     goes on where it stopped; with the same --out a changed option redoes what depends on it.
     """
     from cli import render
+    from clusterq_deploy.plan import plan
     from clusterq_deploy.report.text import summary
 
     config = options.config_of(ctx, config_file)
     out = out or _default_out(config)
     if dry_run:
-        _show_plan(ctx, config, out, as_json)
+        planned = plan(config, out, progress=render.LiveProgress(ctx.obj["quiet"]))
+        if as_json:
+            render.print_json(json.dumps({"run": str(out), **asdict(planned)}, indent=2))
+        else:
+            render.print_table(render.plan_table(planned))
+            for line in render.plan_lines(planned):
+                render.print_line(line)
         return
     pipeline = stages.pipeline_of(ctx, config, out)
     report = pipeline.run()
@@ -70,31 +78,14 @@ def run(
     render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
 
 
-def _show_plan(ctx: click.Context, config: "RunConfig", out: Path, as_json: bool) -> None:
-    """What a run would do, on stdout."""
-    from dataclasses import asdict
-
-    from cli import render
-    from clusterq_deploy.plan import plan as plan_of
-
-    plan = plan_of(config, out, progress=render.LiveProgress(ctx.obj["quiet"]))
-    if as_json:
-        render.print_json(json.dumps({"run": str(out), **asdict(plan)}, indent=2))
-        return
-    render.print_table(render.plan_table(plan))
-    for line in render.plan_lines(plan):
-        render.print_line(line)
-
-
-@click.command()
-@click.argument("model", required=False)
-@options.model_options
-@options.synthesis_options
-@options.run_options
-@options.out_option
-@options.config_option
-@options.json_option
-@click.pass_context
+@options.command(
+    options.model_argument,
+    options.model_options,
+    options.synthesis_options,
+    options.run_options,
+    options.out_option,
+    options.config_option,
+)
 def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None, as_json: bool, **_: Any) -> None:
     """Make calibration images for MODEL, without data: the first stage of a run."""
     from cli import render
@@ -113,40 +104,33 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
     render.print_line(f"Images: {path / IMAGES}\nPreview: {path / PREVIEW}")
 
 
-@click.command()
-@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
-@options.json_option
-@click.pass_context
+@options.command(click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx"))
 def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
     """Check FILE.onnx, of any exporter, against TensorRT's rules for quantized graphs, and for sums that saturate.
 
-    No TensorRT is needed. Ends with 1 if TensorRT would refuse the graph. Warnings are of speed, and of layers whose
-    integer sums leave 16 bits in ONNX Runtime on x86 CPUs without VNNI: they compute something else there.
+    No TensorRT is needed. Ends with 1 if TensorRT would refuse the graph. Warnings are about speed, and about layers
+    whose integer sums leave 16 bits in ONNX Runtime on x86 CPUs without VNNI: they compute something else there.
     """
-    from dataclasses import asdict
-
     from cli import render
     from clusterq_deploy.files import read_graph
     from clusterq_deploy.lowering import check_saturation, check_tensorrt
 
     graph = read_graph(file)
-    found, saturating = check_tensorrt(graph), check_saturation(graph)
-    if found or saturating or as_json:
-        render.show([asdict(own) for own in (*found, *saturating)], as_json)
-    errors = sum(own.severity == "error" for own in found)
+    broken_rules, saturating = check_tensorrt(graph), check_saturation(graph)
+    if broken_rules or saturating or as_json:
+        render.show([asdict(row) for row in (*broken_rules, *saturating)], as_json)
+    errors = sum(rule.severity == "error" for rule in broken_rules)
     if not as_json:
         layers = f"; {len(saturating)} layers saturate in ONNX Runtime on CPUs without VNNI" if saturating else ""
-        render.print_line(f"{file}: errors {errors}, warnings {len(found) - errors} for TensorRT{layers}")
+        warnings = len(broken_rules) - errors
+        render.print_line(f"{file}: errors {errors}, warnings {warnings} for TensorRT{layers}")
     if errors:
         ctx.exit(1)
 
 
-@click.command()
-@options.json_option
-def models(as_json: bool) -> None:
+@options.command()
+def models(_: click.Context, /, as_json: bool) -> None:
     """List the models that have a name."""
-    from dataclasses import asdict
-
     from cli import render
     from clusterq_deploy.models import available_models
 
@@ -157,45 +141,4 @@ def models(as_json: bool) -> None:
         render.print_table(render.models_table(entries))
 
 
-@click.command()
-@click.option(
-    "--require",
-    multiple=True,
-    type=click.Choice(list(REQUIRABLE)),
-    help="End with 1 where this does not work either; may be repeated.  [default: none]",
-)
-@options.json_option
-@click.pass_context
-def doctor(ctx: click.Context, /, require: tuple[str, ...], as_json: bool) -> None:
-    """Try out what a run needs on this machine, and say what mends what is missing.
-
-    Slow parts are tried at the same time, each in a process of its own, which is ended after 60 seconds.
-
-    Ends with 0 where runs work, on the CPU at least, and with 1 where something is broken that they cannot do without,
-    or that --require names: it can be a container's health check.
-    """
-    from dataclasses import asdict
-
-    from cli import render
-    from cli.diagnosis import diagnose, healthy, unmet
-
-    findings = diagnose(Path.cwd(), render.LiveProgress(ctx.obj["quiet"]))
-    lacking = unmet(findings, require)
-    works = healthy(findings) and not lacking
-    if as_json:
-        required = {"required": list(require), "unmet": lacking}
-        found = {"healthy": works, **required, "findings": [asdict(finding) for finding in findings]}
-        render.print_json(json.dumps(found, indent=2))
-    else:
-        render.print_table(render.findings_table(findings))
-        for finding in findings:
-            if finding.remedy and finding.state != "ok":
-                render.print_line(f"{finding.name}: {finding.remedy}")
-        render.print_line("Runs work here." if healthy(findings) else "Runs do not work here: mend what is broken.")
-        if lacking:
-            render.print_line(f"Required, and does not work: {', '.join(lacking)}.")
-    if not works:
-        ctx.exit(1)
-
-
-ALL: list[click.Command] = [run, synthesize, *stages.ALL, reports.report, check, models, doctor]
+ALL: list[click.Command] = [run, synthesize, *stages.ALL, reports.report, check, models, doctor.doctor]

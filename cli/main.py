@@ -1,7 +1,11 @@
 """The `clusterq` command. Heavy imports happen inside command bodies, so that `--help` answers at once."""
 
+import ctypes
 import errno
+import io
+import logging
 import os
+import sys
 from typing import Any
 
 import click
@@ -9,12 +13,11 @@ import click
 from cli import commands
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_OUT_OF_MEMORY = "the memory does not suffice; end what else uses it, or use a machine with more"
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
 
 
 class _UserError(click.ClickException):
-    """An error that the user can mend: one line, exit code 2."""
+    """An error that the user can fix: one line, exit code 2."""
 
     exit_code = 2
 
@@ -24,103 +27,73 @@ class _UserError(click.ClickException):
 
 class _Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does it; an error in the options of the tool itself is one line too."""
+        """Parse the options of the tool itself; an error in them is one line too."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             raise _usage_error(error) from error
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does it; near matches for a misspelled name, which click has from 8.4 on only."""
-        name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-") and not ctx.resilient_parsing:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name.lower(), self.list_commands(ctx), n=1)
-            raise click.UsageError(f"no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""), ctx)
-        return super().resolve_command(ctx, args)
-
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error that the user can fix is one line."""
         try:
             return super().invoke(ctx)
-        except OSError as error:
-            if error.errno in _DISK or _is_ours(error):
-                raise _UserError(_one_line(error)) from error
-            if error.errno == errno.ENOMEM:  # of another process that cannot be started, for one
-                raise _UserError(f"{_OUT_OF_MEMORY} ({_one_line(error)})") from error
-            raise
         except click.UsageError as error:
             raise _usage_error(error) from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            if _is_ours(error):
-                raise _UserError(_one_line(error)) from error
-            if isinstance(error, MemoryError | RuntimeError) and _is_of_memory(error):
-                raise _UserError(f"{_OUT_OF_MEMORY} ({_one_line(error) or 'MemoryError'})") from error
+            if message := _explanation(error):
+                raise _UserError(message) from error
             raise
 
 
 def _usage_error(error: click.UsageError) -> _UserError:
-    """A wrong call in a line; of an option of the tool itself that stands behind a command it says where it goes."""
+    """Return a wrong call as one line; if an option of the tool itself is behind a command, it says where it goes."""
     path, message = error.ctx.command_path if error.ctx else "clusterq", error.format_message()
     if isinstance(error, click.NoSuchOption) and error.ctx and (parent := error.ctx.parent):
-        own = {name for param in parent.command.params for name in param.opts}
-        if error.option_name in own:
-            name, command = error.option_name, error.ctx.info_name
+        name, command = error.option_name, error.ctx.info_name
+        if any(name in param.opts for param in parent.command.params):
             message = f"No such option {name!r} of {command}: it stands before the command, clusterq {name} {command}"
     return _UserError(f"{message} (see {path} --help)")
 
 
-def _is_of_memory(error: Exception) -> bool:
-    from clusterq_deploy.oom import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
-def _is_ours(error: Exception) -> bool:
+def _explanation(error: Exception) -> str | None:
+    """Return what to tell the user of an error, in one line; None for an error in the program."""
     from calib.support.errors import ClusterQError
 
-    return isinstance(error, ClusterQError)
+    text = " ".join(str(error).split())
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, ClusterQError) or code in _DISK_ERRORS:
+        return text
+    out_of_memory = code == errno.ENOMEM  # of a process that cannot be started, for example
+    if isinstance(error, MemoryError | RuntimeError):
+        from clusterq_deploy.oom import is_out_of_memory
+
+        out_of_memory = is_out_of_memory(error)
+    if not out_of_memory:
+        return None
+    return f"the memory is not enough; end what else uses it, or use a machine with more ({text or 'MemoryError'})"
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed: by default large maps go back to the kernel, and every training step on a CPU
-    takes them anew, page by page, which is a third of its time. No effect elsewhere.
-    """
-    import ctypes
-    import sys
+    """Let glibc keep what is freed. No effect elsewhere.
 
+    By default large maps go back to the kernel, and every training step on a CPU takes them again, page by page, which
+    is a third of its time.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _print_any_path() -> None:
-    """Let stdout take paths that are not UTF-8, as the bytes that they are."""
-    import io
-    import sys
-
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")
-
-
 def _set_up_logging(verbose: bool) -> None:
-    """Warnings go to stderr, with --verbose more; without it not TensorRT's log, whose errors are in our messages."""
-    import logging
-
+    """Log warnings to stderr, and more with --verbose; without it no log of TensorRT, whose errors are in ours."""
     handler = logging.StreamHandler()
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
     else:
         handler.addFilter(lambda record: record.name != "clusterq_deploy.runtimes.tensorrt.gpu")
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -136,8 +109,9 @@ def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """
     ctx.obj = {"quiet": quiet}
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in runtimes.runners, for the doctor too
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path may be other bytes than UTF-8
     _keep_freed_memory()
-    _print_any_path()
     _set_up_logging(verbose)
 
 

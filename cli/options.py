@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class Numbers(click.ParamType[Any]):
-    """Numbers separated by commas."""
+class Parsed(click.ParamType[Any]):
+    """Text that a function turns into a value of another type; a ValueError means that the text is not of its form."""
 
-    name = "n,n,..."
-
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self._kind = kind
+    def __init__(self, name: str, parse: Callable[[str], Any], form: str) -> None:
+        self.name, self._parse, self._form = name, parse, form
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
+        """Return the value of a text."""
+        if not isinstance(value, str):
             return value
         try:
-            return tuple(self._kind(part) for part in str(value).split(","))
+            return self._parse(value)
         except ValueError:
-            return self.fail(f"{value!r} is no list of numbers such as 3,224,224", param, ctx)
+            return self.fail(f"{value!r} is no {self._form}", param, ctx)
 
 
 class Word(click.Choice[str]):
-    """One of a few words; one that is near to another word says so."""
+    """One of a few words; a misspelled one is answered with the nearest."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word."""
         near = get_close_matches(str(value).lower(), self.choices, n=1)
         if value not in self.choices and near:
             known = ", ".join(repr(word) for word in self.choices)
@@ -42,85 +42,48 @@ class Word(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-class Width(click.ParamType[Any]):
-    """A layer and its bits."""
-
-    name = "layer=bits"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        layer, _, bits = str(value).rpartition("=")
-        if not layer or not bits.isdecimal():
-            return self.fail(f"{value!r} is no layer and its bits such as layer1.0.conv1=8", param, ctx)
-        return layer, int(bits)
+def _batch(text: str) -> tuple[int, ...]:
+    smallest, tuned_for, largest = text.split(":")
+    return int(smallest), int(tuned_for), int(largest)
 
 
-class Profile(click.ParamType[Any]):
-    """Smallest, tuned-for and largest batch size."""
-
-    name = "min:opt:max"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(":")
-        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-            return self.fail(f"{value!r} is no smallest, tuned-for and largest batch such as 1:8:32", param, ctx)
-        sizes = tuple(int(part) for part in parts)
-        if list(sizes) != sorted(sizes) or sizes[0] < 1:
-            return self.fail(f"{value!r} does not ascend from 1 or more, as 1:8:32 does", param, ctx)
-        return sizes
+def _layer_bits(text: str) -> tuple[str, int]:
+    layer, bits = text.rsplit("=", 1)
+    return layer, int(bits)
 
 
-class MemorySize(click.ParamType[Any]):
-    """A number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from clusterq_deploy.runtimes.tensorrt.sidecar import memory_size
-
-        try:
-            return memory_size(value)
-        except ValueError as error:
-            return self.fail(str(error), param, ctx)
-
-
-def overlay(settings: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
-    """Settings of a file with the options that were given on the command line on top."""
-    from clusterq_deploy.config.toml import PLACES
-
-    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    for name, value in ctx.params.items():
-        if name not in PLACES or value is None or ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
-            continue
-        *tables, key = PLACES[name]
-        place = merged
-        for table in tables:
-            place = place.setdefault(table, {})
-        place[key] = list(value) if isinstance(value, tuple) else value
-    return merged
+_INTEGERS = Parsed("n,n,...", lambda text: tuple(map(int, text.split(","))), "list of numbers such as 3,224,224")
+_NUMBERS = Parsed("n,n,...", lambda text: tuple(map(float, text.split(","))), "list of numbers such as 0.5,0.5,0.5")
+_BATCH = Parsed("min:opt:max", _batch, "smallest, tuned-for and largest batch such as 1:8:32")
+_LAYER_BITS = Parsed("layer=bits", _layer_bits, "layer and its bits such as layer1.0.conv1=8")
+_PATH = click.Path(path_type=Path)
 
 
 def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "RunConfig":
-    """The configuration of a file, if any, and the command line."""
-    from clusterq_deploy.config.run_config import make_config, without_presets
-    from clusterq_deploy.config.toml import read_settings
+    """Return the configuration of a file, if any, with `more` and the options of the command line on top.
+
+    Raises:
+        ConfigError: a setting is wrong, or there is no model.
+    """
+    from clusterq_deploy.config.run_config import make_config
+    from clusterq_deploy.config.toml import PLACES, put, read_settings
     from clusterq_deploy.errors import ConfigError
 
     settings = read_settings(file) if file else {}
-    if file:  # what is wrong by itself is found before options lie on top
+    if file:  # what is wrong in the file is found before options replace it
         make_config({"model": "", **settings}, origin=str(file))
-    if any(ctx.params.get(name) for name in ("recipe", "effort")):
-        settings = without_presets(settings)
-    settings = overlay({**settings, **more}, ctx)
+    settings |= more
+    for name, value in ctx.params.items():
+        if name in PLACES and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            put(settings, PLACES[name], value)
     if "model" not in settings:
         raise ConfigError("no model was given; name one (clusterq models lists them), or a --config that does")
     return make_config(settings)
 
 
 def _all(*decorators: Decorator) -> Decorator:
+    """Return several options as one decorator."""
+
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -129,17 +92,13 @@ def _all(*decorators: Decorator) -> Decorator:
     return apply
 
 
-_PATH = click.Path(path_type=Path)
-
 model_options = _all(
     click.option(
-        "--weights",
-        metavar="FILE|none",
-        help="Weights to load; `none` for random ones.  [default: the model's]",
+        "--weights", metavar="FILE|none", help="Weights to load; `none` for random ones.  [default: the model's]"
     ),
-    click.option("--input-size", type=Numbers(int), metavar="C,H,W", help="Input size, where the model does not say."),
-    click.option("--mean", type=Numbers(float), metavar="M,...", help="Mean of pixels in [0, 1], one a channel."),
-    click.option("--std", type=Numbers(float), metavar="S,...", help="Standard deviation, one a channel."),
+    click.option("--input-size", type=_INTEGERS, metavar="C,H,W", help="Input size, if the model does not say."),
+    click.option("--mean", type=_NUMBERS, metavar="M,...", help="Mean of pixels in [0, 1], one per channel."),
+    click.option("--std", type=_NUMBERS, metavar="S,...", help="Standard deviation, one per channel."),
 )
 synthesis_options = _all(
     click.option("--recipe", type=Word(["default", "paper"]), help="How images are made.  [default: default]"),
@@ -156,19 +115,18 @@ bits_option = click.option(
     metavar="wXaY",
     help="Bits of weights and activations, 2 to 8; may be repeated.  [default: w8a8, w4a4]",
 )
-cpu_option = click.option(
-    "--cpu",
-    type=Word(["any", "vnni"]),
-    help="CPUs that ONNX Runtime's graph is for: any, or those with VNNI, which lets weights have all 8 bits; "
-    "without VNNI such a graph saturates.  [default: any]",
-)
 widths_options = _all(
     bits_option,
-    cpu_option,
+    click.option(
+        "--cpu",
+        type=Word(["any", "vnni"]),
+        help="CPUs that ONNX Runtime's graph is for: any, or those with VNNI, which lets weights have all 8 bits; "
+        "without VNNI such a graph saturates.  [default: any]",
+    ),
     click.option("--first-last", is_flag=True, help="Give the first and last layers those bits too, not 8."),
     click.option(
         "--keep",
-        type=Width(),
+        type=_LAYER_BITS,
         multiple=True,
         callback=lambda _ctx, _param, pairs: dict(pairs),
         metavar="LAYER=BITS",
@@ -190,13 +148,12 @@ fp16_option = click.option(
 build_options = _all(
     click.option(
         "--batch",
-        type=Profile(),
+        type=_BATCH,
         metavar="MIN:OPT:MAX",
         help="Smallest, tuned-for and largest batch of an engine; a run adds those that it times.  [default: 1:8:32]",
     ),
     click.option(
         "--workspace",
-        type=MemorySize(),
         metavar="SIZE",
         help="Scratch memory on the GPU for a layer: 4GiB, 512MiB, or a number of MiB.  [default: 4GiB]",
     ),
@@ -208,7 +165,7 @@ build_options = _all(
     click.option(
         "--timing-cache",
         metavar="FILE|none",
-        help="What TensorRT measured in earlier builds; `none` for no file; level 0 uses none.  "
+        help="What TensorRT measured in earlier builds; `none` for no file. Level 0 uses none.  "
         "[default: a file for each GPU and release of TensorRT in the user's cache directory]",
     ),
     click.option(
@@ -225,11 +182,11 @@ data_options = _all(
         help="Evaluation data: class folders, a folder with labels.csv, or an .npz.  "
         "[default: the model's own, else held-out synthetic images]",
     ),
-    click.option("--limit", type=click.IntRange(1), help="Evaluate at most so many images.  [default: all]"),
+    click.option("--limit", type=click.IntRange(1), help="Evaluate at most this number of images.  [default: all]"),
 )
 benchmark_options = _all(
-    click.option("--batches", type=Numbers(int), metavar="N,...", help="Batch sizes to time.  [default: 1,32]"),
-    click.option("--threads", type=click.IntRange(1), help="Threads of CPU runtimes.  [default: one a core]"),
+    click.option("--batches", type=_INTEGERS, metavar="N,...", help="Batch sizes to time.  [default: 1,32]"),
+    click.option("--threads", type=click.IntRange(1), help="Threads of CPU runtimes.  [default: one per core]"),
 )
 run_options = _all(
     click.option("--device", type=Word(["auto", "cpu", "cuda"]), help="Where to compute.  [default: auto]"),
@@ -237,9 +194,22 @@ run_options = _all(
 )
 config_option = click.option("--config", "config_file", type=_PATH, help="Settings in TOML, such as a run.toml.")
 out_option = click.option(
-    "--out",
-    type=_PATH,
-    help="Run directory.  [default: that of the same run, where it did not end; else runs/MODEL-TIME]",
+    "--out", type=_PATH, help="Run directory.  [default: that of the same run, if it did not end; else runs/MODEL-TIME]"
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+model_argument = click.argument("model", required=False)
 run_argument = click.argument("run", type=_PATH, metavar="RUN")
+
+
+def target_argument(metavar: str) -> Decorator:
+    """Return the argument of a command that accepts a run or a file."""
+    return click.argument("target", type=_PATH, metavar=metavar)
+
+
+def command(*decorators: Decorator) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function a command that has these arguments and options, and --json; it is called with its context."""
+
+    def make(function: Callable[..., Any]) -> click.Command:
+        return click.command()(_all(*decorators, json_option)(click.pass_context(function)))
+
+    return make

@@ -16,7 +16,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from calib.support.progress import Advance
-    from cli.machine import Finding
+    from cli.probe import Finding
     from clusterq_deploy.models import ModelEntry
     from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report
@@ -155,8 +155,8 @@ def plan_table(plan: "Plan") -> Table:
 
 def plan_lines(plan: "Plan") -> Iterator[str]:
     """Yield what is below the table of a plan."""
+    from clusterq_deploy.plan import UNCERTAIN
     from clusterq_deploy.report import formats
-    from clusterq_deploy.run.estimate import UNCERTAIN
 
     for name, asked in plan.scaled.items():
         yield f"{name} is {plan.settings[name]:,}, not {asked:,}: less for a large model on a CPU"

@@ -1,17 +1,22 @@
 """Fixtures of several test modules."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from support import read_files, small_config
 from tensorrt_double import World, install
 
+from clusterq_deploy import Pipeline
 from clusterq_deploy.models import LoadedModel, load_model
 
 
 def pytest_configure() -> None:
-    """Of the cores, a worker of pytest-xdist takes its share, and so do the processes that its tests start."""
+    """Give each worker of pytest-xdist its share of the cores, and so the processes that its tests start."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -21,19 +26,40 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Draws without a generator of their own are the same in each run, and in each test alone."""
+    """Seed the draws that have no generator of their own, so that a test alone draws the same."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a finished run of `small_config()`, made once for all modules and workers, to be read only."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has a folder of its own in it
+    out = folder / "finished_run"
+    with FileLock(folder / "finished_run.lock"):
+        if not (out / "report.html").is_file():  # what a run writes last
+            Pipeline(small_config(), out, command=["clusterq", "run"]).run()
+    files = read_files(out)
+    yield out
+    assert read_files(out) == files, "a test changed the run that all share; use run_copy"
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run that the test may change."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """The doubles of TensorRT and of torch's CUDA, in their place."""
+    """Install the doubles of TensorRT and of torch's CUDA."""
     return install(monkeypatch)
 
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """A file that the double of TensorRT takes for a graph."""
+    """Return a file that the double of TensorRT accepts as a graph."""
     path = tmp_path / "model.trt.onnx"
     path.write_bytes(b"a graph")
     return path
@@ -41,7 +67,7 @@ def graph(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def colour(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A model of RGB images with three classes."""
+    """Return a model of RGB images with three classes."""
     file = tmp_path_factory.mktemp("colour") / "net.py"
     file.write_text(
         "from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Flatten, Sequential\n"

@@ -1,7 +1,6 @@
 """The functional core: images, a student and a graph of a module that is at hand."""
 
 import copy
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +36,26 @@ FEW = SynthesisConfig.model_validate(
 SHORT = FinetuneConfig(steps=8, batch_size=8, checkpoints=2)
 
 
-@cache
-def made() -> tuple[nn.Module, CalibrationSet, Student]:
-    model = make_net("residual")
-    images = synthesize(model, SPEC, config=FEW)
-    return model, images, quantize(model, images, "w4a4", config=SHORT)
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make_net("residual")
 
 
-def test_images_are_of_the_classes_and_the_range_that_the_model_takes() -> None:
-    _, images, _ = made()
+@pytest.fixture(scope="module")
+def images(model: nn.Module) -> CalibrationSet:
+    return synthesize(model, SPEC, config=FEW)
+
+
+@pytest.fixture(scope="module")
+def student(model: nn.Module, images: CalibrationSet) -> Student:
+    return quantize(model, images, "w4a4", config=SHORT)
+
+
+def equal_states(module: nn.Module, other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in module.state_dict().items())
+
+
+def test_synthesize_covers_the_classes_and_the_range_of_the_model(images: CalibrationSet) -> None:
     assert images.images.shape == (40, 3, 16, 16)
     assert images.labels.bincount().tolist() == [4] * 10
     pixels = images.images * 0.25 + 0.5
@@ -54,17 +64,18 @@ def test_images_are_of_the_classes_and_the_range_that_the_model_takes() -> None:
     assert images.provenance["seed"] == 0
 
 
-def test_the_model_stays_as_it_is() -> None:
-    model, images = make_net("mobile"), noise(16)
+def test_quantize_leaves_the_model_as_it_is() -> None:
+    model = make_net("mobile")
     before = copy.deepcopy(model.state_dict())
-    quantize(model, images, "w8a8", config=FinetuneConfig(steps=0))
+    quantize(model, noise(16), "w8a8", config=FinetuneConfig(steps=0))
     assert not model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert equal_states(model, before)
 
 
 @pytest.mark.parametrize(("target", "file"), [("onnxruntime", "a.onnx"), ("tensorrt", "b.onnx"), ("int4", "c.onnx")])
-def test_a_graph_computes_what_the_student_computes(target: str, file: str, tmp_path: Path) -> None:
-    _, images, student = made()
+def test_export_writes_a_graph_that_computes_what_the_student_does(
+    target: str, file: str, tmp_path: Path, student: Student, images: CalibrationSet
+) -> None:
     path = export(student, tmp_path / file, images, target=target)  # type: ignore[arg-type]
     onnx.checker.check_model(path)
     batch = images.images[:16].numpy()
@@ -75,27 +86,25 @@ def test_a_graph_computes_what_the_student_computes(target: str, file: str, tmp_
         np.testing.assert_allclose(runner.infer(batch), TorchRunner(student).infer(batch), atol=1e-4)
 
 
-def test_the_same_seed_makes_the_same_images_and_student() -> None:
-    model, images, student = made()
+def test_synthesize_and_quantize_repeat_with_the_same_seed(
+    model: nn.Module, images: CalibrationSet, student: Student
+) -> None:
     again = synthesize(model, SPEC, config=FEW)
     assert torch.equal(again.images, images.images)
     assert not torch.equal(synthesize(model, SPEC, config=FEW, seed=1).images, images.images)
-    other = quantize(model, again, "w4a4", config=SHORT)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in student.state_dict().items())
+    assert equal_states(student, quantize(model, again, "w4a4", config=SHORT).state_dict())
 
 
-def test_unlabelled_images_take_the_classes_that_the_model_gives_them() -> None:
-    model = make_net("residual")
+def test_quantize_labels_images_by_the_model(model: nn.Module) -> None:
     with torch.no_grad():
         labels = model(noise(24)).argmax(1)
     student, other = (
-        quantize(model, given, "w8a8", config=SHORT) for given in (noise(24), CalibrationSet(noise(24), labels))
+        quantize(model, data, "w8a8", config=SHORT) for data in (noise(24), CalibrationSet(noise(24), labels))
     )
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in student.state_dict().items())
+    assert equal_states(student, other.state_dict())
 
 
-def test_what_is_wrong_is_told_in_one_line() -> None:
-    model, images, _ = made()
+def test_synthesize_and_quantize_refuse_wrong_models(model: nn.Module, images: CalibrationSet) -> None:
     for call in (
         lambda: synthesize(copy.deepcopy(model).train(), SPEC),
         lambda: quantize(copy.deepcopy(model).train(), images, "w8a8"),
@@ -110,8 +119,8 @@ def test_what_is_wrong_is_told_in_one_line() -> None:
         quantize(model, images, "w8a8", keep={"nowhere": 8})
 
 
-def test_int4_is_refused_for_wider_weights(tmp_path: Path) -> None:
-    student = quantize(make_net("residual"), noise(16), "w8a8", config=FinetuneConfig(steps=0))
+def test_export_for_int4_refuses_wider_weights(tmp_path: Path, model: nn.Module) -> None:
+    student = quantize(model, noise(16), "w8a8", config=FinetuneConfig(steps=0))
     with pytest.raises(ExportError, match="more than four bits"):
         export(student, tmp_path / "model.onnx", noise(16), target="int4")
     assert list(tmp_path.iterdir()) == []

@@ -1,23 +1,24 @@
-"""Work that was interrupted goes on from its checkpoint, and ends as it would have ended."""
+"""Work that is interrupted goes on from its checkpoint, and ends as it would have ended."""
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from nets import images, make_net, synthesis
+from support import seeded
 from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
 from clusterq_deploy.errors import UnreadableImageError
-from clusterq_deploy.evaluation.accuracy import Predictions, predictions
+from clusterq_deploy.evaluation.accuracy import predictions
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.images import Images, Unreadable
 from clusterq_deploy.quantization import (
@@ -37,12 +38,12 @@ from clusterq_deploy.run.checkpoint import FileCheckpoint
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.runtimes.runners import TorchRunner
 
-ROOT = Path(__file__).parents[1]
+T = TypeVar("T")
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is always time to keep a state."""
+    """Let every state be kept."""
     monkeypatch.setattr(files, "_EVERY", 0.0)
     monkeypatch.setattr(files, "_LARGEST_SHARE", math.inf)
 
@@ -52,25 +53,18 @@ class Interrupted(BaseException):
 
 
 class Interrupting(FileCheckpoint):
-    """Keeps every state, and ends the work when it has kept some."""
+    """Ends the work when it has kept some states."""
 
-    def __init__(self, folder: Path, left: int) -> None:
+    def __init__(self, folder: Path, after: int) -> None:
         super().__init__(folder, "work")
-        self._remaining = left
+        self._remaining = after
 
     def save(self, phase: str, state: Callable[[], State], **options: Any) -> None:
-        """As in the base class."""
+        """Keep the state, and end the work if it is the last."""
         super().save(phase, state, **options)
         self._remaining -= 1
         if self._remaining == 0:
             raise Interrupted
-
-
-def interrupted(work: Callable[[Checkpoint], object], folder: Path, after: list[int]) -> None:
-    """Begin some work again and again, each time until it has kept that many states."""
-    for left in after:
-        with pytest.raises(Interrupted):
-            work(Interrupting(folder, left))
 
 
 class Counting(FileCheckpoint):
@@ -81,19 +75,27 @@ class Counting(FileCheckpoint):
         self.count = 0
 
     def save(self, phase: str, state: Callable[[], State], **options: Any) -> None:
-        """As in the base class."""
+        """Count a state."""
         self.count += 1
 
 
-def flat(state: Any) -> Any:
-    """A state whose tensors are lists, which can be compared."""
+def resume(work: Callable[[Checkpoint], T], folder: Path, after: list[int]) -> T:
+    """Start work again and again, each time until it has kept `after` states, and return its result at last."""
+    for count in after:
+        with pytest.raises(Interrupted):
+            work(Interrupting(folder, count))
+    return work(FileCheckpoint(folder, "work"))
+
+
+def plain(state: Any) -> Any:
+    """Return a state whose tensors are lists, which can be compared."""
     if isinstance(state, dict):
-        return {name: flat(value) for name, value in state.items()}
+        return {name: plain(value) for name, value in state.items()}
     return state.tolist() if isinstance(state, Tensor) else state
 
 
 @pytest.mark.usefixtures("always")
-def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
+def test_synthesize_goes_on_to_the_same_images(tmp_path: Path) -> None:
     settings: dict[str, object] = {
         "images": 40,
         "generator": {"steps": 9, "warmup_steps": 4, "batch_size": 16},
@@ -103,132 +105,116 @@ def test_synthesis_goes_on_to_the_same_images(tmp_path: Path) -> None:
     def work(checkpoint: Checkpoint) -> Synthesis:
         return synthesis(settings, checkpoint)
 
-    whole = work(FileCheckpoint(tmp_path / "none", "work"))
+    whole = work(NOWHERE)
     # in the warm-up, after it, in the first, the second and the third batch of the refinement
-    interrupted(work, tmp_path / "kept", [3, 4, 6, 5, 5])
-    last = work(FileCheckpoint(tmp_path / "kept", "work"))
-    assert torch.equal(last.calibration.images, whole.calibration.images)
-    assert torch.equal(last.calibration.labels, whole.calibration.labels)
-    assert last.losses == whole.losses
-    assert (last.teacher_top1, last.within_class_diversity, last.flip) == (
-        whole.teacher_top1,
-        whole.within_class_diversity,
-        whole.flip,
-    )
+    resumed = resume(work, tmp_path, [3, 4, 6, 5, 5])
+    assert torch.equal(resumed.calibration.images, whole.calibration.images)
+    assert torch.equal(resumed.calibration.labels, whole.calibration.labels)
+    for name in ("losses", "teacher_top1", "within_class_diversity", "flip"):
+        assert getattr(resumed, name) == getattr(whole, name), name
 
 
 @pytest.mark.parametrize(("bits", "after"), [("w4a4", [1, 1, 3, 2]), ("w8a8", [1])])
 @pytest.mark.usefixtures("always")
-def test_initialization_goes_on_to_the_same_student(tmp_path: Path, bits: str, after: list[int]) -> None:
+def test_post_training_quantize_goes_on_to_the_same_student(tmp_path: Path, bits: str, after: list[int]) -> None:
     net, data = make_net("mobile"), images(48, seed=3)
-    fresh = make_student(net, BitWidths.parse(bits))
+    untouched = make_student(net, BitWidths.parse(bits))
 
-    def work(checkpoint: Checkpoint) -> tuple[State, Tensor]:
-        student, rng = copy.deepcopy(fresh), torch.Generator().manual_seed(0)
-        started = post_training_quantize(student, data, batch_size=16, rng=rng, checkpoint=checkpoint)
-        return started.state_dict(student), rng.get_state()
+    def work(checkpoint: Checkpoint) -> Any:
+        student, rng = copy.deepcopy(untouched), seeded()
+        result = post_training_quantize(student, data, batch_size=16, rng=rng, checkpoint=checkpoint)
+        return plain(result.state_dict(student)), rng.get_state().tolist()
 
-    whole, drawn = work(NOWHERE)
-    interrupted(work, tmp_path, after)  # before the first layer, and then behind others of them
-    state, rng = work(FileCheckpoint(tmp_path, "work"))
-    assert flat(state) == flat(whole)
-    assert torch.equal(rng, drawn)
+    # before the first layer, and then after others of them
+    assert resume(work, tmp_path, after) == work(NOWHERE)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("always")
-def test_sensitivities_and_a_plan_go_on_to_the_same_widths_and_nothing_is_done_twice(tmp_path: Path) -> None:
+def test_sensitivities_and_plan_precision_go_on_and_do_nothing_twice(tmp_path: Path) -> None:
     net, data = make_net("residual"), images(32, seed=3)
     widths: dict[str, Any] = {"first_last": True, "keep": {}}
-    options: dict[str, Any] = {"judged": images(32, seed=4), "batch_size": 16}
 
     def work(checkpoint: Checkpoint) -> tuple[list[Sensitivity], PrecisionPlan]:
-        bits, rng = BitWidths(2, 3), torch.Generator().manual_seed(0)
-        student = make_student(net, bits, **widths)
-        costs = sensitivities(student, data, rng=rng, checkpoint=checkpoint, **options)
-        rng = torch.Generator().manual_seed(1)
-        plan = plan_precision(
-            net, bits, costs=costs, max_drop=1.5, images=data, rng=rng, checkpoint=checkpoint, **widths, **options
-        )
+        bits = BitWidths(2, 3)
+        options: dict[str, Any] = {"judged": images(32, seed=4), "batch_size": 16, "checkpoint": checkpoint}
+        costs = sensitivities(make_student(net, bits, **widths), data, rng=seeded(), **options)
+        plan = plan_precision(net, bits, costs=costs, max_drop=1.5, images=data, rng=seeded(1), **widths, **options)
         return costs, plan
 
     counting = Counting(tmp_path)
     whole = work(counting)
     assert 0 < len(whole[1].keep) < len(whole[0]) - 1  # a count that was neither the first nor the last
-    left, after = counting.count, list[int]()
-    while left:
-        after.append(min(left, len(after) + 1))
-        left -= after[-1]
-    interrupted(work, tmp_path, after)
-    rest = Counting(tmp_path)
-    assert work(rest) == whole
-    assert rest.count == 0
+    remaining, after = counting.count, list[int]()
+    while remaining:
+        after.append(min(remaining, len(after) + 1))
+        remaining -= after[-1]
+    assert resume(work, tmp_path, after) == whole
+    again = Counting(tmp_path)
+    assert work(again) == whole
+    assert again.count == 0
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
 @pytest.mark.usefixtures("always")
-def test_fine_tuning_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> None:
+def test_finetune_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> None:
     net, data = make_net("residual"), images(64, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     config = FinetuneConfig(steps=150, batch_size=16, checkpoints=4)  # it starts near: a tenth of them
-    fresh = make_student(net, BitWidths.parse(bits))
-    start = copy.deepcopy(fresh)
-    rng = torch.Generator().manual_seed(0)
-    started = post_training_quantize(start, data, batch_size=16, rng=rng)
-    kept, after = copy.deepcopy(started.state_dict(start)), rng.get_state()
+    untouched = make_student(net, BitWidths.parse(bits))
+    whole, rng = copy.deepcopy(untouched), seeded()
+    start = post_training_quantize(whole, data, batch_size=16, rng=rng)
+    start_state, rng_state = copy.deepcopy(start.state_dict(whole)), rng.get_state()
 
     def work(checkpoint: Checkpoint) -> tuple[State, object]:
-        student, rng = copy.deepcopy(fresh), torch.Generator()
-        rng.set_state(after)
-        again = PTQResult.from_state(student, kept)
-        assert (again.equalized, again.errors, again.shifts) == (started.equalized, started.errors, started.shifts)
+        student, rng = copy.deepcopy(untouched), torch.Generator()
+        rng.set_state(rng_state)
+        again = PTQResult.from_state(student, start_state)
+        assert (again.equalized, again.errors, again.shifts) == (start.equalized, start.errors, start.shifts)
         tuning = finetune(
             student, again.reference, calibration, config=config, flip=True, rng=rng, checkpoint=checkpoint
         )
         return student.state_dict(), tuning
 
-    tuning = finetune(start, started.reference, calibration, config=config, flip=True, rng=rng)
-    interrupted(work, tmp_path / "kept", [1, 6])
-    state, other = work(FileCheckpoint(tmp_path / "kept", "work"))
-    assert other == tuning
-    for name, value in start.state_dict().items():
+    tuning = finetune(whole, start.reference, calibration, config=config, flip=True, rng=rng)
+    state, resumed = resume(work, tmp_path, [1, 6])
+    assert resumed == tuning
+    for name, value in whole.state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.usefixtures("always")
-def test_an_evaluation_goes_on_to_the_same_answers_and_no_image_is_read_twice(tmp_path: Path) -> None:
-    data, damaged, read = images(40, seed=5).numpy(), {1, 12, 13, 14, 15, 39}, list[int]()
+def test_predictions_go_on_to_the_same_answers_and_read_no_image_twice(tmp_path: Path) -> None:
+    pixels, damaged, rows = images(40, seed=5).numpy(), {1, 12, 13, 14, 15, 39}, list[int]()
 
-    def some() -> EvaluationSet:
-        def one(row: int) -> Images:
-            read.append(row)
-            if row in damaged:
-                raise UnreadableImageError(f"{row}.png", "truncated")
-            return data[row]
-
-        return replace(EvaluationSet.of("some", len(data), np.arange(40), one), unreadable=Unreadable("some", 1000))
+    def read(row: int) -> Images:
+        rows.append(row)
+        if row in damaged:
+            raise UnreadableImageError(f"{row}.png", "truncated")
+        return pixels[row]
 
     sets: list[EvaluationSet] = []
 
-    def work(checkpoint: Checkpoint) -> Predictions:
-        sets.append(some())
-        return predictions(TorchRunner(make_net("residual")), sets[-1], 4, checkpoint=checkpoint, phase="torch")
+    def work(checkpoint: Checkpoint) -> list[Any]:
+        data = EvaluationSet.of("some", len(pixels), np.arange(40), read)
+        sets.append(replace(data, unreadable=Unreadable("some", 1000)))
+        runner = TorchRunner(make_net("residual"))
+        return list(predictions(runner, sets[-1], 4, checkpoint=checkpoint, phase="torch").tolist())
 
     whole = work(NOWHERE)
     assert len(whole) == 34
-    read.clear()
-    interrupted(work, tmp_path, [1, 1, 1, 1, 3])  # the fourth batch has no image that can be read
-    assert work(FileCheckpoint(tmp_path, "work")).tolist() == whole.tolist()
-    assert sorted(read) == list(range(40))
-    assert [own.unreadable.summary() for own in sets[1:]][-1] == sets[0].unreadable.summary()
+    rows.clear()
+    assert resume(work, tmp_path, [1, 1, 1, 1, 3]) == whole  # the fourth batch has no image that can be read
+    assert sorted(rows) == list(range(40))
+    assert sets[-1].unreadable.summary() == sets[0].unreadable.summary()
     assert sets[-1].kept.tolist() == sets[0].kept.tolist()
-    read.clear()
-    assert work(FileCheckpoint(tmp_path, "work")).tolist() == whole.tolist()
-    assert not read
+    rows.clear()
+    assert work(FileCheckpoint(tmp_path, "work")) == whole
+    assert not rows
 
 
 @pytest.mark.usefixtures("always")
-def test_states_of_other_work_and_altered_ones_count_as_none(tmp_path: Path) -> None:
+def test_load_ignores_states_of_other_work_and_altered_ones(tmp_path: Path) -> None:
     checkpoint = FileCheckpoint(tmp_path, "work")
     assert checkpoint.load("phase") is None
     checkpoint.save("phase", lambda: {"value": torch.ones(3)})
@@ -241,34 +227,34 @@ def test_states_of_other_work_and_altered_ones_count_as_none(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("always")
-def test_a_disk_that_takes_no_checkpoint_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_to_an_unwritable_place_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     FileCheckpoint(tmp_path / "file", "work").save("phase", dict)
     assert [r.message.partition(": ")[0] for r in caplog.records] == ["no checkpoint was kept"]
 
 
-def test_it_is_time_again_after_a_while_and_less_often_where_writing_takes_long(
+def test_save_keeps_a_state_after_a_while_and_less_often_if_writing_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
-    checkpoint, kept = FileCheckpoint(tmp_path, "work"), []
+    checkpoint, times = FileCheckpoint(tmp_path, "work"), list[float]()
 
     def state() -> State:
-        kept.append(clock[0])
+        times.append(clock[0])
         clock[0] += 5  # what writing takes
         return {}
 
     while clock[0] < 140:
         checkpoint.save("phase", state)
         clock[0] += 1
-    assert kept == [30, 85]
+    assert times == [30, 85]
 
 
 @pytest.mark.usefixtures("always")
-def test_checkpoints_are_removed_with_the_folders_that_held_nothing_else(tmp_path: Path) -> None:
+def test_perform_removes_checkpoints_and_empty_folders(tmp_path: Path) -> None:
     out = RunDirectory(tmp_path, {"name": "net", "weights_sha256": "0"})
-    out.write_config("")
+    out.begin("")
     for bits in ("w4a4", "w8a8"):
         out.checkpoint(f"quantize/{bits}", "1-1", {}).save("tuning", dict)
     out.perform("quantize/w4a4", {}, lambda: ({}, []))

@@ -5,27 +5,28 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from commands_page import PAGE, documented, refreshed
+from support import ROOT
 
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.config.toml import read_settings
 
-ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 
 
-def test_every_command_is_documented_with_its_help_text() -> None:
+def test_commands_page_has_the_help_text_of_every_command() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert documented(text) == ["clusterq", *(f"clusterq {name}" for name in main.commands)]
     assert text == refreshed(text), "docs/commands.md is out of date: python tests/commands_page.py --write"
 
 
-def test_the_page_is_found_from_the_readme() -> None:
+def test_readme_links_the_commands_page() -> None:
     assert "(docs/commands.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_options_that_the_page_names_exist() -> None:
+def test_commands_page_names_options_that_exist() -> None:
     text = re.sub(r"<!-- help: .*?<!-- end -->", "", PAGE.read_text(encoding="utf-8"), flags=re.S)
     for command, rest in re.findall(r"clusterq (\w+)([^`\n]*)", text):
         if command in main.commands:
@@ -34,9 +35,7 @@ def test_options_that_the_page_names_exist() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_as_documented(shell: str) -> None:
-    from click.testing import CliRunner
-
+def test_completion_works_as_documented(shell: str) -> None:
     assert f"_CLUSTERQ_COMPLETE={shell}_source clusterq" in PAGE.read_text(encoding="utf-8")
     script = CliRunner().invoke(main, [], prog_name="clusterq", env={"_CLUSTERQ_COMPLETE": f"{shell}_source"})
     assert script.exit_code == 0
@@ -44,8 +43,8 @@ def test_completion_is_as_documented(shell: str) -> None:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
-    """What can be said of a Dockerfile without building it."""
+def test_dockerfiles_are_pinned_unprivileged_and_watched(path: Path) -> None:
+    """All that can be tested of a Dockerfile without building it."""
     lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     by_name = dict(steps)
@@ -64,7 +63,8 @@ def test_images_are_pinned_unprivileged_and_watched(path: Path) -> None:
     assert ("RUN", "--mount=type=bind,target=/src pip install /src") in [tuple(step) for step in steps]
 
 
-def test_an_image_is_built_of_what_the_wheel_is_built_of() -> None:
+def test_dockerfiles_are_two_and_build_from_the_files_of_the_wheel() -> None:
+    assert [path.name for path in DOCKERFILES] == ["Dockerfile.cpu", "Dockerfile.tensorrt"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -73,12 +73,8 @@ def test_an_image_is_built_of_what_the_wheel_is_built_of() -> None:
     assert sent == {*packages, "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
 
 
-def test_there_is_an_image_with_tensorrt_and_one_without() -> None:
-    assert [path.name for path in DOCKERFILES] == ["Dockerfile.cpu", "Dockerfile.tensorrt"]
-
-
-def test_the_settings_in_the_docs_are_read(tmp_path: Path) -> None:
-    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/commands.md").read_text(), re.DOTALL)
+def test_commands_page_has_settings_that_are_read(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
         (tmp_path / "some.toml").write_text(block)

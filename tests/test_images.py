@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from support import small_config
 from test_data import contents, failure, paint
-from test_pipeline import config
 
 from calib.support.progress import SILENT
 from cli.main import main
@@ -254,7 +254,7 @@ def test_run_reports_what_it_could_not_read(tmp_path: Path) -> None:
     for value in range(20):
         paint(tmp_path / "data" / str(value % 10) / f"{value:02}.png", 10 * value, (8, 8))
     spoil(tmp_path / "data" / "7" / "17.png")
-    report = Pipeline(config(data=str(tmp_path / "data"), bits=["w8a8"]), tmp_path / "out").run()
+    report = Pipeline(small_config(data=str(tmp_path / "data"), bits=["w8a8"]), tmp_path / "out").run()
     assert (report.evaluation.images, report.evaluation.unreadable) == (19, 1)
     (note,) = report.evaluation.unreadable_files
     assert note.file == "7/17.png"

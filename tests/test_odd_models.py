@@ -1,15 +1,13 @@
-"""Models and images that no benchmark has: one class, dead channels, a class that never wins, one grey value."""
+"""Models and images that no benchmark has: one class, dead channels, a class that never wins, images of one value."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
 import torch
-from click.testing import CliRunner
 from nets import images
+from support import output_of, seeded, write_settings
 
-from cli.main import main
 from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.results.report import read_report
 
@@ -48,7 +46,7 @@ def a_class_that_never_wins():
 def grey():
     return net(5, channels=1)
 """
-SMALL = {
+SETTINGS = {
     "bits": ["w8a8", "w3a3"],
     "synthesis": {
         "images": 32,
@@ -62,25 +60,23 @@ SMALL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one_class", "dead_channels", "a_class_that_never_wins", "grey"])
-def test_a_run_of_an_odd_model_ends_in_a_report(tmp_path: Path, name: str) -> None:
-    models, settings, data = tmp_path / "models.py", tmp_path / "small.toml", tmp_path / "data.npz"
+def test_run_of_an_odd_model_writes_a_report(tmp_path: Path, name: str) -> None:
+    models, data, out = tmp_path / "models.py", tmp_path / "data.npz", tmp_path / "out"
     models.write_text(MODELS)
-    settings.write_text(tomli_w.dumps(SMALL))
+    settings = write_settings(tmp_path / "small.toml", **SETTINGS)
     rng, channels, classes = np.random.default_rng(0), 1 if name == "grey" else 3, 1 if name == "one_class" else 5
     pictures = rng.integers(0, 255, (12, 16, 16, channels), np.uint8)
     pictures[0] = 7  # all of one value
     np.savez(data, images=pictures, labels=rng.integers(0, classes, 12))
-    command = ["run", f"{models}:{name}", "--config", settings, "--data", data, "--out", tmp_path / "out"]
-    result = CliRunner().invoke(main, [str(part) for part in command])
-    assert result.exit_code == 0, result.output
-    report = read_report(tmp_path / "out" / "report.json")
+    output_of("run", f"{models}:{name}", "--config", settings, "--data", data, "--out", out)
+    report = read_report(out / "report.json")
     assert [variant.name for variant in report.variants] == ["fp32", "w8a8", "w3a3"]
     scored = [entry for variant in report.variants for entry in variant.accuracy if entry.graph]
     assert len(scored) == 1 + 2 + 3  # each graph was verified, written and executed
     assert all(entry.top1 is not None for entry in scored)
 
 
-def test_a_bias_that_dwarfs_its_channels_weights_fits_the_accumulator() -> None:
+def test_calibrate_fits_a_bias_much_larger_than_the_weights_to_the_accumulator() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(4, 3)
     with torch.no_grad():
@@ -91,7 +87,7 @@ def test_a_bias_that_dwarfs_its_channels_weights_fits_the_accumulator() -> None:
         torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear
     )
     student = make_student(net.eval(), BitWidths.parse("w8a8"))
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    calibrate(student, images(), batch_size=16, rng=seeded())
     step = student.accumulator_steps()["4"]
     assert bool((student.layers()["4"].bias.detach().abs() / step <= 2**29 * (1 + 1e-6)).all())
     with torch.no_grad():

@@ -1,19 +1,19 @@
-"""The resolved configuration of a run, and its file."""
+"""The configuration of a run, what `--recipe` and `--effort` stand for, and `run.toml`."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from calib.support.config import StageConfig
 from calib.synthesis import SynthesisConfig
-from clusterq_deploy.config.presets import Effort, Settings, merged, preset, without
-from clusterq_deploy.config.toml import PLACES, with_paths
+from clusterq_deploy.config.toml import PLACES, Settings, merged, with_paths
 from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.evaluation.latency import BenchmarkConfig
 from clusterq_deploy.files import is_utf8
@@ -23,48 +23,66 @@ from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig
 
 _Part = TypeVar("_Part", bound=StageConfig)
 
-_PRESET = ("synthesis", "finetune")
-"""The tables in which recipe and effort fill in settings."""
+Effort = Literal["fast", "standard", "thorough"]
 
-_WRITTEN = {"bits", "first_last", "keep", "fp16", "seed", "device", "effort", *_PRESET, "build", "benchmark"}
-"""What stands in every `run.toml`, and hardly all in a file that somebody wrote."""
+_EFFORTS: Mapping[str, Settings] = {
+    # equalization, scales, reconstruction and bias correction on few images: nothing is learned by gradients
+    "fast": {
+        "synthesis": {"images": 256, "generator": {"steps": 60, "warmup_steps": 15}, "refine": {"steps": 40}},
+        "finetune": {"steps": 0},
+    },
+    "standard": {},
+    # for a GPU: a generator trained to the end, more images, refined longer, and ten times the fine-tuning
+    "thorough": {
+        "synthesis": {"images": 5120, "generator": {"steps": 3000, "warmup_steps": 500}, "refine": {"steps": 500}},
+        "finetune": {"steps": 12_000},
+    },
+}
+
+# (11) with gamma = 1 and no temperature, as it is written, on the images as they are: its labels fit no mixed ones.
+# What synthesis does otherwise is in calib.synthesis.
+_PAPER: Settings = {
+    "finetune": {
+        "ce_weight": 1.0,
+        "kl_weight": 1.0,
+        "temperature": 1.0,
+        "feature_weight": 0.0,
+        "augment": {"zoom": 0.0, "rotation": 0.0, "translation": 0.0, "jitter": 0.0, "cutmix": 0.0},
+    }
+}
 
 _STANDARD_COST = 2e8
 _LEAST_SHARE = 0.25
-_LEAST_GENERATOR_SHARE = {"standard": 0.75}
-"""By effort, where it is another one: the standard generator has no more steps than a small model needs already."""
+_LEAST_GENERATOR_SHARE = {"standard": 0.75}  # its steps are no more than a small model needs already
+
 OPTIONS = "the options"
-"""Where settings come from that stand in no file, for messages."""
+"""The origin of settings that are in no file, for messages."""
 
-_REASONS = {
-    "tuple_type": "expected a list, such as [1, 2]",
-    "dict_type": "expected a table",
-    "model_type": "expected a table",
-    "model_attributes_type": "expected a table",
+_REASONS = dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "expected a table") | {
+    "tuple_type": "expected a list, such as [1, 2]"
 }
-"""What pydantic says of types that TOML does not call so."""
+"""Reasons for types that pydantic and TOML call by different names."""
 
-_SHOWN = 300
-"""Characters of a wrong value that a message quotes."""
+_SHOWN = 300  # characters of a wrong value that a message quotes
 
 
 class RunConfig(StageConfig):
-    """What `clusterq run` does, whole: the model, the data, and each stage's own settings.
+    """All that `clusterq run` does: the model, the data, and each stage's own settings.
 
     Attributes:
         model: `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`.
         weights: None for the model's own, `none` for random ones, else a file.
-        input_size, mean, std: how an input is made, where the model does not say.
+        input_size, mean, std: how an input is made, if the model does not say.
         bits: the variants, such as w8a8.
-        first_last: whether the first and last layers take the variant's widths too, not 8 bits.
-        keep: widths of single layers, by name: of their weights, and of what they read.
-        max_drop: raise the most sensitive layers to 8 bits until the drop in top-1 that is expected before
-            fine-tuning, in points, is at most this; None raises none.
+        first_last: whether the first and last layers have the variant's bits too, not 8.
+        keep: bits of single layers, by name: of their weights, and of the activations that they read.
+        max_drop: raise the most sensitive layers to 8 bits until the expected drop in top-1 before fine-tuning, in
+            points, is at most this; None raises none.
         cpu: the CPUs that ONNX Runtime's graph is made for: `any`, or `vnni` for those that add products of integers
-            in 32 bits, which lets its weights have their full range.
-        fp16: whether what is not quantized is FP16 in the graph for TensorRT, which takes the types that stand there.
+            in 32 bits, so that its weights can have their full range.
+        fp16: whether what is not quantized is FP16 in the graph for TensorRT, which computes in the types of its graph.
         data: evaluation data; None evaluates on the model's own or on held-out synthetic images.
-        limit: at most so many evaluation images.
+        limit: the most images to evaluate on.
         seed: source of all randomness.
         device: where to compute.
         effort: how much work goes into synthesis and fine-tuning; fills in their settings that were not given.
@@ -91,17 +109,21 @@ class RunConfig(StageConfig):
     build: BuildConfig = BuildConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in_recipe_and_effort(cls, values: Any) -> Any:
-        """Settings that were not given take the values of the recipe and of the effort."""
+    def _apply_presets(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in what the recipe and the effort stand for, below the settings that were given."""
         if not isinstance(values, dict):
-            return values
-        synthesis = values.get("synthesis", {})
-        if not isinstance(synthesis, dict) or not isinstance(values.get("finetune", {}), dict):
-            return values
-        filling = preset(str(synthesis.get("recipe", "default")), str(values.get("effort", "standard")))
-        return merged(filling, values)
+            return handler(values)
+        synthesis, effort = values.get("synthesis"), str(values.get("effort", "standard"))
+        preset = _EFFORTS.get(effort, {})
+        if isinstance(synthesis, dict) and synthesis.get("recipe") == "paper":
+            if effort != "standard":
+                raise ValueError(f"the recipe paper has the published schedule: it takes no effort, got {effort!r}")
+            preset = _PAPER
+        config = handler(merged(preset, values))
+        _mark_given(config, values)
+        return config
 
     @field_validator("bits")
     @classmethod
@@ -123,142 +145,126 @@ class RunConfig(StageConfig):
         return [BitWidths.parse(text) for text in self.bits]
 
     def scaled_to(self, cost: float) -> "RunConfig":
-        """These settings for a model whose forward pass costs so much (`calib.support.flops.pass_cost`) on a CPU.
+        """Return the settings for a model on a CPU whose forward pass costs this (`calib.support.flops.pass_cost`).
 
         The standard work is meant for models of up to 200 million multiply-adds. Larger ones get proportionally
-        fewer images and steps, but no less than a quarter, and the standard generator no less than three quarters. What
-        was given otherwise than the defaults stays, and so does the recipe `paper`: its schedule is the published one.
+        fewer images and steps, but at least a quarter, and of the standard generator's steps three quarters. Settings
+        that differ from the defaults stay, and so does the recipe `paper`: its schedule is the published one.
         """
         if self.synthesis.recipe == "paper":
             return self
-        share = min(1.0, _STANDARD_COST / cost)
-        usual = _usual(self.synthesis.recipe, self.effort)
-
-        def scaled(part: _Part, standard: _Part, *names: str, least: float = _LEAST_SHARE) -> _Part:
-            own = {n: getattr(part, n) for n in names if getattr(part, n) == getattr(standard, n)}
-            return part.model_copy(update={name: math.ceil(max(share, least) * value) for name, value in own.items()})
-
-        synthesis, known = self.synthesis, usual.synthesis
-        least = _LEAST_GENERATOR_SHARE.get(self.effort, _LEAST_SHARE)
-        generator = scaled(synthesis.generator, known.generator, "steps", "warmup_steps", least=least)
-        synthesis = scaled(synthesis, known, "images").model_copy(update={"generator": generator})
-        finetune = scaled(self.finetune, usual.finetune, "steps")
+        standard = _standard(self)
+        share = max(_LEAST_SHARE, min(1.0, _STANDARD_COST / cost))
+        generator_share = max(share, _LEAST_GENERATOR_SHARE.get(self.effort, 0))
+        parts = (self.synthesis.generator, standard.synthesis.generator)
+        generator = _scaled(*parts, generator_share, "steps", "warmup_steps")
+        synthesis = _scaled(self.synthesis, standard.synthesis, share, "images").model_copy(
+            update={"generator": generator}
+        )
+        finetune = _scaled(self.finetune, standard.finetune, share, "steps")
         return self.model_copy(update={"synthesis": synthesis, "finetune": finetune})
 
     def to_toml(self) -> str:
-        """The text of `run.toml`; what is None is left out, and paths are absolute: it holds from any folder.
+        """Return the text of `run.toml`: the settings that were given, with absolute paths: it holds from any folder.
 
         Raises:
             ConfigError: a path is not UTF-8, as TOML is.
         """
-        settings = self.model_dump(mode="json", exclude_none=True)
+        settings = self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         return tomli_w.dumps(with_paths(settings, _absolute))
 
 
+def _mark_given(config: StageConfig, values: Mapping[str, Any]) -> None:
+    """Let the fields that count as set be those of `values`, without those that presets filled in."""
+    config.model_fields_set.intersection_update(values)
+    for name in config.model_fields_set:
+        if isinstance(part := getattr(config, name), StageConfig) and isinstance(values[name], Mapping):
+            _mark_given(part, values[name])
+
+
+def _standard(config: RunConfig) -> RunConfig:
+    """Return what the recipe and the effort of a configuration stand for, with nothing else given."""
+    synthesis = {"recipe": config.synthesis.recipe}
+    return RunConfig.model_validate({"model": "", "effort": config.effort, "synthesis": synthesis})
+
+
+def _scaled(part: _Part, standard: _Part, share: float, *names: str) -> _Part:
+    """Return settings in which those of these names that have their standard value are this share of it."""
+    values = {name: getattr(part, name) for name in names if getattr(part, name) == getattr(standard, name)}
+    return part.model_copy(update={name: math.ceil(share * value) for name, value in values.items()})
+
+
 def _absolute(name: str, path: Path) -> Path:
-    """The absolute path, if a file of UTF-8 can hold it."""
+    """Return the absolute path, if a file of UTF-8 can hold it."""
     path = path.absolute()
     if not is_utf8(path):
         raise ConfigError(f"{name}: the path {str(path)!r} is not UTF-8, so that run.toml cannot hold it; rename it")
     return path
 
 
-def _usual(recipe: str, effort: str) -> RunConfig:
-    """What a recipe and an effort stand for, with nothing else given."""
-    return RunConfig.model_validate({"model": "", "effort": effort, "synthesis": {"recipe": recipe}})
-
-
-def without_presets(settings: Settings) -> Settings:
-    """A file's settings without those that its recipe and effort made, so that others can be chosen instead.
-
-    These stand in a `run.toml`, which has every setting; what stands in a file that somebody wrote was chosen.
-
-    Args:
-        settings: nested, as in a file.
-    """
-    recipe = settings.get("synthesis", {}).get("recipe", "default")
-    known = _usual(recipe, settings.get("effort", "standard")).model_dump(mode="json")
-    if not settings.keys() >= _WRITTEN:
-        return settings
-    parts: Settings = {name: without(settings[name], known[name]) for name in _PRESET}
-    return {**settings, **parts, "synthesis": {**parts["synthesis"], "recipe": recipe}}
-
-
 def make_config(values: dict[str, Any], *, origin: str = OPTIONS) -> RunConfig:
-    """Check a nested dictionary of settings.
+    """Check a nested dictionary of settings, with names as in `RunConfig`, and return the configuration.
 
     Args:
-        values: names as in `RunConfig`.
+        values: the settings.
         origin: where they come from, for messages.
 
     Raises:
         ConfigError: a name is unknown (with near matches), or a value is wrong.
     """
     try:
-        for where, number in _integers(values):
-            if not -(2**63) <= number < 2**63:
-                bits = number.bit_length()
+        for place, number in _integers(values):
+            if (bits := number.bit_length()) > 63:
                 raise ConfigError(
-                    f"{where} in {origin}: got an integer of {bits} bits, expected at most 63, as TOML has them"
+                    f"{place} in {origin}: got an integer of {bits} bits, expected at most 63, as in TOML"
                 )
         return RunConfig.model_validate(values)
     except RecursionError as error:
         raise ConfigError(f"the tables in {origin} are nested too deeply") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
-        if first["type"] == "extra_forbidden":
-            near = _near(path)
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise ConfigError(f"unknown setting {'.'.join(path)!r} in {origin}{hint}") from error
-        reason = _REASONS.get(first["type"]) or str(first["msg"]).removeprefix("Value error, ")
-        if not path:  # of settings that do not go together
-            raise ConfigError(f"{origin}: {reason}") from error
-        got = shorten(repr(first["input"]), _SHOWN, placeholder=" ...")
-        setting = (_option(path) if origin == OPTIONS else None) or f"{'.'.join(path)} in {origin}"
-        raise ConfigError(f"{setting}: {reason}, got {got}") from error
+        raise ConfigError(_explain(error.errors()[0], origin)) from error
 
 
-def _option(path: list[str]) -> str | None:
-    """The option of the command line that a setting is."""
-    return next((f"--{name.replace('_', '-')}" for name, own in PLACES.items() if list(own) == path[: len(own)]), None)
-
-
-def _integers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """Every integer in nested dictionaries and lists, with the way to it."""
+def _integers(value: Any, place: str = "") -> Iterator[tuple[str, int]]:
+    """Yield every integer in nested dictionaries and lists, with its place."""
     if isinstance(value, int):
-        yield path, value
+        yield place, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, own in items:
-        yield from _integers(own, f"{path}.{key}" if path else str(key))
+    for key, inner in items:
+        yield from _integers(inner, f"{place}.{key}" if place else str(key))
 
 
-def _names(path: Iterable[str]) -> list[str]:
-    """The settings that a table of the file may hold."""
-    kind: Any = RunConfig
-    for part in path:
-        kind = kind.model_fields[part].annotation
-    return list(kind.model_fields)
+def _explain(error: ErrorDetails, origin: str) -> str:
+    """Return what is wrong with a setting, in one line."""
+    path = tuple(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = _near(path[:-1], path[-1].replace("-", "_"))
+        return f"unknown setting {'.'.join(path)!r} in {origin}" + (f"; did you mean {near!r}?" if near else "")
+    reason = _REASONS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    if not path:  # settings that do not go together
+        return f"{origin}: {reason}"
+    options = [name.replace("_", "-") for name, place in PLACES.items() if place == path[: len(place)]]
+    setting = f"--{options[0]}" if options and origin == OPTIONS else f"{'.'.join(path)} in {origin}"
+    return f"{setting}: {reason}, got {shorten(repr(error['input']), _SHOWN, placeholder=' ...')}"
 
 
-def _near(path: list[str]) -> str | None:
-    """A setting that was perhaps meant: an option's, by its name, else one of the same table, else of another."""
-    *table, name = path
-    name = name.replace("-", "_")
-    if name in PLACES:
-        return ".".join(PLACES[name])
-    options = {} if table else PLACES
-    if matches := get_close_matches(name, [*_names(table), *options], n=1):
-        return ".".join(options.get(matches[0], matches))
-    return next(iter(_places(name)), None)
+def _near(table: tuple[str, ...], name: str) -> str | None:
+    """Return the setting that was perhaps meant: an option's, by its name, else of the same table, else of another."""
+    options = {option: ".".join(place) for option, place in PLACES.items()}
+    places = list(_places(RunConfig))
+    siblings = {place[-1]: place[-1] for place in places if place[:-1] == table}
+    others = {place[-1]: ".".join(place) for place in places}
+    if name in options:
+        return options[name]
+    for names in (siblings if table else siblings | options, others):
+        if matches := get_close_matches(name, names, n=1):
+            return names[matches[0]]
+    return None
 
 
-def _places(name: str, table: type[StageConfig] = RunConfig) -> list[str]:
-    """Where a setting of such a name is, or of a near one, in the tables of the file: the options are not nested."""
-    found, deeper = [], []
-    for key, field in table.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, StageConfig):
-            found += [f"{key}.{near}" for near in get_close_matches(name, list(kind.model_fields))]
-            deeper += [f"{key}.{place}" for place in _places(name, kind)]
-    return found + deeper
+def _places(config: type[StageConfig], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the place of every setting, and of every table."""
+    for name, field in config.model_fields.items():
+        yield (*path, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StageConfig):
+            yield from _places(field.annotation, (*path, name))

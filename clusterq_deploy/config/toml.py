@@ -1,36 +1,33 @@
-"""Settings as a file has them, before they are a configuration."""
+"""Settings as nested tables, as a file has them, before they are a configuration."""
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from clusterq_deploy.config.presets import Settings
 from clusterq_deploy.errors import ConfigError
 from clusterq_deploy.run.manifest import CONFIG, MANIFEST
 
-_TOP = "model weights input_size mean std bits first_last keep max_drop cpu fp16 data limit seed device effort"
+Settings = dict[str, Any]
 
-PLACES: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in _TOP.split()},
-    "recipe": ("synthesis", "recipe"),
-    "images": ("synthesis", "images"),
-    "batch": ("build", "batch"),
-    "workspace": ("build", "workspace_bytes"),
-    "optimization_level": ("build", "optimization_level"),
-    "timing_cache": ("build", "timing_cache"),
-    "version_compatible": ("build", "version_compatible"),
-    "hardware_compatible": ("build", "hardware_compatible"),
-    "batches": ("benchmark", "batches"),
-    "threads": ("benchmark", "threads"),
+_OPTIONS = {
+    "": "model weights input_size mean std bits first_last keep max_drop cpu fp16 data limit seed device effort",
+    "synthesis": "recipe images",
+    "build": "batch optimization_level timing_cache version_compatible hardware_compatible",
+    "benchmark": "batches threads",
 }
-"""Where in a `RunConfig` each option of the command line stands, by its name with underscores."""
+PLACES: dict[str, tuple[str, ...]] = {
+    "workspace": ("build", "workspace_bytes"),
+    **{name: (table, name) if table else (name,) for table, names in _OPTIONS.items() for name in names.split()},
+}
+"""The place of each option's setting in a `RunConfig`, by the option's name with underscores."""
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings of a TOML file for `make_config`, unchecked but for names and paths.
+    """Return the settings of a TOML file for `make_config`. Only names and paths are checked.
 
-    A setting may have its option's name, with dashes or underscores, at the top or in its table. Paths are those of the
-    file's folder and stay in it; the `run.toml` of a run has absolute ones, which lead where the run's options led.
+    A setting may have its option's name, with dashes or underscores, at the top or in its table. Paths start at the
+    file's folder and stay in it. Only the `run.toml` of a run may have absolute paths, which it was written with.
 
     Raises:
         ConfigError: it cannot be read, is no TOML, has one setting under two names, or has a path that leads out of its
@@ -46,50 +43,63 @@ def read_settings(path: Path) -> Settings:
 
     of_run = path.name == CONFIG and (path.parent / MANIFEST).is_file()
 
-    def within(name: str, own: Path) -> Path:
-        if own.is_absolute() and of_run:
-            return own
-        found = path.parent / own
+    def inside(name: str, value: Path) -> Path:
+        if of_run and value.is_absolute():
+            return value
+        target = path.parent / value
         try:
-            leaves = not found.resolve().is_relative_to(path.parent.resolve())
+            leaves = not target.resolve().is_relative_to(path.parent.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
-            raise ConfigError(f"{name} in {path}: {str(own)!r} is no path: {error}") from error
+            raise ConfigError(f"{name} in {path}: {str(value)!r} is no path: {error}") from error
         if leaves:
             raise ConfigError(
-                f"{name} in {path}: {str(own)!r} leads out of the file's folder; give it on the command line"
+                f"{name} in {path}: {str(value)!r} leads out of the file's folder; give it on the command line"
             )
-        return found
+        return target
 
-    return with_paths(_placed(settings, path), within)
+    return with_paths(_with_options_placed(settings, path), inside)
 
 
-def _placed(settings: Settings, path: Path) -> Settings:
-    """Settings of a file in which those that have the names of options stand where a configuration has them."""
-    placed = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    for option, place in PLACES.items():
-        for holder, name in _spellings(placed, option, place):
-            *tables, key = place
-            target = placed.setdefault(tables[0], {}) if tables else placed
-            if not isinstance(target, dict):
-                continue  # no table, which is said when the settings are checked
-            if key in target:
-                raise ConfigError(f"{name} and {'.'.join(place)} in {path} are one setting; leave one")
-            target[key] = holder.pop(name)
+def _with_options_placed(settings: Settings, path: Path) -> Settings:
+    """Return a file's settings with those that have an option's name moved to the place of that setting."""
+    tables = {name: settings[name] for name in _OPTIONS if name in settings}
+    if not all(isinstance(table, dict) for table in tables.values()):
+        return settings  # the check of the types reports it
+    items: dict[tuple[str, ...], Any] = {(key,): value for key, value in settings.items() if key not in tables}
+    items |= {(name, key): value for name, table in tables.items() for key, value in table.items()}
+    placed: Settings = {}
+    names: dict[tuple[str, ...], str] = {}
+    for written, value in items.items():
+        place = PLACES.get(written[-1].replace("-", "_"), written)
+        if written[:-1] not in ((), place[:-1]):
+            place = written  # an option's name in the table of another stage
+        name = ".".join(written)
+        if names.setdefault(place, name) != name:
+            raise ConfigError(f"{names[place]} and {name} in {path} are one setting; leave one")
+        put(placed, place, value)
     return placed
 
 
-def _spellings(settings: Settings, option: str, place: tuple[str, ...]) -> Iterator[tuple[Settings, str]]:
-    """The tables that hold a setting under another name than its own or at another place, with the name there."""
-    inner = settings.get(place[0]) if len(place) > 1 else None
-    for holder in (settings, inner):
-        for name in (option, option.replace("_", "-")):
-            own = name == place[-1] and (holder is inner or len(place) == 1)
-            if isinstance(holder, dict) and name in holder and not own:
-                yield holder, name
+def put(settings: Settings, place: tuple[str, ...], value: Any) -> None:
+    """Set one of nested settings."""
+    *tables, name = place
+    for table in tables:
+        settings = settings.setdefault(table, {})
+    settings[name] = value
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
+    """Return two nested tables as one, with the values of `above` where both have one."""
+    result = dict(below)
+    for key, value in above.items():
+        other = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(other, Mapping)
+        result[key] = merged(other or {}, value) if both else value
+    return result
 
 
 def with_paths(settings: Settings, change: Callable[[str, Path], Path]) -> Settings:
-    """Nested settings in which each path, with its name, was changed; what is of another type stays as it is."""
+    """Return nested settings in which `change` of its name and value replaced each path."""
     changed = dict(settings)
     if isinstance(model := settings.get("model"), str):
         file, colon, factory = model.rpartition(":")

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
 import torch
-from click.testing import CliRunner, Result
-from test_pipeline import SMALL
+from support import ROOT, call, write_settings
+from support import error_line as fails
 
 import clusterq_deploy
-from cli.main import main
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "run",
     "synthesize",
@@ -37,25 +34,9 @@ COMMANDS = (
 )
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
-def fails(*args: object) -> str:
-    """The one line that a command fails with."""
-    result = call(*args)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    return lines[0]
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> Path:
-    path = tmp_path / "small.toml"
-    path.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
-    return path
+    return write_settings(tmp_path / "small.toml", limit=60)
 
 
 def test_every_command_has_help() -> None:
@@ -163,10 +144,9 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_fails_leaves_the_run_as_it_was(settings: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert call("synthesize", "digits", "--config", settings, "--out", out).exit_code == 0
-    assert "run clusterq quantize --bits w8a8 first" in fails("export", out)  # the float baseline is there now
+def test_what_fails_leaves_the_run_as_it_was(run_copy: Path, tmp_path: Path) -> None:
+    out = run_copy
+    assert "run clusterq quantize --bits w2a2 first" in fails("export", out, "--bits", "w2a2")
     before = (out / "run.toml").read_text()
     assert "does not exist" in fails("evaluate", out, "--data", tmp_path / "nowhere")
     assert "run clusterq export" in fails("evaluate", out, "--bits", "w3a3")
@@ -199,10 +179,8 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_another_models_run_is_refused(settings: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert call("synthesize", "digits", "--config", settings, "--out", out).exit_code == 0
-    assert "holds a run of digits" in fails("run", "resnet18", "--weights", "none", "--out", out)
+def test_another_models_run_is_refused(finished_run: Path) -> None:
+    assert "holds a run of digits" in fails("run", "resnet18", "--weights", "none", "--out", finished_run)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' names of files are Unicode")

@@ -9,7 +9,7 @@ from calib.synthesis import Synthesis, SynthesisConfig, synthesize
 
 
 def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Conv without bias, and BatchNorm."""
+    """Return a convolution without bias, and its BatchNorm."""
     conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(cout))
 
@@ -80,7 +80,7 @@ NETS: dict[str, type[nn.Module]] = {"residual": Residual, "mobile": Mobile, "bra
 
 
 def make_net(name: str) -> nn.Module:
-    """A net with seeded weights and BatchNorm statistics of what passes through it, in eval mode."""
+    """Return a net with seeded weights and BatchNorm statistics of what passes through it, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = NETS[name]()
@@ -96,12 +96,12 @@ def make_net(name: str) -> nn.Module:
 
 
 def images(count: int = 32, seed: int = 1) -> Tensor:
-    """Standard normal images (count, 3, 16, 16)."""
+    """Return standard normal images (count, 3, 16, 16) float32."""
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE) -> Synthesis:
-    """Images of 16 x 16 pixels for the net with residuals, with one seed."""
+    """Synthesize images of 16 x 16 pixels for the net with residuals, always with the same seed."""
     return synthesize(
         make_net("residual"),
         classes=10,

@@ -289,7 +289,7 @@ from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
 torch.set_num_threads(1)
 model = load_model("digits", device=torch.device("cpu"))
-graph = float_graphs(model.module, model.input.size, seed=0, name="fp32").single
+graph = float_graphs(model.module, model.input.size, seed=0, name="fp32").fp32
 images = np.random.default_rng(0).standard_normal((12000, *model.input.size), dtype=np.float32)
 data = EvaluationSet.from_images("noise", images)
 runners = {"torch": TorchRunner(model.module), "ort": OnnxRunner(graph.SerializeToString(), threads=1)}
@@ -298,10 +298,10 @@ taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.
 resource.setrlimit(resource.RLIMIT_AS, ((taken + 400 * 1024) * 1024, resource.RLIM_INFINITY))
 for name, runner in runners.items():
     print(name, (predictions(runner, data, 12000) == whole[name]).mean())
-config, unfit = BenchmarkConfig(batches=(1, 8192), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1), []
-found = benchmark(runners, model.input.size, config, unfit=unfit)
+config = BenchmarkConfig(batches=(1, 8192), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1)
+timings = benchmark(runners, model.input.size, config)
 print([[record.batch for record in records] for records in found.values()])
-print(unfit)
+print(timings.skipped)
 """
 
 

@@ -49,7 +49,7 @@ def test_student_graphs_count_their_graphs_and_checks(bits: str, fp16: bool) -> 
 def test_float_graphs_without_fp16_end_at_their_total() -> None:
     counter, net = Counter(), make_net("residual")
     net.fc.weight *= 1e6
-    assert float_graphs(net, SIZE, seed=0, name="fp32", progress=counter).half is None
+    assert float_graphs(net, SIZE, seed=0, name="fp32", progress=counter).fp16 is None
     assert counter.ended == [("Export fp32", 4, 4)]
 
 

@@ -24,7 +24,7 @@ from clusterq_deploy.errors import ConfigError, DataError, ModelError, ReportErr
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
-from clusterq_deploy.report.compare import compare, read_reports, to_csv, to_markdown_tables
+from clusterq_deploy.report.compare import compare, read_reports
 from clusterq_deploy.run.directory import RunDirectory
 
 quick = settings(
@@ -316,8 +316,8 @@ def make_tables(report: Report) -> None:
     """Make everything but the page of a report that was read."""
     to_markdown(report)
     compared = compare({"one": report})
-    to_csv(compared)
-    to_markdown_tables(compared)
+    compared.to_csv()
+    compared.to_markdown()
 
 
 @quick

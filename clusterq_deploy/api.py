@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from calib import synthesis
 from calib.calibration_set import CalibrationSet
-from calib.leaves import with_leaves
 from calib.refine import survives_flip
 from calib.support.progress import SILENT, Progress
 from calib.synthesis import SynthesisConfig
@@ -140,8 +139,9 @@ def quantize(
     def tuned(divisor: int) -> Student:
         rng, batch_size = torch.Generator(device).manual_seed(seed), max(1, settings.batch_size // divisor)
         student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
-        shown = with_leaves(calibration.images, settings.procedural, rng)
-        started = post_training_quantize(student, shown, batch_size=batch_size, rng=rng, progress=progress)
+        started = post_training_quantize(
+            student, calibration.images, batch_size=batch_size, rng=rng, progress=progress
+        )
         flip = survives_flip(model, calibration.images.to(device), calibration.labels.to(device), batch_size)
         scaled = settings.model_copy(update={"batch_size": batch_size})
         finetune(student, started.reference, calibration, config=scaled, flip=flip, rng=rng, progress=progress)

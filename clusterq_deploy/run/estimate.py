@@ -121,12 +121,10 @@ def _memory(run: Run, shapes: nn.Module, variants: Sequence[BitWidths]) -> int:
     largest = max(synthesis.generator.batch_size, synthesis.refine.batch_size, tuning.batch_size)
     saved, widest = _pass_memory(shapes, size)
     held = largest * saved * _GRADIENTS
-    shown = round(synthesis.images / (1 - tuning.procedural))  # with those of no class
     if any(bits.weights < 8 for bits in variants):
-        held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * min(shown, images_read(widest)) * widest)
+        held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * min(synthesis.images, images_read(widest)) * widest)
     process = psutil.Process().memory_info().rss if run.device.type == "cpu" else 0
-    images = synthesis.images + 2 * shown if tuning.procedural else _COPIES_OF_IMAGES * synthesis.images
-    return int(process + held + 4 * images * math.prod(size))
+    return int(process + held + 4 * _COPIES_OF_IMAGES * synthesis.images * math.prod(size))
 
 
 def _pass_memory(shapes: nn.Module, size: tuple[int, int, int]) -> tuple[float, int]:

@@ -10,6 +10,7 @@ from calib.support.checkpoint import Checkpoint
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import (
     BitWidths,
+    FinetuneConfig,
     PrecisionPlan,
     PTQResult,
     Sensitivity,
@@ -27,7 +28,7 @@ from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import Needs, Stage
 from clusterq_deploy.stages import sensitivity
-from clusterq_deploy.stages.sensitivity import placement, shown, views
+from clusterq_deploy.stages.sensitivity import placement, views
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,9 @@ def needs(_: Run, __: str) -> Needs:
 
 def inputs(run: Run, variant: str) -> Result:
     """The widths and the settings of fine-tuning."""
-    settings = run.config.finetune.scaled_to(BitWidths.parse(variant))
     return {
         "format": FORMAT,
-        "settings": settings.model_dump(mode="json"),
+        "settings": _recorded(run.config.finetune.scaled_to(BitWidths.parse(variant))),
         "bits": variant,
         "max_drop": run.config.max_drop,
         **placement(run),
@@ -84,7 +84,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
         batch_size=max(1, settings.batch_size // divisor),
         rng=run.rng(f"histograms/{bits}"),
     )
-    provenance = run.provenance(str(bits), finetune=settings.model_dump(mode="json"), calibration=source.files[IMAGES])
+    provenance = run.provenance(str(bits), finetune=_recorded(settings), calibration=source.files[IMAGES])
     result = {
         "format": FORMAT,
         "cpu": student.target_cpu,
@@ -111,6 +111,11 @@ def describe(run: Run, variant: str) -> str:
     return f"at most {tuning.steps:,} steps of {tuning.batch_size}{raised}"
 
 
+def _recorded(settings: FinetuneConfig) -> Result:
+    """Return the settings with `procedural`, which was one once: with its default, what was done before stays done."""
+    return {**settings.model_dump(mode="json"), "procedural": 0.0}
+
+
 def _initialized(
     run: Run, bits: BitWidths, batch_size: int, rng: torch.Generator, checkpoint: Checkpoint
 ) -> tuple[PrecisionPlan | None, Student, PTQResult]:
@@ -130,7 +135,7 @@ def _initialized(
         rng.set_state(kept["rng"])
         return plan, student, started
     started = post_training_quantize(
-        student, shown(run), batch_size=batch_size, rng=rng, progress=run.progress, checkpoint=checkpoint
+        student, run.calibration.images, batch_size=batch_size, rng=rng, progress=run.progress, checkpoint=checkpoint
     )
     checkpoint.save(
         "initialized",
@@ -153,7 +158,7 @@ def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int, checkpoin
         **placement(run),
         costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
         max_drop=max_drop,
-        images=shown(run),
+        images=run.calibration.images,
         judged=views(run, rng),
         batch_size=batch_size,
         rng=rng,

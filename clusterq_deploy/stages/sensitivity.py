@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from calib.leaves import with_leaves
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import BitWidths, Sensitivity, judged_views, make_student, sensitivities
 from clusterq_deploy.run.manifest import Result
@@ -22,8 +21,8 @@ def needs(_: Run, __: str) -> Needs:
 
 def inputs(run: Run, variant: str) -> Result:
     """The widths, and what decides which images are shown how."""
-    tuning = run.config.finetune
-    return {"bits": variant, "batch_size": tuning.batch_size, "procedural": tuning.procedural, **placement(run)}
+    # `procedural` was a setting once: with its default, what was done before stays done
+    return {"bits": variant, "batch_size": run.config.finetune.batch_size, "procedural": 0.0, **placement(run)}
 
 
 def work(run: Run, variant: str) -> tuple[Result, list[str]]:
@@ -34,7 +33,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
         rng = run.rng(f"sensitivity/{variant}")
         return sensitivities(
             make_student(run.model.module, bits, **placement(run)),
-            shown(run),
+            run.calibration.images,
             judged=views(run, rng),
             batch_size=max(1, run.config.finetune.batch_size // divisor),
             rng=rng,
@@ -51,11 +50,6 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
 def describe(_: Run, variant: str) -> str:
     """Say which widths."""
     return f"every layer at {variant} alone"
-
-
-def shown(run: Run) -> torch.Tensor:
-    """Return the images that a student is initialized on, the same for all variants."""
-    return with_leaves(run.calibration.images, run.config.finetune.procedural, run.rng("leaves"))
 
 
 def views(run: Run, rng: torch.Generator) -> torch.Tensor:

@@ -3,15 +3,15 @@
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from calib.calibration_set import CalibrationSet
-from calib.leaves import leaves_beside
 from calib.support.amp import mixed_precision
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.support.config import StageConfig
@@ -32,8 +32,6 @@ _JUDGED_VIEWS = 2
 """Of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a CIFAR-10
 ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
 
-_NO_CLASS = -1
-
 _MEASURED_ON = 128  # images that say what a layer's inputs and outputs are like
 
 _FAR = 0.02
@@ -53,8 +51,6 @@ class FinetuneConfig(StageConfig):
         ce_weight, kl_weight: 1 and gamma of (11) in arXiv 2205.00179.
         temperature: of the KL term; 1 is the paper's.
         feature_weight: of `matching.feature_loss`.
-        procedural: share of `dead_leaves`, images of no class, among those that a student is initialized and tuned on.
-            None by default: whole runs did not gain by them. Selection is by synthetic images alone.
         augment: the views of the images that are tuned on.
         held_out: share of the synthetic images that is not tuned on, but selects among the last checkpoints, in views
             that are drawn once.
@@ -70,10 +66,17 @@ class FinetuneConfig(StageConfig):
     kl_weight: float = Field(1.0, ge=0)
     temperature: float = Field(2.0, gt=0)
     feature_weight: float = Field(1.0, ge=0)
-    procedural: float = Field(0.0, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
     held_out: float = Field(0.125, gt=0, le=0.5)
     checkpoints: int = Field(8, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_procedural(cls, values: Any) -> Any:
+        """Ignore a setting of earlier versions, if it has its default, as it has in their `run.toml`."""
+        if isinstance(values, dict) and values.get("procedural") == 0:
+            return {name: value for name, value in values.items() if name != "procedural"}
+        return values
 
     def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
         """Return the settings for a variant: above four bits there is less to fix, so steps are fewer and smaller.
@@ -103,7 +106,7 @@ class Tuning:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
-    """CE(Q(x), y) + gamma KL, from logits (N, classes) and labels (N,), -1 for no class.  # (11) in arXiv 2205.00179
+    """CE(Q(x), y) + gamma KL, from logits (N, classes) and labels (N,).  # (11) in arXiv 2205.00179
 
     The divergence is that of the student from the teacher, KL(teacher || student), as in distillation: it asks the
     student to give weight wherever the teacher does. It is taken at a temperature T and multiplied by T squared,
@@ -114,8 +117,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: 
     loss = config.kl_weight * t * t * kl
     if not config.ce_weight:
         return loss
-    ce = F.cross_entropy(student, labels, ignore_index=_NO_CLASS, reduction="sum")
-    return loss + config.ce_weight * ce / (labels != _NO_CLASS).sum().clamp_min(1)
+    ce = F.cross_entropy(student, labels, reduction="sum")
+    return loss + config.ce_weight * ce / len(labels)
 
 
 class HeldOut:
@@ -183,10 +186,6 @@ def finetune(
     view = Augmenter(config.augment, tune.images, flip=flip, rng=rng)
     judged = torch.cat([view(held_out.images) for _ in range(_JUDGED_VIEWS)])
     measured = tune.images[:_MEASURED_ON].to(device)
-    if len(leaves := leaves_beside(tune.images, config.procedural, rng)):
-        none = tune.labels.new_full((len(leaves),), _NO_CLASS)
-        tune = CalibrationSet(torch.cat([tune.images, leaves]), torch.cat([tune.labels, none]))
-    del leaves
     teacher = reference.graph.to(memory_format=torch.channels_last)
     student.to(memory_format=torch.channels_last)
     with teacher.in_float(), student.on_int8_grids():

@@ -138,10 +138,8 @@ def quantize(
 
     def tuned(divisor: int) -> Student:
         rng, batch_size = torch.Generator(device).manual_seed(seed), max(1, settings.batch_size // divisor)
-        student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
-        started = post_training_quantize(
-            student, calibration.images, batch_size=batch_size, rng=rng, progress=progress
-        )
+        student = make_student(model, widths, quantize_first_last=first_last, layer_bits=keep, cpu=cpu)
+        started = post_training_quantize(student, calibration.images, batch_size=batch_size, rng=rng, progress=progress)
         flip = survives_flip(model, calibration.images.to(device), calibration.labels.to(device), batch_size)
         scaled = settings.model_copy(update={"batch_size": batch_size})
         finetune(student, started.reference, calibration, config=scaled, flip=flip, rng=rng, progress=progress)

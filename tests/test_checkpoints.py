@@ -139,7 +139,7 @@ def test_initialization_goes_on_to_the_same_student(tmp_path: Path, bits: str, a
 @pytest.mark.usefixtures("always")
 def test_sensitivities_and_a_plan_go_on_to_the_same_widths_and_nothing_is_done_twice(tmp_path: Path) -> None:
     net, data = make_net("residual"), images(32, seed=3)
-    widths: dict[str, Any] = {"first_last": True, "keep": {}}
+    widths: dict[str, Any] = {"quantize_first_last": True, "layer_bits": {}}
     options: dict[str, Any] = {"judged": images(32, seed=4), "batch_size": 16}
 
     def work(checkpoint: Checkpoint) -> tuple[list[Sensitivity], PrecisionPlan]:
@@ -154,7 +154,7 @@ def test_sensitivities_and_a_plan_go_on_to_the_same_widths_and_nothing_is_done_t
 
     counting = Counting(tmp_path)
     whole = work(counting)
-    assert 0 < len(whole[1].keep) < len(whole[0]) - 1  # a count that was neither the first nor the last
+    assert 0 < len(whole[1].layer_bits) < len(whole[0]) - 1  # a count that was neither the first nor the last
     left, after = counting.count, list[int]()
     while left:
         after.append(min(left, len(after) + 1))

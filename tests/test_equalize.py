@@ -109,7 +109,7 @@ def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("last", [nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3)])
 def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Module, between: nn.Module) -> None:
     teacher = narrow(last, between)
-    student = make_student(teacher, BitWidths(4, 4), first_last=True)
+    student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
     assert pair.shifted == 8
     assert pair.error_after < 0.5 * pair.error_before
@@ -124,7 +124,7 @@ def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Module, b
 def test_a_shift_in_front_of_a_pad_is_made_where_the_map_is_large(seed: int) -> None:
     torch.manual_seed(seed)  # of the layer: by another draw a channel may gain nothing by it
     last = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, stride=2, groups=8))
-    student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), first_last=True)
+    student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), quantize_first_last=True)
     (pair,), _ = equalize(student, torch.randn(32, 3, 96, 96, generator=rng()), rng=rng())
     assert pair.shifted == 8
     assert pair.error_after < 0.7 * pair.error_before
@@ -133,7 +133,7 @@ def test_a_shift_in_front_of_a_pad_is_made_where_the_map_is_large(seed: int) -> 
 def test_a_shift_that_padding_makes_harmful_is_not_made() -> None:
     torch.manual_seed(0)
     last = nn.Conv2d(8, 8, 15, padding=7, groups=8)  # most of what it reads is padding
-    student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), first_last=True)
+    student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), quantize_first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
     assert pair.shifted == 0
     assert bool((maps["0"].shift == 0).all())
@@ -150,7 +150,7 @@ def test_a_flattened_map_is_shifted_a_channel_at_a_time(
     side: int, shifted: int, between: tuple[nn.Module, ...]
 ) -> None:
     teacher = narrow(nn.Linear(8 * side * side, 5), nn.Sequential(*between))
-    student = make_student(teacher, BitWidths(4, 4), first_last=True)
+    student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
     assert pair.shifted == shifted
     assert len(maps["0"].shift) == 8
@@ -168,7 +168,7 @@ def test_maps_are_exact_in_half_precision_where_values_are_far_from_zero() -> No
 
 
 def test_signed_tensors_are_not_shifted() -> None:
-    student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), first_last=True)
+    student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), quantize_first_last=True)
     (pair,), _ = equalize(student, images(), rng=rng())
     assert pair.shifted == 0
 
@@ -176,7 +176,7 @@ def test_signed_tensors_are_not_shifted() -> None:
 def test_reconstruction_and_bias_correction_follow_the_maps() -> None:
     teacher, data = narrow(nn.Conv2d(8, 6, 1), nn.ReLU()), images(64)
     for mend in (reconstruct, correct_bias):
-        student = make_student(teacher, BitWidths(6, 6), first_last=True)
+        student = make_student(teacher, BitWidths(6, 6), quantize_first_last=True)
         reference = FloatTwin(copy.deepcopy(student), equalize(student, data, rng=rng())[1])
         calibrate(student, data, batch_size=32, rng=rng())
         extra = {"rng": rng()} if mend is reconstruct else {}

@@ -41,7 +41,7 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
     reference = FloatTwin(copy.deepcopy(student))
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert distance() < 0.8 * before
-    assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
+    assert tuning.best_step >= 45  # not one of the early checkpoints, whose learning rate is still large
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
 
 
@@ -73,7 +73,7 @@ def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
     calibration = CalibrationSet(data, net(data).argmax(1))
     reference = FloatTwin(copy.deepcopy(student))
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
-    assert tuning.kept_step == 0
+    assert tuning.best_step == 0
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name])
 
@@ -102,7 +102,7 @@ def test_a_step_without_a_finite_loss_is_taken_back_and_tuning_goes_on(
     student, tuning = tuned_with_bad_steps(monkeypatch, {1, 15})
     assert [math.isfinite(value) for value in tuning.losses["distillation"]].count(False) == 2
     assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
-    assert tuning.kept_step > 15
+    assert tuning.best_step > 15
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
     assert [r.message for r in caplog.records if "fine-tuning w3a3" in r.message] == [
         "fine-tuning w3a3: the loss is not finite; it goes back, with half the learning rates"

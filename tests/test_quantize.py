@@ -209,7 +209,7 @@ def test_what_the_first_layer_writes_has_its_bits(activation: nn.Module) -> None
     body = [nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 4)]
     net = nn.Sequential(nn.Conv2d(3, 8, 3), activation, *body).eval()
     for first_last, expected in ((False, {8}), (True, {4})):
-        placement = make_student(net, BitWidths(4, 4), first_last=first_last).placement
+        placement = make_student(net, BitWidths(4, 4), quantize_first_last=first_last).placement
         bits = {site.name: site.grid.bits for site in placement.activations}
         inputs = {site.layer: site.input_site for site in placement.weights}
         assert {bits[inputs["2"]]} == expected
@@ -247,7 +247,7 @@ def test_a_net_that_takes_views_of_maps_is_synthesized_for_and_tuned() -> None:
 
 
 def test_first_last_gives_every_layer_the_same_bits_but_the_image() -> None:
-    placement = student_of("residual", "w3a3", first_last=True).placement
+    placement = student_of("residual", "w3a3", quantize_first_last=True).placement
     assert {site.grid.bits for site in placement.weights} == {3}
     sites = {site.name: site.grid.bits for site in placement.activations}
     assert sites["x"] == 8
@@ -381,10 +381,10 @@ def test_less_is_tuned_where_there_are_bits_to_spare() -> None:
 
 
 def test_a_student_survives_its_file(tmp_path: Path) -> None:
-    student, path = student_of("mobile", "w5a6", first_last=True), tmp_path / "quantized.safetensors"
+    student, path = student_of("mobile", "w5a6", quantize_first_last=True), tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({"seed": 3}))
     again, provenance = load_student(path, make_net("mobile"))
-    assert (again.bits, again.first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
+    assert (again.bits, again.quantize_first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
     with torch.no_grad():
         assert torch.equal(again(images()), student(images()))
 

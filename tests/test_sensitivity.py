@@ -64,8 +64,8 @@ def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
         NARROW,
         costs=costs(),
         max_drop=max_drop,
-        first_last=False,
-        keep=keep or {},
+        quantize_first_last=False,
+        layer_bits=keep or {},
         images=batch,
         judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
         batch_size=48,
@@ -74,7 +74,7 @@ def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
 
 
 def test_a_kept_layer_has_its_bits_and_so_has_what_it_reads() -> None:
-    student = make_student(make_net("residual"), BitWidths(4, 4), keep={"a2.0": 8, "b1.0": 6})
+    student = make_student(make_net("residual"), BitWidths(4, 4), layer_bits={"a2.0": 8, "b1.0": 6})
     grids = {site.layer: (site.grid.bits, site.input_site) for site in student.placement.weights}
     read = {site.name: site.grid.bits for site in student.placement.activations}
     assert {name: bits for name, (bits, _) in grids.items() if bits != 4} == {
@@ -90,17 +90,17 @@ def test_a_kept_layer_has_its_bits_and_so_has_what_it_reads() -> None:
 
 def test_an_unknown_layer_is_refused_with_a_near_match() -> None:
     with pytest.raises(GraphError, match=r"no quantized layer 'a1'; did you mean 'a1\.0'"):
-        make_student(make_net("residual"), BitWidths(4, 4), keep={"a1": 8})
+        make_student(make_net("residual"), BitWidths(4, 4), layer_bits={"a1": 8})
 
 
 def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
     teacher = make_net("residual")
-    student = make_student(teacher, BitWidths(4, 4), keep={"a1.0": 8})
+    student = make_student(teacher, BitWidths(4, 4), layer_bits={"a1.0": 8})
     calibrate(student, images(), batch_size=16, rng=seeded())
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({}))
     again = load_student(path, teacher)[0]
-    assert again.keep == {"a1.0": 8}
+    assert again.layer_bits == {"a1.0": 8}
     marked = export_graph(again, (3, 16, 16))
     batch = images(64, seed=7)
     for graph_format in ("onnxruntime", "tensorrt", "int4"):
@@ -140,21 +140,21 @@ def test_fewer_bits_cost_more_in_every_layer_that_has_them() -> None:
 def test_as_few_layers_are_raised_as_the_bound_allows() -> None:
     none, every = plan(100), plan(1e-9)
     ranked = [c.layer for c in sorted(costs(), key=lambda c: -c.cost.kl) if c.bits != "w8a8"]
-    assert none.keep == {}
-    assert set(every.keep) == set(ranked)
+    assert none.layer_bits == {}
+    assert set(every.layer_bits) == set(ranked)
     bound = 0.9 * none.estimate.expected_drop + 0.1 * every.estimate.expected_drop
     some = plan(bound)
     assert some.estimate.expected_drop <= bound
-    assert 0 < len(some.keep) < len(ranked)
-    assert list(some.keep) == ranked[: len(some.keep)]
+    assert 0 < len(some.layer_bits) < len(ranked)
+    assert list(some.layer_bits) == ranked[: len(some.layer_bits)]
     assert plan(bound) == some
 
 
 @pytest.mark.slow
 def test_what_is_kept_by_hand_stays() -> None:
     layer = costs()[1].layer
-    assert plan(100, {layer: 3}).keep == {layer: 3}
-    assert plan(1e-9, {layer: 3}).keep[layer] == 3
+    assert plan(100, {layer: 3}).layer_bits == {layer: 3}
+    assert plan(1e-9, {layer: 3}).layer_bits[layer] == 3
 
 
 def call(*args: object) -> str:

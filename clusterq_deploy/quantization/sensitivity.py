@@ -58,7 +58,7 @@ class Sensitivity:
 class PrecisionPlan:
     """Widths of single layers, and how far the student is expected to be from the teacher before fine-tuning."""
 
-    keep: dict[str, int]
+    layer_bits: dict[str, int]
     estimate: Divergence
 
 
@@ -162,8 +162,8 @@ def plan_precision(
     *,
     costs: Sequence[Sensitivity],
     max_drop: float,
-    first_last: bool,
-    keep: Mapping[str, int],
+    quantize_first_last: bool,
+    layer_bits: Mapping[str, int],
     cpu: Cpu = "any",
     images: Tensor,
     judged: Tensor,
@@ -179,26 +179,28 @@ def plan_precision(
 
     Args:
         teacher: in eval mode; it is copied, not changed.
-        bits, first_last, cpu: as for `make_student`.
+        bits, quantize_first_last, cpu: as for `make_student`.
         costs: from `sensitivities`.
         max_drop: the bound of `Divergence.expected_drop`, in points.
-        keep: widths that stand already, and stay.
+        layer_bits: widths that stand already, and stay.
         images, judged, batch_size, rng: as for `sensitivities`.
         progress: shows how far it is, and within it how far each student is.
         checkpoint: keeps what is reached.
     """
-    order = [c.layer for c in sorted(costs, key=lambda c: -c.cost.kl) if c.layer not in keep and c.bits != "w8a8"]
+    order = [c.layer for c in sorted(costs, key=lambda c: -c.cost.kl) if c.layer not in layer_bits and c.bits != "w8a8"]
     state = rng.get_state()
     kept = checkpoint.load("precision") or {"exact": None, "estimates": {}}
     exact = answers(teacher, judged, batch_size) if kept["exact"] is None else kept["exact"]
     estimates = {count: Divergence(**own) for count, own in kept["estimates"].items()}
 
     def raised(count: int) -> dict[str, int]:
-        return {**keep, **dict.fromkeys(order[:count], RAISED)}
+        return {**layer_bits, **dict.fromkeys(order[:count], RAISED)}
 
     def within(count: int, advance: Advance) -> bool:
         if count not in estimates:
-            student = make_student(teacher, bits, first_last=first_last, keep=raised(count), cpu=cpu)
+            student = make_student(
+                teacher, bits, quantize_first_last=quantize_first_last, layer_bits=raised(count), cpu=cpu
+            )
             rng.set_state(state)  # counts differ in their layers alone
             turn = ScopedCheckpoint(checkpoint, "precision", count)
             post_training_quantize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=turn)

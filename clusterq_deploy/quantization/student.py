@@ -25,6 +25,8 @@ from clusterq_deploy.quantization.grid import BitWidths, Cpu
 _LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
 FORMAT = 3
 """Of a student's file: what its scales belong to."""
+_OPTIONS = {"first_last": "quantize_first_last", "keep": "layer_bits", "cpu": "cpu"}
+"""Options of `make_student` by their names in a student's file."""
 
 
 class Student(nn.Module):
@@ -33,8 +35,8 @@ class Student(nn.Module):
     Attributes:
         net: the folded graph with a `Quantizer` at every site.
         bits: widths of weights and activations.
-        first_last: whether the first and last layers have those widths too, not 8 bits.
-        keep: widths of single layers, by name.
+        quantize_first_last: whether the first and last layers have those widths too, not 8 bits.
+        layer_bits: widths of single layers, by name.
         target_cpu: the CPUs that its graph for ONNX Runtime is made for.
         placement: where the quantizers are, and which layers stay in float.
     """
@@ -43,14 +45,14 @@ class Student(nn.Module):
         self,
         net: fx.GraphModule,
         bits: BitWidths,
-        first_last: bool,
-        keep: Mapping[str, int],
+        quantize_first_last: bool,
+        layer_bits: Mapping[str, int],
         cpu: Cpu,
         placement: Placement,
     ) -> None:
         super().__init__()
-        self.net, self.bits, self.first_last, self.placement = net, bits, first_last, placement
-        self.keep, self.target_cpu = dict(keep), cpu
+        self.net, self.bits, self.quantize_first_last, self.placement = net, bits, quantize_first_last, placement
+        self.layer_bits, self.target_cpu = dict(layer_bits), cpu
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
@@ -143,8 +145,8 @@ class Student(nn.Module):
         settings = {
             "format": FORMAT,
             "bits": str(self.bits),
-            "first_last": self.first_last,
-            "keep": self.keep,
+            "first_last": self.quantize_first_last,
+            "keep": self.layer_bits,
             "cpu": self.target_cpu,
             "provenance": dict(provenance),
         }
@@ -170,8 +172,8 @@ def make_student(
     teacher: nn.Module,
     bits: BitWidths,
     *,
-    first_last: bool = False,
-    keep: Mapping[str, int] | None = None,
+    quantize_first_last: bool = False,
+    layer_bits: Mapping[str, int] | None = None,
     cpu: Cpu = "any",
 ) -> Student:
     """A student whose quantizers stand where the targets want them, all scales still to be set.
@@ -179,15 +181,15 @@ def make_student(
     Args:
         teacher: in eval mode; it is copied, not changed.
         bits: widths of weights and activations.
-        first_last: False keeps the first and last layers at 8 bits.
-        keep: widths of single layers, by name; see `place`.
+        quantize_first_last: False keeps the first and last layers at 8 bits.
+        layer_bits: widths of single layers, by name; see `place`.
         cpu: the CPUs that its graph for ONNX Runtime is made for; see `place`.
 
     Raises:
         GraphError: the teacher cannot be traced, or has no such layer to quantize.
     """
     graph = folded_teacher(teacher)
-    placement = place(graph, bits, first_last=first_last, keep=keep, cpu=cpu)
+    placement = place(graph, bits, quantize_first_last=quantize_first_last, layer_bits=layer_bits, cpu=cpu)
     device = next(graph.parameters()).device
     nodes = {node.name: node for node in graph.graph.nodes}
     for site in placement.weights:
@@ -209,7 +211,7 @@ def make_student(
             quantized.args = (node,)
     graph.graph.lint()
     graph.recompile()
-    return Student(graph, bits, first_last, keep or {}, cpu, placement).to(device).eval()
+    return Student(graph, bits, quantize_first_last, layer_bits or {}, cpu, placement).to(device).eval()
 
 
 def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
@@ -228,7 +230,7 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         written = settings.get("format")
         bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
-        widths = {name: settings[name] for name in ("first_last", "keep", "cpu") if name in settings}
+        widths = {own: settings[name] for name, own in _OPTIONS.items() if name in settings}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no quantized model: {error}") from error
     if written != FORMAT:

@@ -28,7 +28,7 @@ from clusterq_deploy.run.manifest import Result
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import Needs, Stage
 from clusterq_deploy.stages import sensitivity
-from clusterq_deploy.stages.sensitivity import placement, views
+from clusterq_deploy.stages.sensitivity import placement, student_options, views
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +89,12 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
         "format": FORMAT,
         "cpu": student.target_cpu,
         "losses": tuning.losses,
-        "kept_step": tuning.kept_step,
+        "kept_step": tuning.best_step,
         "equalized": [asdict(pair) for pair in started.equalized],
         "reconstruction_errors": started.errors,
         "bias_shifts": started.shifts,
         "batch_divisor": divisor,
-        "keep": student.keep,
+        "keep": student.layer_bits,
         "expected_drop": None if plan is None else plan.estimate.expected_drop,
         "max_drop": None if plan is None else max_drop,
         "quantized_layers": len(student.placement.weights),
@@ -120,15 +120,15 @@ def _initialized(
     run: Run, bits: BitWidths, batch_size: int, rng: torch.Generator, checkpoint: Checkpoint
 ) -> tuple[PrecisionPlan | None, Student, PTQResult]:
     """A student as fine-tuning begins with it, and the layers' widths in it if they are planned."""
-    max_drop, widths = run.config.max_drop, placement(run)
-    kept = checkpoint.load("initialized")
+    max_drop, widths = run.config.max_drop, student_options(run)
+    kept = checkpoint.load("ptq")
     plan = None
     if kept is not None and kept["plan"] is not None:
         plan = TypeAdapter(PrecisionPlan).validate_python(kept["plan"])
     elif max_drop is not None and bits != BitWidths(8, 8):
         plan = _plan(run, bits, max_drop, batch_size, checkpoint)
     if plan is not None:
-        widths["keep"] = plan.keep
+        widths["layer_bits"] = plan.layer_bits
     student = make_student(run.model.module, bits, **widths)
     if kept is not None:
         started = PTQResult.from_state(student, kept["state"])
@@ -138,7 +138,7 @@ def _initialized(
         student, run.calibration.images, batch_size=batch_size, rng=rng, progress=run.progress, checkpoint=checkpoint
     )
     checkpoint.save(
-        "initialized",
+        "ptq",
         lambda: {
             "plan": None if plan is None else asdict(plan),
             "state": started.state_dict(student),
@@ -155,7 +155,7 @@ def _plan(run: Run, bits: BitWidths, max_drop: float, batch_size: int, checkpoin
     return plan_precision(
         run.model.module,
         bits,
-        **placement(run),
+        **student_options(run),
         costs=TypeAdapter(list[Sensitivity]).validate_python(costs),
         max_drop=max_drop,
         images=run.calibration.images,

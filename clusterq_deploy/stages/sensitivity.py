@@ -32,7 +32,7 @@ def work(run: Run, variant: str) -> tuple[Result, list[str]]:
     def costs(divisor: int) -> list[Sensitivity]:
         rng = run.rng(f"sensitivity/{variant}")
         return sensitivities(
-            make_student(run.model.module, bits, **placement(run)),
+            make_student(run.model.module, bits, **student_options(run)),
             run.calibration.images,
             judged=views(run, rng),
             batch_size=max(1, run.config.finetune.batch_size // divisor),
@@ -59,5 +59,10 @@ def views(run: Run, rng: torch.Generator) -> torch.Tensor:
 
 
 def placement(run: Run) -> dict[str, Any]:
-    """Return what `make_student` is to know beside a variant's bits."""
+    """Return what decides on a variant's quantizers next to its bits, as the manifest hashes it."""
     return {"first_last": run.config.first_last, "keep": run.config.keep, "cpu": run.config.cpu}
+
+
+def student_options(run: Run) -> dict[str, Any]:
+    """Return what `make_student` needs to know next to a variant's bits."""
+    return {"quantize_first_last": run.config.first_last, "layer_bits": run.config.keep, "cpu": run.config.cpu}

@@ -74,8 +74,8 @@ def place(
     traced: fx.GraphModule,
     bits: BitWidths,
     *,
-    first_last: bool = False,
-    keep: Mapping[str, int] | None = None,
+    quantize_first_last: bool = False,
+    layer_bits: Mapping[str, int] | None = None,
     cpu: Cpu = "any",
 ) -> Placement:
     """Decide on every quantizer of a folded graph.
@@ -92,32 +92,32 @@ def place(
     Args:
         traced: from `folded_teacher`.
         bits: widths of weights and activations.
-        first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what the first
+        quantize_first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what the first
             one writes through its activation, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem has few
             channels, and what four bits lose of them no later layer can mend.
-        keep: widths of single layers, by name: of the weight, and of what the layer reads. Layers that read the same
+        layer_bits: widths of single layers, by name: of the weight, and of what the layer reads. Layers that read the same
             tensor share the widest.
         cpu: `any` limits the weights' sums in ONNX Runtime's graph, so that no CPU saturates; see `pair_limit`.
 
     Raises:
-        GraphError: `keep` names no quantized layer.
+        GraphError: `layer_bits` names no quantized layer.
     """
     layers, skipped = _layers(traced)
-    keep = keep or {}
-    _require_layers(keep, [str(node.target) for node in layers])
+    layer_bits = layer_bits or {}
+    _require_layers(layer_bits, [str(node.target) for node in layers])
     ranges = value_ranges(traced)
     boundary = {n for n in layers if _reads_image(traced, n)} | {n for n in layers if _is_last(traced, n)}
     groups = _Groups()
 
     def wide(node: fx.Node) -> bool:
-        return node in boundary and not first_last
+        return node in boundary and not quantize_first_last
 
     first = {n for n in layers if wide(n) and _reads_image(traced, n)}
     for node in layers:
         producers = _producers(traced, tensor_inputs(node)[0])
         written_first = any(p in first or activated(traced, p) in first for p in producers)
         eight = wide(node) or _reads_image(traced, node) or written_first
-        groups.demand(producers, _EIGHT if eight else keep.get(str(node.target), bits.activations))
+        groups.demand(producers, _EIGHT if eight else layer_bits.get(str(node.target), bits.activations))
     added: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if is_addition(node):
@@ -158,7 +158,7 @@ def place(
 
     def weight_site(node: fx.Node) -> WeightSite:
         name, read = str(node.target), input_sites[node]
-        grid = Grid(keep.get(name, _EIGHT if wide(node) else bits.weights), signed=True)
+        grid = Grid(layer_bits.get(name, _EIGHT if wide(node) else bits.weights), signed=True)
         return WeightSite(f"{name}.weight", name, grid, read, pair_limit(grid, grids[read]) if cpu == "any" else None)
 
     return Placement(tuple(activations), tuple(map(weight_site, layers)), skipped)

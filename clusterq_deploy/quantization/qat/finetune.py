@@ -102,7 +102,7 @@ class Tuning:
     """What fine-tuning did: the loss by step, the held-out KL by checkpoint, and the step that was kept."""
 
     losses: dict[str, list[float]]
-    kept_step: int
+    best_step: int
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:

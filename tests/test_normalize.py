@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from nets import images, make_net
+from nets import calibrated, images, make_net
 from torch import nn
 
-from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
 from clusterq_deploy.quantization.qat.parametrize import normalized
 
 
@@ -23,12 +22,6 @@ class Paddings(nn.Module):
         x = self.plain(self.grouped(self.same(x).relu()).relu() + 3).relu()
         y: torch.Tensor = self.last(x.mean((2, 3)))
         return y
-
-
-def calibrated(net: nn.Module, bits: str = "w4a4") -> Student:
-    student = make_student(net, BitWidths.parse(bits))
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    return student
 
 
 def nets() -> list[nn.Module]:

@@ -5,22 +5,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import images, make_net
+from nets import calibrated, images, make_net, rng, twin
 from torch import nn
 
-from clusterq_deploy.quantization import BitWidths, Grid, Student, calibrate, correct_bias, make_student, reconstruct
+from clusterq_deploy.quantization import BitWidths, Grid, Student, correct_bias, make_student, reconstruct
 from clusterq_deploy.quantization.ptq.calibrate import weight_scales
-from clusterq_deploy.quantization.ptq.reconstruct import _rounded, _samples
-
-
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def calibrated(net: nn.Module, bits: str) -> Student:
-    student = make_student(net, BitWidths.parse(bits))
-    calibrate(student, images(), batch_size=32, rng=rng())
-    return student
+from clusterq_deploy.quantization.ptq.reconstruct import _round_compensated, _sample_patches
 
 
 def test_rounding_with_uncorrelated_inputs_is_plain_rounding() -> None:
@@ -28,7 +18,7 @@ def test_rounding_with_uncorrelated_inputs_is_plain_rounding() -> None:
     hessian = torch.diag_embed(torch.rand(2, 7, generator=rng()) + 0.5)
     scale = torch.full((2, 5), 0.3)
     expected = (weight / 0.3).round().clamp(-8, 7) * 0.3
-    torch.testing.assert_close(_rounded(weight, hessian, scale, -8, 7), expected)
+    torch.testing.assert_close(_round_compensated(weight, hessian, scale, -8, 7), expected)
 
 
 @pytest.mark.parametrize("columns", [9, 200])
@@ -38,7 +28,7 @@ def test_rounding_makes_up_for_correlated_inputs(columns: int) -> None:
     weight = torch.randn(3, 4, columns, generator=rng())
     hessian = x @ x.mT / 4096
     scale = torch.full((3, 4), 0.5)
-    found = _rounded(weight, hessian, scale, -8, 7)
+    found = _round_compensated(weight, hessian, scale, -8, 7)
     steps = found / 0.5
     torch.testing.assert_close(steps, steps.round())
     assert float(steps.abs().max()) <= 8
@@ -62,7 +52,7 @@ def test_patches_are_those_of_the_layer(layer: nn.Conv2d) -> None:
     with torch.no_grad():
         outputs = layer(x)
         weight = quantized.weight.view(layer.groups, 12 // layer.groups if layer.groups < 8 else 1, -1)
-        for patches, wanted in _samples(quantized, x, outputs, layer.groups, rng()):
+        for patches, wanted in _sample_patches(quantized, x, outputs, rng()):
             torch.testing.assert_close(weight @ patches, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -83,8 +73,8 @@ def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) ->
             return float((student(fresh) - net(fresh)).square().mean())
 
     before = distance(student)
-    errors = reconstruct(student, data, rng=rng(), count=256)
-    correct_bias(other, data, count=256)
+    errors = reconstruct(student, twin(student), data, rng=rng())
+    correct_bias(other, twin(other), data)
     assert set(errors) == set(student.layers())
     assert all(after <= before * 1.05 + 1e-4 for before, after in errors.values())
     assert distance(student) < 0.5 * before
@@ -106,7 +96,7 @@ def test_constant_inputs_and_dead_channels_stay_finite() -> None:
         net[0].bias.fill_(-1)
         net[2].weight.mul_(0.3)[3] = 0  # so small that the bias's grid, which has the weight's step, is finer than 1e-3
     student = calibrated(net.requires_grad_(False), "w4a4")
-    reconstruct(student, images(), rng=rng())
+    reconstruct(student, twin(student), images(), rng=rng())
     assert all(bool(p.isfinite().all()) for p in student.parameters())
     with torch.no_grad():
         torch.testing.assert_close(student(images()), net(images()), rtol=1e-3, atol=1e-3)
@@ -118,5 +108,5 @@ def test_very_wide_rows_keep_their_rounding(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_WIDEST", 1)
     student = calibrated(make_net("residual"), "w4a4")
     before = {name: layer.weight.clone() for name, layer in student.layers().items()}
-    reconstruct(student, images(), rng=rng())
+    reconstruct(student, twin(student), images(), rng=rng())
     assert all(torch.equal(layer.weight, before[name]) for name, layer in student.layers().items())

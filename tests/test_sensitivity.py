@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 import torch
 from click.testing import CliRunner
-from nets import images, make_net
+from nets import calibrated, images, make_net, rng
 from onnx import TensorProto
 from test_pipeline import SMALL
 from torch import Tensor
@@ -24,7 +24,6 @@ from clusterq_deploy.quantization import (
     BitWidths,
     PrecisionPlan,
     Sensitivity,
-    calibrate,
     load_student,
     make_student,
     plan_precision,
@@ -34,10 +33,6 @@ from clusterq_deploy.quantization.sensitivity import compare
 from clusterq_deploy.runtimes.runners import TorchRunner
 
 NARROW = BitWidths(2, 3)
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 @cache
@@ -52,7 +47,7 @@ def digits() -> tuple[LoadedModel, Tensor]:
 def costs(bits: BitWidths = NARROW) -> list[Sensitivity]:
     model, batch = digits()
     student = make_student(model.module, bits)
-    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=seeded())
+    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=rng())
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
     return found
 
@@ -69,7 +64,7 @@ def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
         images=batch,
         judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
         batch_size=48,
-        rng=seeded(),
+        rng=rng(),
     )
 
 
@@ -95,8 +90,7 @@ def test_an_unknown_layer_is_refused_with_a_near_match() -> None:
 
 def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
     teacher = make_net("residual")
-    student = make_student(teacher, BitWidths(4, 4), layer_bits={"a1.0": 8})
-    calibrate(student, images(), batch_size=16, rng=seeded())
+    student = calibrated(teacher, "w4a4", layer_bits={"a1.0": 8})
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({}))
     again = load_student(path, teacher)[0]

@@ -2,11 +2,10 @@
 
 from clusterq_deploy.quantization.grid import BitWidths, Grid
 from clusterq_deploy.quantization.histogram import Histogram, LayerHistograms, histograms
-from clusterq_deploy.quantization.ptq.bias import correct_bias, fit_full_range_biases
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
 from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
 from clusterq_deploy.quantization.ptq.ptq import PTQResult, post_training_quantize
-from clusterq_deploy.quantization.ptq.reconstruct import reconstruct
+from clusterq_deploy.quantization.ptq.reconstruct import correct_bias, fit_full_range_biases, reconstruct
 from clusterq_deploy.quantization.qat.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantization.reference import FloatTwin
 from clusterq_deploy.quantization.sensitivity import (

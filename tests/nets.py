@@ -13,7 +13,7 @@ from clusterq_deploy.quantization import BitWidths, FloatTwin, Student, calibrat
 
 
 def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Conv without bias, and BatchNorm."""
+    """Return a convolution without bias and its BatchNorm."""
     conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(cout))
 
@@ -84,7 +84,7 @@ NETS: dict[str, type[nn.Module]] = {"residual": Residual, "mobile": Mobile, "bra
 
 
 def make_net(name: str) -> nn.Module:
-    """A net with seeded weights and BatchNorm statistics of what passes through it, in eval mode."""
+    """Return a net with seeded weights and BatchNorm statistics of what passes through it, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = NETS[name]()
@@ -100,29 +100,29 @@ def make_net(name: str) -> nn.Module:
 
 
 def rng(seed: int = 0) -> torch.Generator:
-    """A seeded generator."""
+    """Return a seeded generator."""
     return torch.Generator().manual_seed(seed)
 
 
 def calibrated(net: nn.Module | str, bits: str = "w4a4", **options: Any) -> Student:
-    """A student of a net, or of one of `NETS`, with its scales set and nothing else."""
+    """Return a student of a net, or of one of `NETS`, with its scales set and nothing else."""
     student = make_student(make_net(net) if isinstance(net, str) else net, BitWidths.parse(bits), **options)
     calibrate(student, images(), batch_size=16, rng=rng())
     return student
 
 
 def twin(student: Student) -> FloatTwin:
-    """What a student whose channels are the teacher's is compared with."""
+    """Return what a student whose channels are the teacher's is compared with."""
     return FloatTwin(copy.deepcopy(student))
 
 
 def images(count: int = 32, seed: int = 1) -> Tensor:
-    """Standard normal images (count, 3, 16, 16)."""
+    """Return standard normal images (count, 3, 16, 16)."""
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE) -> Synthesis:
-    """Images of 16 x 16 pixels for the net with residuals, with one seed."""
+    """Synthesize images of 16 x 16 pixels for the net with residuals, with one seed."""
     return synthesize(
         make_net("residual"),
         classes=10,

@@ -24,7 +24,7 @@ from clusterq_deploy.quantization.qat.finetune import Tuning
 from clusterq_deploy.quantization.qat.losses import distillation_loss
 
 
-def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
+def test_finetune_brings_student_nearer_to_teacher() -> None:
     net, student = make_net("residual"), calibrated("residual", "w3a3")
     data = images(256, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
@@ -43,7 +43,7 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
 
 
-def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
+def test_finetune_uses_int8_grids_and_restores_finer_ones() -> None:
     student = make_student(make_net("residual"), BitWidths(4, 8))
     quantizer = next(q for q in student.quantizers().values() if q.grid == Grid(8, signed=False))
     met: list[Grid] = []
@@ -63,7 +63,7 @@ def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
     assert met[-1] == Grid(8, signed=False)
 
 
-def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
+def test_finetune_restores_start_if_nothing_improves() -> None:
     net, student = make_net("residual"), calibrated("residual", "w8a8")
     data = images(64)
     before = {k: v.clone() for k, v in student.state_dict().items()}
@@ -77,7 +77,7 @@ def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
 
 
 def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tuple[Student, Tuning]:
-    """A student after 40 steps, of which those of the given numbers have no finite loss; the first is 1."""
+    """Return a student after 40 steps, of which those of the given numbers have no finite loss; the first is 1."""
     calls = 0
 
     def loss(*args: Tensor, **weights: float) -> Tensor:
@@ -94,9 +94,7 @@ def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tupl
     return student, finetune(student, reference, calibration, config=config, flip=False, rng=rng)
 
 
-def test_a_step_without_a_finite_loss_is_taken_back_and_tuning_goes_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_finetune_recovers_from_nan_losses(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     student, tuning = tuned_with_bad_steps(monkeypatch, {1, 15})
     assert [math.isfinite(value) for value in tuning.losses["distillation"]].count(False) == 2
     assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
@@ -107,6 +105,6 @@ def test_a_step_without_a_finite_loss_is_taken_back_and_tuning_goes_on(
     ] * 2
 
 
-def test_tuning_that_stays_without_a_finite_loss_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_raises_if_losses_stay_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TuningError, match="fine-tuning w3a3 diverges: its loss is not finite, nor was it"):
         tuned_with_bad_steps(monkeypatch, set(range(5, 1000)))

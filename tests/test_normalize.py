@@ -30,7 +30,7 @@ def nets() -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("net", nets(), ids=["paddings", "residual", "mobile", "branches"])
-def test_a_student_computes_the_same_inside_and_is_plain_again_outside(net: nn.Module) -> None:
+def test_normalized_keeps_outputs_and_restores_layers(net: nn.Module) -> None:
     student = calibrated(net)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     kinds = {name: type(layer) for name, layer in student.layers().items()}
@@ -47,7 +47,7 @@ def test_a_student_computes_the_same_inside_and_is_plain_again_outside(net: nn.M
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
 
 
-def test_steps_in_weights_and_scales_leave_the_mean_of_outputs_alone() -> None:
+def test_normalized_steps_keep_output_means() -> None:
     torch.manual_seed(0)
     student = calibrated(Paddings().eval(), "w4a8")
     layer, x = student.layers()["grouped"], images()
@@ -66,7 +66,7 @@ def test_steps_in_weights_and_scales_leave_the_mean_of_outputs_alone() -> None:
     assert float(moved) < 0.05 * float(spread)  # the inputs' quantization is what is left
 
 
-def test_layers_are_plain_again_after_an_error() -> None:
+def test_normalized_restores_layers_after_error() -> None:
     student = calibrated(make_net("residual"))
     names = set(student.state_dict())
     with pytest.raises(ZeroDivisionError), normalized(student, images(8)):
@@ -74,7 +74,7 @@ def test_layers_are_plain_again_after_an_error() -> None:
     assert set(student.state_dict()) == names
 
 
-def test_gradients_reach_rows_biases_and_scales() -> None:
+def test_normalized_gradients_reach_all_parameters() -> None:
     student = calibrated(make_net("residual"))
     with normalized(student, images(8)) as parameters:
         student(images(8)).square().sum().backward()

@@ -13,7 +13,7 @@ from clusterq_deploy.quantization.ptq.calibrate import weight_scales
 from clusterq_deploy.quantization.ptq.reconstruct import _round_compensated, _sample_patches
 
 
-def test_rounding_with_uncorrelated_inputs_is_plain_rounding() -> None:
+def test_round_compensated_is_nearest_for_uncorrelated_inputs() -> None:
     weight = torch.randn(2, 5, 7, generator=rng())
     hessian = torch.diag_embed(torch.rand(2, 7, generator=rng()) + 0.5)
     scale = torch.full((2, 5), 0.3)
@@ -22,7 +22,7 @@ def test_rounding_with_uncorrelated_inputs_is_plain_rounding() -> None:
 
 
 @pytest.mark.parametrize("columns", [9, 200])
-def test_rounding_makes_up_for_correlated_inputs(columns: int) -> None:
+def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> None:
     common = torch.randn(1, 1, 4096, generator=rng())
     x = common + 0.5 * torch.randn(3, columns, 4096, generator=rng())
     weight = torch.randn(3, 4, columns, generator=rng())
@@ -45,7 +45,7 @@ def test_rounding_makes_up_for_correlated_inputs(columns: int) -> None:
         nn.Conv2d(8, 12, (1, 3), padding=(0, 1), dilation=(1, 2), groups=4, bias=False),
     ],
 )
-def test_patches_are_those_of_the_layer(layer: nn.Conv2d) -> None:
+def test_sample_patches_reproduce_layer_outputs(layer: nn.Conv2d) -> None:
     student = make_student(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval(), BitWidths(4, 8))
     quantized = student.layers()["1"]
     x = torch.randn(4, 8, 9, 9, generator=rng())
@@ -56,7 +56,7 @@ def test_patches_are_those_of_the_layer(layer: nn.Conv2d) -> None:
             torch.testing.assert_close(weight @ patches, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_scales_follow_importance() -> None:
+def test_weight_scales_follow_importance() -> None:
     weight = torch.tensor([[1.0, 0.11, 0.12, 0.09]])
     importance = torch.tensor([[1e-6, 1.0, 1.0, 1.0]])
     plain, weighed = (weight_scales(weight, Grid(3, signed=True), i) for i in (None, importance))
@@ -64,7 +64,7 @@ def test_scales_follow_importance() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
-def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) -> None:
+def test_reconstruct_brings_student_nearer_to_teacher(name: str) -> None:
     net, data, fresh = make_net(name), images(256), images(256, seed=9)
     student, other = calibrated(net, "w3a8"), calibrated(net, "w3a8")
 
@@ -88,7 +88,7 @@ def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) ->
         torch.testing.assert_close(value, settled[key])
 
 
-def test_constant_inputs_and_dead_channels_stay_finite() -> None:
+def test_reconstruct_dead_channels_stay_finite() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()).eval()
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_constant_inputs_and_dead_channels_stay_finite() -> None:
         assert bool(F.relu(student(images())).isfinite().all())
 
 
-def test_very_wide_rows_keep_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconstruct_skips_very_wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["clusterq_deploy.quantization.ptq.reconstruct"]
     monkeypatch.setattr(module, "_WIDEST", 1)
     student = calibrated(make_net("residual"), "w4a4")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from calib.calibration_set import CalibrationSet
-from calib.leaves import with_leaves
 from calib.refine import survives_flip
 from calib.support.progress import SILENT, Progress
 from calib.synthesis import SynthesisConfig
@@ -124,11 +123,10 @@ def quantize(
 
     def attempt(divisor: int) -> Student:
         rng, smaller = torch.Generator(device).manual_seed(seed), in_smaller_batches(settings, divisor)
-        student = make_student(model, widths, first_last=first_last, keep=keep or {}, cpu=cpu)
+        student = make_student(model, widths, quantize_first_last=first_last, layer_bits=keep, cpu=cpu)
         tune(
             student,
             calibration,
-            shown=with_leaves(calibration.images, settings.procedural, rng),
             config=smaller,
             flip=survives_flip(model, calibration.images.to(device), calibration.labels.to(device), smaller.batch_size),
             rng=rng,

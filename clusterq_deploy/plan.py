@@ -235,11 +235,10 @@ def peak_memory(run: Run, variants: Sequence[BitWidths]) -> int:
         module = copy.deepcopy(module).to("meta")
     saved, widest = _pass_memory(module, size)
     held = _GRADIENTS * saved * max(synthesis.generator.batch_size, synthesis.refine.batch_size, tuning.batch_size)
-    shown = round(synthesis.images / (1 - tuning.procedural))  # with those of no class
     if any(bits.weights < 8 for bits in variants):
-        held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * min(shown, images_read(widest)) * widest)
+        held = max(held, 4 * _TENSORS_OF_RECONSTRUCTION * min(synthesis.images, images_read(widest)) * widest)
     process = psutil.Process().memory_info().rss if run.device.type == "cpu" else 0
-    images = synthesis.images + 2 * shown if tuning.procedural else _COPIES_OF_IMAGES * synthesis.images
+    images = _COPIES_OF_IMAGES * synthesis.images
     return int(process + held + 4 * images * math.prod(size))
 
 

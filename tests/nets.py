@@ -1,11 +1,15 @@
 """Small seeded nets, each with a shape of graph that quantizers must get right."""
 
+import copy
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+from clusterq_deploy.quantization import BitWidths, FloatTwin, Student, calibrate, make_student
 
 
 def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -93,6 +97,23 @@ def make_net(name: str) -> nn.Module:
             for _ in range(4):
                 net(torch.randn(32, 3, 16, 16))
     return net.eval().requires_grad_(False)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    """Return a seeded generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def calibrated(net: nn.Module | str, bits: str = "w4a4", **options: Any) -> Student:
+    """Return a student of a net, or of one of `NETS`, with its scales set and nothing else."""
+    student = make_student(make_net(net) if isinstance(net, str) else net, BitWidths.parse(bits), **options)
+    calibrate(student, images(), batch_size=16, rng=rng())
+    return student
+
+
+def twin(student: Student) -> FloatTwin:
+    """Return what a student whose channels are the teacher's is compared with."""
+    return FloatTwin(copy.deepcopy(student))
 
 
 def images(count: int = 32, seed: int = 1) -> Tensor:

@@ -15,13 +15,13 @@ def views(*, flip: bool = False, seed: int = 0, **changes: float) -> tuple[torch
     return own, Augmenter(AugmentConfig(**{**NOTHING, **changes}), own, flip=flip, rng=rng)(own)
 
 
-def test_nothing_changes_where_nothing_is_asked_for() -> None:
+def test_augmenter_without_changes_returns_images() -> None:
     own, view = views()
     assert torch.equal(own, view)
 
 
 @pytest.mark.parametrize("change", ["zoom", "rotation", "translation", "jitter"])
-def test_every_image_changes_in_its_own_way_within_the_range_of_pixels(change: str) -> None:
+def test_augmenter_changes_each_image_within_pixel_range(change: str) -> None:
     own, view = views(**{change: 0.3})
     assert view.shape == own.shape
     assert float(view.abs().max()) <= 2 + 1e-5
@@ -30,7 +30,7 @@ def test_every_image_changes_in_its_own_way_within_the_range_of_pixels(change: s
     assert float(distance.min()) > 0
 
 
-def test_mirrored_images_are_mirrored() -> None:
+def test_augmenter_mirrors_some_images() -> None:
     own, view = views(flip=True)
     kept = [torch.allclose(a, b, atol=1e-4) for a, b in zip(own, view, strict=True)]
     mirrored = [torch.allclose(a.flip(-1), b, atol=1e-4) for a, b in zip(own, view, strict=True)]
@@ -39,7 +39,7 @@ def test_mirrored_images_are_mirrored() -> None:
     assert any(mirrored)
 
 
-def test_a_rectangle_comes_from_another_image_of_the_batch() -> None:
+def test_augmenter_cutmix_pastes_from_batch() -> None:
     own, view = views(cutmix=1.0, seed=2)
     changed = (view != own).any(1)
     assert 0 < int(changed.sum()) < changed.numel()
@@ -50,7 +50,7 @@ def test_a_rectangle_comes_from_another_image_of_the_batch() -> None:
         assert any(torch.equal(patch, other) for other in pool)
 
 
-def test_a_seed_repeats_the_views() -> None:
+def test_augmenter_repeats_views_by_seed() -> None:
     settings = {"zoom": 0.2, "rotation": 0.2, "translation": 0.1, "jitter": 0.3, "cutmix": 0.5}
     first, again, other = (views(flip=True, seed=seed, **settings)[1] for seed in (1, 1, 2))
     assert torch.equal(first, again)

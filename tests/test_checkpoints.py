@@ -133,7 +133,7 @@ def test_post_training_quantize_goes_on_to_the_same_student(tmp_path: Path, bits
 @pytest.mark.usefixtures("always")
 def test_sensitivities_and_plan_precision_go_on_and_do_nothing_twice(tmp_path: Path) -> None:
     net, data = make_net("residual"), images(32, seed=3)
-    widths: dict[str, Any] = {"first_last": True, "keep": {}}
+    widths: dict[str, Any] = {"quantize_first_last": True, "layer_bits": {}}
 
     def work(checkpoint: Checkpoint) -> tuple[list[Sensitivity], PrecisionPlan]:
         bits = BitWidths(2, 3)
@@ -144,7 +144,7 @@ def test_sensitivities_and_plan_precision_go_on_and_do_nothing_twice(tmp_path: P
 
     counting = Counting(tmp_path)
     whole = work(counting)
-    assert 0 < len(whole[1].keep) < len(whole[0]) - 1  # a count that was neither the first nor the last
+    assert 0 < len(whole[1].layer_bits) < len(whole[0]) - 1  # a count that was neither the first nor the last
     remaining, after = counting.count, list[int]()
     while remaining:
         after.append(min(remaining, len(after) + 1))

@@ -1,4 +1,4 @@
-"""Cross-layer equalisation and bias correction: what they must not change, and what they must mend."""
+"""Cross-layer equalisation and bias correction: what they must not change, and what they must fix."""
 
 import copy
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import images, make_net
+from nets import calibrated, images, make_net, rng, twin
 from torch import Tensor, nn
 
 from clusterq_deploy.quantization import (
@@ -19,16 +19,12 @@ from clusterq_deploy.quantization import (
     make_student,
     reconstruct,
 )
-from clusterq_deploy.quantization.qat.feature_loss import feature_sites, matched_features
+from clusterq_deploy.quantization.qat.losses import feature_sites, matched_features
 from clusterq_deploy.quantization.reference import ChannelAffine
 
 
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 def uneven(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The net with channels of very different ranges, as those of depthwise nets are."""
+    """Return the net with channels of very different ranges, as those of depthwise nets are."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in net.modules():
@@ -63,7 +59,7 @@ def chain(*between: nn.Module, last: nn.Module | None = None) -> nn.Module:
         lambda: uneven(nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 4))),
     ],
 )
-def test_a_chain_is_equalized_and_computes_what_it_did(net: Callable[[], nn.Module]) -> None:
+def test_equalize_chain_keeps_outputs(net: Callable[[], nn.Module]) -> None:
     teacher = net()
     student, pairs = equalized(teacher)
     assert len(pairs) == 1
@@ -72,16 +68,16 @@ def test_a_chain_is_equalized_and_computes_what_it_did(net: Callable[[], nn.Modu
         torch.testing.assert_close(student(fresh), teacher(fresh), rtol=1e-4, atol=1e-5)
 
 
-def test_channels_come_nearer_to_one_range_and_a_depthwise_reader_gains() -> None:
+def test_equalize_depthwise_reader_evens_ranges() -> None:
     student = make_student(chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8)), BitWidths(4, 4))
     (pair,), _ = equalize(student, images(), rng=rng(), shifts=False)
     assert pair.exponent == 1.0  # nothing speaks against it: every row of the reader has one column
-    assert pair.spread_after == pytest.approx(1.0)
-    assert pair.spread_before > 2
+    assert pair.range_ratio_after == pytest.approx(1.0)
+    assert pair.range_ratio_before > 2
     assert pair.error_after < 0.5 * pair.error_before
 
 
-def test_what_a_relu6_clips_stays_as_it_is() -> None:
+def test_equalize_leaves_clipped_channels() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
     with torch.no_grad():
         net[0].weight.mul_(torch.tensor([20.0, 0.1, 1, 0.2, 20, 0.3, 0.5, 1]).view(-1, 1, 1, 1))
@@ -96,7 +92,7 @@ def test_what_a_relu6_clips_stays_as_it_is() -> None:
 
 
 def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
-    """A layer whose channels move around 3, by 0.2 and more, and one that reads them."""
+    """Return a layer whose channels move around 3, by 0.2 and more, and one that reads them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), between, last, nn.Flatten())
     with torch.no_grad():
@@ -107,9 +103,9 @@ def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU6()])
 @pytest.mark.parametrize("last", [nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3)])
-def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Module, between: nn.Module) -> None:
+def test_equalize_shifts_channels_far_from_zero(last: nn.Module, between: nn.Module) -> None:
     teacher = narrow(last, between)
-    student = make_student(teacher, BitWidths(4, 4), first_last=True)
+    student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
     assert pair.shifted == 8
     assert pair.error_after < 0.5 * pair.error_before
@@ -121,19 +117,19 @@ def test_channels_that_never_come_near_zero_are_shifted_there(last: nn.Module, b
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_shift_in_front_of_a_pad_is_made_where_the_map_is_large(seed: int) -> None:
+def test_equalize_shifts_large_map_before_pad(seed: int) -> None:
     torch.manual_seed(seed)  # of the layer: by another draw a channel may gain nothing by it
     last = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, stride=2, groups=8))
-    student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), first_last=True)
+    student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), quantize_first_last=True)
     (pair,), _ = equalize(student, torch.randn(32, 3, 96, 96, generator=rng()), rng=rng())
     assert pair.shifted == 8
     assert pair.error_after < 0.7 * pair.error_before
 
 
-def test_a_shift_that_padding_makes_harmful_is_not_made() -> None:
+def test_equalize_does_not_shift_mostly_padded_map() -> None:
     torch.manual_seed(0)
     last = nn.Conv2d(8, 8, 15, padding=7, groups=8)  # most of what it reads is padding
-    student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), first_last=True)
+    student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), quantize_first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
     assert pair.shifted == 0
     assert bool((maps["0"].shift == 0).all())
@@ -146,11 +142,9 @@ def test_a_shift_that_padding_makes_harmful_is_not_made() -> None:
         (8, 8, (nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten())),
     ],
 )
-def test_a_flattened_map_is_shifted_a_channel_at_a_time(
-    side: int, shifted: int, between: tuple[nn.Module, ...]
-) -> None:
+def test_equalize_flattened_map_per_channel(side: int, shifted: int, between: tuple[nn.Module, ...]) -> None:
     teacher = narrow(nn.Linear(8 * side * side, 5), nn.Sequential(*between))
-    student = make_student(teacher, BitWidths(4, 4), first_last=True)
+    student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
     (pair,), maps = equalize(student, images(), rng=rng())
     assert pair.shifted == shifted
     assert len(maps["0"].shift) == 8
@@ -160,34 +154,34 @@ def test_a_flattened_map_is_shifted_a_channel_at_a_time(
         assert float((student(fresh) - wanted).square().mean()) < 0.05 * float(wanted.var())
 
 
-def test_maps_are_exact_in_half_precision_where_values_are_far_from_zero() -> None:
+def test_channel_affine_is_exact_in_bfloat16() -> None:
     x = torch.linspace(2.9, 3.1, 64).bfloat16().view(1, 1, 8, 8)
     own = ChannelAffine(torch.tensor([13.2]), torch.tensor([38.28]), "x")
     expected = x.double() * 13.2 - 38.28
     assert float((own(x).double() - expected).abs().mean()) < 0.01
 
 
-def test_signed_tensors_are_not_shifted() -> None:
-    student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), first_last=True)
+def test_equalize_does_not_shift_signed_tensors() -> None:
+    student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), quantize_first_last=True)
     (pair,), _ = equalize(student, images(), rng=rng())
     assert pair.shifted == 0
 
 
-def test_reconstruction_and_bias_correction_follow_the_maps() -> None:
+def test_reconstruct_and_correct_bias_with_maps() -> None:
     teacher, data = narrow(nn.Conv2d(8, 6, 1), nn.ReLU()), images(64)
-    for mend in (reconstruct, correct_bias):
-        student = make_student(teacher, BitWidths(6, 6), first_last=True)
+    for fix in (reconstruct, correct_bias):
+        student = make_student(teacher, BitWidths(6, 6), quantize_first_last=True)
         reference = FloatTwin(copy.deepcopy(student), equalize(student, data, rng=rng())[1])
         calibrate(student, data, batch_size=32, rng=rng())
-        extra = {"rng": rng()} if mend is reconstruct else {}
+        extra = {"rng": rng()} if fix is reconstruct else {}
         with torch.no_grad():
-            mend(student, data, reference=reference, **extra)
+            fix(student, reference, data, **extra)
             wanted, found = teacher(data), student(data)
         assert float((found - wanted).square().mean()) < 0.02 * float(wanted.var())
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile"])
-def test_a_students_features_are_the_teachers_by_their_maps(name: str) -> None:
+def test_matched_features_with_maps(name: str) -> None:
     net = uneven(make_net(name))
     student = make_student(net, BitWidths(4, 4))
     teacher = copy.deepcopy(student)
@@ -221,7 +215,7 @@ class Unfit(nn.Module):
         return self.g(F.adaptive_avg_pool2d(x[:, None], (1, 4)).flatten(1))
 
 
-def test_other_tensors_are_left_alone() -> None:
+def test_equalize_skips_unfit_tensors() -> None:
     teacher = uneven(Unfit())
     student, pairs = equalized(teacher)
     assert pairs == set()
@@ -229,7 +223,7 @@ def test_other_tensors_are_left_alone() -> None:
         torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-5)
 
 
-def test_residual_and_mobile_nets_keep_their_function() -> None:
+def test_equalize_nets_keeps_outputs() -> None:
     expected = {
         "residual": {("a1.0", "a2.0"), ("b1.0", "b2.0"), ("c1.0", "c2.0")},
         "mobile": {("expand.0.0", "depth.0.0"), ("squeeze", "excite")},
@@ -243,7 +237,7 @@ def test_residual_and_mobile_nets_keep_their_function() -> None:
             torch.testing.assert_close(student(images()), net(images()), rtol=1e-4, atol=1e-4)
 
 
-def test_a_dead_channel_and_a_silent_net_stay_finite() -> None:
+def test_equalize_dead_channels_stay_finite() -> None:
     net = chain(nn.ReLU())
     with torch.no_grad():
         net[0].weight[2] = 0
@@ -258,13 +252,12 @@ def test_a_dead_channel_and_a_silent_net_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
-def test_bias_correction_takes_the_mean_shift_away(name: str) -> None:
+def test_correct_bias_removes_mean_shift(name: str) -> None:
     net, data = make_net(name), images(64)
-    student = make_student(net, BitWidths(3, 8))
-    calibrate(student, data, batch_size=32, rng=rng())
+    student = calibrated(net, "w3a8")
     with torch.no_grad():
         exact, before = net(data), student(data)
-        shifts = correct_bias(student, data)
+        shifts = correct_bias(student, twin(student), data)
         after = student(data)
     assert set(shifts) == set(student.layers())
     assert max(shifts.values()) > 0.01
@@ -274,7 +267,7 @@ def test_bias_correction_takes_the_mean_shift_away(name: str) -> None:
         assert not torch.equal(student(data), exact)  # the correction stands in the biases
 
 
-def test_bias_correction_of_one_layer_is_what_its_formula_says() -> None:
+def test_correct_bias_of_one_layer_by_its_formula() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5, bias=False)).eval()
     student, data = make_student(net.requires_grad_(False), BitWidths(2, 8)), images(16)
     calibrate(student, data, batch_size=16, rng=rng())
@@ -284,6 +277,6 @@ def test_bias_correction_of_one_layer_is_what_its_formula_says() -> None:
         shift = (layer(rounded) - F.conv2d(data, layer.weight, layer.bias)).mean((0, 2, 3))
         step = student.accumulator_steps()["0"]
         expected = layer.bias - (shift / step).round() * step
-        found = correct_bias(student, data)
+        found = correct_bias(student, twin(student), data)
     assert set(found) == {"0"}  # a layer without a bias stays as it is
     torch.testing.assert_close(layer.bias, expected, rtol=1e-3, atol=1e-4)

@@ -1,13 +1,11 @@
 """Fine-tuning: what it brings, what it keeps, and what it does when it diverges."""
 
-import copy
 import importlib
 import math
 
 import pytest
 import torch
-from nets import images, make_net
-from test_quantize import student_of
+from nets import calibrated, images, make_net, twin
 from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
@@ -15,7 +13,6 @@ from clusterq_deploy.errors import TuningError
 from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
-    FloatTwin,
     Grid,
     Student,
     finetune,
@@ -23,11 +20,12 @@ from clusterq_deploy.quantization import (
     post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import Quantizer
-from clusterq_deploy.quantization.qat.finetune import Tuning, distillation_loss
+from clusterq_deploy.quantization.qat.finetune import Tuning
+from clusterq_deploy.quantization.qat.losses import distillation_loss
 
 
-def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
-    net, student = make_net("residual"), student_of("residual", "w3a3")
+def test_finetune_brings_student_nearer_to_teacher() -> None:
+    net, student = make_net("residual"), calibrated("residual", "w3a3")
     data = images(256, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     fresh = images(128, seed=9)
@@ -38,14 +36,14 @@ def test_finetuning_brings_the_student_nearer_to_the_teacher() -> None:
 
     before = distance()
     config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
-    reference = FloatTwin(copy.deepcopy(student))
+    reference = twin(student)
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
     assert distance() < 0.8 * before
-    assert tuning.kept_step >= 45  # not one of the early checkpoints, whose learning rate is still large
+    assert tuning.best_step >= 45  # not one of the early checkpoints, whose learning rate is still large
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
 
 
-def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
+def test_finetune_uses_int8_grids_and_restores_finer_ones() -> None:
     student = make_student(make_net("residual"), BitWidths(4, 8))
     quantizer = next(q for q in student.quantizers().values() if q.grid == Grid(8, signed=False))
     met: list[Grid] = []
@@ -65,34 +63,34 @@ def test_a_student_is_made_for_int8s_grids_and_runs_on_finer_ones() -> None:
     assert met[-1] == Grid(8, signed=False)
 
 
-def test_finetuning_keeps_the_start_where_nothing_gets_better() -> None:
-    net, student = make_net("residual"), student_of("residual", "w8a8")
+def test_finetune_restores_start_if_nothing_improves() -> None:
+    net, student = make_net("residual"), calibrated("residual", "w8a8")
     data = images(64)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     config = FinetuneConfig(steps=4, learning_rate=1.0, scale_learning_rate=1.0, checkpoints=2)
     calibration = CalibrationSet(data, net(data).argmax(1))
-    reference = FloatTwin(copy.deepcopy(student))
+    reference = twin(student)
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
-    assert tuning.kept_step == 0
+    assert tuning.best_step == 0
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name])
 
 
 def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tuple[Student, Tuning]:
-    """A student after 40 steps, of which those of the given numbers have no finite loss; the first is 1."""
+    """Return a student after 40 steps, of which those of the given numbers have no finite loss; the first is 1."""
     calls = 0
 
-    def loss(own: Tensor, teacher: Tensor, labels: Tensor, config: FinetuneConfig) -> Tensor:
+    def loss(*args: Tensor, **weights: float) -> Tensor:
         nonlocal calls
         calls += 1
-        return distillation_loss(own, teacher, labels, config) * (math.nan if calls in bad else 1)
+        return distillation_loss(*args, **weights) * (math.nan if calls in bad else 1)
 
     monkeypatch.setattr(importlib.import_module("clusterq_deploy.quantization.qat.finetune"), "distillation_loss", loss)
-    net, student = make_net("residual"), student_of("residual", "w3a3")
+    net, student = make_net("residual"), calibrated("residual", "w3a3")
     data = images(128, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     config = FinetuneConfig(steps=160, batch_size=16, checkpoints=4)
-    rng, reference = torch.Generator().manual_seed(0), FloatTwin(copy.deepcopy(student))
+    rng, reference = torch.Generator().manual_seed(0), twin(student)
     return student, finetune(student, reference, calibration, config=config, flip=False, rng=rng)
 
 
@@ -102,7 +100,7 @@ def test_finetune_skips_steps_without_a_finite_loss(
     student, tuning = tuned_with_bad_steps(monkeypatch, {1, 15})
     assert [math.isfinite(value) for value in tuning.losses["distillation"]].count(False) == 2
     assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
-    assert tuning.kept_step > 15
+    assert tuning.best_step > 15
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
     assert [r.message for r in caplog.records if "fine-tuning w3a3" in r.message] == [
         "fine-tuning w3a3: the loss or its gradient is not finite; the step is skipped"

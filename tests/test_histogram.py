@@ -49,13 +49,13 @@ def found(student: Student, reference: FloatTwin, batch_size: int = IMAGES) -> l
 
 
 def difference(counts: list[int], others: list[int]) -> float:
-    """The share of the values that lie in other bins."""
+    """Return the share of the values that are in other bins."""
     return sum(abs(a - b) for a, b in zip_longest(counts, others, fillvalue=0)) / 2 / sum(counts)
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.4, 1.0, 30.0])
 @pytest.mark.parametrize("grid", [Grid(2, True), Grid(4, True), Grid(4, False), Grid(8, True), Grid(8, False)])
-def test_every_value_is_in_a_bin_and_none_of_the_clipped_in_one_of_the_grid(grid: Grid, spread: float) -> None:
+def test_histogram_counts_every_value_apart_from_clipped(grid: Grid, spread: float) -> None:
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * spread * grid.high
     if not grid.signed:
         values = values.relu()
@@ -76,7 +76,7 @@ def test_every_value_is_in_a_bin_and_none_of_the_clipped_in_one_of_the_grid(grid
         assert result.counts[place] == int(inside.sum())
 
 
-def test_an_outlier_does_not_squeeze_the_grid() -> None:
+def test_histogram_outlier_keeps_grid_resolution() -> None:
     values = torch.cat([torch.linspace(-8, 7, 99), torch.tensor([1e6])])
     result = histogram(values, Grid(4, True), (1.0, 1.0))
     assert result.clipped == pytest.approx(0.01)
@@ -84,7 +84,7 @@ def test_an_outlier_does_not_squeeze_the_grid() -> None:
     assert result.start + len(result.counts) * result.width == 15.5  # half the grid's width past its end
 
 
-def test_a_tensor_of_zeros_has_one_bin() -> None:
+def test_histogram_of_zeros_has_one_bin() -> None:
     result = histogram(torch.zeros(7), Grid(4, False), (1.0, 1.0))
     assert [count for count in result.counts if count] == [7]
     assert result.clipped == 0
@@ -92,7 +92,7 @@ def test_a_tensor_of_zeros_has_one_bin() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches", "lifted"])
-def test_they_are_what_an_untuned_student_rounds(name: str) -> None:
+def test_histograms_match_untuned_student(name: str) -> None:
     """Before anything is tuned the student's own values in float are the teacher's in the student's channels."""
     student, reference = initialized(name, "w8a8")
     result = found(student, reference)
@@ -122,7 +122,7 @@ def test_they_are_what_an_untuned_student_rounds(name: str) -> None:
         assert own.activation.clipped == pytest.approx(direct.clipped, abs=0.001)
 
 
-def test_channels_were_mapped_in_what_was_compared() -> None:
+def test_histogram_nets_have_mapped_channels() -> None:
     for name in ("residual", "mobile", "lifted"):
         _, reference = initialized(name, "w8a8")
         assert any(bool((own.scale > 1.5).any()) for own in reference.maps.values()), name
@@ -130,7 +130,7 @@ def test_channels_were_mapped_in_what_was_compared() -> None:
     assert set(reference.maps) == {"0", "2"}
 
 
-def test_a_reconstructed_weight_is_shown_before_its_rounding() -> None:
+def test_histograms_show_weight_before_reconstruction() -> None:
     student, reference = initialized("residual", "w4a4")
     reconstruct_or_correct_bias(
         student, images(), PTQResult(reference, [], {}, {}), rng=torch.Generator().manual_seed(0)
@@ -143,14 +143,14 @@ def test_a_reconstructed_weight_is_shown_before_its_rounding() -> None:
     assert sum(count > 0 for count in weight.counts) > 20  # the grid has sixteen values
 
 
-def test_batches_change_nothing_but_the_order_and_hooks_are_removed() -> None:
+def test_histograms_independent_of_batch_size_remove_hooks() -> None:
     student, reference = initialized("residual", "w8a8")
     assert found(student, reference, 16) == found(student, reference, 5)
     assert all(not layer._forward_pre_hooks for layer in reference.graph.layers().values())
     assert all(quantizer.enabled for quantizer in reference.graph.quantizers().values())
 
 
-def test_what_does_not_fit_the_memory_is_read_in_smaller_batches(caplog: pytest.LogCaptureFixture) -> None:
+def test_histograms_retry_in_smaller_batches(caplog: pytest.LogCaptureFixture) -> None:
     student, reference = initialized("residual", "w8a8")
     whole = found(student, reference)
 

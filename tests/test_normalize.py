@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from nets import images, make_net
+from nets import calibrated, images, make_net
 from torch import nn
 
-from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
 from clusterq_deploy.quantization.qat.parametrize import normalized
 
 
@@ -25,19 +24,13 @@ class Paddings(nn.Module):
         return y
 
 
-def calibrated(net: nn.Module, bits: str = "w4a4") -> Student:
-    student = make_student(net, BitWidths.parse(bits))
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    return student
-
-
 def nets() -> list[nn.Module]:
     torch.manual_seed(0)
     return [Paddings().eval(), make_net("residual"), make_net("mobile"), make_net("branches")]
 
 
 @pytest.mark.parametrize("net", nets(), ids=["paddings", "residual", "mobile", "branches"])
-def test_a_student_computes_the_same_inside_and_is_plain_again_outside(net: nn.Module) -> None:
+def test_normalized_keeps_outputs_and_restores_layers(net: nn.Module) -> None:
     student = calibrated(net)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     kinds = {name: type(layer) for name, layer in student.layers().items()}
@@ -54,7 +47,7 @@ def test_a_student_computes_the_same_inside_and_is_plain_again_outside(net: nn.M
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
 
 
-def test_steps_in_weights_and_scales_leave_the_mean_of_outputs_alone() -> None:
+def test_normalized_steps_keep_output_means() -> None:
     torch.manual_seed(0)
     student = calibrated(Paddings().eval(), "w4a8")
     layer, x = student.layers()["grouped"], images()
@@ -73,7 +66,7 @@ def test_steps_in_weights_and_scales_leave_the_mean_of_outputs_alone() -> None:
     assert float(moved) < 0.05 * float(spread)  # the inputs' quantization is what is left
 
 
-def test_layers_are_plain_again_after_an_error() -> None:
+def test_normalized_restores_layers_after_error() -> None:
     student = calibrated(make_net("residual"))
     names = set(student.state_dict())
     with pytest.raises(ZeroDivisionError), normalized(student, images(8)):
@@ -81,7 +74,7 @@ def test_layers_are_plain_again_after_an_error() -> None:
     assert set(student.state_dict()) == names
 
 
-def test_gradients_reach_rows_biases_and_scales() -> None:
+def test_normalized_gradients_reach_all_parameters() -> None:
     student = calibrated(make_net("residual"))
     with normalized(student, images(8)) as parameters:
         student(images(8)).square().sum().backward()

@@ -67,7 +67,7 @@ def test_sensitivities_and_plan_precision_show_each_quantization(max_drop: float
     costs = sensitivities(make_student(teacher, bits), images(16), **judged, progress=counter)  # type: ignore[arg-type]
     assert counter.names == ["Equalisation", "Calibration", "Reconstruction", "Sensitivity w4a4"]
     counter.ended.clear()
-    layers = {"first_last": False, "keep": {}, "images": images(16)}
+    layers = {"quantize_first_last": False, "layer_bits": {}, "images": images(16)}
     plan_precision(teacher, bits, costs=costs, max_drop=max_drop, **layers, **judged, progress=counter)  # type: ignore[arg-type]
     counter.require_whole()
     assert counter.names[-1] == "Precision w4a4"

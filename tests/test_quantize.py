@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import images, make_net
+from nets import calibrated, images, make_net
 from torch import nn
 
 from calib.synthesis import SynthesisConfig, synthesize
@@ -14,7 +14,6 @@ from clusterq_deploy.quantization import (
     BitWidths,
     FinetuneConfig,
     Grid,
-    Student,
     calibrate,
     finetune,
     load_student,
@@ -26,13 +25,7 @@ from clusterq_deploy.quantization.graph.ops import value_ranges
 from clusterq_deploy.quantization.graph.placement import TARGETS
 from clusterq_deploy.quantization.graph.trace import fold_batchnorm, trace
 from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantization.qat.feature_loss import feature_loss, tap_features
-
-
-def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:
-    student = make_student(make_net(name), BitWidths.parse(bits), **options)
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    return student
+from clusterq_deploy.quantization.qat.losses import feature_loss, tap_features
 
 
 @pytest.mark.parametrize(
@@ -46,13 +39,13 @@ def student_of(name: str, bits: str = "w4a4", **options: bool) -> Student:
         (8, False, 0, 255),
     ],
 )
-def test_grids_fit_int8_or_are_halved_for_it(bits: int, signed: bool, low: int, high: int) -> None:
+def test_grid_ends_and_reduced_grid(bits: int, signed: bool, low: int, high: int) -> None:
     grid = Grid(bits, signed)
     assert (grid.low, grid.high) == (low, high)
     assert grid.reduced == (None if high <= 127 else Grid(7, signed=False))
 
 
-def test_a_coarse_quantizer_has_every_second_value() -> None:
+def test_reduce_range_keeps_every_second_value() -> None:
     quantizer = Quantizer("q", Grid(8, signed=False), limit=6.0)
     quantizer.set_scale(torch.tensor(1.0))
     assert float(quantizer.scale.detach()) * 255 == pytest.approx(6.0, rel=1e-5)
@@ -69,7 +62,7 @@ def test_a_coarse_quantizer_has_every_second_value() -> None:
     assert float(quantizer.scale.detach()) == pytest.approx(0.02)
 
 
-def test_bit_widths_are_parsed_and_bounded() -> None:
+def test_bit_widths_parse_and_refuse_others() -> None:
     assert BitWidths.parse(" W4A8 ") == BitWidths(4, 8)
     assert str(BitWidths(2, 3)) == "w2a3"
     for wrong in ("w9a4", "w4a1", "w4a16"):
@@ -89,7 +82,7 @@ def test_quantizer_rounds_half_to_even_and_clamps() -> None:
     assert quantizer.integers(x).tolist() == [0, 2, 0, -2, 1, 7, -8]
 
 
-def test_quantizer_gradients_are_those_of_lsq() -> None:
+def test_quantizer_gradients_by_hand() -> None:
     quantizer = Quantizer("x", Grid(4, signed=False))
     quantizer.set_scale(torch.tensor(1.0))
     x = torch.tensor([0.3, 2.6, -1.0, 99.0], requires_grad=True)
@@ -102,7 +95,7 @@ def test_quantizer_gradients_are_those_of_lsq() -> None:
 
 
 @pytest.mark.parametrize("channels", [None, 6])
-def test_quantizer_gradients_are_those_of_the_straight_through_formula(channels: int | None) -> None:
+def test_quantizer_gradients_match_straight_through_autograd(channels: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     quantizer = Quantizer("x", Grid(4, signed=True), channels)
     quantizer.set_scale(torch.full(() if channels is None else (channels,), 0.2))
@@ -122,7 +115,7 @@ def test_quantizer_gradients_are_those_of_the_straight_through_formula(channels:
 
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_are_the_same_in_half_precision_and_any_layout(layout: torch.memory_format, sliced: bool) -> None:
+def test_quantizer_gradients_in_bfloat16_and_any_layout(layout: torch.memory_format, sliced: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 32, 8, 8, generator=generator).bfloat16().to(memory_format=layout)
     x = (x[:, ::2] if sliced else x).requires_grad_()
@@ -136,7 +129,7 @@ def test_gradients_are_the_same_in_half_precision_and_any_layout(layout: torch.m
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-3)
 
 
-def test_per_channel_scales_are_per_channel() -> None:
+def test_quantizer_rounds_each_row_by_its_scale() -> None:
     quantizer = Quantizer("w", Grid(8, signed=True), channels=2)
     quantizer.set_scale(torch.tensor([1.0, 0.25]))
     weight = torch.tensor([[1.2, -3.4], [1.2, -3.4]])[:, :, None, None]
@@ -144,7 +137,7 @@ def test_per_channel_scales_are_per_channel() -> None:
     torch.testing.assert_close(quantizer(weight), expected)
 
 
-def test_scale_keeps_under_its_limit_and_over_its_floor() -> None:
+def test_set_scale_respects_limit_and_floor() -> None:
     quantizer = Quantizer("x", Grid(4, signed=False), limit=6.0)
     quantizer.set_scale(torch.tensor(100.0))
     assert 5.99 < float(quantizer.scale.detach()) * 15 <= 6.0
@@ -153,7 +146,7 @@ def test_scale_keeps_under_its_limit_and_over_its_floor() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
-def test_folding_changes_nothing(name: str) -> None:
+def test_fold_batchnorm_keeps_outputs(name: str) -> None:
     net = make_net(name)
     student = make_student(net, BitWidths(8, 8))
     with torch.no_grad(), student.in_float():
@@ -161,16 +154,15 @@ def test_folding_changes_nothing(name: str) -> None:
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())  # the teacher is left alone
 
 
-def test_only_a_batchnorm_behind_a_layer_is_folded() -> None:
+def test_fold_batchnorm_leaves_pre_activation() -> None:
     traced = trace(make_net("branches"))
-    folded = fold_batchnorm(traced)
-    assert len(folded) == 4
+    fold_batchnorm(traced)
     assert [n for n, m in traced.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["norm"]
-    student = student_of("branches")
+    student = calibrated("branches")
     assert "norm" in student.placement.skipped
 
 
-def test_control_flow_on_values_is_refused_with_its_line() -> None:
+def test_trace_refuses_control_flow_with_its_line() -> None:
     class Branching(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
@@ -179,8 +171,8 @@ def test_control_flow_on_values_is_refused_with_its_line() -> None:
         trace(Branching())
 
 
-def test_placement_at_a_residual_block() -> None:
-    placement = student_of("residual").placement
+def test_place_residual_block() -> None:
+    placement = calibrated("residual").placement
     sites = {site.name: site for site in placement.activations}
     both = {name for name, site in sites.items() if site.targets == ("onnxruntime", "tensorrt")}
     # the image, every ReLU that feeds a layer, the downsample branch, the pooled vector; max-pool has none of its own
@@ -204,12 +196,12 @@ def test_placement_at_a_residual_block() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.Identity()])
-def test_what_the_first_layer_writes_has_its_bits(activation: nn.Module) -> None:
+def test_place_output_of_first_layer_has_its_bits(activation: nn.Module) -> None:
     torch.manual_seed(0)
     body = [nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 4)]
     net = nn.Sequential(nn.Conv2d(3, 8, 3), activation, *body).eval()
     for first_last, expected in ((False, {8}), (True, {4})):
-        placement = make_student(net, BitWidths(4, 4), first_last=first_last).placement
+        placement = make_student(net, BitWidths(4, 4), quantize_first_last=first_last).placement
         bits = {site.name: site.grid.bits for site in placement.activations}
         inputs = {site.layer: site.input_site for site in placement.weights}
         assert {bits[inputs["2"]]} == expected
@@ -229,7 +221,7 @@ class Viewing(nn.Module):
         return y
 
 
-def test_a_net_that_takes_views_of_maps_is_synthesized_for_and_tuned() -> None:
+def test_net_with_view_is_synthesized_for_and_tuned() -> None:
     torch.manual_seed(0)
     net = Viewing().eval().requires_grad_(False)
     config = SynthesisConfig.model_validate(
@@ -246,22 +238,22 @@ def test_a_net_that_takes_views_of_maps_is_synthesized_for_and_tuned() -> None:
     assert bool(student(made.calibration.images).isfinite().all())
 
 
-def test_first_last_gives_every_layer_the_same_bits_but_the_image() -> None:
-    placement = student_of("residual", "w3a3", first_last=True).placement
+def test_quantize_first_last_gives_all_layers_the_same_bits() -> None:
+    placement = calibrated("residual", "w3a3", quantize_first_last=True).placement
     assert {site.grid.bits for site in placement.weights} == {3}
     sites = {site.name: site.grid.bits for site in placement.activations}
     assert sites["x"] == 8
     assert sites["adaptive_avg_pool2d"] == sites["pool.narrow"] == sites["relu_1"] == 3
 
 
-def test_concatenated_branches_share_one_scale() -> None:
-    sites = {site.name: site for site in student_of("branches").placement.activations}
+def test_place_concatenation_shares_one_scale() -> None:
+    sites = {site.name: site for site in calibrated("branches").placement.activations}
     # left and right pass through shuffle and split into `second` and, with its output, into a BatchNorm
     assert sites["relu"].producers == ("relu", "relu_1")
 
 
-def test_relu6_bounds_the_grid_and_squeeze_excite_gates_are_unsigned() -> None:
-    student = student_of("mobile")
+def test_place_relu6_limits_and_unsigned_gates() -> None:
+    student = calibrated("mobile")
     sites = {site.name: site for site in student.placement.activations}
     assert sites["stem_1"].limit == 6.0
     assert sites["mul"].limit == 6.0
@@ -273,7 +265,7 @@ def test_relu6_bounds_the_grid_and_squeeze_excite_gates_are_unsigned() -> None:
         assert float(quantizer.scale.detach()) * site.grid.high <= site.limit
 
 
-def test_ranges_follow_sums_and_differences() -> None:
+def test_value_ranges_of_sums_and_differences() -> None:
     class Sums(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -296,7 +288,7 @@ def test_ranges_follow_sums_and_differences() -> None:
     assert ranges["add_1"] == (-math.inf, math.inf)
 
 
-def test_subclasses_with_torchs_forward_are_layers() -> None:
+def test_place_subclasses_with_torch_forward() -> None:
     class MyConv(nn.Conv2d):
         pass
 
@@ -309,7 +301,7 @@ def test_subclasses_with_torchs_forward_are_layers() -> None:
     assert not placement.skipped
 
 
-def test_the_largest_weight_of_a_channel_can_be_represented() -> None:
+def test_weight_scales_represent_a_lone_largest_weight() -> None:
     for bits in (2, 4, 8):
         weight = torch.zeros(1, 9)
         weight[0, 3] = 0.7
@@ -319,7 +311,7 @@ def test_the_largest_weight_of_a_channel_can_be_represented() -> None:
         torch.testing.assert_close(quantizer(weight), weight, rtol=1e-4, atol=1e-6)
 
 
-def test_searched_scales_beat_the_largest_value() -> None:
+def test_searched_scales_beat_full_range() -> None:
     weight = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(0))
     grid = Grid(4, signed=True)
 
@@ -335,7 +327,7 @@ def test_searched_scales_beat_the_largest_value() -> None:
     assert float(activation_scale(values, Grid(4, signed=False))) < float(values.max() / 15)
 
 
-def test_dead_channels_and_silent_tensors_have_positive_scales() -> None:
+def test_scales_of_zeros_are_positive() -> None:
     weight = torch.randn(4, 8)
     weight[2] = 0
     scales = weight_scales(weight, Grid(4, signed=True))
@@ -344,14 +336,14 @@ def test_dead_channels_and_silent_tensors_have_positive_scales() -> None:
     assert float(activation_scale(torch.zeros(10), Grid(8, signed=False))) > 0
 
 
-def test_values_that_overflow_have_no_scale() -> None:
+def test_calibrate_refuses_infinite_values() -> None:
     student = make_student(make_net("residual"), BitWidths(4, 4))
     with pytest.raises(GraphError, match="not finite at 'relu_1'"):
         calibrate(student, images() * 7e37, batch_size=16, rng=torch.Generator().manual_seed(0))
 
 
-def test_biases_settle_on_the_accumulator() -> None:
-    student = student_of("residual")
+def test_round_biases_to_accumulator() -> None:
+    student = calibrated("residual")
     quantizers = student.quantizers()
     for site in student.placement.weights:
         layer = student.layers()[site.layer]
@@ -359,8 +351,8 @@ def test_biases_settle_on_the_accumulator() -> None:
         torch.testing.assert_close(steps, steps.round(), atol=1e-2, rtol=1e-6)
 
 
-def test_spelling_for_tensorrt_leaves_the_residual_branch_alone() -> None:
-    student = student_of("residual")
+def test_for_target_tensorrt_skips_residual_quantizer() -> None:
+    student = calibrated("residual")
     with torch.no_grad():
         own = student(images())
         with student.for_target("tensorrt"):
@@ -369,7 +361,7 @@ def test_spelling_for_tensorrt_leaves_the_residual_branch_alone() -> None:
         assert torch.equal(student(images()), own)
 
 
-def test_less_is_tuned_where_there_are_bits_to_spare() -> None:
+def test_finetune_config_scaled_to_widths() -> None:
     config = FinetuneConfig()
     assert config.scaled_to(BitWidths(4, 4)) == config
     assert config.scaled_to(BitWidths(8, 4)) == config
@@ -380,19 +372,17 @@ def test_less_is_tuned_where_there_are_bits_to_spare() -> None:
     assert eight.scale_learning_rate < config.scale_learning_rate
 
 
-def test_a_student_survives_its_file(tmp_path: Path) -> None:
-    student, path = student_of("mobile", "w5a6", first_last=True), tmp_path / "quantized.safetensors"
+def test_load_student_restores_student(tmp_path: Path) -> None:
+    student, path = calibrated("mobile", "w5a6", quantize_first_last=True), tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({"seed": 3}))
     again, provenance = load_student(path, make_net("mobile"))
-    assert (again.bits, again.first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
+    assert (again.bits, again.quantize_first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
     with torch.no_grad():
         assert torch.equal(again(images()), student(images()))
 
 
-def test_a_student_of_another_format_is_refused_in_its_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student, path = student_of("residual"), tmp_path / "student.safetensors"
+def test_load_student_refuses_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, path = calibrated("residual"), tmp_path / "student.safetensors"
     monkeypatch.setattr("clusterq_deploy.quantization.student.FORMAT", 1)
     path.write_bytes(student.to_bytes({}))
     monkeypatch.undo()
@@ -400,9 +390,9 @@ def test_a_student_of_another_format_is_refused_in_its_own_words(
         load_student(path, make_net("residual"))
 
 
-def test_another_models_student_is_refused(tmp_path: Path) -> None:
+def test_load_student_refuses_another_model_or_file(tmp_path: Path) -> None:
     path = tmp_path / "quantized.safetensors"
-    path.write_bytes(student_of("mobile").to_bytes({}))
+    path.write_bytes(calibrated("mobile").to_bytes({}))
     with pytest.raises(WeightsError, match="made from another model"):
         load_student(path, make_net("residual"))
     path.write_bytes(b"nothing")
@@ -410,8 +400,8 @@ def test_another_models_student_is_refused(tmp_path: Path) -> None:
         load_student(path, make_net("residual"))
 
 
-def test_features_of_an_untouched_student_match_and_those_of_a_coarse_one_do_not() -> None:
-    student = student_of("residual", "w3a3")
+def test_feature_loss_in_float_and_by_its_formula() -> None:
+    student = calibrated("residual", "w3a3")
     with tap_features(student) as found:
         with torch.no_grad():
             student(images(8))

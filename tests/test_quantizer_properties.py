@@ -44,14 +44,14 @@ def beside(draw: st.DrawFn, scale: float) -> Floats:
 
 @cache
 def lone_layer(bits: int) -> tuple[Student, onnx.ModelProto, str]:
-    """A net of one layer, its graph with markers, and the site in front of the layer."""
+    """Return a net of one layer, its graph with markers, and the site in front of the layer."""
     net = nn.Sequential(nn.Conv2d(1, CHANNELS, SIDE, bias=False), nn.Flatten()).eval()
-    student = make_student(net, BitWidths(bits, 8), first_last=True)
+    student = make_student(net, BitWidths(bits, 8), quantize_first_last=True)
     return student, export_graph(student, (1, SIDE, SIDE)), student.placement.weights[0].input_site
 
 
 def tapped(graph: onnx.ModelProto, images: Floats) -> dict[str, np.ndarray]:
-    """What ONNX Runtime makes at every node."""
+    """Return what ONNX Runtime computes at every node."""
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for node in graph.graph.node for name in node.output)
     unique = {value.name: value for value in graph.graph.output}
     del graph.graph.output[:]
@@ -63,7 +63,7 @@ def tapped(graph: onnx.ModelProto, images: Floats) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @settings(max_examples=60, deadline=None)
 @given(grid=grids, scale=scales, data=st.data())
-def test_activations_are_quantized_as_by_the_runtime(
+def test_quantizer_matches_runtime_activations(
     graph_format: GraphFormat, grid: Grid, scale: float, data: st.DataObject
 ) -> None:
     student, marked, site = lone_layer(8)
@@ -84,7 +84,7 @@ def test_activations_are_quantized_as_by_the_runtime(
 @pytest.mark.parametrize("graph_format", GRAPH_FORMATS)
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(2, 8), data=st.data())
-def test_weights_are_those_that_the_runtime_restores(graph_format: GraphFormat, bits: int, data: st.DataObject) -> None:
+def test_quantizer_matches_runtime_weights(graph_format: GraphFormat, bits: int, data: st.DataObject) -> None:
     student, marked, _ = lone_layer(bits)
     ((name, layer),) = student.layers().items()
     quantizer = layer.weight_quantizer
@@ -105,9 +105,7 @@ def test_weights_are_those_that_the_runtime_restores(graph_format: GraphFormat, 
     rows=arrays(np.float32, (3, 12), elements=st.floats(-(2.0**60), 2.0**60, width=32)),
     dead=st.lists(st.integers(0, 2), max_size=3),
 )
-def test_searched_weight_scales_are_positive_and_lose_no_more_than_the_range(
-    bits: int, rows: Floats, dead: list[int]
-) -> None:
+def test_weight_scales_are_positive_and_beat_full_range(bits: int, rows: Floats, dead: list[int]) -> None:
     rows[dead] = 0
     weight, grid = torch.from_numpy(rows), Grid(bits, signed=True)
     found = weight_scales(weight, grid)
@@ -125,7 +123,7 @@ def test_searched_weight_scales_are_positive_and_lose_no_more_than_the_range(
     grid=grids,
     values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, 1e-45]), min_size=1, max_size=40),
 )
-def test_searched_activation_scales_fit_a_quantizer(grid: Grid, values: list[float]) -> None:
+def test_activation_scale_fits_quantizer(grid: Grid, values: list[float]) -> None:
     sample = torch.tensor(values)
     quantizer = Quantizer("site", grid)
     quantizer.set_scale(activation_scale(sample, grid))

@@ -5,40 +5,30 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import images, make_net
+from nets import calibrated, images, make_net, rng, twin
 from torch import nn
 
-from clusterq_deploy.quantization import BitWidths, Grid, Student, calibrate, correct_bias, make_student, reconstruct
+from clusterq_deploy.quantization import BitWidths, Grid, Student, correct_bias, make_student, reconstruct
 from clusterq_deploy.quantization.ptq.calibrate import weight_scales
-from clusterq_deploy.quantization.ptq.reconstruct import _rounded, _samples
+from clusterq_deploy.quantization.ptq.reconstruct import _round_compensated, _sample_patches
 
 
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def calibrated(net: nn.Module, bits: str) -> Student:
-    student = make_student(net, BitWidths.parse(bits))
-    calibrate(student, images(), batch_size=32, rng=rng())
-    return student
-
-
-def test_rounding_with_uncorrelated_inputs_is_plain_rounding() -> None:
+def test_round_compensated_is_nearest_for_uncorrelated_inputs() -> None:
     weight = torch.randn(2, 5, 7, generator=rng())
     hessian = torch.diag_embed(torch.rand(2, 7, generator=rng()) + 0.5)
     scale = torch.full((2, 5), 0.3)
     expected = (weight / 0.3).round().clamp(-8, 7) * 0.3
-    torch.testing.assert_close(_rounded(weight, hessian, scale, -8, 7), expected)
+    torch.testing.assert_close(_round_compensated(weight, hessian, scale, -8, 7), expected)
 
 
 @pytest.mark.parametrize("columns", [9, 200])
-def test_rounding_makes_up_for_correlated_inputs(columns: int) -> None:
+def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> None:
     common = torch.randn(1, 1, 4096, generator=rng())
     x = common + 0.5 * torch.randn(3, columns, 4096, generator=rng())
     weight = torch.randn(3, 4, columns, generator=rng())
     hessian = x @ x.mT / 4096
     scale = torch.full((3, 4), 0.5)
-    found = _rounded(weight, hessian, scale, -8, 7)
+    found = _round_compensated(weight, hessian, scale, -8, 7)
     steps = found / 0.5
     torch.testing.assert_close(steps, steps.round())
     assert float(steps.abs().max()) <= 8
@@ -55,18 +45,18 @@ def test_rounding_makes_up_for_correlated_inputs(columns: int) -> None:
         nn.Conv2d(8, 12, (1, 3), padding=(0, 1), dilation=(1, 2), groups=4, bias=False),
     ],
 )
-def test_patches_are_those_of_the_layer(layer: nn.Conv2d) -> None:
+def test_sample_patches_reproduce_layer_outputs(layer: nn.Conv2d) -> None:
     student = make_student(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval(), BitWidths(4, 8))
     quantized = student.layers()["1"]
     x = torch.randn(4, 8, 9, 9, generator=rng())
     with torch.no_grad():
         outputs = layer(x)
         weight = quantized.weight.view(layer.groups, 12 // layer.groups if layer.groups < 8 else 1, -1)
-        for patches, wanted in _samples(quantized, x, outputs, layer.groups, rng()):
+        for patches, wanted in _sample_patches(quantized, x, outputs, rng()):
             torch.testing.assert_close(weight @ patches, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_scales_follow_importance() -> None:
+def test_weight_scales_follow_importance() -> None:
     weight = torch.tensor([[1.0, 0.11, 0.12, 0.09]])
     importance = torch.tensor([[1e-6, 1.0, 1.0, 1.0]])
     plain, weighed = (weight_scales(weight, Grid(3, signed=True), i) for i in (None, importance))
@@ -74,7 +64,7 @@ def test_scales_follow_importance() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
-def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) -> None:
+def test_reconstruct_brings_student_nearer_to_teacher(name: str) -> None:
     net, data, fresh = make_net(name), images(256), images(256, seed=9)
     student, other = calibrated(net, "w3a8"), calibrated(net, "w3a8")
 
@@ -83,8 +73,8 @@ def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) ->
             return float((student(fresh) - net(fresh)).square().mean())
 
     before = distance(student)
-    errors = reconstruct(student, data, rng=rng(), count=256)
-    correct_bias(other, data, count=256)
+    errors = reconstruct(student, twin(student), data, rng=rng())
+    correct_bias(other, twin(other), data)
     assert set(errors) == set(student.layers())
     assert all(after <= before * 1.05 + 1e-4 for before, after in errors.values())
     assert distance(student) < 0.5 * before
@@ -98,7 +88,7 @@ def test_a_student_with_coarse_weights_comes_nearer_to_the_teacher(name: str) ->
         torch.testing.assert_close(value, settled[key])
 
 
-def test_constant_inputs_and_dead_channels_stay_finite() -> None:
+def test_reconstruct_dead_channels_stay_finite() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()).eval()
     with torch.no_grad():
@@ -106,17 +96,17 @@ def test_constant_inputs_and_dead_channels_stay_finite() -> None:
         net[0].bias.fill_(-1)
         net[2].weight.mul_(0.3)[3] = 0  # so small that the bias's grid, which has the weight's step, is finer than 1e-3
     student = calibrated(net.requires_grad_(False), "w4a4")
-    reconstruct(student, images(), rng=rng())
+    reconstruct(student, twin(student), images(), rng=rng())
     assert all(bool(p.isfinite().all()) for p in student.parameters())
     with torch.no_grad():
         torch.testing.assert_close(student(images()), net(images()), rtol=1e-3, atol=1e-3)
         assert bool(F.relu(student(images())).isfinite().all())
 
 
-def test_very_wide_rows_keep_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconstruct_skips_very_wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["clusterq_deploy.quantization.ptq.reconstruct"]
     monkeypatch.setattr(module, "_WIDEST", 1)
     student = calibrated(make_net("residual"), "w4a4")
     before = {name: layer.weight.clone() for name, layer in student.layers().items()}
-    reconstruct(student, images(), rng=rng())
+    reconstruct(student, twin(student), images(), rng=rng())
     assert all(torch.equal(layer.weight, before[name]) for name, layer in student.layers().items())

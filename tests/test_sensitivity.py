@@ -1,6 +1,5 @@
 """What layers cost, and mixed precision: by hand, and as few layers as a bound allows."""
 
-import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import tomli_w
 import torch
 from click.testing import CliRunner
-from nets import images, make_net
+from nets import calibrated, images, make_net, rng
 from onnx import TensorProto
 from test_pipeline import SMALL
 from torch import Tensor
@@ -24,7 +23,6 @@ from clusterq_deploy.quantization import (
     BitWidths,
     PrecisionPlan,
     Sensitivity,
-    calibrate,
     load_student,
     make_student,
     plan_precision,
@@ -36,13 +34,9 @@ from clusterq_deploy.runtimes.runners import TorchRunner
 NARROW = BitWidths(2, 3)
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 @cache
 def digits() -> tuple[LoadedModel, Tensor]:
-    """The bundled model, and 96 images that it answers for."""
+    """Return the bundled model, and 96 images that it answers for."""
     model = load_model("digits", device=torch.device("cpu"))
     data = load_evaluation(None, model, 96)
     return model, torch.cat([torch.as_tensor(batch) for batch, _ in data.batches(96)])
@@ -52,7 +46,7 @@ def digits() -> tuple[LoadedModel, Tensor]:
 def costs(bits: BitWidths = NARROW) -> list[Sensitivity]:
     model, batch = digits()
     student = make_student(model.module, bits)
-    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=seeded())
+    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=rng())
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
     return found
 
@@ -64,17 +58,17 @@ def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
         NARROW,
         costs=costs(),
         max_drop=max_drop,
-        first_last=False,
-        keep=keep or {},
+        quantize_first_last=False,
+        layer_bits=keep or {},
         images=batch,
         judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
         batch_size=48,
-        rng=seeded(),
+        rng=rng(),
     )
 
 
-def test_a_kept_layer_has_its_bits_and_so_has_what_it_reads() -> None:
-    student = make_student(make_net("residual"), BitWidths(4, 4), keep={"a2.0": 8, "b1.0": 6})
+def test_layer_bits_apply_to_weight_and_input() -> None:
+    student = make_student(make_net("residual"), BitWidths(4, 4), layer_bits={"a2.0": 8, "b1.0": 6})
     grids = {site.layer: (site.grid.bits, site.input_site) for site in student.placement.weights}
     read = {site.name: site.grid.bits for site in student.placement.activations}
     assert {name: bits for name, (bits, _) in grids.items() if bits != 4} == {
@@ -88,19 +82,18 @@ def test_a_kept_layer_has_its_bits_and_so_has_what_it_reads() -> None:
     assert read[grids["c2.0"][1]] == 4
 
 
-def test_an_unknown_layer_is_refused_with_a_near_match() -> None:
+def test_layer_bits_refuse_unknown_layer_with_near_match() -> None:
     with pytest.raises(GraphError, match=r"no quantized layer 'a1'; did you mean 'a1\.0'"):
-        make_student(make_net("residual"), BitWidths(4, 4), keep={"a1": 8})
+        make_student(make_net("residual"), BitWidths(4, 4), layer_bits={"a1": 8})
 
 
-def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
+def test_layer_bits_survive_export_and_file(tmp_path: Path) -> None:
     teacher = make_net("residual")
-    student = make_student(teacher, BitWidths(4, 4), keep={"a1.0": 8})
-    calibrate(student, images(), batch_size=16, rng=seeded())
+    student = calibrated(teacher, "w4a4", layer_bits={"a1.0": 8})
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({}))
     again = load_student(path, teacher)[0]
-    assert again.keep == {"a1.0": 8}
+    assert again.layer_bits == {"a1.0": 8}
     marked = export_graph(again, (3, 16, 16))
     batch = images(64, seed=7)
     for graph_format in ("onnxruntime", "tensorrt", "int4"):
@@ -116,7 +109,7 @@ def test_kept_layers_are_exported_and_read_back_as_such(tmp_path: Path) -> None:
             assert kinds["a2.0.weight.integers"] == TensorProto.INT4
 
 
-def test_a_divergence_is_what_its_definition_says() -> None:
+def test_compare_by_hand() -> None:
     teacher = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.5, 0.5]]).log()
     same = compare(teacher, teacher)
     assert same.kl == pytest.approx(0, abs=1e-6)
@@ -127,7 +120,7 @@ def test_a_divergence_is_what_its_definition_says() -> None:
     assert other.expected_drop == pytest.approx(100 * (0.6 + 0.2 + 0) / 3)
 
 
-def test_fewer_bits_cost_more_in_every_layer_that_has_them() -> None:
+def test_sensitivities_grow_with_fewer_bits() -> None:
     narrow, wide = costs(), costs(BitWidths(8, 8))
     assert [c.layer for c in narrow] == [c.layer for c in wide]
     assert {c.bits for c in wide} == {"w8a8"}
@@ -137,24 +130,24 @@ def test_fewer_bits_cost_more_in_every_layer_that_has_them() -> None:
 
 
 @pytest.mark.slow
-def test_as_few_layers_are_raised_as_the_bound_allows() -> None:
+def test_plan_precision_raises_as_few_layers_as_needed() -> None:
     none, every = plan(100), plan(1e-9)
     ranked = [c.layer for c in sorted(costs(), key=lambda c: -c.cost.kl) if c.bits != "w8a8"]
-    assert none.keep == {}
-    assert set(every.keep) == set(ranked)
+    assert none.layer_bits == {}
+    assert set(every.layer_bits) == set(ranked)
     bound = 0.9 * none.estimate.expected_drop + 0.1 * every.estimate.expected_drop
     some = plan(bound)
     assert some.estimate.expected_drop <= bound
-    assert 0 < len(some.keep) < len(ranked)
-    assert list(some.keep) == ranked[: len(some.keep)]
+    assert 0 < len(some.layer_bits) < len(ranked)
+    assert list(some.layer_bits) == ranked[: len(some.layer_bits)]
     assert plan(bound) == some
 
 
 @pytest.mark.slow
-def test_what_is_kept_by_hand_stays() -> None:
+def test_plan_precision_keeps_given_layer_bits() -> None:
     layer = costs()[1].layer
-    assert plan(100, {layer: 3}).keep == {layer: 3}
-    assert plan(1e-9, {layer: 3}).keep[layer] == 3
+    assert plan(100, {layer: 3}).layer_bits == {layer: 3}
+    assert plan(1e-9, {layer: 3}).layer_bits[layer] == 3
 
 
 def call(*args: object) -> str:
@@ -164,7 +157,7 @@ def call(*args: object) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_raise_layers_and_the_report_shows_them(tmp_path: Path) -> None:
+def test_commands_raise_layers_and_report_shows_them(tmp_path: Path) -> None:
     settings, out = tmp_path / "small.toml", tmp_path / "out"
     settings.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
     call("run", "digits", "--config", settings, "--out", out, "--bits", "w2a8", "--max-drop", "1e-6")
@@ -187,7 +180,3 @@ def test_the_commands_raise_layers_and_the_report_shows_them(tmp_path: Path) -> 
     assert "no quantized layer" in CliRunner().invoke(main, ["quantize", str(out), "--keep", "nothing=8"]).stderr
     assert "is no layer and its bits" in CliRunner().invoke(main, ["quantize", str(out), "--keep", "stem"]).stderr
     assert "less than or equal to 8" in CliRunner().invoke(main, ["quantize", str(out), "--keep", f"{layer}=9"]).stderr
-
-
-def test_sensitivities_are_plain_records() -> None:
-    assert dataclasses.asdict(costs()[0])["cost"].keys() == {"kl", "agreement", "expected_drop"}

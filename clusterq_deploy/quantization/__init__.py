@@ -1,16 +1,14 @@
 """Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
 
 from clusterq_deploy.quantization.grid import BitWidths, Grid
-from clusterq_deploy.quantization.histogram import Histogram, LayerHistograms, histograms
-from clusterq_deploy.quantization.ptq.bias import correct_bias, fit_full_range_biases
+from clusterq_deploy.quantization.histogram import LayerHistograms, histograms
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
-from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
+from clusterq_deploy.quantization.ptq.equalize import equalize
 from clusterq_deploy.quantization.ptq.ptq import PTQResult, post_training_quantize
-from clusterq_deploy.quantization.ptq.reconstruct import reconstruct
+from clusterq_deploy.quantization.ptq.reconstruct import correct_bias, fit_full_range_biases, reconstruct
 from clusterq_deploy.quantization.qat.finetune import FinetuneConfig, Tuning, finetune
 from clusterq_deploy.quantization.reference import FloatTwin
 from clusterq_deploy.quantization.sensitivity import (
-    Divergence,
     PrecisionPlan,
     Sensitivity,
     judged_views,
@@ -21,12 +19,9 @@ from clusterq_deploy.quantization.student import Student, load_student, make_stu
 
 __all__ = [
     "BitWidths",
-    "Divergence",
-    "Equalized",
     "FinetuneConfig",
     "FloatTwin",
     "Grid",
-    "Histogram",
     "LayerHistograms",
     "PTQResult",
     "PrecisionPlan",

@@ -11,25 +11,23 @@ from clusterq_deploy.quantization.grid import Grid
 
 MARKER = "FakeQuantize"
 MARKER_DOMAIN = "clusterq"
-"""Operator and domain that stand for a quantizer in an exported graph until it is lowered for a target."""
-
-
-_TINY = 1e-30  # the bounds of the grid belong to it
+"""Operator and domain that mark a quantizer in an exported graph until it is lowered for a target."""
 
 Bound = Any
-"""An end of a grid: an int, or a tensor (O, 1, ...) of one for each row; torch's stubs have no clamp for both."""
+"""An end of a grid: an int, or a tensor (O, 1, ...) with one per row; torch's stubs have no clamp for both."""
+_TINY = 1e-30  # the bounds of the grid belong to it
 
 
 def row_bounds(second: tuple[Tensor, Tensor], scale: Tensor, grid: Grid, limit: int) -> tuple[Tensor, Tensor]:
     """Return the ends of each row's grid, (O,) float32 each, so that no two integers of one sign add up to more.
 
-    All values but the outermost keep the grid as far as half of the limit; the outermost has what the next one leaves
+    All values but the outermost keep the grid up to half of the limit; the outermost has what the next one leaves
     of the limit. `vpmaddubsw` then never saturates, whichever two products of a row it adds; see `pair_limit`.
 
     Args:
         second: from `second_extremes`.
         scale: step of each row, (O,) float32.
-        grid: the grid without the limit.
+        grid: without the limit.
         limit: the largest sum of two integers of a row that are both positive, or both negative.
     """
     lowest, highest = (extreme.div(scale).round_() for extreme in second)
@@ -41,7 +39,7 @@ def row_bounds(second: tuple[Tensor, Tensor], scale: Tensor, grid: Grid, limit: 
 def second_extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the second-smallest and the second-largest value of each row of a weight (O, ...), (O,) each.
 
-    0 where a row has one value only: nothing can be added to it.
+    They are 0 for a row of one value: nothing can be added to it.
     """
     rows = weight.flatten(1)
     if rows.shape[1] < 2:
@@ -50,7 +48,7 @@ def second_extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Round to the grid; the gradient passes where the value is on it, and the step's is that of LSQ.
+    """Rounds to the grid; the gradient passes for values on the grid, and the step's is that of LSQ.
 
     Esser et al., Learned Step Size Quantization, arXiv 1902.08153, equations (1) to (3).
     """
@@ -68,7 +66,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, rounded, scale = ctx.saved_tensors
         grad = like_layout(grads[0], x)
         low, high = ctx.range
-        # large maps are bound by memory: as few passes as can be, and no tensor kept that is not kept anyway
+        # large maps are bound by memory: as few passes as possible, and no tensor kept that is not kept anyway
         if scale.dim() == 0 and x.device.type == "cpu":
             step = float(scale)
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step - _TINY, high * step + _TINY)
@@ -83,14 +81,14 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def like_layout(x: Tensor, other: Tensor) -> Tensor:
-    """X in the memory layout of a tensor of the same shape: elementwise work on mixed layouts is ten times as slow."""
+    """Return x in the memory layout of a tensor of the same shape: mixed layouts are ten times as slow elementwise."""
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product, () float32, of two tensors of one shape, of any float type."""
+    """Return the inner product, () float32, of two tensors of one shape, of any float type."""
     channels_last = a.dim() == 4 and not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
-    if channels_last and a.stride() == b.stride():  # as they lie in memory: no copy in another order
+    if channels_last and a.stride() == b.stride():  # in the order of memory: no copy in another one
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
 
@@ -101,7 +99,7 @@ class Quantizer(nn.Module):
     Args:
         site: the quantizer's name, unique in its model.
         grid: the integers.
-        channels: length of the scale: one for each index of dimension 0 (weights), or None for one in all.
+        channels: length of the scale: one per index of dimension 0 (weights), or None for a single one.
         limit: the largest value that the tensor can have (6 behind a ReLU6); the scale is kept so that
             `high * scale` does not pass it, which makes the clip in front of the quantizer redundant.
         pair_limit: of a weight, the largest sum of two integers of a row, see `grid.pair_limit`; None for no limit.
@@ -109,21 +107,20 @@ class Quantizer(nn.Module):
     Attributes:
         log_scale: () or (channels,) float32; its logarithm is learned, so the scale stays positive.
         enabled: False lets the tensor pass untouched.
-        reduce_range: True rounds to `Grid.reduced`, where there is one.
-        limit_pairs: False leaves `pair_limit` out of account, as targets do that add in 32 bits.
+        reduce_range: True rounds to `Grid.reduced`, if there is one.
+        limit_pairs: False ignores `pair_limit`, as targets do that add in 32 bits.
         floor: the smallest scale that `project` leaves.
-        widening: (channels,) float32, at least 1: how much larger the scale is where `pair_limit` counts.
-        bias_shift: (channels,) float32: how much larger the layer's bias is where it does not; see
+        widening: (channels,) float32, at least 1: how much larger the scale is while `pair_limit` counts.
+        bias_shift: (channels,) float32: how much larger the layer's bias is while it does not; see
             `fit_full_range_biases`.
     """
 
+    floor: Tensor
+    widening: Tensor
+    bias_shift: Tensor
+
     def __init__(
-        self,
-        site: str,
-        grid: Grid,
-        channels: int | None = None,
-        limit: float = math.inf,
-        pair_limit: int | None = None,
+        self, site: str, grid: Grid, channels: int | None = None, limit: float = math.inf, pair_limit: int | None = None
     ) -> None:
         super().__init__()
         self.site, self.limit, self.enabled, self.reduce_range = site, limit, True, False
@@ -135,22 +132,15 @@ class Quantizer(nn.Module):
             self.register_buffer("widening", torch.ones_like(self.log_scale))
             self.register_buffer("bias_shift", torch.zeros_like(self.log_scale))
 
-    floor: Tensor
-    widening: Tensor
-    bias_shift: Tensor
-
-    @property
-    def _halved(self) -> Grid | None:
-        return self._grid.reduced if self.reduce_range else None
-
     @property
     def grid(self) -> Grid:
         """The integers that the tensor is rounded to."""
-        return self._halved or self._grid
+        return (self._grid.reduced if self.reduce_range else None) or self._grid
 
     @property
-    def _limited(self) -> bool:
-        return self.pair_limit is not None and self.limit_pairs
+    def _active_limit(self) -> int | None:
+        """`pair_limit` while it counts."""
+        return self.pair_limit if self.limit_pairs else None
 
     @property
     def scale(self) -> Tensor:
@@ -160,30 +150,26 @@ class Quantizer(nn.Module):
     @property
     def _factor(self) -> float | Tensor:
         """What the step of the finest grid is multiplied by."""
-        if self._limited:
+        if self._active_limit is not None:
             return self.widening
-        return 2.0 if self._halved else 1.0
+        return 1.0 if self.grid == self._grid else 2.0
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:
-        """Set the step; values under the floor or over the limit are moved there."""
-        step = scale / self._factor
-        self.log_scale.copy_(step.to(self.log_scale).clamp_min(1e-30).log())
+        """Set the step, moved to the floor or the limit if it is beyond."""
+        self.log_scale.copy_((scale / self._factor).to(self.log_scale).clamp_min(1e-30).log())
         self.project()
 
     def bounds(self, x: Tensor, *, in_steps: bool = False) -> tuple[Bound, Bound]:
-        """Return the smallest and largest integer of x; for each row of a weight (O, ...) whose sums are limited.
+        """Return the smallest and largest integer of x; per row of a weight (O, ...) if its sums are limited.
 
-        Args:
-            x: the tensor, or what it is in steps of its scale.
-            in_steps: which of the two.
+        `in_steps` says that x is given in steps of its scale.
         """
-        if self.pair_limit is None or not self.limit_pairs:
+        if (limit := self._active_limit) is None:
             return self.grid.low, self.grid.high
         scale = torch.ones_like(self.log_scale) if in_steps else self.scale
-        low, high = row_bounds(second_extremes(x.detach()), scale.detach(), self.grid, self.pair_limit)
-        shape = (-1, *[1] * (x.dim() - 1))
-        return low.view(shape), high.view(shape)
+        low, high = row_bounds(second_extremes(x.detach()), scale.detach(), self.grid, limit)
+        return per_row(low, x), per_row(high, x)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -193,34 +179,25 @@ class Quantizer(nn.Module):
         self.log_scale.clamp_(min=float(self.floor.log()), max=highest)
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
-        """Return the bias (O,) that goes with the weight as it is rounded now; None of a layer without one."""
-        if bias is None or self.pair_limit is None or self.limit_pairs:
-            return bias
-        return bias + self.bias_shift
+        """Return the bias (O,) that belongs to the weight as it is rounded now; None for a layer without one."""
+        return bias if bias is None or self.pair_limit is None or self.limit_pairs else bias + self.bias_shift
 
     def integers(self, x: Tensor) -> Tensor:
-        """The grid's integers for x, int16, of x's shape."""
-        return (x / self._spread(x)).round().clamp(*self.bounds(x)).to(torch.int16)
+        """Return the grid's integers for x, int16, of x's shape."""
+        return (x / self._step(x)).round().clamp(*self.bounds(x)).to(torch.int16)
 
-    def _spread(self, x: Tensor) -> Tensor:
+    def _step(self, x: Tensor) -> Tensor:
+        """Return the scale in a shape that broadcasts to x."""
         scale = self.scale
-        return scale if scale.dim() == 0 else scale.view(-1, *[1] * (x.dim() - 1))
+        return scale if scale.dim() == 0 else per_row(scale, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
         if torch.compiler.is_exporting():
-            marker: Tensor = torch.onnx.ops.symbolic(
-                f"{MARKER_DOMAIN}::{MARKER}",
-                (x,),
-                {"site": self.site},
-                dtype=x.dtype,
-                shape=x.shape,
-                version=1,
-            )
-            return marker
-        result: Tensor = _FakeQuantize.apply(x, self._spread(x), *self.bounds(x))
-        return result
+            name = f"{MARKER_DOMAIN}::{MARKER}"
+            return torch.onnx.ops.symbolic(name, (x,), {"site": self.site}, dtype=x.dtype, shape=x.shape, version=1)
+        return cast(Tensor, _FakeQuantize.apply(x, self._step(x), *self.bounds(x)))
 
     def extra_repr(self) -> str:
         return f"{self.site!r}, {self.grid}"
@@ -233,8 +210,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
-        output: Tensor = self._conv_forward(input, quantizer(self.weight), quantizer.bias(self.bias))
-        return output
+        return cast(Tensor, self._conv_forward(input, quantizer(self.weight), quantizer.bias(self.bias)))
 
 
 class QuantizedLinear(nn.Linear):
@@ -250,7 +226,7 @@ QuantizedLayer = QuantizedConv2d | QuantizedLinear
 
 
 def with_weight_quantizer(layer: nn.Conv2d | nn.Linear, quantizer: Quantizer) -> QuantizedLayer:
-    """The layer with the same parameters and a quantizer on its weight."""
+    """Return the layer with the same parameters and a quantizer on its weight."""
     kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
     quantized = cast(QuantizedLayer, kind.__new__(kind))
     quantized.__dict__.update(layer.__dict__)
@@ -259,19 +235,41 @@ def with_weight_quantizer(layer: nn.Conv2d | nn.Linear, quantizer: Quantizer) ->
     return quantized
 
 
+def per_row(values: Tensor, weight: Tensor) -> Tensor:
+    """Return values (O,) in a shape that broadcasts to a weight (O, ...)."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def group_count(layer: nn.Module) -> int:
+    """Return the number of groups of a layer; 1 for a linear one."""
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
 def pooled_dims(layer: nn.Module, y: Tensor) -> list[int]:
-    """All dimensions but the channels' of a layer's outputs y, (N, C, H, W) of a convolution, else (..., C)."""
+    """Return all dimensions of a layer's outputs y but that of the channels: (N, C, H, W) or (..., C)."""
     channel = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
     return [d for d in range(y.dim()) if d != channel]
 
 
-def by_channel(values: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
-    """Values (C,) in a shape that broadcasts to a layer's outputs y."""
+def per_channel(values: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
+    """Return values (C,) in a shape that broadcasts to a layer's outputs y."""
     pooled = pooled_dims(layer, y)
     return values.view([1 if d in pooled else -1 for d in range(y.dim())])
 
 
 def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution's input (N, C, H, W) with the layer's padding of zeros around it."""
+    """Return a convolution's input (N, C, H, W) with the layer's padding of zeros around it."""
     widths = list(layer._reversed_padding_repeated_twice)
     return F.pad(x, widths) if any(widths) else x
+
+
+def random_places(x: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+    """Return indices of all values of a tensor, or of `count` random ones if it has more; one tensor per dimension.
+
+    They index the dimensions, not the flat tensor, which in another memory layout would be a copy.
+    """
+    if x.numel() <= count:
+        flat = torch.arange(x.numel(), device=x.device)
+    else:
+        flat = torch.randint(x.numel(), (count,), generator=rng, device=rng.device).to(x.device)
+    return tuple(torch.unravel_index(flat, x.shape))

@@ -9,7 +9,7 @@ from clusterq_deploy.errors import ConfigError
 MIN_BITS, MAX_BITS = 2, 8
 
 ZERO_POINT = 128
-"""What UINT8 stores on top of the integers of a signed grid."""
+"""What UINT8 adds to the integers of a signed grid."""
 
 _INT16_MAX = 2**15 - 1
 
@@ -21,8 +21,8 @@ Cpu = Literal["any", "vnni"]
 class Grid:
     """A symmetric integer grid: zero-point 0, values `low` to `high` times a positive scale.
 
-    INT8 has room for all of them but the unsigned one of 8 bits, which is UINT8. TensorRT has no UINT8: there a tensor
-    of that grid has every second value of it, `reduced`.
+    All of them fit INT8 except the unsigned one of 8 bits, which is UINT8. TensorRT has no UINT8: there a tensor of
+    that grid has every second value of it, `reduced`.
     """
 
     bits: int
@@ -45,16 +45,16 @@ class Grid:
 
     @property
     def reduced(self) -> "Grid | None":
-        """The grid for INT8, whose scale is twice as large, where this one is too fine for it; else None."""
+        """The grid for INT8, with twice the scale, if this one is too fine for it; else None."""
         return None if self.signed or self.bits < MAX_BITS else Grid(MAX_BITS - 1, signed=False)
 
 
 def pair_limit(weights: Grid, activations: Grid) -> int | None:
     """Return the largest sum of two weights of one sign in a row whose products fit 16 bits together.
 
-    x86 CPUs without VNNI multiply UINT8 activations with INT8 weights by `vpmaddubsw`, which adds two products in 16
-    bits and saturates. Which two depends on the kernel, so that the limit is for any two of an output channel. None
-    where no two weights of the grid can pass it: where the weights or the activations have few bits.
+    x86 CPUs without VNNI multiply UINT8 activations by INT8 weights with `vpmaddubsw`, which adds two products in 16
+    bits and saturates. Which two depends on the kernel, so the limit is for any two of an output channel. It is None
+    if no two weights of the grid can pass it: if the weights or the activations have few bits.
     """
     limit = _INT16_MAX // activations.largest_stored
     return None if 2 * -weights.low <= limit else limit
@@ -62,7 +62,7 @@ def pair_limit(weights: Grid, activations: Grid) -> int | None:
 
 @dataclass(frozen=True, order=True)
 class BitWidths:
-    """Bits of weights and of activations; `str` gives the variant's name, such as w4a4."""
+    """Bits of weights and of activations; `str` returns the variant's name, such as w4a4."""
 
     weights: int
     activations: int
@@ -91,11 +91,11 @@ class BitWidths:
 
 
 def _near(text: str) -> str:
-    """A clause that offers the setting that was perhaps meant, or nothing: int8 is w8a8, a4w8 is w8a4."""
-    found = re.findall(r"([a-z]*)\D*(\d+)", text.lower())
-    if not 1 <= len(found) <= 2 or any(not MIN_BITS <= int(bits) <= MAX_BITS for _, bits in found):
+    """Return a clause that offers the setting that was perhaps meant, or nothing: int8 is w8a8, a4w8 is w8a4."""
+    numbers = re.findall(r"([a-z]*)\D*(\d+)", text.lower())
+    if not 1 <= len(numbers) <= 2 or any(not MIN_BITS <= int(bits) <= MAX_BITS for _, bits in numbers):
         return ""
-    (first, weights), (_, activations) = found[0], found[-1]
-    if len(found) == 2 and first.startswith("a"):
+    (letter, weights), (_, activations) = numbers[0], numbers[-1]
+    if len(numbers) == 2 and letter.startswith("a"):
         weights, activations = activations, weights
     return f"did you mean w{weights}a{activations}? "

@@ -1,6 +1,5 @@
-"""The teacher beside the student: the same graph in float, and how the student's tensors differ from its own."""
+"""The teacher next to the student: the same graph in float, and how the student's tensors differ from its own."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clusterq_deploy.quantization.fake_quant import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
+from clusterq_deploy.quantization.fake_quant import QuantizedConv2d, QuantizedLayer, Quantizer
 from clusterq_deploy.quantization.student import Student
 
-AT_ONCE = 64  # images that a layer or quantizer is given, where a pass has all images in memory
+AT_ONCE = 64  # images that a layer or quantizer is given, in a pass that has all images in memory
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class ChannelAffine:
     site: str
 
     def __call__(self, x: Tensor, channel: int = 1) -> Tensor:
-        """The student's values for the teacher's x, whose dimension `channel` has C * k values, k a channel."""
+        """Return the student's values for the teacher's x, whose dimension `channel` has k values per channel."""
         shape = [1] * x.dim()
         shape[channel] = -1
         k = x.shape[channel] // len(self.scale)
@@ -42,10 +41,10 @@ class ChannelAffine:
 
 @dataclass(frozen=True)
 class FloatTwin:
-    """What a student is held against.
+    """What a student is compared with.
 
     Attributes:
-        graph: the teacher with the student's graph and sites; it is used `in_float` alone.
+        graph: the teacher with the student's graph and sites; it is used `in_float` only.
         maps: for each layer whose outputs have other channels in the student, how; see `equalize`.
     """
 
@@ -54,7 +53,7 @@ class FloatTwin:
 
 
 def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) of images x, of which some are given to it at a time: what it needs beside its result stays small."""
+    """Return function(x), given a part of the images x at a time: what it needs next to its result stays small."""
     first, *others = x.split(AT_ONCE)
     answer = function(first)
     whole = answer.new_empty((len(x), *answer.shape[1:]))
@@ -64,39 +63,39 @@ def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return whole
 
 
-class TwinInterpreter(fx.Interpreter):
-    """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized.
+Visit = Callable[[str, QuantizedLayer, Tensor, Tensor], Tensor]
+"""Returns a layer's outputs from its name, the layer, its quantized input, and its target: the teacher's outputs."""
 
-    Subclasses say in `layer` what is done at each quantized layer. Without a reference the teacher is what the student
-    computes in float as it is now.
+
+def visit_layers(student: Student, reference: FloatTwin, images: Tensor, visit: Visit) -> None:
+    """Pass images (N, C, H, W) through the teacher and the student, and let `visit` compute the student's layers.
+
+    They are visited in order of execution. Targets are in the student's channels.
     """
+    interpreter = _TwinInterpreter(student, reference, visit)
+    image = next(node for node in student.net.graph.nodes if node.op == "placeholder")
+    with reference.graph.in_float():
+        interpreter.run(initial_env={image: torch.cat([images, images])})  # as an argument it would live to the end
 
-    def __init__(self, student: Student, reference: FloatTwin | None) -> None:
+
+class _TwinInterpreter(fx.Interpreter):
+    """Runs a student's graph on a batch whose first half passes through the teacher, its second half quantized."""
+
+    def __init__(self, student: Student, reference: FloatTwin, visit: Visit) -> None:
         super().__init__(student.net)
-        self._reference = reference or FloatTwin(copy.deepcopy(student))
-        self._exact, self._maps = self._reference.graph.layers(), self._reference.maps
-
-    def compare(self, images: Tensor) -> None:
-        """Pass images (N, C, H, W) through both."""
-        image = next(node for node in self.graph.nodes if node.op == "placeholder")
-        with self._reference.graph.in_float():
-            self.run(initial_env={image: torch.cat([images, images])})  # as an argument it would live to the end
+        self._twins, self._maps, self._visit = reference.graph.layers(), reference.maps, visit
 
     def call_module(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(str(target))
-        if not isinstance(module, Quantizer | QuantizedConv2d | QuantizedLinear):
+        name = str(target)
+        module = self.fetch_attr(name)
+        if not isinstance(module, Quantizer | QuantizedLayer):
             return super().call_module(target, args, kwargs)
-        (x,) = args
-        exact, rounded = x.chunk(2)
+        exact, rounded = args[0].chunk(2)
         if isinstance(module, Quantizer):
             return torch.cat([exact, by_parts(module, rounded)])
-        outputs = by_parts(self._exact[str(target)], exact)
-        own = self._maps.get(str(target))
-        wanted = outputs if own is None else own(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
-        answer = self.layer(str(target), module, rounded, wanted)
+        outputs = by_parts(self._twins[name], exact)
+        affine = self._maps.get(name)
+        wanted = outputs if affine is None else affine(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
+        answer = self._visit(name, module, rounded, wanted)
         del wanted  # up to a gigabyte, and the next line needs two
         return torch.cat([outputs, answer])
-
-    def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
-        """The layer's answer to its quantized input x, where the teacher's, in the student's channels, is `wanted`."""
-        raise NotImplementedError

@@ -1,5 +1,6 @@
 """What each layer's quantization costs, and which layers to raise to eight bits: mixed precision without data."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, ScopedCheckpoint
 from calib.support.progress import SILENT, Advance, Progress
-from clusterq_deploy.quantization.fake_quant import QuantizedLayer
 from clusterq_deploy.quantization.grid import BitWidths, Cpu
 from clusterq_deploy.quantization.ptq.ptq import (
     equalize_and_calibrate,
@@ -20,7 +20,7 @@ from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.student import Student, make_student
 
 RAISED = 8
-_AT_ONCE = 64  # images that are moved, for memory's sake
+_AT_ONCE = 64  # images that are augmented, for memory's sake
 
 _JUDGED = AugmentConfig(zoom=0.06, rotation=0.08, translation=0.03, jitter=0.08, cutmix=0.0)
 """A quarter of what fine-tuning sees. On synthetic images themselves a teacher is so sure that nothing ever costs an
@@ -32,22 +32,18 @@ has the figures."""
 class Divergence:
     """How far a quantized model is from the teacher on images.
 
-    Attributes:
-        kl: mean KL(teacher || student), in nats.
-        agreement: percentage of images with the same top-1.
-        expected_drop: what top-1 loses, in points, were the teacher's probabilities the truth: the mean of
-            p(the teacher's class) - p(the student's class). No label is needed; a teacher that is surer than it is
-            right makes it too high.
+    The expected drop is what top-1 would lose if the teacher's probabilities were the truth: the mean of p(the
+    teacher's class) - p(the student's class). No label is needed; an overconfident teacher makes it too high.
     """
 
-    kl: float
-    agreement: float
-    expected_drop: float
+    kl: float  # mean KL(teacher || student), in nats
+    agreement: float  # percentage of images with the same top-1
+    expected_drop: float  # in points
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What it costs to quantize one layer alone, its weight and what it reads, at `bits`; all others in float."""
+    """What it costs to quantize only one layer, its weight and what it reads, at `bits`; all others in float."""
 
     layer: str
     bits: str
@@ -58,25 +54,25 @@ class Sensitivity:
 class PrecisionPlan:
     """Widths of single layers, and how far the student is expected to be from the teacher before fine-tuning."""
 
-    keep: dict[str, int]
+    layer_bits: dict[str, int]
     estimate: Divergence
 
 
 def judged_views(images: Tensor, *, flip: bool, rng: torch.Generator) -> Tensor:
-    """Views of synthetic images (N, C, H, W) on which costs are estimated."""
+    """Return views of synthetic images (N, C, H, W) on which costs are estimated."""
     view = Augmenter(_JUDGED, images, flip=flip, rng=rng)
     return torch.cat([view(part) for part in images.split(_AT_ONCE)])
 
 
 @torch.no_grad()
 def answers(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Logits (N, classes) float32, on the CPU, of images (N, C, H, W)."""
+    """Return the logits (N, classes) float32, on the CPU, of images (N, C, H, W)."""
     device = next(model.parameters()).device
     return torch.cat([model(part.to(device)).float().cpu() for part in images.split(batch_size)])
 
 
 def compare(student: Tensor, teacher: Tensor) -> Divergence:
-    """How far a student's logits (N, classes) are from the teacher's for the same images."""
+    """Return how far a student's logits (N, classes) are from the teacher's for the same images."""
     target, chosen = teacher.softmax(1), student.argmax(1)
     kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
     lost = target.amax(1) - target.gather(1, chosen[:, None]).squeeze(1)
@@ -97,63 +93,44 @@ def sensitivities(
     """Quantize one layer at a time, and see how far the answers move.
 
     Args:
-        student: fresh from `make_student`; it is initialized here, and a layer is judged with the weight and the bias
+        student: fresh from `make_student`; it is quantized here, and a layer is judged with the weight and the bias
             that this gave it.
         images: (N, C, H, W) float32, normalized, that set the scales.
         judged: (M, C, H, W), such as `judged_views`, on which the answers are compared.
-        batch_size: images a forward pass.
-        rng: source of all randomness.
         checkpoint: keeps what is reached; the student must come as it came the first time.
 
     Returns:
-        One a quantized layer, in order of execution.
+        One per quantized layer, in order of execution.
     """
-    begun = equalize_and_calibrate(
+    start = equalize_and_calibrate(
         student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=checkpoint
     )
     layers, quantizers = student.layers(), student.quantizers()
-    plain = _parameters(layers)
-    if (kept := checkpoint.load("mended")) is None:
-        reconstruct_or_correct_bias(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
-        checkpoint.save("mended", lambda: {"student": student.state_dict()}, at_once=True)
+    plain = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+    if (saved := checkpoint.load("quantized")) is None:
+        reconstruct_or_correct_bias(student, images, start, rng=rng, progress=progress, checkpoint=checkpoint)
+        checkpoint.save("quantized", lambda: {"student": student.state_dict()}, at_once=True)
     else:
-        student.load_state_dict(kept["student"])
-    mended = _parameters(layers)
+        student.load_state_dict(saved["student"])
+    quantized = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
     for name, layer in layers.items():
-        _put(layer, *plain[name])
+        layer.load_state_dict(plain[name])
     with student.in_float():
         teacher = answers(student, judged, batch_size)
-    kept = checkpoint.load("costs") or {"costs": []}
-    found = [Sensitivity(own["layer"], own["bits"], Divergence(**own["cost"])) for own in kept["costs"]]
+    saved = checkpoint.load("costs") or {"costs": []}
+    costs = [Sensitivity(cost["layer"], cost["bits"], Divergence(**cost["cost"])) for cost in saved["costs"]]
     with progress.task(f"Sensitivity {student.bits}", len(student.placement.weights)) as advance:
-        advance(len(found))
-        for site in student.placement.weights[len(found) :]:
-            _put(layers[site.layer], *mended[site.layer])
+        advance(len(costs))
+        for site in student.placement.weights[len(costs) :]:
+            layers[site.layer].load_state_dict(quantized[site.layer])
             with student.quantized_at(site.name, site.input_site):
-                cost = compare(answers(student, judged, batch_size), teacher)
-            _put(layers[site.layer], *plain[site.layer])
-            widths = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
-            found.append(Sensitivity(site.layer, str(widths), cost))
-            advance(1, kl=cost.kl)
-            checkpoint.save("costs", lambda: {"costs": [asdict(own) for own in found]})
-    return found
-
-
-_Parameters = tuple[Tensor, Tensor | None]  # weight and bias
-
-
-def _parameters(layers: Mapping[str, QuantizedLayer]) -> dict[str, _Parameters]:
-    return {
-        name: (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
-        for name, layer in layers.items()
-    }
-
-
-@torch.no_grad()
-def _put(layer: QuantizedLayer, weight: Tensor, bias: Tensor | None) -> None:
-    layer.weight.copy_(weight)
-    if layer.bias is not None and bias is not None:
-        layer.bias.copy_(bias)
+                divergence = compare(answers(student, judged, batch_size), teacher)
+            layers[site.layer].load_state_dict(plain[site.layer])
+            bits = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
+            costs.append(Sensitivity(site.layer, str(bits), divergence))
+            advance(1, kl=divergence.kl)
+            checkpoint.save("costs", lambda: {"costs": [asdict(cost) for cost in costs]})
+    return costs
 
 
 def plan_precision(
@@ -162,8 +139,8 @@ def plan_precision(
     *,
     costs: Sequence[Sensitivity],
     max_drop: float,
-    first_last: bool,
-    keep: Mapping[str, int],
+    quantize_first_last: bool,
+    layer_bits: Mapping[str, int],
     cpu: Cpu = "any",
     images: Tensor,
     judged: Tensor,
@@ -174,37 +151,39 @@ def plan_precision(
 ) -> PrecisionPlan:
     """Raise the most sensitive layers to eight bits, as few as keep the expected drop within a bound.
 
-    How many is found by bisection, each count judged by a student that is initialized in full; fine-tuning, which
-    comes after, lowers the drop further. Where even all layers at eight bits are not enough, all are raised.
+    How many is found by bisection, each count judged by a student after all of post-training quantization; fine-tuning,
+    which comes later, lowers the drop further. If even all layers at eight bits are not enough, all are raised.
 
     Args:
         teacher: in eval mode; it is copied, not changed.
-        bits, first_last, cpu: as for `make_student`.
+        bits, quantize_first_last, cpu: as for `make_student`.
         costs: from `sensitivities`.
         max_drop: the bound of `Divergence.expected_drop`, in points.
-        keep: widths that stand already, and stay.
+        layer_bits: widths that are set already, and stay.
         images, judged, batch_size, rng: as for `sensitivities`.
         progress: shows how far it is, and within it how far each student is.
-        checkpoint: keeps what is reached.
     """
-    order = [c.layer for c in sorted(costs, key=lambda c: -c.cost.kl) if c.layer not in keep and c.bits != "w8a8"]
+    ranked = sorted(costs, key=lambda cost: -cost.cost.kl)
+    order = [cost.layer for cost in ranked if cost.layer not in layer_bits and cost.bits != "w8a8"]
     state = rng.get_state()
-    kept = checkpoint.load("precision") or {"exact": None, "estimates": {}}
-    exact = answers(teacher, judged, batch_size) if kept["exact"] is None else kept["exact"]
-    estimates = {count: Divergence(**own) for count, own in kept["estimates"].items()}
+    saved = checkpoint.load("precision") or {"exact": None, "estimates": {}}
+    exact = answers(teacher, judged, batch_size) if saved["exact"] is None else saved["exact"]
+    estimates = {count: Divergence(**estimate) for count, estimate in saved["estimates"].items()}
 
     def raised(count: int) -> dict[str, int]:
-        return {**keep, **dict.fromkeys(order[:count], RAISED)}
+        return {**layer_bits, **dict.fromkeys(order[:count], RAISED)}
 
     def within(count: int, advance: Advance) -> bool:
         if count not in estimates:
-            student = make_student(teacher, bits, first_last=first_last, keep=raised(count), cpu=cpu)
-            rng.set_state(state)  # counts differ in their layers alone
-            turn = ScopedCheckpoint(checkpoint, "precision", count)
-            post_training_quantize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=turn)
+            student = make_student(
+                teacher, bits, quantize_first_last=quantize_first_last, layer_bits=raised(count), cpu=cpu
+            )
+            rng.set_state(state)  # counts differ in their layers only
+            scope = ScopedCheckpoint(checkpoint, "precision", count)
+            post_training_quantize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=scope)
             estimates[count] = compare(answers(student, judged, batch_size), exact)
-            done = {"exact": exact, "estimates": {own: asdict(estimate) for own, estimate in estimates.items()}}
-            checkpoint.save("precision", lambda: done, at_once=True)
+            reached = {"exact": exact, "estimates": {n: asdict(estimate) for n, estimate in estimates.items()}}
+            checkpoint.save("precision", lambda: reached, at_once=True)
         advance(1, expected_drop=estimates[count].expected_drop)
         return estimates[count].expected_drop <= max_drop
 

@@ -1,7 +1,7 @@
 """The student: a teacher's folded graph with quantizers in it."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, fx, nn
 
 from clusterq_deploy.errors import WeightsError
-from clusterq_deploy.quantization.fake_quant import (
-    QuantizedConv2d,
-    QuantizedLinear,
-    Quantizer,
-    with_weight_quantizer,
-)
+from clusterq_deploy.quantization.fake_quant import QuantizedLayer, Quantizer, with_weight_quantizer
 from clusterq_deploy.quantization.graph.placement import Placement, Target, place
 from clusterq_deploy.quantization.graph.trace import folded_teacher
 from clusterq_deploy.quantization.grid import BitWidths, Cpu
@@ -25,6 +20,8 @@ from clusterq_deploy.quantization.grid import BitWidths, Cpu
 _LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
 FORMAT = 3
 """Of a student's file: what its scales belong to."""
+_OPTIONS = {"first_last": "quantize_first_last", "keep": "layer_bits", "cpu": "cpu"}
+"""Options of `make_student` by their names in a student's file."""
 
 
 class Student(nn.Module):
@@ -33,8 +30,8 @@ class Student(nn.Module):
     Attributes:
         net: the folded graph with a `Quantizer` at every site.
         bits: widths of weights and activations.
-        first_last: whether the first and last layers have those widths too, not 8 bits.
-        keep: widths of single layers, by name.
+        quantize_first_last: whether the first and last layers have those widths too, not 8 bits.
+        layer_bits: widths of single layers, by name.
         target_cpu: the CPUs that its graph for ONNX Runtime is made for.
         placement: where the quantizers are, and which layers stay in float.
     """
@@ -43,31 +40,32 @@ class Student(nn.Module):
         self,
         net: fx.GraphModule,
         bits: BitWidths,
-        first_last: bool,
-        keep: Mapping[str, int],
+        quantize_first_last: bool,
+        layer_bits: Mapping[str, int],
         cpu: Cpu,
         placement: Placement,
     ) -> None:
         super().__init__()
-        self.net, self.bits, self.first_last, self.placement = net, bits, first_last, placement
-        self.keep, self.target_cpu = dict(keep), cpu
+        self.net, self.bits, self.quantize_first_last, self.placement = net, bits, quantize_first_last, placement
+        self.layer_bits, self.target_cpu = dict(layer_bits), cpu
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
         return logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
     def quantizers(self) -> dict[str, Quantizer]:
-        """All quantizers by the name of their site."""
+        """Return all quantizers by the name of their site."""
         return {m.site: m for m in self.modules() if isinstance(m, Quantizer)}
 
-    def layers(self) -> dict[str, QuantizedConv2d | QuantizedLinear]:
-        """The quantized layers by the teacher's name for them, in order of execution."""
-        found: dict[str, QuantizedConv2d | QuantizedLinear] = {}
-        for site in self.placement.weights:
-            layer = self.net.get_submodule(site.layer)
-            if isinstance(layer, QuantizedConv2d | QuantizedLinear):
-                found[site.layer] = layer
-        return found
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """Return the quantized layers by the teacher's name for them, in order of execution."""
+        layers = {site.layer: self.net.get_submodule(site.layer) for site in self.placement.weights}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
 
     @contextmanager
     def for_target(self, target: Target) -> Iterator[None]:
@@ -89,7 +87,7 @@ class Student(nn.Module):
 
     @contextmanager
     def on_int8_grids(self) -> Iterator[None]:
-        """Compute on the grids that INT8 has room for, which are the coarser ones: what is tuned on them fits both."""
+        """Compute on the grids that fit INT8, which are the coarser ones: what is tuned on them fits both targets."""
         quantizers = self.quantizers()
         both = [quantizers[s.name] for s in self.placement.activations if "tensorrt" in s.targets]
         with _with(both, "reduce_range", True):
@@ -103,10 +101,39 @@ class Student(nn.Module):
 
     @contextmanager
     def quantized_at(self, *sites: str) -> Iterator[None]:
-        """Compute with the quantizers of these sites alone."""
+        """Compute with the quantizers of these sites only."""
         others = [quantizer for site, quantizer in self.quantizers().items() if site not in sites]
         with _with(others, "enabled", False):
             yield
+
+    @torch.no_grad()
+    def collect_inputs(
+        self,
+        modules: Mapping[str, nn.Module],
+        batches: Iterable[Tensor],
+        select: Callable[[str, Tensor], Tensor],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, Tensor]:
+        """Return values that reach modules of the student while it computes in float, (n,) each, by the modules' names.
+
+        Args:
+            modules: quantizers or layers, by any name.
+            batches: images (N, C, H, W) float32, normalized.
+            select: returns some values (m,) of a module's input, from its name and the input.
+            advance: is called after each batch.
+        """
+        values: dict[str, list[Tensor]] = {name: [] for name in modules}
+        with ExitStack() as hooks, self.in_float():
+            for name, module in modules.items():
+                hooks.enter_context(
+                    module.register_forward_pre_hook(
+                        lambda _, args, name=name: values[name].append(select(name, args[0]))
+                    )
+                )
+            for batch in batches:
+                self(batch.to(self.device))
+                advance(1)
+        return {name: torch.cat(parts) for name, parts in values.items()}
 
     def project(self) -> None:
         """Bring every scale back into its bounds; to be called after each optimizer step."""
@@ -118,7 +145,7 @@ class Student(nn.Module):
         """Round every bias to its layer's accumulator, an INT32 whose step is input scale times weight scale.
 
         Integer kernels add the bias there; done here, the torch model and every graph add the same numbers. A channel
-        whose bias would not fit has weights that hardly count beside it: their step is raised until it does.
+        whose bias would not fit has weights that hardly count next to it: their step is raised until it does.
         """
         layers = self.layers()
         for name, step in self.accumulator_steps().items():
@@ -131,7 +158,7 @@ class Student(nn.Module):
                 bias.copy_((bias / step).round() * step)
 
     def accumulator_steps(self) -> dict[str, Tensor]:
-        """The step of each layer's accumulator, (O,) float32, by the teacher's name for the layer."""
+        """Return the step of each layer's accumulator, (O,) float32, by the teacher's name for the layer."""
         quantizers, layers = self.quantizers(), self.layers()
         return {
             site.layer: quantizers[site.input_site].scale * layers[site.layer].weight_quantizer.scale
@@ -139,12 +166,12 @@ class Student(nn.Module):
         }
 
     def to_bytes(self, provenance: Mapping[str, Any]) -> bytes:
-        """The student as a safetensors file: folded float weights and scales; settings in the metadata."""
+        """Return the student as a safetensors file: folded float weights and scales; settings in the metadata."""
         settings = {
             "format": FORMAT,
             "bits": str(self.bits),
-            "first_last": self.first_last,
-            "keep": self.keep,
+            "first_last": self.quantize_first_last,
+            "keep": self.layer_bits,
             "cpu": self.target_cpu,
             "provenance": dict(provenance),
         }
@@ -162,32 +189,30 @@ def _with(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iterator
     try:
         yield
     finally:
-        for quantizer, own in before.items():
-            setattr(quantizer, switch, own)
+        for quantizer, earlier in before.items():
+            setattr(quantizer, switch, earlier)
 
 
 def make_student(
     teacher: nn.Module,
     bits: BitWidths,
     *,
-    first_last: bool = False,
-    keep: Mapping[str, int] | None = None,
+    quantize_first_last: bool = False,
+    layer_bits: Mapping[str, int] | None = None,
     cpu: Cpu = "any",
 ) -> Student:
-    """A student whose quantizers stand where the targets want them, all scales still to be set.
+    """Return a student with quantizers where the targets need them, all scales still to be set.
 
     Args:
         teacher: in eval mode; it is copied, not changed.
         bits: widths of weights and activations.
-        first_last: False keeps the first and last layers at 8 bits.
-        keep: widths of single layers, by name; see `place`.
-        cpu: the CPUs that its graph for ONNX Runtime is made for; see `place`.
+        quantize_first_last, layer_bits, cpu: as for `place`.
 
     Raises:
         GraphError: the teacher cannot be traced, or has no such layer to quantize.
     """
     graph = folded_teacher(teacher)
-    placement = place(graph, bits, first_last=first_last, keep=keep, cpu=cpu)
+    placement = place(graph, bits, quantize_first_last=quantize_first_last, layer_bits=layer_bits, cpu=cpu)
     device = next(graph.parameters()).device
     nodes = {node.name: node for node in graph.graph.nodes}
     for site in placement.weights:
@@ -200,16 +225,16 @@ def make_student(
     for activation in placement.activations:
         key = activation.name.replace(".", "_")
         sites[key] = Quantizer(activation.name, activation.grid, limit=activation.limit)
-        read_by = [nodes[name] for name in activation.readers]
+        readers = [nodes[name] for name in activation.readers]
         for producer in activation.producers:
-            node = read_by[0].all_input_nodes[0] if read_by else nodes[producer]  # behind the quantizer that is there
+            node = readers[0].all_input_nodes[0] if readers else nodes[producer]  # behind the quantizer that is there
             with graph.graph.inserting_after(node):
                 quantized = graph.graph.call_module(f"quantizers.{key}")
-            node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=read_by: not own or user in own)
+            node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=readers: not own or user in own)
             quantized.args = (node,)
     graph.graph.lint()
     graph.recompile()
-    return Student(graph, bits, first_last, keep or {}, cpu, placement).to(device).eval()
+    return Student(graph, bits, quantize_first_last, layer_bits or {}, cpu, placement).to(device).eval()
 
 
 def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
@@ -226,16 +251,15 @@ def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {})["student"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        written = settings.get("format")
-        bits, provenance = BitWidths.parse(settings["bits"]), settings["provenance"]
-        widths = {name: settings[name] for name in ("first_last", "keep", "cpu") if name in settings}
+        bits, provenance = BitWidths.parse(settings["bits"]), dict(settings["provenance"])
+        options = {option: settings[name] for name, option in _OPTIONS.items() if name in settings}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no quantized model: {error}") from error
-    if written != FORMAT:
-        raise WeightsError(f"{path} is of another version of this program; make it anew with clusterq quantize")
-    student = make_student(teacher, bits, **widths)
+    if settings.get("format") != FORMAT:
+        raise WeightsError(f"{path} is of another version of this program; make it again with clusterq quantize")
+    student = make_student(teacher, bits, **options)
     try:
         student.load_state_dict(state)
     except RuntimeError as error:
         raise WeightsError(f"{path} was made from another model: {str(error).splitlines()[1].strip()}") from error
-    return student, dict(provenance)
+    return student, provenance

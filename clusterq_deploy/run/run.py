@@ -122,7 +122,7 @@ class Run:
         """
         traced = folded_teacher(self.model.module)
         for bits in self.config.widths:
-            place(traced, bits, first_last=self.config.first_last, keep=self.config.keep)
+            place(traced, bits, quantize_first_last=self.config.first_last, layer_bits=self.config.keep)
         if self.has_own_data:
             _ = self.evaluation
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
 from calib.support.checkpoint import NOWHERE, Checkpoint
@@ -32,7 +31,7 @@ from clusterq_deploy.results.stages import QuantizeResult
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.stages import sensitivity, synthesize
-from clusterq_deploy.stages.sensitivity import PLACEMENT, placement, shown, views
+from clusterq_deploy.stages.sensitivity import PLACEMENT, student_options, views
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the widths and the settings of fine-tuning."""
     settings = run.config.finetune.scaled_to(BitWidths.parse(stage.variant))
     widths = run.config.model_dump(mode="json", include={"max_drop", *PLACEMENT})
-    return {"format": FORMAT, "settings": settings.model_dump(mode="json"), "bits": stage.variant, **widths}
+    return {"format": FORMAT, "settings": _recorded(settings), "bits": stage.variant, **widths}
 
 
 def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
@@ -59,12 +58,11 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
     def attempt(divisor: int) -> tuple[PrecisionPlan | None, Student, PTQResult, Tuning]:
         config, checkpoint = in_smaller_batches(settings, divisor), run.checkpoint(stage, divisor)
         plan = _plan(run, bits, config.batch_size, checkpoint)
-        widths = placement(run) if plan is None else {**placement(run), "keep": plan.keep}
-        student = make_student(run.model.module, bits, **widths)
+        options = student_options(run) if plan is None else {**student_options(run), "layer_bits": plan.layer_bits}
+        student = make_student(run.model.module, bits, **options)
         ptq, tuning = tune(
             student,
             run.calibration,
-            shown=shown(run),
             config=config,
             flip=synthesis.result.flip,
             rng=run.rng(stage.name),
@@ -83,20 +81,19 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
         format=FORMAT,
         cpu=student.target_cpu,
         losses=tuning.losses,
-        kept_step=tuning.kept_step,
+        kept_step=tuning.best_step,
         equalized=[asdict(pair) for pair in ptq.equalized],
         reconstruction_errors=ptq.errors,
         bias_shifts=ptq.shifts,
         batch_divisor=divisor,
-        keep=student.keep,
+        keep=student.layer_bits,
         expected_drop=expected_drop,
         max_drop=max_drop,
         quantized_layers=len(student.placement.weights),
         skipped_layers=[LayerNote(layer=k, reason=reason) for k, reason in student.placement.skipped.items()],
         histograms=[LayerHistograms.model_validate(asdict(layer)) for layer in layers],
     )
-    calibration = synthesis.files[IMAGES]
-    provenance = run.provenance(str(bits), finetune=settings.model_dump(mode="json"), calibration=calibration)
+    provenance = run.provenance(str(bits), finetune=_recorded(settings), calibration=synthesis.files[IMAGES])
     return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
 
 
@@ -112,11 +109,15 @@ def in_smaller_batches(config: FinetuneConfig, divisor: int) -> FinetuneConfig:
     return config.model_copy(update={"batch_size": max(1, config.batch_size // divisor)})
 
 
+def _recorded(settings: FinetuneConfig) -> Json:
+    """Return the settings with `procedural`, which was one once: with its default, earlier results stay valid."""
+    return {**settings.model_dump(mode="json"), "procedural": 0.0}
+
+
 def tune(
     student: Student,
     calibration: CalibrationSet,
     *,
-    shown: Tensor,
     config: FinetuneConfig,
     flip: bool,
     rng: torch.Generator,
@@ -127,8 +128,7 @@ def tune(
 
     Args:
         student: fresh from `make_student`.
-        calibration: the images to tune on.
-        shown: (N, C, H, W) float32, normalized, that set the scales.
+        calibration: the images that set the scales, and to tune on.
         config: how to tune, in which batches.
         flip: whether images keep their class when mirrored.
         rng: source of all randomness.
@@ -140,7 +140,12 @@ def tune(
         rng.set_state(saved["rng"])
     else:
         ptq = post_training_quantize(
-            student, shown, batch_size=config.batch_size, rng=rng, progress=progress, checkpoint=checkpoint
+            student,
+            calibration.images,
+            batch_size=config.batch_size,
+            rng=rng,
+            progress=progress,
+            checkpoint=checkpoint,
         )
         checkpoint.save("initialized", lambda: {"state": ptq.state_dict(student), "rng": rng.get_state()}, at_once=True)
     reference = ptq.reference
@@ -162,10 +167,10 @@ def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) ->
     plan = plan_precision(
         run.model.module,
         bits,
-        **placement(run),
+        **student_options(run),
         costs=TypeAdapter(list[Sensitivity]).validate_python([cost.model_dump() for cost in costs]),
         max_drop=max_drop,
-        images=shown(run),
+        images=run.calibration.images,
         judged=views(run, rng),
         batch_size=batch_size,
         rng=rng,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from calib.leaves import with_leaves
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import BitWidths, Sensitivity, judged_views, make_student, sensitivities
 from clusterq_deploy.results.stages import SensitiveLayer, SensitivityResult
@@ -25,7 +24,8 @@ def needs(_: Run, __: AnyStage) -> Needs:
 
 def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the widths, and what decides which images are shown how."""
-    tuning = run.config.finetune.model_dump(mode="json", include={"batch_size", "procedural"})
+    # `procedural` was a setting once: with its default, earlier results stay valid
+    tuning = {"batch_size": run.config.finetune.batch_size, "procedural": 0.0}
     return {"bits": stage.variant, **tuning, **run.config.model_dump(mode="json", include=PLACEMENT)}
 
 
@@ -36,8 +36,8 @@ def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:
     def costs(divisor: int) -> list[Sensitivity]:
         rng = run.rng(stage.name)
         return sensitivities(
-            make_student(run.model.module, bits, **placement(run)),
-            shown(run),
+            make_student(run.model.module, bits, **student_options(run)),
+            run.calibration.images,
             judged=views(run, rng),
             batch_size=max(1, run.config.finetune.batch_size // divisor),
             rng=rng,
@@ -54,17 +54,12 @@ def describe(_: Run, stage: AnyStage) -> str:
     return f"every layer at {stage.variant} alone"
 
 
-def shown(run: Run) -> torch.Tensor:
-    """Return the images that a student is initialized on, the same for all variants."""
-    return with_leaves(run.calibration.images, run.config.finetune.procedural, run.rng("leaves"))
-
-
 def views(run: Run, rng: torch.Generator) -> torch.Tensor:
     """Return the views of the calibration images on which costs are estimated."""
     flip = run.require_finished(Stage(synthesize)).result.flip
     return judged_views(run.calibration.images, flip=flip, rng=rng)
 
 
-def placement(run: Run) -> dict[str, Any]:
-    """Return the arguments of `make_student` next to a variant's bits."""
-    return {"first_last": run.config.first_last, "keep": run.config.keep, "cpu": run.config.cpu}
+def student_options(run: Run) -> dict[str, Any]:
+    """Return what `make_student` needs to know next to a variant's bits."""
+    return {"quantize_first_last": run.config.first_last, "layer_bits": run.config.keep, "cpu": run.config.cpu}

@@ -1,7 +1,7 @@
 """Where quantizers go: chosen by the graph, so that every quantized layer is one that the targets can run."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
@@ -21,7 +21,7 @@ from clusterq_deploy.quantization.graph.ops import (
     moves_values,
     value_ranges,
 )
-from clusterq_deploy.quantization.graph.trace import module_of, tensor_inputs
+from clusterq_deploy.quantization.graph.trace import module_of
 from clusterq_deploy.quantization.grid import BitWidths, Cpu, Grid, pair_limit
 
 Target = Literal["onnxruntime", "tensorrt"]
@@ -32,11 +32,11 @@ _FUNCTIONAL_LAYERS = {F.conv2d: "conv2d", F.linear: "linear", torch.matmul: "mat
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """A quantizer behind the outputs of `producers` (several where a concatenation shares one scale).
+    """A quantizer behind the outputs of `producers` (several if a concatenation shares one scale).
 
-    `targets` are the runtimes whose graph has it: ONNX Runtime wants one behind every convolution and factor,
-    TensorRT wants none between a convolution and the residual add that it fuses. `readers` are the layers that alone
-    read it, behind the 8-bit quantizer that all others read; without any, everything reads it.
+    `targets` are the runtimes whose graph has it: ONNX Runtime needs one behind every convolution and factor,
+    TensorRT none between a convolution and the residual add that it fuses. `readers` are the only layers that read it,
+    behind the 8-bit quantizer that all others read; without any, everything reads it.
     """
 
     name: str
@@ -74,8 +74,8 @@ def place(
     traced: fx.GraphModule,
     bits: BitWidths,
     *,
-    first_last: bool = False,
-    keep: Mapping[str, int] | None = None,
+    quantize_first_last: bool = False,
+    layer_bits: Mapping[str, int] | None = None,
     cpu: Cpu = "any",
 ) -> Placement:
     """Decide on every quantizer of a folded graph.
@@ -83,88 +83,96 @@ def place(
     - The input of each Conv2d and Linear is quantized, where its values are made: behind the ReLU in front of a
       max-pool, behind each branch of a concatenation, so that what only moves values keeps their grid.
     - At an addition the identity branch is quantized, the branch that ends in a convolution is not (it is fused).
-    - For ONNX Runtime alone, the output of a convolution that nothing else quantizes has an 8-bit quantizer, and so
+    - Only for ONNX Runtime, the output of a convolution that nothing else quantizes has an 8-bit quantizer, and so
       has a factor of a product (SiLU, hard-swish, squeeze-excite), which is then computed on integers.
-    - What layers read has the width asked for. The image and what additions read have 8 bits: a sum computes in
-      INT8 at any width, and the errors of narrow grids would add up along a residual trunk. A tensor that both read
-      has an 8-bit quantizer, and behind it, for the layers, a narrow one.
+    - What layers read has the given width. The image and what additions read have 8 bits: a sum computes in INT8 at
+      any width, and the errors of narrow grids would add up along a residual trunk. A tensor that both read has an
+      8-bit quantizer, and behind it, for the layers, a narrow one.
 
     Args:
         traced: from `folded_teacher`.
         bits: widths of weights and activations.
-        first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what the first
-            one writes through its activation, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem has few
-            channels, and what four bits lose of them no later layer can mend.
-        keep: widths of single layers, by name: of the weight, and of what the layer reads. Layers that read the same
-            tensor share the widest.
+        quantize_first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what
+            the first one writes through its activation, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem
+            has few channels, and what four bits lose of them no later layer can fix.
+        layer_bits: widths of single layers, by name: of the weight, and of what the layer reads. Layers that read the
+            same tensor share the widest.
         cpu: `any` limits the weights' sums in ONNX Runtime's graph, so that no CPU saturates; see `pair_limit`.
 
     Raises:
-        GraphError: `keep` names no quantized layer.
+        GraphError: `layer_bits` names no quantized layer.
     """
     layers, skipped = _layers(traced)
-    keep = keep or {}
-    _require_layers(keep, [str(node.target) for node in layers])
+    layer_bits = layer_bits or {}
+    _require_layers(layer_bits, [str(node.target) for node in layers])
     ranges = value_ranges(traced)
-    boundary = {n for n in layers if _reads_image(traced, n)} | {n for n in layers if _is_last(traced, n)}
-    groups = _Groups()
+    image_readers, last = {n for n in layers if _reads_image(traced, n)}, {n for n in layers if _is_last(traced, n)}
+    wide = set() if quantize_first_last else image_readers | last
 
-    def wide(node: fx.Node) -> bool:
-        return node in boundary and not first_last
+    def activation_site(
+        name: str,
+        nodes: Sequence[fx.Node],
+        width: int,
+        targets: tuple[Target, ...] = TARGETS,
+        readers: Sequence[str] = (),
+    ) -> ActivationSite:
+        low, high = min(ranges[node][0] for node in nodes), max(ranges[node][1] for node in nodes)
+        limit = high if low >= 0 and high > 0 else math.inf
+        grid = Grid(width, signed=low < 0)
+        return ActivationSite(name, tuple(node.name for node in nodes), grid, limit, targets, tuple(readers))
 
-    first = {n for n in layers if wide(n) and _reads_image(traced, n)}
+    demands: list[tuple[list[fx.Node], int]] = []  # producers that share a quantizer, and its width; 0 for any
     for node in layers:
-        producers = _producers(traced, tensor_inputs(node)[0])
-        written_first = any(p in first or activated(traced, p) in first for p in producers)
-        eight = wide(node) or _reads_image(traced, node) or written_first
-        groups.demand(producers, _EIGHT if eight else keep.get(str(node.target), bits.activations))
-    added: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        if is_addition(node):
-            fused, others = _operands(node, layers)
-            for producers in (_producers(traced, branch) for branch in others):
-                added.update(producers)
-                if fused is not None:
-                    groups.demand(producers, None)
+        producers = _producers(traced, node.all_input_nodes[0])
+        written_first = any(not {p, activated(traced, p)}.isdisjoint(wide & image_readers) for p in producers)
+        eight = node in wide | image_readers or written_first
+        demands.append((producers, _EIGHT if eight else layer_bits.get(str(node.target), bits.activations)))
+    depths, added = _depths(traced), set[fx.Node]()
+    for node in filter(is_addition, traced.graph.nodes):
+        operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        fusable = [a for a in operands if a in layers and len(a.users) == 1]
+        fused = max(fusable, key=depths.__getitem__, default=None)
+        for producers in (_producers(traced, a) for a in operands if a is not fused):
+            added.update(producers)
+            if fused is not None:
+                demands.append((producers, 0))
     activations: list[ActivationSite] = []
-    narrow: dict[fx.Node, int] = {}  # producers that additions read too, and the width that layers want of them
-    for members, wanted in groups.resolved():
-        width = wanted or _EIGHT
-        if width < _EIGHT and not added.isdisjoint(members):
-            narrow |= dict.fromkeys(members, width)
+    narrow: dict[fx.Node, int] = {}  # producers that additions read too, and the width for the layers
+    for nodes, demanded in _groups(traced, demands):
+        width = demanded or _EIGHT
+        if width < _EIGHT and not added.isdisjoint(nodes):
+            narrow |= dict.fromkeys(nodes, width)
             width = _EIGHT
-        grid, limit = _grid(width, [ranges[m] for m in members])
-        activations.append(ActivationSite(members[0].name, tuple(m.name for m in members), grid, limit, TARGETS))
+        activations.append(activation_site(nodes[0].name, nodes, width))
     owner = {name: site.name for site in activations for name in site.producers}
-    outputs = [_fused_output(traced, node) for node in layers if not _is_last(traced, node)]
+    outputs = [_fused_output(traced, node) for node in layers if node not in last]
     for node in (*outputs, *_factors(traced, owner)):
         if node.name not in owner:
-            grid, limit = _grid(_EIGHT, [ranges[node]])
-            activations.append(ActivationSite(node.name, (node.name,), grid, limit, ("onnxruntime",)))
+            activations.append(activation_site(node.name, [node], _EIGHT, ("onnxruntime",)))
             owner[node.name] = node.name
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in layers:
-        readers.setdefault(tensor_inputs(node)[0], []).append(node)
+    sources = dict.fromkeys(node.all_input_nodes[0] for node in layers)
     input_sites: dict[fx.Node, str] = {}
-    for source, own in readers.items():
+    for source in sources:
+        readers = [node for node in layers if node.all_input_nodes[0] is source]
         producer = _producers(traced, source)[0]
         name = owner[producer.name]
         if producer in narrow:
-            name, names = f"{source.name}.narrow", tuple(n.name for n in own)
-            grid, limit = _grid(narrow[producer], [ranges[source]])
-            activations.append(ActivationSite(name, (source.name,), grid, limit, TARGETS, names))
-        input_sites |= dict.fromkeys(own, name)
+            name = f"{source.name}.narrow"
+            site = activation_site(name, [source], narrow[producer], readers=[node.name for node in readers])
+            activations.append(site)
+        input_sites |= dict.fromkeys(readers, name)
     grids = {site.name: site.grid for site in activations}
 
     def weight_site(node: fx.Node) -> WeightSite:
         name, read = str(node.target), input_sites[node]
-        grid = Grid(keep.get(name, _EIGHT if wide(node) else bits.weights), signed=True)
+        grid = Grid(layer_bits.get(name, _EIGHT if node in wide else bits.weights), signed=True)
         return WeightSite(f"{name}.weight", name, grid, read, pair_limit(grid, grids[read]) if cpu == "any" else None)
 
     return Placement(tuple(activations), tuple(map(weight_site, layers)), skipped)
 
 
 def _require_layers(names: Iterable[str], layers: list[str]) -> None:
+    """Raise GraphError for a name that is not one of the layers."""
     for name in names:
         if name not in layers:
             near = get_close_matches(name, layers, n=1)
@@ -172,23 +180,17 @@ def _require_layers(names: Iterable[str], layers: list[str]) -> None:
             raise GraphError(f"the model has no quantized layer {name!r}; {hint}")
 
 
-def _grid(bits: int, ranges: list[tuple[float, float]]) -> tuple[Grid, float]:
-    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
-    return Grid(bits, signed=low < 0), high if low >= 0 and high > 0 else math.inf
-
-
 def _layers(traced: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
-    """The nodes that call a layer to quantize, in order, and the layers left out with the reason."""
+    """Return the nodes that call a layer to quantize, in order, and the layers left out with the reason."""
     calls: dict[str, list[fx.Node]] = {}
     skipped: dict[str, str] = {}
     for node in traced.graph.nodes:
         module = module_of(traced, node)
         if isinstance(module, nn.Conv2d | nn.Linear):
             calls.setdefault(str(node.target), []).append(node)
-        elif module is not None and any(True for _ in module.parameters(recurse=False)):
-            reason = (
-                "BatchNorm without a layer to fold it into" if isinstance(module, nn.BatchNorm2d) else "no INT8 form"
-            )
+        elif module is not None and list(module.parameters(recurse=False)):
+            norm = isinstance(module, nn.BatchNorm2d)
+            reason = "BatchNorm without a layer to fold it into" if norm else "no INT8 form"
             skipped[str(node.target)] = f"{type(module).__name__}: {reason}"
         elif node.op == "call_function" and node.target in _FUNCTIONAL_LAYERS:
             skipped[node.name] = f"{_FUNCTIONAL_LAYERS[node.target]}: a function call, only modules are quantized"
@@ -205,83 +207,62 @@ def _layers(traced: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
 
 
 def _producers(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The nodes that make the values of `node`, above everything that only moves them."""
-    found: list[fx.Node] = []
+    """Return the nodes that make the values of `node`, above everything that only moves them."""
+    producers: list[fx.Node] = []
     stack = [node]
     while stack:
-        at = stack.pop()
-        sources = moved_inputs(at) if moves_values(traced, at) else []
+        top = stack.pop()
+        sources = moved_inputs(top) if moves_values(traced, top) else []
         if sources:
             stack.extend(reversed(sources))
-        elif at not in found:
-            found.append(at)
-    return found
+        elif top not in producers:
+            producers.append(top)
+    return producers
 
 
 def _reads_image(traced: fx.GraphModule, node: fx.Node) -> bool:
-    return any(source.op == "placeholder" for source in _producers(traced, tensor_inputs(node)[0]))
+    """Return whether a layer's input is the image, moved at most."""
+    return any(source.op == "placeholder" for source in _producers(traced, node.all_input_nodes[0]))
 
 
 def _is_last(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a layer's output leaves the net, moved at most."""
+    """Return whether a layer's output leaves the net, moved at most."""
     return any(user.op == "output" or (moves_values(traced, user) and _is_last(traced, user)) for user in node.users)
 
 
 def _fused_output(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The node whose output a runtime fuses into the layer: the ReLU behind it, or the layer itself."""
+    """Return the node whose output a runtime fuses into the layer: the ReLU behind it, or the layer itself."""
     users = list(node.users)
     return users[0] if len(users) == 1 and is_rectifier(traced, users[0]) else node
 
 
 def _factors(traced: fx.GraphModule, quantized: Iterable[str]) -> list[fx.Node]:
-    """The gates and products that a product reads whose output is quantized or, being such a factor, will be."""
-    known, found = set(quantized), []
+    """Return the gates and products that a product reads whose output is quantized or, being a factor, will be."""
+    names, factors = set(quantized), list[fx.Node]()
     for node in reversed(traced.graph.nodes):
-        if is_product(traced, node) and node.name in known:
-            factors = [n for n in tensor_inputs(node) if is_gate(traced, n) or is_product(traced, n)]
-            found += [factor for factor in factors if factor.name not in known]
-            known.update(factor.name for factor in factors)
-    return found
+        if is_product(traced, node) and node.name in names:
+            inputs = [n for n in node.all_input_nodes if is_gate(traced, n) or is_product(traced, n)]
+            factors += [factor for factor in inputs if factor.name not in names]
+            names.update(factor.name for factor in inputs)
+    return factors
 
 
-def _operands(node: fx.Node, layers: list[fx.Node]) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The convolution that an addition is fused with, if there is one, and the addition's other operands."""
-    operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-    fusable = [a for a in operands if a in layers and len(a.users) == 1]
-    fused = max(fusable, key=lambda a: _depth(a, {}), default=None)
-    return fused, [a for a in operands if a is not fused]
+def _depths(traced: fx.GraphModule) -> dict[fx.Node, int]:
+    """Return the length of the longest path from the graph's inputs to each node."""
+    depths: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        depths[node] = 1 + max((depths[source] for source in node.all_input_nodes), default=0)
+    return depths
 
 
-def _depth(node: fx.Node, known: dict[fx.Node, int]) -> int:
-    """Length of the longest path from the graph's inputs to a node."""
-    for at in node.graph.nodes:
-        known[at] = 1 + max((known[source] for source in tensor_inputs(at)), default=0)
-        if at is node:
-            break
-    return known[node]
-
-
-class _Groups:
-    """Producers that share a quantizer, and the width that their consumers want of it."""
-
-    def __init__(self) -> None:
-        self._sets: list[tuple[list[fx.Node], int | None]] = []
-
-    def demand(self, producers: list[fx.Node], bits: int | None) -> None:
-        """Want one quantizer for `producers`, of `bits`; None goes along with what others want."""
-        merged, widths = [], [bits]
-        kept = []
-        for members, width in self._sets:
-            if any(p in members for p in producers):
-                merged += members
-                widths.append(width)
-            else:
-                kept.append((members, width))
-        merged += [p for p in producers if p not in merged]
-        self._sets = [*kept, (merged, max((w for w in widths if w is not None), default=None))]
-
-    def resolved(self) -> list[tuple[list[fx.Node], int | None]]:
-        """The groups in order of the graph."""
-        order = {node: i for members, _ in self._sets for i, node in enumerate(members[0].graph.nodes)}
-        ordered = [(sorted(members, key=order.__getitem__), bits) for members, bits in self._sets]
-        return sorted(ordered, key=lambda group: order[group[0][0]])
+def _groups(traced: fx.GraphModule, demands: Iterable[tuple[list[fx.Node], int]]) -> list[tuple[list[fx.Node], int]]:
+    """Join demands that have a producer in common; return their producers and widest width in order of the graph."""
+    groups: list[tuple[set[fx.Node], int]] = []
+    for producers, width in demands:
+        joined = [group for group in groups if not group[0].isdisjoint(producers)]
+        members = set(producers).union(*(nodes for nodes, _ in joined))
+        apart = [group for group in groups if group[0].isdisjoint(producers)]
+        groups = [*apart, (members, max([width, *(bits for _, bits in joined)]))]
+    order = {node: index for index, node in enumerate(traced.graph.nodes)}
+    ordered = [(sorted(nodes, key=order.__getitem__), width) for nodes, width in groups]
+    return sorted(ordered, key=lambda group: order[group[0][0]])

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ _GATED: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 class _Tracer(fx.Tracer):
-    """Keeps whole what a quantizer or a fold wants to see: subclasses too, if their forward is torch's."""
+    """Does not trace into what a quantizer or a fold needs whole: subclasses too, if their forward is torch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d):
@@ -29,10 +30,10 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """Trace a copy of an eval-mode model; the model itself is left alone.
+    """Trace a copy of an eval-mode model; the model itself stays as it is.
 
     Raises:
-        GraphError: control flow depends on the values of tensors; the message names the line where that is.
+        GraphError: control flow depends on the values of tensors; the message names the line.
     """
     model = copy.deepcopy(model).eval()
     for module in model.modules():
@@ -43,35 +44,28 @@ def trace(model: nn.Module) -> fx.GraphModule:
     except Exception as error:  # whatever a user's forward raises when it is given proxies
         raise GraphError(f"{type(model).__name__} cannot be traced: {_blame(error)}") from error
     traced = fx.GraphModule(model, graph)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.op == "call_function" and node.target is operator.iadd:
             node.target = operator.add
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # a view of a channels-last map need not exist
         if node.op == "call_function" and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
-    for node in list(graph.nodes):
         called = module_of(traced, node)
         gate = _GATED.get(node.target if called is None else type(called))
-        if gate is not None:
-            _split(node, gate)
+        if gate is not None:  # two nodes of x * gate(x): runtimes have integer kernels for the product only
+            with graph.inserting_before(node):
+                gated = graph.call_function(gate, (node.args[0],))
+                product = graph.call_function(operator.mul, (node.args[0], gated))
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     traced.recompile()
     return traced
 
 
-def _split(node: fx.Node, gate: Callable[[Tensor], Tensor]) -> None:
-    """Make two nodes of x * gate(x): runtimes have integer kernels for the product, none for the whole."""
-    source = node.args[0]
-    with node.graph.inserting_before(node):
-        share = node.graph.call_function(gate, (source,))
-        product = node.graph.call_function(operator.mul, (source, share))
-    node.replace_all_uses_with(product)
-    node.graph.erase_node(node)
-
-
 def _blame(error: BaseException) -> str:
-    """What went wrong, and the innermost line outside torch where it did."""
+    """Return what went wrong, and the innermost line outside torch that raised it."""
     place, trace_back = "", error.__traceback__
     while trace_back is not None:
         code = trace_back.tb_frame.f_code
@@ -81,51 +75,34 @@ def _blame(error: BaseException) -> str:
     return f"{str(error).splitlines()[0]}{place}; the forward must not branch on the values of tensors"
 
 
-def fold_batchnorm(traced: fx.GraphModule) -> list[str]:
-    """Fold every BatchNorm that directly follows a Conv2d or Linear into it, in place; gives the folded names.
+def fold_batchnorm(traced: fx.GraphModule) -> None:
+    """Fold every BatchNorm that directly follows a Conv2d or Linear into it, in place.
 
     A BatchNorm behind anything else (DenseNet's pre-activation) stays, in float.
     """
-    modules = dict(traced.named_modules())
-    calls = _calls(traced)
-    folded = []
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm1d | nn.BatchNorm2d):
+        norm = module_of(traced, node)
+        source = node.args[0] if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None
+        if not isinstance(source, fx.Node) or len(source.users) != 1 or calls[source.target] != 1:
             continue
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
-            continue
-        name = str(source.target)
-        layer, norm = modules[name], modules[node.target]
-        if calls[name] != 1 or norm.running_mean is None:
-            continue
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        layer = module_of(traced, source)
+        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
             fused: nn.Module = fuse_conv_bn_eval(layer, norm)
-        elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+        elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None:
             fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue
-        traced.set_submodule(name, fused)
+        traced.set_submodule(str(source.target), fused)
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
-        folded.append(str(node.target))
     traced.graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return folded
-
-
-def _calls(traced: fx.GraphModule) -> dict[str, int]:
-    """How often each submodule is called."""
-    calls: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    return calls
 
 
 def folded_teacher(model: nn.Module) -> fx.GraphModule:
-    """The teacher traced and folded, parameters free to be tuned: what a student starts from.
+    """Return the teacher traced and folded, parameters free to be tuned: what a student starts from.
 
     Raises:
         GraphError: see `trace`.
@@ -138,10 +115,5 @@ def folded_teacher(model: nn.Module) -> fx.GraphModule:
 
 
 def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The submodule that a node calls, or None."""
+    """Return the submodule that a node calls, or None."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a node reads, in order of its arguments."""
-    return list(node.all_input_nodes)

@@ -1,24 +1,23 @@
-"""Scales that lose least: a search over candidate steps by mean squared error."""
+"""Scales with the smallest error: a search over candidate steps by mean squared error."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import GraphError
-from clusterq_deploy.quantization.fake_quant import Quantizer, row_bounds, second_extremes
+from clusterq_deploy.quantization.fake_quant import Quantizer, random_places, row_bounds, second_extremes
 from clusterq_deploy.quantization.grid import Grid
 from clusterq_deploy.quantization.student import Student
 
-_SAMPLES_A_SITE = 1 << 18
+_SAMPLES_PER_SITE = 1 << 18
 _CANDIDATES = 100
 _DEAD = 1e-4  # a channel's scale is at least this share of its layer's largest
 
 
 def _best_scale(grid: Grid, largest: Tensor, error_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """The candidate with the smallest error, elementwise over `largest`, from 1 to 1/100 of the whole range."""
+    """Return the candidate with the smallest error, elementwise over `largest`, from 1 to 1/100 of the range."""
     reach = grid.high  # the largest value may be positive, and then this is as far as the grid goes
     best, best_error = largest / reach, torch.full_like(largest, torch.inf)
     for share in torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist():
@@ -32,12 +31,12 @@ def _best_scale(grid: Grid, largest: Tensor, error_of: Callable[[Tensor], Tensor
 def weight_scales(
     weight: Tensor, grid: Grid, importance: Tensor | None = None, pair_limit: int | None = None
 ) -> Tensor:
-    """Step of each output channel of a weight (O, ...), (O,) float32, positive also for a channel of zeros.
+    """Return the step of each output channel of a weight (O, ...), (O,) float32, positive even for zeros.
 
     Args:
         weight: the weight.
         grid: the integers.
-        importance: (O, K), weighs the squared errors of a channel's K values; all weigh the same without it.
+        importance: (O, K), weights of the squared errors of a channel's K values; None for equal ones.
         pair_limit: the largest sum of two integers of a channel, see `grid.pair_limit`; None for no limit.
     """
     rows = weight.detach().flatten(1)
@@ -61,12 +60,11 @@ def weight_scales(
 
 @torch.no_grad()
 def set_weight_scale(quantizer: Quantizer, weight: Tensor, importance: Tensor | None = None) -> None:
-    """Set the step of a weight's quantizer, and how much wider it is where sums of two integers are limited.
+    """Set the step of a weight's quantizer, and how much wider it is if sums of two integers are limited.
 
     Args:
         quantizer: of the weight; it is changed.
-        weight: (O, ...) float32.
-        importance: as for `weight_scales`.
+        weight, importance: as for `weight_scales`.
     """
     scale = weight_scales(weight, quantizer.grid, importance)
     if quantizer.pair_limit is not None:
@@ -77,10 +75,10 @@ def set_weight_scale(quantizer: Quantizer, weight: Tensor, importance: Tensor | 
 
 
 def activation_scale(values: Tensor, grid: Grid) -> Tensor:
-    """Step of a tensor, () float32, from a sample (n,) of its values and its grid."""
+    """Return the step of a tensor, () float32, from a sample (n,) of its values and its grid."""
     largest = values.abs().max()
     if not bool(largest > 0):
-        return values.new_tensor(1.0)  # nothing was ever seen here: any step will do
+        return values.new_tensor(1.0)  # only zeros: any step will do
 
     def error_of(scale: Tensor) -> Tensor:
         return ((values / scale).round_().clamp_(grid.low, grid.high).mul_(scale) - values).square_().mean()
@@ -92,13 +90,12 @@ def activation_scale(values: Tensor, grid: Grid) -> Tensor:
 def calibrate(
     student: Student, images: Tensor, *, batch_size: int, rng: torch.Generator, progress: Progress = SILENT
 ) -> None:
-    """Set all scales of a student: weights by themselves, activations by what the images make of the float graph.
+    """Set all scales of a student: of weights from themselves, of activations from a sample of their float values.
 
     Args:
         student: its scales are overwritten.
         images: (N, C, H, W) float32, normalized.
-        batch_size: images a forward pass.
-        rng: chooses the values that are looked at.
+        rng: chooses the values that are looked at, about 262,144 per site.
 
     Raises:
         GraphError: the model computes values from the images that are not finite.
@@ -108,44 +105,21 @@ def calibrate(
         quantizer.floor.fill_(0)
         set_weight_scale(quantizer, layer.weight)
         quantizer.floor.copy_((quantizer.log_scale.exp().max() * _DEAD).clamp_min(1e-8))
-    seen = _activations(student, images, batch_size, rng, progress)
-    for name, quantizer in student.quantizers().items():
-        if name in seen:
-            quantizer.set_scale(activation_scale(seen[name], quantizer.grid))
-    student.round_biases_to_accumulator()
-
-
-def _activations(
-    student: Student, images: Tensor, batch_size: int, rng: torch.Generator, progress: Progress
-) -> dict[str, Tensor]:
-    """A random sample of the float values at each activation quantizer, about 262,144 a site."""
-    device = next(student.parameters()).device
-    sites = {site.name: len(site.producers) for site in student.placement.activations}
-    quantizers = {name: q for name, q in student.quantizers().items() if name in sites}
+    producers = {site.name: len(site.producers) for site in student.placement.activations}
+    quantizers = {name: quantizer for name, quantizer in student.quantizers().items() if name in producers}
     batches = images.split(batch_size)
-    seen: dict[str, list[Tensor]] = {name: [] for name in quantizers}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        share = max(1, _SAMPLES_A_SITE // (len(batches) * sites[name]))
+    def select(name: str, x: Tensor) -> Tensor:
+        values = x[random_places(x, max(1, _SAMPLES_PER_SITE // (len(batches) * producers[name])), rng)]
+        if not bool(values.isfinite().all()):
+            raise GraphError(
+                f"the model computes values that are not finite at {name!r}, which have no scale; "
+                "check its weights, and that its input is normalized as it was trained"
+            )
+        return values
 
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].flatten()
-            if len(values) > share:
-                picked = torch.randint(len(values), (share,), generator=rng, device=rng.device)
-                values = values[picked.to(values.device)]
-            if not bool(values.isfinite().all()):
-                raise GraphError(
-                    f"the model computes values that are not finite at {name!r}, which have no scale; "
-                    "check its weights, and that its input is normalized as it was trained"
-                )
-            seen[name].append(values)
-
-        return record
-
-    with ExitStack() as hooks, student.in_float(), progress.task("Calibration", len(batches)) as advance:
-        for name, quantizer in quantizers.items():
-            hooks.enter_context(quantizer.register_forward_pre_hook(hook(name)))
-        for batch in batches:
-            student(batch.to(device))
-            advance(1)
-    return {name: torch.cat(values) for name, values in seen.items()}
+    with progress.task("Calibration", len(batches)) as advance:
+        samples = student.collect_inputs(quantizers, batches, select, advance)
+    for name, values in samples.items():
+        quantizers[name].set_scale(activation_scale(values, quantizers[name].grid))
+    student.round_biases_to_accumulator()

@@ -1,17 +1,17 @@
-"""Cross-layer equalisation: the channels of a tensor are given one range, which leaves the model (nearly) as it is.
+"""Cross-layer equalization: the channels of a tensor get one range, which leaves the model (nearly) as it is.
 
 Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721: across a
-positively homogeneous function f, W2 f(W1 x + b) = (W2 / s) f(s W1 x + s b) for any positive scale s a channel,  # (5)
-and what a channel never falls below can be moved from the first layer's bias into the second's.  # section 4.1.3
+positively homogeneous function f, W2 f(W1 x + b) = (W2 / s) f(s W1 x + s b) for any positive scale s, one per channel
+(5), and what a channel never falls below can be moved from the first layer's bias into the second's (section 4.1.3).
 
-What this is for differs from the paper, whose weights share one step a tensor. Here each output channel of a weight
-has a step of its own, so that scaling a layer's rows costs and gains nothing. Activations share one step a tensor and
-have no zero-point: a channel that is narrow beside the widest has few of the grid's values, and one that moves between
-5 and 6 (a MobileNet's stem has such) has one or two. Scaled and shifted, each channel has the whole grid, as if it had
-a step and a zero-point of its own. What it costs: scaled up, the columns of the weight that reads a channel shrink
-beside the others of their row. A depthwise layer has one column a row and pays nothing; for others the balance is
-searched, as SmoothQuant's alpha (arXiv 2211.10438, equation (4)) is. A shift moves what zero padding means to the
-reader: it is made only where the reader's outputs come nearer to the exact ones for it.
+The purpose differs from the paper's, whose weights share one step per tensor. Here each output channel of a weight has
+its own step, so that scaling a layer's rows costs and gains nothing. Activations share one step per tensor and have no
+zero-point: a channel that is narrow next to the widest has few of the grid's values, and one that moves between 5 and 6
+(a MobileNet's stem has such) has one or two. Scaled and shifted, each channel has the whole grid, as if it had its own
+step and zero-point. The cost: scaled up, the columns of the weight that reads a channel shrink next to the others of
+their row. A depthwise layer has one column per row and pays nothing; for others the balance is searched, as
+SmoothQuant's alpha (arXiv 2211.10438, equation (4)) is. A shift changes what zero padding means to the reader: it is
+made only if the reader's outputs come nearer to the exact ones by it.
 """
 
 import math
@@ -26,50 +26,60 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.quantization.fake_quant import (
     QuantizedLayer,
     Quantizer,
+    group_count,
     padded,
+    per_row,
     pooled_dims,
+    random_places,
 )
+from clusterq_deploy.quantization.graph.ops import Homogeneity, homogeneity, is_rectifier, moves_values
+from clusterq_deploy.quantization.grid import Grid
 from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
-from clusterq_deploy.quantization.ptq.pairs import LayerPair, find_pairs
 from clusterq_deploy.quantization.reference import ChannelAffine
 from clusterq_deploy.quantization.student import Student
 
 _CLIP = 6.0
 _MARGIN = 1.1  # a channel in front of a ReLU6 stays this factor below the clip: other images reach further
-_CLIPPED = 0.02  # of a channel's values at most lie at the clip, if it is to be shifted: the clip moves along
+_CLIPPED = 0.02  # of a channel's values at most are at the clip, if it is to be shifted: the clip moves along
 _LOW = 0.5  # the quantile, over images, of their first percentiles that becomes zero
 _MOST = 64.0  # no channel is scaled by more: what the images hardly move, other images may
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SEARCHED_IMAGES = 32
 _MEASURED_IMAGES = 128
-_VALUES_A_CHANNEL = 1 << 10
+_VALUES_PER_CHANNEL = 1 << 10
 _SEARCHED_VALUES = 1 << 16
 _BORDER = 0.02
-"""What an error at the border of a map counts beside one inside. On MobileNetV1 0.25, padding that means another value
-at one of the first blocks cost KL 0.004 to 0.012, errors of the same size everywhere 0.2 to 0.3."""
+"""What an error at the border of a map counts, one inside being 1. On MobileNetV1 0.25, padding that means another
+value at one of the first blocks cost KL 0.004 to 0.012, errors of the same size everywhere 0.2 to 0.3."""
 _LEAST_VARIANCE = 1e-3  # of the mean one: what hardly varies says nothing
 
 
 @dataclass(frozen=True)
 class Equalized:
-    """A pair of layers whose common tensor was equalized.
-
-    Attributes:
-        producer, consumer: the teacher's names of the layers.
-        exponent: 0 leaves the channels' ranges as they were, 1 gives each channel the whole grid.
-        shifted: how many channels were shifted.
-        spread_before, spread_after: the widest channel's range over the median's.
-        error_before, error_after: relative squared error of the consumer's outputs, with the grids of the student.
-    """
+    """A pair of layers, by the teacher's names, whose common tensor was equalized."""
 
     producer: str
     consumer: str
-    exponent: float
-    shifted: int
-    spread_before: float
-    spread_after: float
-    error_before: float
+    exponent: float  # 0 leaves the channels' ranges as they were, 1 gives each channel the whole grid
+    shifted: int  # channels that were shifted
+    range_ratio_before: float  # the widest channel's range over the median's
+    range_ratio_after: float
+    error_before: float  # relative squared error of the consumer's outputs, with the grids of the student
     error_after: float
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """Two layers with only homogeneous operations between them."""
+
+    producer: QuantizedLayer
+    consumer: QuantizedLayer
+    names: tuple[str, str]  # the teacher's
+    input: fx.Node  # what the consumer reads
+    clip: fx.Node | None  # a ReLU6 between them
+    relu_output: fx.Node | None  # the rectified tensor in front of pads and pools, in which a shift shows
+    site: str  # of the quantizer that the consumer reads
+    grid: Grid  # of that quantizer
 
 
 def equalize(
@@ -77,8 +87,8 @@ def equalize(
 ) -> tuple[list[Equalized], dict[str, ChannelAffine]]:
     """Scale and shift the channels between each pair of layers that only homogeneous operations connect, in place.
 
-    To be called before `calibrate`. In float the student computes what it did before, but for rounding, and for what
-    a shift does: it cuts off what lies below it (the first percentile of the median image), moves the borders of
+    To be called before `calibrate`. In float the student computes what it did before, except for rounding, and for
+    what a shift does: it cuts off what is below it (the first percentile of the median image), moves the borders of
     padded maps and the clip of a ReLU6. Behind one, a channel is scaled only as far as all of `images` stay below the
     clip.
 
@@ -90,40 +100,83 @@ def equalize(
 
     Returns:
         What was done at each pair, in order of execution (a tensor with other readers is in no pair), and for each
-        layer whose outputs are others now, the map from the teacher's to the student's.
+        layer whose outputs have changed, the map from the teacher's to the student's.
     """
-    pairs = find_pairs(student)
+    pairs = _find_pairs(student)
     if not pairs:
         return [], {}
-    device = next(student.parameters()).device
-    done: list[Equalized] = []
+    results: list[Equalized] = []
     maps: list[tuple[LayerPair, ChannelAffine]] = []
-    by_input = {p.node.all_input_nodes[0]: p for p in pairs}
-    watched = {node for p in pairs for node in (p.node.all_input_nodes[0], p.clip, p.made) if node is not None}
-    seen: dict[fx.Node, list[Tensor]] = {node: [] for node in watched}
+    by_input = {pair.input: pair for pair in pairs}
+    watched = {node for p in pairs for node in (p.input, p.clip, p.relu_output) if node is not None}
+    extremes: dict[fx.Node, list[Tensor]] = {node: [] for node in watched}
 
     def measure(node: fx.Node, value: Tensor) -> None:
-        if node in seen:
-            seen[node].append(_extremes(value))
+        if node in extremes:
+            extremes[node].append(_extremes(value))
 
     def search(node: fx.Node, value: Tensor) -> None:
         pair = by_input.get(node)
         if pair is not None and (value.dim() == 2 or isinstance(pair.consumer, nn.Conv2d)):  # no tokens
-            read, clipped, made = (torch.cat(seen[n]) for n in (node, pair.clip or node, pair.made or node))
-            result, found = _choose(pair, value, read, clipped, made if shifts and pair.made else None, rng)
-            done.append(result)
-            maps.append((pair, found))
+            read, at_clip, rectified = (torch.cat(extremes[n or node]) for n in (node, pair.clip, pair.relu_output))
+            result, affine = _choose(
+                pair, value, read, at_clip, rectified if shifts and pair.relu_output else None, rng
+            )
+            results.append(result)
+            maps.append((pair, affine))
 
-    batches = images[:_MEASURED_IMAGES].to(device).split(_SEARCHED_IMAGES)
+    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES)
     with torch.no_grad(), student.in_float(), progress.task("Equalisation", len(batches) + 1) as advance:
         for batch in batches:
             _Watcher(student.net, measure).run(batch)
             advance(1)
         _Watcher(student.net, search).run(batches[0])
         advance(1)
-        for pair, found in maps:
-            _apply(pair, found)
-    return done, {pair.names[0]: found for pair, found in maps if not found.is_identity}
+        for pair, affine in maps:
+            _apply(pair, affine)
+    return results, {pair.names[0]: affine for pair, affine in maps if not affine.is_identity}
+
+
+def _find_pairs(student: Student) -> list[LayerPair]:
+    """Return every layer whose input comes from one other layer, through homogeneous operations, to no other reader."""
+    quantizers, net, layers = student.quantizers(), student.net, student.layers()
+    calls = {node.target: node for node in net.graph.nodes if node.op == "call_module"}
+    pairs = []
+    for site in student.placement.weights:
+        source = _source(net, calls[site.layer])
+        if source is not None and (producer := layers.get(str(source[0].target))) is not None:
+            node, clip, relu_output = source
+            names, grid = (str(node.target), site.layer), quantizers[site.input_site].grid
+            consumer, read = layers[site.layer], calls[site.layer].all_input_nodes[0]
+            pairs.append(LayerPair(producer, consumer, names, read, clip, relu_output, site.input_site, grid))
+    return pairs
+
+
+def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
+    """Return the layer that makes a layer's input, the ReLU6 between them, and the tensor that a shift would show in.
+
+    None if the two are no pair.
+    """
+    linear = isinstance(net.get_submodule(str(consumer.target)), nn.Linear)
+    clip, relu_output, flat, spatial, shiftable = None, None, False, False, True
+    node = consumer.all_input_nodes[0]
+    while len(node.users) == 1:
+        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, QuantizedLayer):
+            fits = linear and not flat and not spatial if isinstance(module, nn.Linear) else linear == flat
+            return (node, clip, relu_output if shiftable else None) if fits else None
+        quantizes = isinstance(module, Quantizer)
+        kind = Homogeneity.ELEMENTWISE if quantizes else homogeneity(net, node)
+        if kind is None or (kind is Homogeneity.CLIPPED and clip is not None):
+            return None
+        flat, spatial = flat or kind is Homogeneity.FLATTENING, spatial or kind is Homogeneity.SPATIAL
+        clip = node if kind is Homogeneity.CLIPPED else clip
+        if is_rectifier(net, node):
+            relu_output = relu_output or node
+        elif kind is Homogeneity.ELEMENTWISE and not quantizes and not moves_values(net, node):
+            shiftable = False  # a slope or a sign would be another one after a shift
+        node = node.all_input_nodes[0]
+    return None
 
 
 class _Watcher(fx.Interpreter):
@@ -141,74 +194,67 @@ class _Watcher(fx.Interpreter):
 
 
 def _extremes(value: Tensor) -> Tensor:
-    """Of each image and channel the low end, the largest magnitude and the share at a ReLU6's clip, (N, 3, C)."""
+    """Return the low end, the largest magnitude and the share at a ReLU6's clip per image and channel, (N, 3, C)."""
     flat = value.flatten(2) if value.dim() > 2 else value[..., None]
     return torch.stack([_lowest(flat), flat.abs().amax(2), (flat >= _CLIP).float().mean(2)], 1)
 
 
 def _lowest(flat: Tensor) -> Tensor:
-    """What a channel of an image hardly falls below, (N, C), of values (N, C, n): their first percentile."""
-    step = max(1, flat.shape[2] // _VALUES_A_CHANNEL)
+    """Return what a channel of an image hardly falls below, (N, C), of values (N, C, n): their first percentile."""
+    step = max(1, flat.shape[2] // _VALUES_PER_CHANNEL)
     while math.gcd(step, math.isqrt(flat.shape[2])) > 1:  # so that all columns of a square map are seen alike
         step += 1
-    some = flat[..., ::step]
-    return some.kthvalue(1 + some.shape[2] // 100, dim=2).values
+    sample = flat[..., ::step]
+    return sample.kthvalue(1 + sample.shape[2] // 100, dim=2).values
 
 
 def _choose(
     pair: LayerPair, x: Tensor, extremes: Tensor, at_clip: Tensor, rectified: Tensor | None, rng: torch.Generator
 ) -> tuple[Equalized, ChannelAffine]:
-    """The map of the channels that costs the consumer least, and what it brings.
+    """Return the map of the channels that costs the consumer least, and what it brings.
 
     Args:
         pair: the layers.
         x: what the consumer reads, (N, C, ...) float32.
         extremes: of what the consumer reads on many images, from `_extremes`.
-        at_clip: the same of what leaves the ReLU6, if there is one.
-        rectified: the same of the tensor in which a shift shows; None where there shall be no shift.
+        at_clip: those of what leaves the ReLU6, if there is one.
+        rectified: those of the tensor in which a shift shows; None if there is to be no shift.
         rng: chooses the values that are looked at.
     """
     channels = len(pair.producer.weight)
     exact = _outputs(pair.consumer, x, pair.consumer.weight)
-    reach = _by_channel(extremes[:, 1].amax(0), channels)
-    still = torch.zeros_like(reach)
-    low = still if rectified is None else _low(pair, rectified)
-    clipped = None if pair.clip is None else _by_channel(at_clip[:, 1].amax(0), channels)
-    found: list[tuple[float, float, Tensor, Tensor]] = []
+    reach = _channel_maxima(extremes, channels)
+    zero = torch.zeros_like(reach)
+    low = zero if rectified is None else _low(pair, rectified)
+    clipped = None if pair.clip is None else _channel_maxima(at_clip, channels)
+    candidates: list[tuple[float, float, Tensor, Tensor]] = []
 
     def errors(exponent: float, shift: Tensor) -> Tensor:
         scale = _scales(reach - shift, None if clipped is None else clipped - shift, exponent)
         result = _errors(pair, x, exact, scale, shift, rng)
-        found.append((float(result.mean()), exponent, scale, shift))
+        candidates.append((float(result.mean()), exponent, scale, shift))
         return result
 
-    plain = [errors(exponent, still) for exponent in _EXPONENTS]
+    plain = [errors(exponent, zero) for exponent in _EXPONENTS]
     if bool((low > 0).any()):
         if pair.consumer.weight.shape[1] == 1 and len(plain[0]) == channels:
-            # a depthwise reader's channels have nothing to do with each other: each is shifted if it gains by it
-            low = torch.where(errors(1.0, low) < plain[-1], low, still)
+            # a depthwise reader's channels are independent: each is shifted if it gains by it
+            low = torch.where(errors(1.0, low) < plain[-1], low, zero)
         for exponent in _EXPONENTS:
             errors(exponent, low)
-    error, exponent, scale, shift = min(found, key=lambda f: f[0])
-    result = Equalized(
-        *pair.names,
-        exponent,
-        int((shift > 0).sum()),
-        _spread(reach),
-        _spread((reach - shift) * scale),
-        error_before=found[0][0],
-        error_after=error,
-    )
+    error, exponent, scale, shift = min(candidates, key=lambda candidate: candidate[0])
+    ratios = _range_ratio(reach), _range_ratio((reach - shift) * scale)
+    result = Equalized(*pair.names, exponent, int((shift > 0).sum()), *ratios, candidates[0][0], error)
     return result, ChannelAffine(scale, scale * shift, pair.site)
 
 
-def _by_channel(values: Tensor, channels: int) -> Tensor:
-    """The largest of each channel's values, from (channels * k,), where a flattened map has k values a channel."""
-    return values.view(channels, -1).amax(1)
+def _channel_maxima(extremes: Tensor, channels: int) -> Tensor:
+    """Return each channel's largest magnitude (channels,); a flattened map has several features per channel."""
+    return extremes[:, 1].amax(0).view(channels, -1).amax(1)
 
 
 def _low(pair: LayerPair, rectified: Tensor) -> Tensor:
-    """What each channel (C,) hardly falls below and may be shifted by; 0 where a shift is not possible."""
+    """Return what each channel (C,) hardly falls below and may be shifted by; 0 if a shift is not possible."""
     channels = len(pair.producer.weight)
     low = torch.quantile(rectified[:, 0], _LOW, dim=0).clamp_min(0).view(channels, -1).amin(1)
     if pair.clip is not None:
@@ -218,23 +264,23 @@ def _low(pair: LayerPair, rectified: Tensor) -> Tensor:
 
 
 def _scales(reach: Tensor, clipped: Tensor | None, exponent: float) -> Tensor:
-    """Scales (C,) of at least 1 for channels that reach (C,) far, and `clipped` (C,) far behind a ReLU6."""
-    widest = reach.max()
-    scale = (widest / reach.clamp_min(1e-12)).clamp(1.0, _MOST).pow(exponent)
+    """Return scales (C,) of at least 1 for channels that reach (C,) far, and `clipped` (C,) far behind a ReLU6."""
+    scale = (reach.max() / reach.clamp_min(1e-12)).clamp(1.0, _MOST).pow(exponent)
     scale = torch.where(reach > 0, scale, 1.0)
     if clipped is not None:
         scale = torch.minimum(scale, (_CLIP / (_MARGIN * clipped.clamp_min(1e-12))).clamp_min(1.0))
     return scale
 
 
-def _spread(reach: Tensor) -> float:
+def _range_ratio(reach: Tensor) -> float:
+    """Return the widest channel's range over the median's."""
     return float(reach.max() / reach.median().clamp_min(1e-12))
 
 
 def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Tensor, rng: torch.Generator) -> Tensor:
-    """Squared error of the consumer's outputs with quantized input and weight, relative to their variance, (O,).
+    """Return the squared error of the consumer's outputs with rounded input and weight over their variance, (O,).
 
-    A constant error does not count, for the bias removes it, and one at the border of a map counts little.
+    A constant error does not count, as the bias removes it, and one at the border of a map counts little.
     """
     layer, k = pair.consumer, x.shape[1] // len(scale)
     shape = (1, -1, *[1] * (x.dim() - 2))
@@ -242,17 +288,16 @@ def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Ten
     mapped = (x - offset.view(shape)) * factor.view(shape)
     if not pair.grid.signed:
         mapped = mapped.clamp_min(0)
-    sample = mapped.flatten()
-    if len(sample) > _SEARCHED_VALUES:
-        picked = torch.randint(len(sample), (_SEARCHED_VALUES,), generator=rng, device=rng.device)
-        sample = sample[picked.to(sample.device)]
     rounded = Quantizer("input", pair.grid, limit=_CLIP if pair.clip is not None else math.inf).to(x.device)
-    rounded.set_scale(activation_scale(sample, pair.grid))
-    weight = _columns_scaled(layer, 1 / factor)
-    own = layer.weight_quantizer
-    weights = Quantizer("weight", own.grid, len(weight), pair_limit=own.pair_limit).to(x.device)
-    weights.set_scale(weight_scales(weight, own.grid, pair_limit=own.pair_limit))
-    difference = _outputs(layer, rounded(mapped), weights(weight)) - exact
+    rounded.set_scale(activation_scale(mapped[random_places(mapped, _SEARCHED_VALUES, rng)], pair.grid))
+    weight, grid, limit = (
+        _scale_columns(layer, 1 / factor),
+        layer.weight_quantizer.grid,
+        layer.weight_quantizer.pair_limit,
+    )
+    rounded_weight = Quantizer("weight", grid, len(weight), pair_limit=limit).to(x.device)
+    rounded_weight.set_scale(weight_scales(weight, grid, pair_limit=limit))
+    difference = _outputs(layer, rounded(mapped), rounded_weight(weight)) - exact
     dims = pooled_dims(layer, exact)
     counts = _counts(layer, x).expand_as(difference)
     total = counts.sum(dims, keepdim=True)
@@ -263,7 +308,7 @@ def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Ten
 
 
 def _counts(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """What each position of a layer's outputs counts, (1, 1, H, W) of a convolution: little where it reads padding."""
+    """Return what each position of a layer's outputs counts, (1, 1, H, W) or (): little if it reads padding."""
     if not isinstance(layer, nn.Conv2d):
         return x.new_ones(())
     real = (x != 0).any(0).any(0).to(x)  # rows and columns of zeros are padding as well
@@ -273,29 +318,28 @@ def _counts(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 
 def _outputs(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's outputs without its bias."""
+    """Return the layer's outputs without its bias."""
     if isinstance(layer, nn.Conv2d):
         y: Tensor = layer._conv_forward(x, weight, None)
         return y
     return F.linear(x, weight)
 
 
-def _columns_scaled(layer: QuantizedLayer, factor: Tensor) -> Tensor:
-    """The layer's weight with each input channel's column multiplied by factor (C,)."""
-    weight = layer.weight.detach()
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+def _scale_columns(layer: QuantizedLayer, factor: Tensor) -> Tensor:
+    """Return the layer's weight with each input channel's column multiplied by factor (C,)."""
+    weight, groups = layer.weight.detach(), group_count(layer)
     grouped = weight.view(groups, len(weight) // groups, weight.shape[1], -1)
     return (grouped * factor.view(groups, 1, -1, 1)).view_as(weight)
 
 
-def _apply(pair: LayerPair, found: ChannelAffine) -> None:
+def _apply(pair: LayerPair, affine: ChannelAffine) -> None:
+    """Scale and shift the channels between two layers, in place."""
     producer, consumer = pair.producer, pair.consumer
-    columns = consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features
-    k = columns // len(found.scale)
-    shift = found.shift / found.scale
+    k = group_count(consumer) * consumer.weight.shape[1] // len(affine.scale)
     if consumer.bias is not None:
-        consumer.bias.add_(_columns_scaled(consumer, shift.repeat_interleave(k)).flatten(1).sum(1))
-    consumer.weight.copy_(_columns_scaled(consumer, 1 / found.scale.repeat_interleave(k)))
-    producer.weight.mul_(found.scale.view(-1, *[1] * (producer.weight.dim() - 1)))
+        shift = (affine.shift / affine.scale).repeat_interleave(k)
+        consumer.bias.add_(_scale_columns(consumer, shift).flatten(1).sum(1))
+    consumer.weight.copy_(_scale_columns(consumer, 1 / affine.scale.repeat_interleave(k)))
+    producer.weight.mul_(per_row(affine.scale, producer.weight))
     if producer.bias is not None:
-        producer.bias.mul_(found.scale).sub_(found.shift)
+        producer.bias.mul_(affine.scale).sub_(affine.shift)

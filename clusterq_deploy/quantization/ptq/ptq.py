@@ -8,37 +8,27 @@ from torch import Tensor
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
-from clusterq_deploy.quantization.ptq.bias import correct_bias
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
 from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
-from clusterq_deploy.quantization.ptq.reconstruct import reconstruct
+from clusterq_deploy.quantization.ptq.reconstruct import correct_bias, reconstruct
 from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 
 @dataclass(frozen=True)
 class PTQResult:
-    """What was done to a student.
-
-    Attributes:
-        reference: the teacher with the student's graph, and how the student's channels differ from its.
-        equalized: pairs of layers whose common tensor was equalized.
-        errors: for each layer the squared error of its outputs relative to their variance, by plain rounding and
-            after reconstruction; empty where weights have 8 bits.
-        shifts: for each layer the mean shift that was corrected, relative to its outputs' deviation; empty where
-            weights were reconstructed, which corrects biases too.
-    """
+    """What was done to a student."""
 
     reference: FloatTwin
     equalized: list[Equalized]
-    errors: dict[str, tuple[float, float]]
-    shifts: dict[str, float]
+    errors: dict[str, tuple[float, float]]  # of `reconstruct`; empty if weights have 8 bits
+    shifts: dict[str, float]  # of `correct_bias`; empty if weights were reconstructed, which corrects biases too
 
     def state_dict(self, student: Student) -> State:
-        """All that `from_state` needs to give this again, with the student that it was done to."""
+        """Return all that `from_state` needs to restore this, with the student that it was done to."""
         return {
             "student": student.state_dict(),
-            "maps": {name: vars(own) for name, own in self.reference.maps.items()},
+            "maps": {name: vars(affine) for name, affine in self.reference.maps.items()},
             "equalized": [asdict(pair) for pair in self.equalized],
             "errors": self.errors,
             "shifts": self.shifts,
@@ -46,19 +36,19 @@ class PTQResult:
 
     @classmethod
     def from_state(cls, student: Student, state: State) -> "PTQResult":
-        """What was done to a student, done to another one that is fresh from `make_student`, in place."""
-        teacher, device = _teacher(student), next(student.parameters()).device
+        """Do to a student that is fresh from `make_student` what was done to another one, in place."""
+        teacher = _teacher(student)
         student.load_state_dict(state["student"])
         maps = {
-            name: ChannelAffine(own["scale"].to(device), own["shift"].to(device), own["site"])
-            for name, own in state["maps"].items()
+            name: ChannelAffine(affine["scale"].to(student.device), affine["shift"].to(student.device), affine["site"])
+            for name, affine in state["maps"].items()
         }
         equalized = [Equalized(**pair) for pair in state["equalized"]]
         return cls(FloatTwin(teacher, maps), equalized, state["errors"], state["shifts"])
 
 
 def _teacher(student: Student) -> Student:
-    """What a fresh student is held against."""
+    """Return what a fresh student is compared with."""
     return copy.deepcopy(student).requires_grad_(False)
 
 
@@ -71,20 +61,14 @@ def post_training_quantize(
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> PTQResult:
-    """Equalize, set all scales, and mend what rounding does to weights and biases, in place, for INT8's grids.
+    """Equalize, set all scales, and fix what rounding does to weights and biases, in place, for INT8's grids.
 
-    Args:
-        student: fresh from `make_student`.
-        images: (N, C, H, W) float32, normalized.
-        batch_size: images a forward pass.
-        rng: source of all randomness.
-        progress: shows how far it is.
-        checkpoint: keeps what is reached.
+    The student is fresh from `make_student`, images are (N, C, H, W) float32, normalized.
     """
-    begun = equalize_and_calibrate(
+    start = equalize_and_calibrate(
         student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=checkpoint
     )
-    return reconstruct_or_correct_bias(student, images, begun, rng=rng, progress=progress, checkpoint=checkpoint)
+    return reconstruct_or_correct_bias(student, images, start, rng=rng, progress=progress, checkpoint=checkpoint)
 
 
 def equalize_and_calibrate(
@@ -96,34 +80,34 @@ def equalize_and_calibrate(
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> PTQResult:
-    """Set all scales; weights and biases are the teacher's, in the student's channels."""
-    if (kept := checkpoint.load("calibration")) is not None:
-        rng.set_state(kept["rng"])
-        return PTQResult.from_state(student, kept["state"])
+    """Set all scales; weights and biases stay the teacher's, in the student's channels."""
+    if (saved := checkpoint.load("calibrated")) is not None:
+        rng.set_state(saved["rng"])
+        return PTQResult.from_state(student, saved["state"])
     teacher = _teacher(student)
     with student.on_int8_grids():
         equalized, maps = equalize(student, images, rng=rng, progress=progress)
         calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
-    begun = PTQResult(FloatTwin(teacher, maps), equalized, {}, {})
-    checkpoint.save("calibration", lambda: {"state": begun.state_dict(student), "rng": rng.get_state()}, at_once=True)
-    return begun
+    result = PTQResult(FloatTwin(teacher, maps), equalized, {}, {})
+    checkpoint.save("calibrated", lambda: {"state": result.state_dict(student), "rng": rng.get_state()}, at_once=True)
+    return result
 
 
 def reconstruct_or_correct_bias(
     student: Student,
     images: Tensor,
-    begun: PTQResult,
+    start: PTQResult,
     *,
     rng: torch.Generator,
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> PTQResult:
-    """The second half: what rounding does to weights and biases."""
-    reference = begun.reference
+    """Fix what rounding does to the weights and biases of a student that `equalize_and_calibrate` returned `start` for.
+
+    Weights of fewer than eight bits are reconstructed; of others only the biases are corrected.
+    """
     with student.on_int8_grids():
         if student.bits.weights < 8:
-            errors = reconstruct(
-                student, images, rng=rng, reference=reference, progress=progress, checkpoint=checkpoint
-            )
-            return replace(begun, errors=errors)
-        return replace(begun, shifts=correct_bias(student, images, reference=reference, progress=progress))
+            errors = reconstruct(student, start.reference, images, rng=rng, progress=progress, checkpoint=checkpoint)
+            return replace(start, errors=errors)
+        return replace(start, shifts=correct_bias(student, start.reference, images, progress=progress))

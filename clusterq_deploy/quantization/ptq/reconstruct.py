@@ -1,11 +1,11 @@
-"""Layer-wise reconstruction: each layer's quantized weight is fitted to what the layer computes in float.
+"""What rounding does to layers, fixed one by one: quantized weights are fitted, or only the biases corrected.
 
 A layer is a linear map of patches, so the best weight for inputs that are quantized already is a least-squares
 solution, and its rounding can be made to compensate for itself column by column: Frantar et al., Optimal Brain
 Compression, arXiv 2208.11580, and GPTQ, arXiv 2210.17323. No gradient descent: seconds, where tuning takes minutes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,31 +15,97 @@ from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
-from clusterq_deploy.quantization.fake_quant import Bound, QuantizedLayer, by_channel, padded, pooled_dims
+from clusterq_deploy.quantization.fake_quant import (
+    Bound,
+    QuantizedLayer,
+    group_count,
+    padded,
+    per_channel,
+    pooled_dims,
+)
 from clusterq_deploy.quantization.ptq.calibrate import set_weight_scale
-from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, TwinInterpreter, by_parts
+from clusterq_deploy.quantization.qat.parametrize import layer_statistics
+from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, by_parts, visit_layers
 from clusterq_deploy.quantization.student import Student
 
+_CORRECTED_ON = 128  # images that biases are corrected on
 _IMAGES = 1024
 _VALUES = 1 << 28  # of a layer's outputs for all images together, for memory's sake; about five such tensors are alive
 _FEWEST = 64
-_DAMPING = 0.03  # of the inputs' mean variance: keeps to the teacher's weight where the images say little
+_DAMPING = 0.03  # of the inputs' mean variance: 0.01 follows synthetic images too closely at four-bit activations
 _SHARE = 0.5  # of the way from the teacher's weight to the fitted one
-_PATCHES = 1 << 17  # looked at in a layer
+_PATCHES = 1 << 17  # looked at per layer
 _UNFOLDED = 1 << 24  # values at a time
 _WIDEST = 8192  # columns of a row; the second moments of more (VGG's first Linear has 25,088) take gigabytes
-_BLOCK = 128  # columns that are rounded before the others hear of it
+_BLOCK = 128  # columns that are rounded before the others are updated
+
+
+@torch.no_grad()
+def correct_bias(
+    student: Student, reference: FloatTwin, images: Tensor, *, progress: Progress = SILENT
+) -> dict[str, float]:
+    """Subtract each layer's mean shift from its bias, in place, in order of execution.
+
+    Nagel et al., arXiv 1906.04721, section 4.2 and appendix D: E[y] is that of the float model on the same images,
+    E[y~] that of the student, whose earlier layers are quantized and corrected already. One pass of the graph does all
+    layers, with the float and the quantized values next to each other in one batch.
+
+    Args:
+        student: calibrated. Its biases are changed, and stay on the grid of their accumulator.
+        reference: what the layers ought to compute.
+        images: (N, C, H, W) float32, normalized; the first 128 are used.
+
+    Returns:
+        The mean shift of each corrected layer, relative to the standard deviation of its outputs. A layer without a
+        bias stays as it is.
+    """
+    steps, shifts = student.accumulator_steps(), dict[str, float]()
+    with progress.task("Bias correction", len(student.placement.weights)) as advance:
+
+        def correct(name: str, layer: QuantizedLayer, x: Tensor, target: Tensor) -> Tensor:
+            outputs: Tensor = layer(x)
+            advance()
+            if layer.bias is None:
+                return outputs
+            dims, step = pooled_dims(layer, target), steps[name]  # the step is that of `round_biases_to_accumulator`
+            shift = ((outputs - target).mean(dims) / step).round() * step
+            layer.bias.sub_(shift)
+            shifts[name] = float(shift.abs().mean() / target.std(dims).mean().clamp_min(1e-12))
+            return outputs - per_channel(shift, layer, target)
+
+        visit_layers(student, reference, images[:_CORRECTED_ON].to(student.device), correct)
+    return shifts
+
+
+@torch.no_grad()
+def fit_full_range_biases(student: Student, images: Tensor) -> None:
+    """Give the weights of full range, which TensorRT's graph has, biases of their own, in place.
+
+    A bias makes up for the mean of what its weight's rounding adds to the outputs. Weights that are limited in pairs
+    are rounded otherwise than those of full range, so their means differ: by the difference of the two times the mean
+    patch that the layer reads.
+
+    Args:
+        student: tuned; only `Quantizer.bias_shift` of its weights is changed.
+        images: (N, C, H, W) float32, normalized; the first 128 are used.
+    """
+    with student.on_int8_grids():
+        statistics = layer_statistics(student, images[:_CORRECTED_ON].to(student.device))
+    layers = {n: layer for n, layer in student.layers().items() if layer.weight_quantizer.pair_limit is not None}
+    limited = {name: layer.weight_quantizer(layer.weight) for name, layer in layers.items()}
+    with student.without_pair_limits():
+        for name, layer in layers.items():
+            difference = limited[name] - layer.weight_quantizer(layer.weight)
+            layer.weight_quantizer.bias_shift.copy_((difference * statistics[name][0]).flatten(1).sum(1))
 
 
 @torch.no_grad()
 def reconstruct(
     student: Student,
+    reference: FloatTwin,
     images: Tensor,
     *,
     rng: torch.Generator,
-    reference: FloatTwin | None = None,
-    count: int | None = None,
-    damping: float = _DAMPING,
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> dict[str, tuple[float, float]]:
@@ -47,47 +113,62 @@ def reconstruct(
 
     Each layer is given the inputs that the student in front of it makes, quantized, and the outputs that the float
     model has on the same images. Its weight goes half of the way from the teacher's to the least-squares fit, which
-    stays near the teacher's where the inputs hardly vary: the whole fit takes rounding errors of the inputs for a
-    reason to answer less, and a net of such layers is too unsure of everything. Its rounding is (3) of arXiv 2208.11580
-    in GPTQ's order; its bias takes the mean shift away (arXiv 1906.04721, section 4.2). One pass of the graph does all
-    layers. A layer whose rows have more than 8,192 columns keeps its rounding to nearest, and has its bias corrected
-    alone.
+    stays near the teacher's if the inputs hardly vary: the whole fit takes rounding errors of the inputs for a reason
+    to answer less, and a net of such layers is too unsure of everything. Its rounding is (3) of arXiv 2208.11580 in
+    GPTQ's order; its bias takes the mean shift away (arXiv 1906.04721, section 4.2). One pass of the graph does all
+    layers. A layer whose rows have more than 8,192 columns keeps its rounding to nearest; only its bias is corrected.
 
     Args:
-        student: calibrated, not tuned yet: its weights must still be the reference's, but for `FloatTwin.maps`.
+        student: calibrated, not tuned yet: its weights must still be the reference's, except for `FloatTwin.maps`.
             They, biases and weight scales are changed, so that afterwards `in_float` is no longer the teacher.
-        images: (N, C, H, W) float32, normalized; the first `count` are used.
+        reference: what the layers ought to compute.
+        images: (N, C, H, W) float32, normalized; the first 1,024 are used, fewer if they are large.
         rng: chooses the patches that are looked at.
-        reference: what the layers ought to compute; None for what the student's own do in float.
-        count: how many images; None for 1,024, fewer if they are large.
-        damping: how strongly a weight is held near the teacher's, as a share of the inputs' mean variance. Fitted
-            freely (0.01) it follows synthetic images too closely where activations have four bits.
         checkpoint: keeps the layers that are fitted; the student must come as it came the first time.
 
     Returns:
         For each layer the squared error of its outputs relative to their variance, with plain rounding and after.
     """
-    device = next(student.parameters()).device
-    if count is None:
-        count = images_read(widest_layer(student, images[:1].to(device)))
-    batch = images[:count].to(device)
+    count = images_read(_widest_layer(student, images[:1].to(student.device)))
+    fitted: dict[str, _Fitted] = {}
+    if (saved := checkpoint.load("reconstruction")) is not None:
+        student.load_state_dict(saved["student"])
+        rng.set_state(saved["rng"])
+        fitted = {name: _Fitted(**layer) for name, layer in saved["fitted"].items()}
+
+    def state() -> State:
+        layers = {name: vars(layer) for name, layer in fitted.items()}
+        return {"student": student.state_dict(), "rng": rng.get_state(), "fitted": layers}
+
     with progress.task("Reconstruction", len(student.placement.weights)) as advance:
-        pass_ = _Reconstructor(student, reference, rng, damping, advance, checkpoint)
-        pass_.compare(batch)
+
+        def fit(name: str, layer: QuantizedLayer, x: Tensor, target: Tensor) -> Tensor:
+            if (done := fitted.get(name)) is None:
+                outputs, fitted[name] = _fit_layer(layer, x, target, rng)
+                checkpoint.save("reconstruction", state)
+            else:
+                if done.bias is not None and layer.bias is not None:
+                    layer.bias.copy_(done.bias)
+                outputs = by_parts(layer, x)
+                _subtract(layer, outputs, done.shift)
+            advance(1)
+            return outputs
+
+        visit_layers(student, reference, images[:count].to(student.device), fit)
     student.round_biases_to_accumulator()
-    return {name: own.errors for name, own in pass_.fitted.items()}
+    return {name: layer.errors for name, layer in fitted.items()}
 
 
 def images_read(widest: int) -> int:
-    """How many images reconstruction reads at most, for a student whose widest layer makes so many values of one.
+    """Return how many images reconstruction reads at most, if the widest layer makes `widest` values of one.
 
     It holds about five times what that layer makes of all of them, in float32.
     """
     return min(_IMAGES, max(_FEWEST, _VALUES // widest))
 
 
-def widest_layer(student: Student, image: Tensor) -> int:
-    """The most values that a layer makes of one image (1, C, H, W)."""
+def _widest_layer(student: Student, image: Tensor) -> int:
+    """Return the most values that a layer makes of one image (1, C, H, W)."""
     sizes = [1]
     with ExitStack() as hooks:
         for layer in student.layers().values():
@@ -98,105 +179,61 @@ def widest_layer(student: Student, image: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A layer that is done.
+    """A layer that is done."""
 
-    Attributes:
-        errors: before and after.
-        bias, shift: the bias (O,) before it was corrected, and what was taken from it; None where it has no bias.
-    """
-
-    errors: tuple[float, float]
-    bias: Tensor | None
-    shift: Tensor | None
+    errors: tuple[float, float]  # before and after
+    bias: Tensor | None  # (O,), before it was corrected; None without one
+    shift: Tensor | None  # (O,), what was subtracted from it then
 
 
-class _Reconstructor(TwinInterpreter):
-    """Fits each layer on the way through the graph, but those that a checkpoint has."""
-
-    def __init__(
-        self,
-        student: Student,
-        reference: FloatTwin | None,
-        rng: torch.Generator,
-        damping: float,
-        advance: Callable[..., None],
-        checkpoint: Checkpoint,
-    ) -> None:
-        super().__init__(student, reference)
-        self._student, self._rng, self._damping, self._advance = student, rng, damping, advance
-        self._checkpoint = checkpoint
-        self.fitted: dict[str, _Fitted] = {}
-        if (kept := checkpoint.load("reconstruction")) is not None:
-            student.load_state_dict(kept["student"])
-            rng.set_state(kept["rng"])
-            self.fitted = {name: _Fitted(**own) for name, own in kept["fitted"].items()}
-
-    def layer(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
-        """The layer's answer after it was fitted."""
-        if (done := self.fitted.get(name)) is None:
-            answer = self._fit(name, layer, x, wanted)
-        else:
-            if done.bias is not None and layer.bias is not None:
-                layer.bias.copy_(done.bias)
-            answer = by_parts(layer, x)
-            _shift(layer, answer, done.shift)
-        self._advance(1)
-        if done is None:
-            self._checkpoint.save("reconstruction", self._state)
-        return answer
-
-    def _fit(self, name: str, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
-        before, bias, shift = _distance(by_parts(layer, x), wanted, layer), None, None
-        if layer.weight[0].numel() <= _WIDEST:
-            _fit(layer, x, wanted, self._damping, self._rng)
-        answer = by_parts(layer, x)
-        if layer.bias is not None:
-            dims = pooled_dims(layer, answer)
-            bias, shift = layer.bias.clone(), answer.mean(dims) - wanted.mean(dims)
-        _shift(layer, answer, shift)
-        self.fitted[name] = _Fitted((before, _distance(answer, wanted, layer)), bias, shift)
-        return answer
-
-    def _state(self) -> State:
-        return {
-            "student": self._student.state_dict(),
-            "rng": self._rng.get_state(),
-            "fitted": {name: vars(own) for name, own in self.fitted.items()},
-        }
+def _fit_layer(layer: QuantizedLayer, x: Tensor, target: Tensor, rng: torch.Generator) -> tuple[Tensor, _Fitted]:
+    """Fit a layer to its inputs and target, and return its outputs then."""
+    before, bias, shift = _distance(by_parts(layer, x), target, layer), None, None
+    if layer.weight[0].numel() <= _WIDEST:
+        _fit_weight(layer, x, target, rng)
+    outputs = by_parts(layer, x)
+    if layer.bias is not None:
+        dims = pooled_dims(layer, outputs)
+        bias, shift = layer.bias.clone(), outputs.mean(dims) - target.mean(dims)
+    _subtract(layer, outputs, shift)
+    return outputs, _Fitted((before, _distance(outputs, target, layer)), bias, shift)
 
 
-def _shift(layer: QuantizedLayer, answer: Tensor, shift: Tensor | None) -> None:
-    """Take a shift (O,) from a layer's bias, and from its answer, in place."""
+def _subtract(layer: QuantizedLayer, outputs: Tensor, shift: Tensor | None) -> None:
+    """Subtract a shift (O,) from a layer's bias, and from its outputs, in place."""
     if layer.bias is not None and shift is not None:
-        shift = shift.to(answer.device)
+        shift = shift.to(outputs.device)
         layer.bias.sub_(shift)
-        answer.sub_(by_channel(shift, layer, answer))
+        outputs.sub_(per_channel(shift, layer, outputs))
 
 
-def _distance(found: Tensor, wanted: Tensor, layer: QuantizedLayer) -> float:
-    dims, pieces = pooled_dims(layer, wanted), zip(found.split(AT_ONCE), wanted.split(AT_ONCE), strict=True)
-    squares = torch.stack([(a - b).square().mean(dims) * len(a) for a, b in pieces]).sum(0) / len(found)
-    return float((squares / wanted.var(dims).clamp_min(1e-12)).mean())
+def _distance(outputs: Tensor, target: Tensor, layer: QuantizedLayer) -> float:
+    """Return the squared error of a layer's outputs relative to the target's variance, a mean over channels."""
+    dims, pieces = pooled_dims(layer, target), zip(outputs.split(AT_ONCE), target.split(AT_ONCE), strict=True)
+    squares = torch.stack([(a - b).square().mean(dims) * len(a) for a, b in pieces]).sum(0) / len(outputs)
+    return float((squares / target.var(dims).clamp_min(1e-12)).mean())
 
 
-def _fit(layer: QuantizedLayer, x: Tensor, wanted: Tensor, damping: float, rng: torch.Generator) -> None:
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+def _fit_weight(layer: QuantizedLayer, x: Tensor, target: Tensor, rng: torch.Generator) -> None:
+    """Fit a layer's weight and its scales, in place."""
+    groups = group_count(layer)
     weight = layer.weight.view(groups, len(layer.weight) // groups, -1)  # (G, O, K)
     columns, rows = weight.shape[2], weight.shape[1]
     second = weight.new_zeros(groups, columns, columns)
     cross = weight.new_zeros(groups, rows, columns)
-    first, target, seen = weight.new_zeros(groups, columns, 1), weight.new_zeros(groups, rows, 1), 0
-    for patches, values in _samples(layer, x, wanted, groups, rng):
+    mean, residual_mean, seen = weight.new_zeros(groups, columns, 1), weight.new_zeros(groups, rows, 1), 0
+    for patches, values in _sample_patches(layer, x, target, rng):
         second += patches @ patches.mT
-        missing = values - weight @ patches
-        cross += missing @ patches.mT
-        first += patches.sum(2, keepdim=True)
-        target += missing.sum(2, keepdim=True)
+        residual = values - weight @ patches
+        cross += residual @ patches.mT
+        mean += patches.sum(2, keepdim=True)
+        residual_mean += residual.sum(2, keepdim=True)
         seen += patches.shape[2]
-    hessian = second / seen - (first / seen) @ (first / seen).mT  # centred: the mean is the bias's
-    slope = cross / seen - (target / seen) @ (first / seen).mT
+    mean, residual_mean = mean / seen, residual_mean / seen
+    hessian = second / seen - mean @ mean.mT  # centred: the mean is the bias's
+    slope = cross / seen - residual_mean @ mean.mT
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    floor = (damping * diagonal.mean(1)).clamp_min(1e-10)
+    floor = (_DAMPING * diagonal.mean(1)).clamp_min(1e-10)
     hessian = hessian + torch.diag_embed(floor[:, None].expand(-1, columns))
     fitted = weight + _SHARE * torch.linalg.solve(hessian, slope.mT).mT
     quantizer = layer.weight_quantizer
@@ -204,38 +241,38 @@ def _fit(layer: QuantizedLayer, x: Tensor, wanted: Tensor, damping: float, rng: 
     whole = fitted.reshape(layer.weight.shape)
     set_weight_scale(quantizer, whole, importance)
     scale = quantizer.scale.view(groups, rows)
-    # the ends that rounding to nearest would have; what is made up for moves a row's second-largest value but little
+    # the ends that rounding to nearest would have; compensation hardly moves a row's second-largest value
     ends = [e if isinstance(e, int) else e.view(groups, rows) for e in quantizer.bounds(whole)]
-    layer.weight.copy_(_rounded(fitted, hessian, scale, *ends).view_as(layer.weight))
+    layer.weight.copy_(_round_compensated(fitted, hessian, scale, *ends).view_as(layer.weight))
 
 
-def _samples(
-    layer: QuantizedLayer, x: Tensor, wanted: Tensor, groups: int, rng: torch.Generator
+def _sample_patches(
+    layer: QuantizedLayer, x: Tensor, target: Tensor, rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patches (G, K, n) that a layer reads, with the outputs (G, O, n) wanted for them, without its bias."""
-    bias: Tensor | float = 0.0 if layer.bias is None else by_channel(layer.bias, layer, wanted)
+    """Yield patches (G, K, n) that a layer reads, with the target (G, O, n) for them without its bias."""
+    bias: Tensor | float = 0.0 if layer.bias is None else per_channel(layer.bias, layer, target)
     if isinstance(layer, nn.Linear):
-        yield x.flatten(0, -2).mT[None], (wanted - bias).flatten(0, -2).mT[None]
+        yield x.flatten(0, -2).mT[None], (target - bias).flatten(0, -2).mT[None]
         return
-    places = wanted.shape[2] * wanted.shape[3]
+    places = target.shape[2] * target.shape[3]
     share = max(1, _PATCHES // len(x))
     size = max(1, _UNFOLDED // (x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1] * places))
-    for part, answers in zip(x.split(size), wanted.split(size), strict=True):
+    for part, answers in zip(x.split(size), target.split(size), strict=True):
         patches = F.unfold(padded(layer, part), layer.kernel_size, layer.dilation, 0, layer.stride)
         values = (answers - bias).flatten(2)
         if share < places:
             picked = torch.randperm(places, generator=rng, device=rng.device)[:share].to(x.device)
             patches, values = patches[..., picked], values[..., picked]
-        yield _grouped(patches, groups), _grouped(values, groups)
+        yield _grouped(patches, layer.groups), _grouped(values, layer.groups)
 
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
-    """(N, G * K, L) as (G, K, N * L)."""
+    """Return values (N, G * K, L) as (G, K, N * L)."""
     return values.transpose(0, 1).reshape(groups, values.shape[1] // groups, -1)
 
 
-def _rounded(weight: Tensor, hessian: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-    """The weight (G, O, K) on the grid of steps and ends (G, O); each column's error is made up for by those after it.
+def _round_compensated(weight: Tensor, hessian: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Return a weight (G, O, K) on the grid of steps and ends (G, O); later columns make up for each one's error.
 
     Columns whose inputs vary most come first.  # algorithm 1 in arXiv 2210.17323
     """
@@ -248,9 +285,9 @@ def _rounded(weight: Tensor, hessian: Tensor, scale: Tensor, low: Bound, high: B
         end = min(start + _BLOCK, columns)
         errors = torch.zeros_like(weight[..., start:end])
         for column in range(start, end):
-            own = weight[..., column]
-            fixed = (own / scale).round().clamp(low, high) * scale
-            error = (own - fixed) / factor[:, column, column, None]
+            values = weight[..., column]
+            fixed = (values / scale).round().clamp(low, high) * scale
+            error = (values - fixed) / factor[:, column, column, None]
             weight[..., column:end] -= error[..., None] * factor[:, None, column, column:end]
             weight[..., column] = fixed
             errors[..., column - start] = error

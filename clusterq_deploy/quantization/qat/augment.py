@@ -1,7 +1,7 @@
-"""More images from few: random views of the synthetic images, on which the teacher is asked anew.
+"""More images from few: random views of the synthetic images, which the teacher answers again.
 
 Distillation needs no label, so a view may show anything that the teacher has an answer to; what a view adds is
-spread that synthetic images lack: of position and size, of brightness and contrast, of layout.
+the variance that synthetic images lack: of position and size, of brightness and contrast, of layout.
 """
 
 import math
@@ -15,22 +15,17 @@ from calib.support.config import StageConfig
 
 
 class AugmentConfig(StageConfig):
-    """How far a view may go from its image; a 0 switches that change off.
+    """How far a view may go from its image, either way; a 0 switches that change off.
 
-    Attributes:
-        zoom: size changes by a factor of up to exp(zoom), either way.
-        rotation: in radians, either way.
-        translation: in halves of the image's side, either way.
-        jitter: contrast changes by this share, and brightness by half of it of the whole range of pixels, a draw an
-            image; a channel's brightness by a third of the share, a draw a channel.
-        cutmix: probability that in a batch a rectangle is replaced by another image's (arXiv 1905.04899).
+    By `jitter` contrast changes by this share, and brightness by half of it of the whole range of pixels, drawn per
+    image; a channel's brightness by a third of the share, drawn per channel.
     """
 
-    zoom: float = Field(0.25, ge=0, le=1)
-    rotation: float = Field(0.3, ge=0, le=math.pi)
-    translation: float = Field(0.12, ge=0, le=1)
+    zoom: float = Field(0.25, ge=0, le=1)  # by a factor of up to exp(zoom)
+    rotation: float = Field(0.3, ge=0, le=math.pi)  # in radians
+    translation: float = Field(0.12, ge=0, le=1)  # in halves of the image's side
     jitter: float = Field(0.3, ge=0, lt=1)
-    cutmix: float = Field(0.5, ge=0, le=1)
+    cutmix: float = Field(0.5, ge=0, le=1)  # probability of another image's rectangle in a batch (arXiv 1905.04899)
 
 
 class Augmenter:
@@ -38,9 +33,8 @@ class Augmenter:
 
     Args:
         config: how far they go.
-        images: (N, C, H, W) float32, normalized: their extremes by channel are taken for black and white.
+        images: (N, C, H, W) float32, normalized: their extremes per channel are taken for black and white.
         flip: mirror views at random.
-        rng: source of all randomness.
     """
 
     def __init__(self, config: AugmentConfig, images: Tensor, *, flip: bool, rng: torch.Generator) -> None:
@@ -48,7 +42,7 @@ class Augmenter:
         self._black, self._white = images.amin((0, 2, 3)).view(1, -1, 1, 1), images.amax((0, 2, 3)).view(1, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """A view of each image, (N, C, H, W) float32, on the images' device."""
+        """Return a view of each image, (N, C, H, W) float32, on the images' device."""
         config = self.config
         if config.zoom or config.rotation or config.translation or self.flip:
             images = self._move(images)
@@ -59,30 +53,30 @@ class Augmenter:
         return images
 
     def _uniform(self, *shape: int) -> Tensor:
-        """Draws from [0, 1)."""
+        """Draw from [0, 1)."""
         return torch.rand(shape, generator=self._rng, device=self._rng.device)
 
-    def _spread(self, *shape: int) -> Tensor:
-        """Draws from [-1, 1)."""
+    def _either_way(self, *shape: int) -> Tensor:
+        """Draw from [-1, 1)."""
         return 2 * self._uniform(*shape) - 1
 
     def _move(self, images: Tensor) -> Tensor:
         count, config = len(images), self.config
-        size, angle = torch.exp(config.zoom * self._spread(count)), config.rotation * self._spread(count)
+        size, angle = torch.exp(config.zoom * self._either_way(count)), config.rotation * self._either_way(count)
         mirror = torch.where(self._uniform(count) < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(size)
         cosine, sine = size * angle.cos(), size * angle.sin()
-        turn = torch.stack([torch.stack([mirror * cosine, -sine], 1), torch.stack([mirror * sine, cosine], 1)], 1)
-        shift = config.translation * self._spread(count, 2, 1)
+        turn = torch.stack([mirror * cosine, -sine, mirror * sine, cosine], 1).view(count, 2, 2)
+        shift = config.translation * self._either_way(count, 2, 1)
         grid = F.affine_grid(torch.cat([turn, shift], 2).to(images), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
     def _light(self, images: Tensor) -> Tensor:
         count, channels, share = len(images), images.shape[1], self.config.jitter
         black, white = self._black.to(images), self._white.to(images)
-        contrast = (1 + share * self._spread(count, 1, 1, 1)).to(images)
-        brightness = (0.5 * self._spread(count, 1, 1, 1) + self._spread(count, channels, 1, 1) / 3).to(images)
+        contrast = (1 + share * self._either_way(count, 1, 1, 1)).to(images)
+        brightness = 0.5 * self._either_way(count, 1, 1, 1) + self._either_way(count, channels, 1, 1) / 3
         centre = images.mean((1, 2, 3), keepdim=True)
-        lit = (images - centre) * contrast + centre + share * brightness * (white - black)
+        lit = (images - centre) * contrast + centre + share * brightness.to(images) * (white - black)
         return torch.clamp(lit, black, white)
 
     def _mix(self, images: Tensor) -> Tensor:
@@ -91,7 +85,6 @@ class Augmenter:
         rows, columns = int(height * side), int(width * side)
         top, left = (int(float(self._uniform(1)) * (room + 1)) for room in (height - rows, width - columns))
         others = torch.randperm(len(images), generator=self._rng, device=self._rng.device).to(images.device)
-        mixed = images.clone()
-        window = (..., slice(top, top + rows), slice(left, left + columns))
+        mixed, window = images.clone(), (..., slice(top, top + rows), slice(left, left + columns))
         mixed[window] = images[others][window]
         return mixed

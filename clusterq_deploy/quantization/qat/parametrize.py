@@ -7,8 +7,8 @@ layers therefore compute, with integers q = round(u) of a row's grid, step s, an
 
     y = s q * (x - m) + d b,
 
-where u, the row in units of its grid, log s and b, in deviations d of the outputs, are what is learned. It is the
-same layer: weight s u, bias d b - s q m. Its weight is rounded once a step, for both places where it stands.
+where u, the row in units of its grid, log s and b, in standard deviations d of the outputs, are what is learned. It is
+the same layer: weight s u, bias d b - s q m. Its weight is rounded once per step, for both uses.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clusterq_deploy.quantization.fake_quant import Bound, QuantizedLayer, Quantizer, like_layout, padded, pooled_dims
+from clusterq_deploy.quantization.fake_quant import (
+    Bound,
+    QuantizedLayer,
+    Quantizer,
+    like_layout,
+    padded,
+    per_row,
+    pooled_dims,
+)
 from clusterq_deploy.quantization.student import Student
 
 _TIE = 1e-4  # of a step: the ends of the grid belong to it
@@ -37,65 +45,45 @@ class NormalizedParameters:
 
 @contextmanager
 def normalized(student: Student, images: Tensor) -> Iterator[NormalizedParameters]:
-    """Let a student's layers be learned in normalized parameters; afterwards they are plain layers again.
+    """Yield a student's layers in normalized parameters; afterwards they are plain layers again.
 
     Args:
         student: calibrated; inside the context its `state_dict` has other names for weights and biases.
         images: (N, C, H, W) float32, normalized, on the student's device, on which means of inputs and deviations of
-            outputs are taken.
+            outputs are measured.
     """
     statistics = layer_statistics(student, images)
     layers = student.layers()
-    quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
-    enabled = {name: quantizer.enabled for name, quantizer in quantizers.items()}
+    rows, biases = list[Tensor](), list[Tensor]()
     for name, layer in layers.items():
-        mean, deviation = statistics[name]
-        parametrize.register_parametrization(layer, "weight", _Rounded(quantizers[name]), unsafe=True)
-        quantizers[name].enabled = False
+        parametrize.register_parametrization(layer, "weight", _Rounded(layer.weight_quantizer), unsafe=True)
+        rows.append(layer.get_parameter("parametrizations.weight.original"))
+        layer.weight_quantizer.enabled = False
         if layer.bias is not None:
-            parametrize.register_parametrization(layer, "bias", _Centred(layer, mean, deviation), unsafe=True)
+            parametrize.register_parametrization(layer, "bias", _Centred(layer, *statistics[name]), unsafe=True)
+            biases.append(layer.get_parameter("parametrizations.bias.original"))
     try:
-        yield NormalizedParameters(
-            [_original(layer, "weight") for layer in layers.values()],
-            [_original(layer, "bias") for layer in layers.values() if layer.bias is not None],
-            [m.log_scale for m in student.modules() if isinstance(m, Quantizer)],
-        )
+        yield NormalizedParameters(rows, biases, [m.log_scale for m in student.modules() if isinstance(m, Quantizer)])
     finally:
-        for name, layer in layers.items():
-            _make_plain(layer)
-            quantizers[name].enabled = enabled[name]
+        for layer in layers.values():
+            if parametrize.is_parametrized(layer, "bias"):  # first, as it is computed with the weight
+                parametrize.remove_parametrizations(layer, "bias")
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            with torch.no_grad():
+                layer.weight.mul_(per_row(layer.weight_quantizer.scale, layer.weight))
+            layer.weight_quantizer.enabled = True
 
 
-@torch.no_grad()
-def _make_plain(layer: QuantizedLayer) -> None:
-    """Give a layer its own parameters again, the weight as it was before it was rounded."""
-    if parametrize.is_parametrized(layer, "bias"):  # first, for it is made with the weight
-        parametrize.remove_parametrizations(layer, "bias")
-    if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        layer.weight.mul_(_by_row(layer.weight_quantizer.scale, layer.weight))
-
-
-def _original(layer: nn.Module, name: str) -> Tensor:
-    original: Tensor = layer.get_parameter(f"parametrizations.{name}.original")
-    return original
-
-
-def _by_row(values: Tensor, weight: Tensor) -> Tensor:
-    """Values (O,) in a shape that broadcasts to a weight (O, ...)."""
-    return values.view(-1, *[1] * (weight.dim() - 1))
-
-
-def _over_row(products: Tensor) -> Tensor:
-    """The sum over each row of (O, ...), (O,), in whatever order it lies in memory."""
+def _row_sums(products: Tensor) -> Tensor:
+    """Return the sum over each row of (O, ...), (O,), in any memory layout."""
     return products.sum(tuple(range(1, products.dim())))
 
 
 class _RoundedRows(torch.autograd.Function):
     """The rounded weight (O, ...) of rows in grid units and of scales (O,).
 
-    The gradient passes to the rows where they are on the grid. The scale is the gain of its row, so its gradient is
-    that of a factor: what LSQ's (arXiv 1902.08153) has beside it, the weight's own share takes away.
+    The gradient passes to the rows that are on the grid. The scale is the gain of its row, so its gradient is that of a
+    factor: what LSQ's (arXiv 1902.08153) has in addition, the weight's own share takes away.
     """
 
     @staticmethod
@@ -103,18 +91,18 @@ class _RoundedRows(torch.autograd.Function):
         integers = rows.round().clamp_(low, high)
         ctx.save_for_backward(rows, integers, scale)
         ctx.range = (low - _TIE, high + _TIE)
-        return integers * _by_row(scale, rows)
+        return integers * per_row(scale, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, integers, scale = ctx.saved_tensors
         grad = like_layout(grads[0], rows)
         low, high = ctx.range
-        if isinstance(low, Tensor):  # of each row
+        if isinstance(low, Tensor):  # one per row
             inside = grad * ((rows >= low) & (rows <= high))
         else:
             inside = torch.ops.aten.hardtanh_backward(grad, rows, low, high)
-        return inside.mul_(_by_row(scale, rows)), _over_row(integers * grad), None, None
+        return inside.mul_(per_row(scale, rows)), _row_sums(integers * grad), None, None
 
 
 class _Rounded(nn.Module):
@@ -129,7 +117,7 @@ class _Rounded(nn.Module):
         return cast(Tensor, _RoundedRows.apply(rows, quantizer.scale, *quantizer.bounds(rows, in_steps=True)))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight / _by_row(self._quantizer[0].scale, weight).detach()
+        return weight / per_row(self._quantizer[0].scale, weight).detach()
 
 
 class _Centred(nn.Module):
@@ -140,8 +128,7 @@ class _Centred(nn.Module):
         self._layer, self._mean, self._deviation = (layer,), mean, deviation
 
     def _weights_share(self) -> Tensor:
-        (layer,) = self._layer
-        return _over_row(layer.weight * self._mean)
+        return _row_sums(self._layer[0].weight * self._mean)
 
     def forward(self, outputs: Tensor) -> Tensor:
         return outputs * self._deviation - self._weights_share()
@@ -152,28 +139,29 @@ class _Centred(nn.Module):
 
 @torch.no_grad()
 def layer_statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each layer the mean patch that it reads, of its weight's shape, and its outputs' deviations (O,)."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    """Return for each layer the mean patch that it reads, of its weight's shape, and its outputs' deviations (O,)."""
+    statistics: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def watch(name: str, layer: QuantizedLayer, x: Tensor, y: Tensor) -> None:
+    def measure(name: str, layer: QuantizedLayer, x: Tensor, y: Tensor) -> None:
         if isinstance(layer, nn.Conv2d):
             mean = _mean_patch(layer, padded(layer, x), (y.shape[2], y.shape[3]))
         else:
             mean = x.flatten(0, -2).mean(0).expand_as(layer.weight)
-        found[name] = (mean, y.std(pooled_dims(layer, y)).clamp_min(1e-6))
+        statistics[name] = (mean, y.std(pooled_dims(layer, y)).clamp_min(1e-6))
 
     with ExitStack() as hooks:
         for name, layer in student.layers().items():
-            hook = layer.register_forward_hook(lambda own, args, y, name=name: watch(name, own, args[0], y))
+            hook = layer.register_forward_hook(lambda layer, args, y, name=name: measure(name, layer, args[0], y))
             hooks.enter_context(hook)
         student(images)
-    return found
+    return statistics
 
 
 def _mean_patch(layer: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The mean of the patches that a convolution reads of x (N, C, H, W), padded already, in its weight's shape.
+    """Return the mean of the patches that a convolution reads of x (N, C, H, W), padded already, in its weight's shape.
 
-    Place by place of the kernel: as the gradient of the weight it crashed in torch 2.14's oneDNN at some batch sizes.
+    Computed per place of the kernel: as the gradient of the weight it crashed in torch 2.14's oneDNN at some batch
+    sizes.
     """
 
     def seen(axis: int, place: int) -> slice:

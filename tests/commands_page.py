@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"<!-- help: (.*?) -->\n.*?<!-- end -->", re.S)
 
 
 def help_block(name: str) -> str:
-    """What a command's --help says, as Markdown with its markers; `clusterq` is the whole tool's."""
+    """Return what a command's --help says, as Markdown with its markers; `clusterq` is the whole tool's."""
     command = main.commands[name.split()[1]] if " " in name else main
     arguments = [_usage(param) for param in command.params if isinstance(param, click.Argument)]
     usage = "clusterq [OPTIONS] COMMAND" if command is main else " ".join([name, *arguments, "[OPTIONS]"])
@@ -57,12 +57,12 @@ def _cell(text: str) -> str:
 
 
 def refreshed(text: str) -> str:
-    """The page with every help text as it is now."""
+    """Return the page with every help text as it is now."""
     return _BLOCK.sub(lambda found: help_block(found[1]), text)
 
 
 def documented(text: str) -> list[str]:
-    """The commands that have a block."""
+    """Return the commands that have a block."""
     return _BLOCK.findall(text)
 
 

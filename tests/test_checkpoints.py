@@ -254,7 +254,7 @@ def test_save_keeps_a_state_after_a_while_and_less_often_if_writing_is_slow(
 @pytest.mark.usefixtures("always")
 def test_perform_removes_checkpoints_and_empty_folders(tmp_path: Path) -> None:
     out = RunDirectory(tmp_path, {"name": "net", "weights_sha256": "0"})
-    out.begin("")
+    out.write_config("")
     for bits in ("w4a4", "w8a8"):
         out.checkpoint(f"quantize/{bits}", "1-1", {}).save("tuning", dict)
     out.perform("quantize/w4a4", {}, lambda: ({}, []))

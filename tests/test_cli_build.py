@@ -70,6 +70,7 @@ def test_build_of_a_file_without_an_fp16_baseline_writes_its_engine(
     model = onnx.load(graph)
     first = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
     model.graph.node.append(onnx.helper.make_node("Cast", [first.output[0]], ["seen"], to=TensorProto.FLOAT))
+    model.graph.output.append(onnx.ValueInfoProto(name="seen"))
     onnx.save(model, graph)
     assert [row["engine"] for row in json_of("build", graph)] == [str(graph.with_suffix(".engine"))]
     assert f"{graph} has no FP16 baseline: the integers of" in caplog.text

@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 from click.testing import CliRunner, Result
 from sample_reports import CPU, ENVIRONMENT, FP32, TIMES, W4A4, W8A8, build, with_half, with_latency
-from test_pipeline import SMALL
+from support import SMALL
 
 from cli.main import main
 from clusterq_deploy.errors import ReportError

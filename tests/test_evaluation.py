@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from test_progress import Counter
+from support import Counter
 from torch import nn
 
 from clusterq_deploy.errors import DataError

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import SMALL
+from support import SMALL
 
 from clusterq_deploy.lowering import check_saturation
 from clusterq_deploy.models import InputSpec

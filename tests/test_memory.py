@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import graph_of, reference
 from nets import images, make_net
 from support import SMALL, edited_stages, output_of, run_python, small_config, write_settings
-from test_export import graph_of, reference
 from torch import nn
 
 from calib.synthesis import SynthesisConfig
 from clusterq_deploy import Pipeline
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import ExportError, OutOfMemoryError
+from clusterq_deploy.evaluation import features as compare
 from clusterq_deploy.evaluation.data import EvaluationSet
-from clusterq_deploy.evaluation.features import compare
 from clusterq_deploy.lowering import GraphFormat, agreement, compare_integers, verify
 from clusterq_deploy.oom import is_out_of_memory, retry_on_oom
 from clusterq_deploy.quantization import FinetuneConfig, Student
 from clusterq_deploy.report.text import notes
-from clusterq_deploy.results.report import read_report
+from clusterq_deploy.results.report import Skipped, read_report
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner, TorchRunner
 from clusterq_deploy.stages import quantize, sensitivity, synthesize
 
@@ -99,9 +99,11 @@ def test_features_go_on_in_smaller_batches(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = limit_batches(monkeypatch, TorchRunner, "infer", 30, lambda: torch.OutOfMemoryError(CUDA))
-    features = Pipeline(small_config(limit=60), run_copy).features().result["features"]
+    features = Pipeline(small_config(limit=60), run_copy).features().result.features
+    assert features is not None
+    assert features.real is not None
     assert sizes == [50, 25, 25, 25, 5, 25, 25, 10]
-    assert (features["synthetic"]["images"], features["real"]["images"]) == (80, 60)
+    assert (features.synthetic.images, features.real.images) == (80, 60)
     assert "features: the memory does not suffice; again, with batches divided by 2" in caplog.text
 
 
@@ -109,11 +111,13 @@ def test_features_that_do_not_fit_are_left_out_for_now(run_copy: Path, monkeypat
     with edited_stages(run_copy) as stages:
         del stages["features"]
     monkeypatch.setattr(compare, "_ROOM", 1 << 60)
-    skipped = Pipeline(small_config(), run_copy).features().result["skipped"]
+    skipped = Pipeline(small_config(), run_copy).features().result.skipped
+    assert skipped is not None
     assert skipped.startswith("features: the memory does not suffice for batches of 1/64 either")
     monkeypatch.undo()
-    again = Pipeline(small_config(), run_copy).features().result
-    assert again["features"]["synthetic"]["images"] == 80
+    again = Pipeline(small_config(), run_copy).features().result.features
+    assert again is not None
+    assert again.synthetic.images == 80
 
 
 def test_compare_features_frees_the_room_that_it_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +142,13 @@ def test_benchmark_that_lacked_memory_is_done_again_by_another_process(
 ) -> None:
     limit_batches(monkeypatch, OnnxRunner, "infer", 2, lambda: ExportError(ORT))
     record = exported.benchmark()
-    assert [entry["batch"] for entry in record.result["latency"]["fp32"]] == [1]
+    assert [entry.batch for entry in record.result.latency["fp32"]] == [1]
     reason = "onnxruntime-cpu fp32/model.onnx: a batch of 3 does not fit the memory"
-    assert record.result["skipped"] == [{"stage": "benchmark", "reason": reason}]
-    assert exported.benchmark() is record
+    assert record.result.skipped == [Skipped(stage="benchmark", reason=reason)]
+    assert exported.benchmark() == record
     monkeypatch.undo()
     again, later = (Pipeline(exported.config, exported.directory.path).benchmark() for _ in range(2))
-    assert [entry["batch"] for entry in again.result["latency"]["fp32"]] == [1, 3]
+    assert [entry.batch for entry in again.result.latency["fp32"]] == [1, 3]
     assert later == again
 
 
@@ -300,7 +304,7 @@ for name, runner in runners.items():
     print(name, (predictions(runner, data, 12000) == whole[name]).mean())
 config = BenchmarkConfig(batches=(1, 8192), min_seconds=0, warmup_ms=0, min_runs=3, rounds=1)
 timings = benchmark(runners, model.input.size, config)
-print([[record.batch for record in records] for records in found.values()])
+print([[record.batch for record in records] for records in timings.latencies.values()])
 print(timings.skipped)
 """
 

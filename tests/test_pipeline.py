@@ -18,7 +18,7 @@ from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirect
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.quantization import BitWidths
-from clusterq_deploy.report import Artifact
+from clusterq_deploy.results.report import Artifact
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.run.run import resolve_device
 from clusterq_deploy.runtimes.tensorrt import unavailable_reason
@@ -209,15 +209,15 @@ def test_run_from_before_the_fp16_baseline_gets_it(finished_run: Path, run_copy:
 def test_fp16_changes_only_the_graph_for_tensorrt(run_copy: Path) -> None:
     pipeline = Pipeline(small_config(fp16=True), run_copy)
     before = (run_copy / "w4a4/model.ort.onnx").read_bytes()
-    checks = pipeline.export("w4a4").result["verification"]
+    checks = pipeline.export("w4a4").result.verification
     assert checks["model.trt.onnx"]["half"]["agreement"] > 0.9
     assert (run_copy / "w4a4/model.ort.onnx").read_bytes() == before
     graph = onnx.load(run_copy / "w4a4/model.trt.onnx").graph
     dtypes = {initializer.data_type for initializer in graph.initializer}
     assert onnx.TensorProto.FLOAT16 in dtypes
     assert onnx.TensorProto.FLOAT not in dtypes
-    accuracy = pipeline.evaluate("w4a4").result["accuracy"]
-    assert next(entry for entry in accuracy if entry["graph"] == "w4a4/model.trt.onnx")["agreement"] > 90
+    accuracy = pipeline.evaluate("w4a4").result.accuracy
+    assert next(entry for entry in accuracy if entry.graph == "w4a4/model.trt.onnx").agreement > 90
 
 
 def test_report_leaves_out_what_builds_on_a_stage_done_again(run_copy: Path) -> None:

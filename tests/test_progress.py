@@ -97,8 +97,8 @@ def test_compare_graphs_and_report_show_their_tasks_and_a_failed_export_leaves_n
     both = [("Agreement", 70, 70), ("Integers", 70, 70)]
     assert counter.ended == [*both * len(graphs), ("Verify w8a8", len(graphs), len(graphs))]
     counter.ended.clear()
-    layers = [layer for variant in pipeline.report().variants for layer in variant.histograms]
-    assert counter.ended == [("Report", 2 * len(layers) + 1, 2 * len(layers) + 1)]
+    pipeline.report()
+    assert counter.ended == [("Report", 3, 3)]
 
     def fail(*_: object) -> str:
         raise RunDirectoryError("the disk is full")

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from nets import calibrated, images, make_net, rng
 from onnx import TensorProto
-from test_pipeline import SMALL
+from support import SMALL
 from torch import Tensor
 
 from cli.main import main

@@ -26,7 +26,7 @@ from pathlib import Path
 from clusterq_deploy.run.directory import RunDirectory
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 out = RunDirectory(Path(sys.argv[1]), {"name": "net", "weights_sha256": "0"})
-out.begin("")
+out.write_config("")
 out.perform("synthesize", {}, lambda: ({}, [out.write("images", "whole")]))
 print("at work", flush=True)
 out.perform("quantize/w8a8", {}, lambda: time.sleep(600))
@@ -52,7 +52,7 @@ def test_run_directory_in_use_refuses_a_second_writer(tmp_path: Path) -> None:
     with at_work(out):
         other = RunDirectory(out, MODEL)
         for write in (
-            lambda: other.begin("mine"),
+            lambda: other.write_config("mine"),
             lambda: other.write("images", "mine"),
             lambda: other.perform("synthesize", {"seed": 1}, lambda: ({}, [])),
         ):

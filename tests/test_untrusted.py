@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from clusterq_deploy.stages.standalone import Graph
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sample_reports import build
@@ -26,6 +25,7 @@ from clusterq_deploy.models import InputSpec, load_model
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
 from clusterq_deploy.report.compare import compare, read_reports
 from clusterq_deploy.run.directory import RunDirectory
+from clusterq_deploy.stages.evaluate import Graph
 
 quick = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -258,7 +258,7 @@ def test_run_directory_does_not_count_an_altered_result_as_finished(tmp_path: Pa
 def test_run_directory_removes_what_a_killed_write_left(tmp_path: Path) -> None:
     (tmp_path / ".manifest.json.deadbeef.tmp").write_text("half")
     run = RunDirectory(tmp_path, MODEL)
-    run.begin("")
+    run.write_config("")
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "manifest.json", "run.toml"]
 
 

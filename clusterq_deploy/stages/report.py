@@ -1,6 +1,7 @@
 """Write report.json, report.md and report.html from what the stages measured."""
 
 import datetime
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -23,10 +24,15 @@ _CURVE_POINTS = 200
 def write_report(run: Run) -> Report:
     """Write report.json, report.md and report.html from what the stages measured."""
     report = assemble(run)
-    run.directory.write("report.json", report.to_json())
-    run.directory.write("report.md", to_markdown(report))
     picture = (run.directory.path / PREVIEW).read_bytes() if report.calibration.images else None  # whole, by its digest
-    run.directory.write("report.html", to_html(report, picture))
+    with run.progress.task("Report", 3) as advance:
+        for name, render in (
+            ("report.json", Report.to_json),
+            ("report.md", to_markdown),
+            ("report.html", partial(to_html, preview_png=picture)),
+        ):
+            run.directory.write(name, render(report))
+            advance()
     return report
 
 

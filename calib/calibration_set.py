@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +90,20 @@ class CalibrationSet:
         return labels
 
     def split(self, held_out: float) -> tuple["CalibrationSet", "CalibrationSet"]:
-        """Split into a part to tune on and a part to select by, of a share of `held_out`, at least one image each.
+        """Split into images to tune on and a share `held_out` to select by, at least one image each.
 
-        Images come in even rounds of the classes, so every eighth (say) covers the classes as evenly.
+        Images come in rounds through the classes, so every eighth, for example, covers the classes as evenly.
         """
         every = max(2, round(1 / held_out))
         index = torch.arange(len(self))
         selected = index % every == min(every, len(self)) - 1
-        return (
-            CalibrationSet(self.images[~selected], self.labels[~selected], self.provenance),
-            CalibrationSet(self.images[selected], self.labels[selected], self.provenance),
-        )
+        tune, select = (replace(self, images=self.images[m], labels=self.labels[m]) for m in (~selected, selected))
+        return tune, select
 
     def preview(
         self, mean: tuple[float, ...], std: tuple[float, ...], columns: int = PREVIEWED, rows: int = 8
     ) -> Image.Image:
-        """Draw a grid of images, one class per column, as a person would look at them.
+        """Draw a grid of images as photographs would look, one class per column.
 
         Args:
             mean, std: the normalization to undo.

@@ -36,7 +36,6 @@ class Generator(nn.Module):
     teacher's normalization is applied, so every image is one that a camera could have written.
 
     Args:
-        classes: number of classes.
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization, one value per channel.
         latent: length of z.

@@ -88,13 +88,13 @@ def survives_flip(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size
     The teacher decides, on the images (N, C, H, W) that it classifies as their labels (N,). Synthetic images are less
     robust than photographs: half of them must keep their class and twice as many as upside down, or four fifths.
     """
-    right = mirrored = upset = 0
+    recognized = mirrored = upside_down = 0
     for batch, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         correct = teacher(batch).argmax(1) == targets
-        right += int(correct.sum())
+        recognized += int(correct.sum())
         mirrored += int((correct & (teacher(batch.flip(-1)).argmax(1) == targets)).sum())
-        upset += int((correct & (teacher(batch.flip(-2)).argmax(1) == targets)).sum())
-    return right > 0 and (mirrored >= 0.8 * right or mirrored >= max(0.5 * right, 2 * upset))
+        upside_down += int((correct & (teacher(batch.flip(-2)).argmax(1) == targets)).sum())
+    return recognized > 0 and (mirrored >= 0.8 * recognized or mirrored >= max(0.5 * recognized, 2 * upside_down))
 
 
 def refine(
@@ -115,12 +115,8 @@ def refine(
         teacher: frozen, in eval mode, on the images' device.
         images: (N, C, H, W) float32, normalized.
         labels: (N,) int64.
-        config: how to refine.
         limits: the normalized values of black and of white, each (1, C, 1, 1).
         flip: mirror images at random between steps.
-        rng: source of all randomness.
-        progress: shows how far it is.
-        checkpoint: keeps what is reached.
 
     Returns:
         The refined images, rounded to half precision, and each loss term by step, averaged over batches.
@@ -203,7 +199,7 @@ class _Batch:
         return True
 
     def state_dict(self) -> State:
-        """Return all that its steps resume from."""
+        """Return all that refinement of this batch resumes from."""
         return {
             "losses": self.losses,
             "pixels": self.pixels.detach(),

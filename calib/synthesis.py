@@ -60,12 +60,8 @@ class SynthesisConfig(StageConfig):
     def with_smaller_batches(self, divisor: int) -> "SynthesisConfig":
         """Return the same settings with batch sizes divided by `divisor`, of at least two images."""
         parts: dict[str, GeneratorConfig | RefineConfig] = {"generator": self.generator, "refine": self.refine}
-        return self.model_copy(
-            update={
-                name: part.model_copy(update={"batch_size": max(2, part.batch_size // divisor)})
-                for name, part in parts.items()
-            }
-        )
+        sizes = {name: {"batch_size": max(2, part.batch_size // divisor)} for name, part in parts.items()}
+        return self.model_copy(update={name: part.model_copy(update=sizes[name]) for name, part in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -105,19 +101,14 @@ def synthesize(
 
     Args:
         teacher: a classifier with BatchNorm, in eval mode, on `device`; images (N, C, H, W) to logits (N, classes).
-        classes: number of classes.
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization of pixels in [0, 1], one value per channel.
-        config: how to make it.
-        device: the device to compute on, the teacher's.
-        rng: source of all randomness.
-        progress: shows how far it is.
-        checkpoint: keeps what is reached. On a CPU, work that resumes from it ends with the same images as without
-            the interruption; on a GPU some gradients are summed in any order.
+        checkpoint: on a CPU, work that resumes from it ends with the same images as without the interruption; on a
+            GPU the order in which some gradients are summed varies.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
-        SynthesisError: it diverges.
+        SynthesisError: training or refinement diverges.
     """
     teacher = _channels_last(teacher, torch.zeros(2, *size, device=device))
     trainer = GeneratorTrainer(
@@ -175,10 +166,10 @@ def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
 @torch.no_grad()
 def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float | None]:
     """Return the teacher's top-1 (percent), and the diversity of its last BatchNorm layer's inputs within classes."""
-    right, features = 0, []
+    correct, features = 0, []
     with tap_batchnorm(teacher) as tap:
         for batch, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            right += int((teacher(batch).argmax(1) == targets).sum())
+            correct += int((teacher(batch).argmax(1) == targets).sum())
             features.append(tap.moments[-1].mean)
     diversity = within_class_diversity(torch.cat(features), labels) if len(labels.unique()) < len(labels) else None
-    return 100 * right / len(labels), diversity
+    return 100 * correct / len(labels), diversity

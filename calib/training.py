@@ -71,7 +71,7 @@ class GeneratorConfig(StageConfig):
         return self
 
 
-def seeded(rng: torch.Generator) -> int:
+def _draw_seed(rng: torch.Generator) -> int:
     """Draw a seed from `rng`, for what can be seeded only globally."""
     return int(torch.randint(2**62, (), generator=rng, device=rng.device))
 
@@ -100,12 +100,8 @@ class GeneratorTrainer:
 
     Args:
         teacher: frozen, in eval mode, on `device`.
-        classes: number of classes.
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization.
-        config: how to train.
-        device: the device to train on.
-        rng: source of all randomness.
     """
 
     def __init__(
@@ -122,7 +118,7 @@ class GeneratorTrainer:
     ) -> None:
         self.teacher, self.config, self.device, self._rng = teacher, config, device, rng
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seeded(rng))  # only the CPU's
+            torch.default_generator.manual_seed(_draw_seed(rng))  # only the CPU's
             shape = (config.latent, config.width, config.largest)
             self.generator = Generator(classes, size, mean, std, *shape).to(device)
         parameters = self.generator.parameters()

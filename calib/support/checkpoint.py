@@ -35,9 +35,8 @@ class ScopedCheckpoint:
     """The checkpoint of one of several turns of work that have the same phases; only the newest turn's are kept.
 
     Args:
-        checkpoint: of the whole.
-        scope: prefix of the names of the turns' phases.
-        number: of the turn.
+        checkpoint: where to save, under phase names that begin with `scope`.
+        number: which turn it is.
     """
 
     def __init__(self, checkpoint: Checkpoint, scope: str, number: int) -> None:

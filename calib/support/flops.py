@@ -12,8 +12,8 @@ _OPERATIONS_PER_VALUE = 100  # a value written, normalized and read again takes 
 def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
     """Return the cost of a forward pass of one image, in multiply-adds.
 
-    These are those of convolutions and matrix products, and 100 for each value that such a layer writes: layers of few
-    channels are bound by memory, not by arithmetic.
+    It counts those of convolutions and matrix products, and 100 for each value that such a layer writes: layers with
+    few channels are bound by memory, not by arithmetic.
 
     Args:
         model: images (1, C, H, W) float32 to logits.

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from clusterq_deploy.quantization.fake_quant import QuantizedConv2d, QuantizedLayer, Quantizer
 from clusterq_deploy.quantization.student import Student
 
-AT_ONCE = 64  # images that a layer or quantizer is given, in a pass that has all images in memory
+AT_ONCE = 64  # images that a layer or quantizer computes together, in a pass that has all images in memory
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class FloatTwin:
 
 
 def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x), given a part of the images x at a time: what it needs next to its result stays small."""
+    """Return function(x), computed for a few images of x at a time to save memory."""
     first, *others = x.split(AT_ONCE)
     answer = function(first)
-    whole = answer.new_empty((len(x), *answer.shape[1:]))
-    whole[: len(answer)] = answer
-    for place, part in zip(whole.split(AT_ONCE)[1:], others, strict=True):
+    result = answer.new_empty((len(x), *answer.shape[1:]))
+    result[: len(answer)] = answer
+    for place, part in zip(result.split(AT_ONCE)[1:], others, strict=True):
         place.copy_(function(part))
-    return whole
+    return result
 
 
 Visit = Callable[[str, QuantizedLayer, Tensor, Tensor], Tensor]
@@ -95,7 +95,7 @@ class _TwinInterpreter(fx.Interpreter):
             return torch.cat([exact, by_parts(module, rounded)])
         outputs = by_parts(self._twins[name], exact)
         affine = self._maps.get(name)
-        wanted = outputs if affine is None else affine(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
-        answer = self._visit(name, module, rounded, wanted)
-        del wanted  # up to a gigabyte, and the next line needs two
+        expected = outputs if affine is None else affine(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
+        answer = self._visit(name, module, rounded, expected)
+        del expected  # up to a gigabyte, and the next line needs two
         return torch.cat([outputs, answer])

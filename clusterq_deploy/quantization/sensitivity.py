@@ -97,7 +97,7 @@ def sensitivities(
             that this gave it.
         images: (N, C, H, W) float32, normalized, that set the scales.
         judged: (M, C, H, W), such as `judged_views`, on which the answers are compared.
-        checkpoint: keeps what is reached; the student must come as it came the first time.
+        checkpoint: a resumed call needs the same student as the first one.
 
     Returns:
         One per quantized layer, in order of execution.
@@ -161,7 +161,6 @@ def plan_precision(
         max_drop: the bound of `Divergence.expected_drop`, in points.
         layer_bits: widths that are set already, and stay.
         images, judged, batch_size, rng: as for `sensitivities`.
-        progress: shows how far it is, and within it how far each student is.
     """
     ranked = sorted(costs, key=lambda cost: -cost.cost.kl)
     order = [cost.layer for cost in ranked if cost.layer not in layer_bits and cost.bits != "w8a8"]
@@ -182,13 +181,13 @@ def plan_precision(
             scope = ScopedCheckpoint(checkpoint, "precision", count)
             post_training_quantize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=scope)
             estimates[count] = compare(answers(student, judged, batch_size), exact)
-            reached = {"exact": exact, "estimates": {n: asdict(estimate) for n, estimate in estimates.items()}}
-            checkpoint.save("precision", lambda: reached, at_once=True)
+            results = {"exact": exact, "estimates": {n: asdict(estimate) for n, estimate in estimates.items()}}
+            checkpoint.save("precision", lambda: results, at_once=True)
         advance(1, expected_drop=estimates[count].expected_drop)
         return estimates[count].expected_drop <= max_drop
 
-    tried = 2 + max(0, len(order) - 1).bit_length()  # at most: none, a bisection, and all
-    with progress.task(f"Precision {bits}", tried) as advance:
+    most_students = 2 + max(0, len(order) - 1).bit_length()  # without a raised layer, by bisection, with all raised
+    with progress.task(f"Precision {bits}", most_students) as advance:
         # `low` is too few; `high` is enough, or all there are
         low, high = (-1, 0) if within(0, advance) else (0, len(order))
         while high - low > 1:
@@ -196,5 +195,5 @@ def plan_precision(
             low, high = (low, middle) if within(middle, advance) else (middle, high)
         if high not in estimates:
             within(high, advance)
-        advance(tried - len(estimates))
+        advance(most_students - len(estimates))
     return PrecisionPlan(raised(high), estimates[high])

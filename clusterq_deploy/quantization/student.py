@@ -19,7 +19,7 @@ from clusterq_deploy.quantization.grid import BitWidths, Cpu
 
 _LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
 FORMAT = 3
-"""Of a student's file: what its scales belong to."""
+"""Version of a student's file; it changes with what the stored scales mean."""
 _OPTIONS = {"first_last": "quantize_first_last", "keep": "layer_bits", "cpu": "cpu"}
 """Options of `make_student` by their names in a student's file."""
 
@@ -125,11 +125,10 @@ class Student(nn.Module):
         values: dict[str, list[Tensor]] = {name: [] for name in modules}
         with ExitStack() as hooks, self.in_float():
             for name, module in modules.items():
-                hooks.enter_context(
-                    module.register_forward_pre_hook(
-                        lambda _, args, name=name: values[name].append(select(name, args[0]))
-                    )
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, name=name: values[name].append(select(name, args[0]))
                 )
+                hooks.enter_context(hook)
             for batch in batches:
                 self(batch.to(self.device))
                 advance(1)
@@ -230,7 +229,7 @@ def make_student(
             node = readers[0].all_input_nodes[0] if readers else nodes[producer]  # behind the quantizer that is there
             with graph.graph.inserting_after(node):
                 quantized = graph.graph.call_module(f"quantizers.{key}")
-            node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=readers: not own or user in own)
+            node.replace_all_uses_with(quantized, delete_user_cb=lambda user, only=readers: not only or user in only)
             quantized.args = (node,)
     graph.graph.lint()
     graph.recompile()

@@ -34,8 +34,6 @@ def weight_scales(
     """Return the step of each output channel of a weight (O, ...), (O,) float32, positive even for zeros.
 
     Args:
-        weight: the weight.
-        grid: the integers.
         importance: (O, K), weights of the squared errors of a channel's K values; None for equal ones.
         pair_limit: the largest sum of two integers of a channel, see `grid.pair_limit`; None for no limit.
     """

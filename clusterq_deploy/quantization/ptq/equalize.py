@@ -42,7 +42,7 @@ _CLIP = 6.0
 _MARGIN = 1.1  # a channel in front of a ReLU6 stays this factor below the clip: other images reach further
 _CLIPPED = 0.02  # of a channel's values at most are at the clip, if it is to be shifted: the clip moves along
 _LOW = 0.5  # the quantile, over images, of their first percentiles that becomes zero
-_MOST = 64.0  # no channel is scaled by more: what the images hardly move, other images may
+_MOST = 64.0  # no channel is scaled by more: other images may use a range that these hardly do
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SEARCHED_IMAGES = 32
 _MEASURED_IMAGES = 128
@@ -119,9 +119,8 @@ def equalize(
         pair = by_input.get(node)
         if pair is not None and (value.dim() == 2 or isinstance(pair.consumer, nn.Conv2d)):  # no tokens
             read, at_clip, rectified = (torch.cat(extremes[n or node]) for n in (node, pair.clip, pair.relu_output))
-            result, affine = _choose(
-                pair, value, read, at_clip, rectified if shifts and pair.relu_output else None, rng
-            )
+            shiftable = rectified if shifts and pair.relu_output else None
+            result, affine = _choose(pair, value, read, at_clip, shiftable, rng)
             results.append(result)
             maps.append((pair, affine))
 
@@ -211,10 +210,9 @@ def _lowest(flat: Tensor) -> Tensor:
 def _choose(
     pair: LayerPair, x: Tensor, extremes: Tensor, at_clip: Tensor, rectified: Tensor | None, rng: torch.Generator
 ) -> tuple[Equalized, ChannelAffine]:
-    """Return the map of the channels that costs the consumer least, and what it brings.
+    """Return the map of the channels that costs the consumer least, and what it achieves.
 
     Args:
-        pair: the layers.
         x: what the consumer reads, (N, C, ...) float32.
         extremes: of what the consumer reads on many images, from `_extremes`.
         at_clip: those of what leaves the ReLU6, if there is one.
@@ -288,16 +286,16 @@ def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Ten
     mapped = (x - offset.view(shape)) * factor.view(shape)
     if not pair.grid.signed:
         mapped = mapped.clamp_min(0)
-    rounded = Quantizer("input", pair.grid, limit=_CLIP if pair.clip is not None else math.inf).to(x.device)
-    rounded.set_scale(activation_scale(mapped[random_places(mapped, _SEARCHED_VALUES, rng)], pair.grid))
+    round_input = Quantizer("input", pair.grid, limit=_CLIP if pair.clip is not None else math.inf).to(x.device)
+    round_input.set_scale(activation_scale(mapped[random_places(mapped, _SEARCHED_VALUES, rng)], pair.grid))
     weight, grid, limit = (
         _scale_columns(layer, 1 / factor),
         layer.weight_quantizer.grid,
         layer.weight_quantizer.pair_limit,
     )
-    rounded_weight = Quantizer("weight", grid, len(weight), pair_limit=limit).to(x.device)
-    rounded_weight.set_scale(weight_scales(weight, grid, pair_limit=limit))
-    difference = _outputs(layer, rounded(mapped), rounded_weight(weight)) - exact
+    round_weight = Quantizer("weight", grid, len(weight), pair_limit=limit).to(x.device)
+    round_weight.set_scale(weight_scales(weight, grid, pair_limit=limit))
+    difference = _outputs(layer, round_input(mapped), round_weight(weight)) - exact
     dims = pooled_dims(layer, exact)
     counts = _counts(layer, x).expand_as(difference)
     total = counts.sum(dims, keepdim=True)

@@ -79,11 +79,11 @@ def correct_bias(
 
 @torch.no_grad()
 def fit_full_range_biases(student: Student, images: Tensor) -> None:
-    """Give the weights of full range, which TensorRT's graph has, biases of their own, in place.
+    """Fit separate biases for the weights of full range, which TensorRT's graph has, in place.
 
     A bias makes up for the mean of what its weight's rounding adds to the outputs. Weights that are limited in pairs
-    are rounded otherwise than those of full range, so their means differ: by the difference of the two times the mean
-    patch that the layer reads.
+    are rounded differently from those of full range, so the means differ: by the difference of the two weights times
+    the mean patch that the layer reads.
 
     Args:
         student: tuned; only `Quantizer.bias_shift` of its weights is changed.
@@ -113,10 +113,10 @@ def reconstruct(
 
     Each layer is given the inputs that the student in front of it makes, quantized, and the outputs that the float
     model has on the same images. Its weight goes half of the way from the teacher's to the least-squares fit, which
-    stays near the teacher's if the inputs hardly vary: the whole fit takes rounding errors of the inputs for a reason
-    to answer less, and a net of such layers is too unsure of everything. Its rounding is (3) of arXiv 2208.11580 in
-    GPTQ's order; its bias takes the mean shift away (arXiv 1906.04721, section 4.2). One pass of the graph does all
-    layers. A layer whose rows have more than 8,192 columns keeps its rounding to nearest; only its bias is corrected.
+    stays near the teacher's if the inputs hardly vary: a full fit shrinks the outputs, because the inputs have rounding
+    errors, and a net of such layers is unsure of everything. Its rounding is (3) of arXiv 2208.11580 in GPTQ's order;
+    its bias removes the mean shift (arXiv 1906.04721, section 4.2). One pass through the graph fits all layers. A layer
+    whose rows have more than 8,192 columns keeps its rounding to nearest; only its bias is corrected.
 
     Args:
         student: calibrated, not tuned yet: its weights must still be the reference's, except for `FloatTwin.maps`.
@@ -124,7 +124,7 @@ def reconstruct(
         reference: what the layers ought to compute.
         images: (N, C, H, W) float32, normalized; the first 1,024 are used, fewer if they are large.
         rng: chooses the patches that are looked at.
-        checkpoint: keeps the layers that are fitted; the student must come as it came the first time.
+        checkpoint: keeps the fitted layers; a resumed call needs the same student as the first one.
 
     Returns:
         For each layer the squared error of its outputs relative to their variance, with plain rounding and after.
@@ -179,7 +179,7 @@ def _widest_layer(student: Student, image: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A layer that is done."""
+    """What was done to one layer."""
 
     errors: tuple[float, float]  # before and after
     bias: Tensor | None  # (O,), before it was corrected; None without one
@@ -238,11 +238,11 @@ def _fit_weight(layer: QuantizedLayer, x: Tensor, target: Tensor, rng: torch.Gen
     fitted = weight + _SHARE * torch.linalg.solve(hessian, slope.mT).mT
     quantizer = layer.weight_quantizer
     importance = hessian.diagonal(dim1=1, dim2=2)[:, None].expand_as(fitted).reshape(len(layer.weight), -1)
-    whole = fitted.reshape(layer.weight.shape)
-    set_weight_scale(quantizer, whole, importance)
+    fitted_weight = fitted.reshape(layer.weight.shape)
+    set_weight_scale(quantizer, fitted_weight, importance)
     scale = quantizer.scale.view(groups, rows)
     # the ends that rounding to nearest would have; compensation hardly moves a row's second-largest value
-    ends = [e if isinstance(e, int) else e.view(groups, rows) for e in quantizer.bounds(whole)]
+    ends = [end if isinstance(end, int) else end.view(groups, rows) for end in quantizer.bounds(fitted_weight)]
     layer.weight.copy_(_round_compensated(fitted, hessian, scale, *ends).view_as(layer.weight))
 
 
@@ -274,7 +274,7 @@ def _grouped(values: Tensor, groups: int) -> Tensor:
 def _round_compensated(weight: Tensor, hessian: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """Return a weight (G, O, K) on the grid of steps and ends (G, O); later columns make up for each one's error.
 
-    Columns whose inputs vary most come first.  # algorithm 1 in arXiv 2210.17323
+    Columns whose inputs vary most come first; it is algorithm 1 of arXiv 2210.17323.
     """
     order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     weight = weight.gather(2, order[:, None].expand_as(weight)).clone()

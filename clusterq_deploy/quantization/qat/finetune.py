@@ -27,19 +27,19 @@ from clusterq_deploy.quantization.reference import FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 _SETTLED = 0.75
-"""From this share of the schedule on a checkpoint may be the best: before, learning rates are large and a small
+"""Only checkpoints after this share of the schedule may be the best: before, learning rates are large and a small
 held-out divergence is luck (on a CIFAR-10 ResNet-20 one of step 75 of 600 cost 0.7 points more than later ones)."""
 
 _JUDGED_VIEWS = 2
 """Of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a CIFAR-10
 ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
 
-_MEASURED_ON = 128  # images that say what a layer's inputs and outputs are like
+_MEASURED_ON = 128  # images on which the statistics of layers' inputs and outputs are measured
 
 _FAR = 0.02
 _LEAST_STEPS = 0.1
-"""A student that starts nearer to the teacher than this divergence has little to fix: it takes proportionally fewer
-steps, at least this share of them."""
+"""A student whose first divergence from the teacher is less than `_FAR` has little to fix: it takes proportionally
+fewer steps, at least this share of them."""
 
 
 class FinetuneConfig(StageConfig):
@@ -145,11 +145,8 @@ class TuningLoop:
         """Record the student's divergence on held-out images."""
         self.losses["held_out_kl"].append(divergence)
         if divergence < self._best and may_be_best:
-            self._best, self.best_step, self.best_state = (
-                divergence,
-                self.done,
-                copy.deepcopy(self._student.state_dict()),
-            )
+            self._best, self.best_step = divergence, self.done
+            self.best_state = copy.deepcopy(self._student.state_dict())
 
     def state_dict(self) -> State:
         """Return all that the next step depends on."""
@@ -184,9 +181,8 @@ def finetune(
     Args:
         student: calibrated, on the device to tune on.
         reference: the teacher, frozen, on the same device.
-        calibration: the synthetic images.
         flip: mirror images at random.
-        checkpoint: keeps what is reached; the student must come as it came the first time.
+        checkpoint: a resumed call needs the same student as the first one.
 
     Raises:
         TuningError: the loss or its gradient is not finite, three steps in a row.
@@ -220,8 +216,7 @@ def finetune(
         if (saved := checkpoint.load("tuned")) is not None:
             loop.load_state_dict(saved)
             del saved
-        if loop.done:
-            advance(loop.done)
+        advance(loop.done)
         for step in range(loop.done + 1, steps + 1):
             images, labels = (part.to(device) for part in _draw(tune, config.batch_size, rng))
             images = augment(images).contiguous(memory_format=torch.channels_last)

@@ -83,10 +83,7 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Tap:
-    """What a forward pass of the teacher left at its BatchNorm layers, in order of execution.
-
-    A layer that is called twice is in it twice.
-    """
+    """Statistics of the teacher's BatchNorm inputs in one forward pass, one entry per call of a layer, in order."""
 
     layers: list[_BatchNorm] = field(default_factory=list)
     moments: list[Moments] = field(default_factory=list)
@@ -97,7 +94,7 @@ class Tap:
         return [running_statistics(layer)[1] for layer in self.layers]
 
     def from_depth(self, share: float) -> "Tap":
-        """Return the part behind a share of the layers, in [0, 1)."""
+        """Return the tap without the first `share` of its layers, in [0, 1)."""
         first = int(share * len(self.layers))
         return Tap(self.layers[first:], self.moments[first:])
 
@@ -116,8 +113,8 @@ class Tap:
 def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
     """Record `Moments` of every BatchNorm input while the context is open.
 
-    Each forward pass starts a new record. The moments carry gradients to the images; parameters get none from layers
-    whose forward is torch's.
+    Each forward pass starts a new record. The moments carry gradients to the images; a layer whose forward is torch's
+    gives its parameters none.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
@@ -146,19 +143,19 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
         yield tap
 
 
-def class_averaging_matrix(labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the classes of the samples to keep, and the samples' shares in their classes.
+def class_averaging_matrix(labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the classes of the samples that count, and the samples' shares in their classes.
 
     Args:
         labels: (N,) int64.
-        keep: (N,) bool, False for samples that do not count.
+        counted: (N,) bool.
 
     Returns:
         The classes that have a sample, (K,) int64 ascending, and shares (K, N) float32, rows summing to one, for
         `Moments.pool`.
     """
-    present = labels[keep].unique()
-    member = (labels.unsqueeze(0) == present.unsqueeze(1)) & keep.unsqueeze(0)
+    present = labels[counted].unique()
+    member = (labels.unsqueeze(0) == present.unsqueeze(1)) & counted.unsqueeze(0)
     shares = member.float()
     return present, shares / shares.sum(1, keepdim=True)
 

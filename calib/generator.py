@@ -52,9 +52,9 @@ class Generator(nn.Module):
         size: tuple[int, int, int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        latent: int = 128,
-        width: int = 32,
-        largest: int = 0,
+        latent: int,
+        width: int,
+        largest: int,
     ) -> None:
         super().__init__()
         channels, *self.size = size

@@ -93,7 +93,7 @@ def icv_loss(
 
 
 def image_variance_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
-    """Return how far images are too much alike: a hinge on the variance between them, at every BatchNorm layer, ().
+    """Return by how much images are too similar: a hinge on the variance between them, at every BatchNorm layer, ().
 
     BatchNorm statistics constrain a batch, not its images: (9) is met as well by images that all have the batch's mean
     and deviation, while each photograph has its own. This is the purpose of (6) in arXiv 2205.00179 at every depth.

@@ -31,7 +31,7 @@ class RefineConfig(StageConfig):
             that of photographs does, so that each image starts with its own layout.
         bns_weight: weight of L_BNS (9), in channel deviations; its layers weigh `shallow_weight` to `deep_weight`,
             linearly by depth: early statistics constrain an image only loosely.
-        ce_weight: weight of L_CE (8), for images of whose class the teacher is less than `confident`.
+        ce_weight: weight of L_CE (8), for images that the teacher is less sure of than `confident`.
         variation_weight: weight of the total variation.
         spread_weight: weight of `image_variance_loss`, which holds images apart.
         spread_mean, spread_std: the least variance between images of a channel's mean and of its deviation, relative

@@ -19,9 +19,9 @@ from calib.support.errors import SynthesisError
 from calib.support.progress import SILENT, Progress
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
-# of the recipe `paper`: the weights of the equations are the defaults; only (6) differs, which is here as published
+# recipe `paper`: the weights of the equations are the defaults; only (6) differs, and is published like this
 _PAPER = {"icv_noise": "class", "distance": "absolute", "lambda_mean": 0.5, "lambda_std": 1.0, "largest": 0}
-_PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # without data an epoch is a pass as long as the set that is made
+_PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # an epoch makes as many images as the set has
 
 
 class SynthesisConfig(StageConfig):

@@ -33,7 +33,7 @@ class GeneratorConfig(StageConfig):
         ce_weight, bns_weight, sfda_weight, icv_weight: 1, a1, a2, a3 of (10).
         ema_beta: beta of (5); 0 keeps the centroids as the warmed-up generator set them.
         lambda_mean, lambda_std: of (6), relative to the channel's deviation in the BatchNorm buffers.
-        icv_noise: what carries the noise of (6). `class`: class statistics aim at one fresh draw, as the equation
+        icv_noise: where the noise of (6) comes from. `class`: class statistics aim at one fresh draw, as the equation
             is written; its gradient is, on average, that of (4). `latent`: each sample aims at a draw of its own,
             made from its latent, so that the generator can know the target; the draw mixes the deviations of the
             warmed-up generator's images, so that images can reach it.
@@ -83,7 +83,7 @@ class _Batch:
     Attributes:
         labels, z: (N,) int64 and (N, latent) float32.
         logits: the teacher's, (N, classes) float32.
-        correct: (N,) bool, whether the teacher returns the label, by finite logits.
+        correct: (N,) bool, whether the teacher predicts the label, with finite logits.
         tap, semantic: the statistics of all its BatchNorm inputs, and those of the semantic layers.
     """
 
@@ -268,7 +268,7 @@ class GeneratorTrainer:
                     if name in losses:
                         values.append(losses[name])
                     elif values:
-                        values.append(values[-1])  # of a batch without a correctly classified image
+                        values.append(values[-1])  # no image of this batch is classified correctly
                 advance(1, **losses)
                 last = index == config.steps - 1
                 checkpoint.save("generator", lambda: {**self.state_dict(), "history": history}, at_once=last)

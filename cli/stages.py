@@ -210,7 +210,7 @@ def evaluate(
 
     if target.is_file():
         accuracies, images = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
-        counts = {"images": len(images.kept), "unreadable": len(images.unreadable)}
+        counts = {"images": len(images.readable), "unreadable": len(images.unreadable)}
         render.show([entry.model_dump(mode="json", exclude={"agreement"}) | counts for entry in accuracies], as_json)
         return
     with _resumed(ctx, target) as pipeline:

@@ -207,7 +207,7 @@ def test_predictions_go_on_to_the_same_answers_and_read_no_image_twice(tmp_path:
     assert resume(work, tmp_path, [1, 1, 1, 1, 3]) == whole  # the fourth batch has no image that can be read
     assert sorted(rows) == list(range(40))
     assert sets[-1].unreadable.summary() == sets[0].unreadable.summary()
-    assert sets[-1].kept.tolist() == sets[0].kept.tolist()
+    assert sets[-1].readable.tolist() == sets[0].readable.tolist()
     rows.clear()
     assert work(FileCheckpoint(tmp_path, "work")) == whole
     assert not rows

@@ -161,9 +161,9 @@ def test_batches_leave_out_unreadable_images_with_their_labels(
     with caplog.at_level(logging.WARNING):
         assert contents(data, batch_size=7) == expected
         assert contents(data, batch_size=200) == expected
-    assert (len(data), len(data.kept), len(data.unreadable)) == (200, 198, 2)
+    assert (len(data), len(data.readable), len(data.unreadable)) == (200, 198, 2)
     assert data.labels is not None
-    assert data.labels[data.kept].tolist() == expected[1]
+    assert data.labels[data.readable].tolist() == expected[1]
     (message,) = caplog.messages
     assert "2 of the 200 images" in message
     assert "0/003.png (OSError: image file is truncated" in message
@@ -206,8 +206,8 @@ def test_subset_shares_the_limit_of_the_whole_set(tmp_path: Path, colour: Loaded
     data = load_evaluation(tmp_path, colour)
     part = data.subset(np.array([4, 1, 2, 0]))
     assert contents(part) == ([4, 2], [0, 0])
-    assert part.kept.tolist() == [0, 2]
-    assert len(data.kept) == 298  # what the part found, the whole set knows
+    assert part.readable.tolist() == [0, 2]
+    assert len(data.readable) == 298  # what the part found, the whole set knows
 
 
 def test_score_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> None:

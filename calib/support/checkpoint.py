@@ -1,4 +1,4 @@
-"""How long-running work keeps what it has reached, without knowing where."""
+"""How long-running work saves its progress, without knowing where."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -8,14 +8,14 @@ State = dict[str, Any]
 
 
 class Checkpoint(Protocol):
-    """Keeps the newest state of each phase of some work, for the same work after an interruption."""
+    """Saves the newest state of each phase of some work, to continue it after an interruption."""
 
     def load(self, phase: str) -> State | None:
         """Return the state that a phase was left in, its tensors on the CPU; None if it has not begun."""
         ...
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        """Keep the state of a phase, if it is time to, or `at_once`, as at the end of a phase that others follow."""
+        """Save the state of a phase if it is time to, or `at_once`, as at the end of a phase that others follow."""
         ...
 
 
@@ -28,7 +28,7 @@ class _Nowhere:
 
 
 NOWHERE: Checkpoint = _Nowhere()
-"""A checkpoint that keeps nothing."""
+"""A checkpoint that saves nothing."""
 
 
 class ScopedCheckpoint:
@@ -48,6 +48,6 @@ class ScopedCheckpoint:
         return saved["state"] if saved and saved["turn"] == self._number else None
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        """Keep the state of a phase of this turn, in place of those of other turns."""
+        """Save the state of a phase of this turn, in place of those of other turns."""
         scoped = f"{self._scope}-{phase}"
         self._checkpoint.save(scoped, lambda: {"turn": self._number, "state": state()}, at_once=at_once)

@@ -28,10 +28,6 @@ def predictions(
     Ties go to the lower class. If a batch does not fit the memory, it and those after it are computed in parts.
 
     Args:
-        runner: executes the model.
-        data: the images.
-        batch_size: images per batch.
-        progress: shows how far it is.
         checkpoint: saves the predictions so far, for the same runner on the same data.
         phase: this runner's name in the checkpoint.
 
@@ -45,7 +41,7 @@ def predictions(
         ranked.append(saved["found"].numpy())
 
     def state() -> State:
-        return reached(np.concatenate(ranked), data)
+        return predictions_state(np.concatenate(ranked), data)
 
     with progress.task(f"Evaluating on {runner.runtime}", len(data)) as advance:
         done = sum(map(len, ranked))
@@ -58,7 +54,7 @@ def predictions(
     return np.concatenate(ranked)
 
 
-def reached(ranked: Predictions, data: EvaluationSet) -> State:
+def predictions_state(ranked: Predictions, data: EvaluationSet) -> State:
     """Return the state that `predictions` continues from, for the first images of the set."""
     return {"found": torch.from_numpy(ranked), "unreadable": data.unreadable.rows()}
 
@@ -66,18 +62,17 @@ def reached(ranked: Predictions, data: EvaluationSet) -> State:
 def score(
     runtime: str, predicted: Predictions, teacher: Predictions, data: EvaluationSet, graph: str | None = None
 ) -> Accuracy:
-    """Return percentages from `predictions` of a model and of its teacher on the same images, the readable ones.
+    """Return the accuracy of a model, in percent, and its agreement with the teacher on the readable images.
 
     Args:
         runtime: what executed the model.
-        predicted, teacher: (N, 5) from `predictions`.
-        data: the images, for their labels.
+        predicted, teacher: (N, 5) from `predictions`, on the same images.
         graph: the file that was executed.
 
     Raises:
         DataError: the counts differ.
     """
-    readable = data.kept
+    readable = data.readable
     if len(predicted) != len(teacher) or len(predicted) != len(readable):
         raise DataError(
             f"{len(predicted)} predictions, {len(teacher)} of the teacher and {len(readable)} images do not fit: "

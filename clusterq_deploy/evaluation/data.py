@@ -43,15 +43,15 @@ class Classifier(Protocol):
 class EvaluationSet:
     """Images in a fixed order, with their labels if they have any.
 
-    Which images cannot be read shows as they are read. They are left out of every batch; `kept` has the others.
+    Images are found to be unreadable only when they are read. Batches leave them out; `readable` has the others.
 
     Attributes:
         name: what the report calls it.
-        rows: (N,) int64, the images' rows in the set that this one is a part of, or is.
+        rows: (N,) int64, the images' rows in the whole set, if this one is a subset.
         labels: (N,) int64, or None.
         read: returns the image of a row, (C, H, W) float32, normalized, or raises an `UnreadableImageError`. Called
             from several threads at once.
-        unreadable: the rows that cannot be read, as far as they were found.
+        unreadable: the rows that have been found unreadable so far.
     """
 
     name: str
@@ -85,8 +85,8 @@ class EvaluationSet:
         return len(self.rows)
 
     @property
-    def kept(self) -> Rows:
-        """The indices (M,) int64 of the images that were not found to be unreadable; all are before they are read."""
+    def readable(self) -> Rows:
+        """The indices (M,) int64 of the images that have not been found unreadable, which at first are all."""
         return np.array([i for i, row in enumerate(self.rows) if int(row) not in self.unreadable], dtype=np.int64)
 
     def subset(self, indices: Rows) -> "EvaluationSet":
@@ -94,21 +94,20 @@ class EvaluationSet:
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=self.rows[indices], labels=labels)
 
-    def batches(self, batch_size: int, read: int = 0) -> Iterator[tuple[Images, Labels | None]]:
+    def batches(self, batch_size: int, done: int = 0) -> Iterator[tuple[Images, Labels | None]]:
         """Yield images (B, C, H, W) float32, normalized, and labels (B,) int64, or None if there are none.
 
         An unreadable image makes its batch smaller, in every pass, so that all passes have the same batches.
 
         Args:
-            batch_size: images per batch.
-            read: how many images an earlier pass yielded, in whole batches of that size; they are left out.
+            done: how many images an earlier pass yielded, in whole batches of that size; they are left out.
 
         Raises:
             DataError: more images cannot be read than `unreadable` allows.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        first = -(-(int(self.kept[read - 1]) + 1) // batch_size) * batch_size if read else 0
+        first = -(-(int(self.readable[done - 1]) + 1) // batch_size) * batch_size if done else 0
         with ThreadPoolExecutor(_DECODERS) as pool:
             for start in range(first, len(self), batch_size):
                 indices = range(start, min(start + batch_size, len(self)))

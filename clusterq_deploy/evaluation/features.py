@@ -21,9 +21,9 @@ NEIGHBOURS = 5
 """k of density and coverage, as in arXiv 2002.09797."""
 _MOST_IMAGES, _MOST_CLASSES = 2000, 100
 _SHOWN_IMAGES, _SHOWN_CLASSES = 1000, 10
-_ROOM = 2**28  # bytes that the comparison needs at most, about
+_MOST_BYTES = 2**28  # that the comparison needs, roughly
 _PERPLEXITY = 30.0
-_STEPS = 500  # half of the usual: of 950 features of digits, a divergence of 0.47 instead of 0.45, in half of the time
+_STEPS = 500  # half of the usual: for 950 features of digits a divergence of 0.47 instead of 0.45, in half the time
 _FEWEST_POINTS = 4
 _SAME = 1e-6  # features that vary by less than this share of their size differ by rounding only
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"}
@@ -50,14 +50,13 @@ def compare_features(
         real: images with their true labels, or None if there are none.
         classes: the width of the logits.
         seed: of the projection.
-        batch_size: images per forward pass.
 
     Raises:
         FeatureError: the teacher's features cannot be taken.
         MemoryError: there is not enough memory.
         DataError: too many images cannot be read, or a set has no labels.
     """
-    np.empty(_ROOM, np.uint8)  # and freed again: OpenBLAS waits forever for memory that it does not get
+    np.empty(_MOST_BYTES, np.uint8)  # and freed: OpenBLAS would wait forever for memory that it does not get
     network, compared = penultimate(teacher, classes), most_frequent(_labels(synthetic), _MOST_CLASSES)
     sets, notes = {"synthetic": synthetic}, []
     if real is None:
@@ -70,7 +69,7 @@ def compare_features(
     for name, data in sets.items():
         chosen = data.subset(evenly(_labels(data), compared, _MOST_IMAGES))
         features[name] = capture(network, chosen, batch_size=batch_size, progress=progress)
-        labels[name] = _labels(chosen)[chosen.kept]
+        labels[name] = _labels(chosen)[chosen.readable]
     separations, overlap = {}, None
     with progress.task("Geometry of features", len(sets) + 2) as advance:  # overlap and projection
         for name in sets:

@@ -20,7 +20,7 @@ from clusterq_deploy.runtimes.tensorrt.timing import EngineTimes
 _QUICK = 0.25  # the quantile of a turn's calls that counts for its speed
 _FEWEST_TURNS = 6  # for which the extremes of all ratios are an interval of 95 %: 1 - 2 * 0.5**6
 SESSIONS_DIFFER = 0.02
-"""How much the speed of two sessions of the same graph can differ for good: each keeps its place in memory."""
+"""How much two sessions of the same graph can differ in speed permanently: each keeps its place in memory."""
 
 
 class BenchmarkConfig(StageConfig):
@@ -68,11 +68,9 @@ def benchmark(
     The records can be compared with each other. A batch size that does not fit a runtime's memory is left out for it.
 
     Args:
-        runners: by a name of the caller's choice.
+        runners: by any name.
         size: (channels, height, width) of an image.
-        config: how to measure.
-        progress: shows how far it is.
-        baselines: for names whose speed-up over another name is needed, that other name.
+        baselines: the name over which to measure the speed-up of another, by the latter.
     """
     latencies: dict[str, list[Latency]] = {name: [] for name in runners}
     skipped = []
@@ -152,7 +150,7 @@ def _time_calls(runner: Runner, images: Array, seconds: float, runs: int) -> lis
 
 
 def summarize(runtime: str, batch: int, times_ms: Sequence[float]) -> Latency:
-    """Return the record of the times of calls, in milliseconds, with their 21 quantiles from 0 to 1."""
+    """Return the record of calls' times, in milliseconds, with their 21 quantiles from 0 to 1."""
     stats = latency_stats(times_ms)
     return Latency(
         runtime=runtime,

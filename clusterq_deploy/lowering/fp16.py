@@ -12,7 +12,7 @@ from clusterq_deploy.errors import ExportError
 from clusterq_deploy.lowering.qdq import constant, dequantized, name_of, operand, store
 
 _LARGEST = float(np.finfo(np.float16).max)
-_SMALLEST = float(np.finfo(np.float16).tiny)  # below it digits are lost
+_SMALLEST = float(np.finfo(np.float16).tiny)  # smaller numbers lose digits
 _ROUNDED = 2.0**-8
 """Most that FP16 may move a scale, relatively: less than a step in the largest integer of an 8-bit grid."""
 _FLOAT32_INPUTS = {"Resize": {1, 2}, "Upsample": {1}}
@@ -39,7 +39,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         numbers = value.const_value.numpy()
         rounded = _round(numbers, name)
         if name in dead_channels:
-            rounded = _keep_scale(rounded, numbers, name, dead=dead_channels[name])
+            rounded = _require_scale(rounded, numbers, name, dead=dead_channels[name])
         value.const_value = ir.tensor(rounded, name=name)
         value.dtype = ir.DataType.FLOAT16
     for value in graph.inputs:
@@ -54,10 +54,10 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """Return the same network in FP16 throughout, to compare an INT8 engine's time with, not its accuracy.
+    """Return the same network entirely in FP16, as a baseline for an INT8 engine's time, not for its accuracy.
 
-    Quantizers are removed, and stored integers become the numbers that they stand for. `model` is not changed. None
-    if it computes in FP16 already and has no quantizers.
+    Quantizers are removed, and stored integers become the numbers that they stand for. `model` is not changed. Return
+    None if it computes in FP16 already and has no quantizers.
 
     Raises:
         ExportError: operators other than DequantizeLinear read integers, or FP16 cannot hold a number.
@@ -104,7 +104,7 @@ def _float32_inputs(graph: ir.Graph) -> set[ir.Value | None]:
 
 
 def _remove_dequantizer(graph: ir.Graph, node: ir.Node) -> None:
-    """Replace a DequantizeLinear by the tensor that was quantized, or by the numbers that its integers stand for."""
+    """Replace a DequantizeLinear with the tensor that was quantized, or the numbers that its integers stand for."""
     output, origin = node.outputs[0], dequantized(node.outputs[0])
     if origin is None:
         raise ExportError(f"{name_of(node)} has no input")
@@ -156,14 +156,14 @@ def _round(numbers: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float1
     return numbers.astype(np.float16)
 
 
-def _keep_scale(
+def _require_scale(
     rounded: npt.NDArray[np.float16],
     scale: npt.NDArray[np.float32],
     name: str,
     *,
     dead: npt.NDArray[np.bool_] | None,
 ) -> npt.NDArray[np.float16]:
-    """Return a rounded scale if FP16 holds it well enough; that of a dead channel may be any."""
+    """Return a rounded scale, with any value for dead channels; raise ExportError if FP16 is too coarse for it."""
     dead = np.zeros_like(scale, dtype=np.bool_) if dead is None else dead
     rounded = np.where(dead, np.maximum(rounded, np.float16(_SMALLEST)), rounded).astype(np.float16)
     moved = (np.abs(rounded.astype(np.float64) - scale) > _ROUNDED * scale) & ~dead

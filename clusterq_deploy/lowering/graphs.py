@@ -100,7 +100,6 @@ def student_graphs(
     """Yield a student's graphs one after the other, INT4's only if its weights have at most four bits.
 
     Args:
-        student: tuned.
         images: (N, C, H, W) float32, normalized, to compare graphs and torch on.
         size: (channels, height, width).
         name: what messages call the student, such as w4a4.

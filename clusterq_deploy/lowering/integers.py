@@ -1,4 +1,4 @@
-"""Compare graph and torch integer by integer: at every quantizer, from the graph's own integers in front of it."""
+"""Compare graph and torch integer by integer: each quantizer, given the graph's integers in front of it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,6 @@ def compare_integers(
         graph: a graph of the student, of `graph_format`.
         student: calibrated, on any device.
         images: (N, C, H, W) float32, normalized.
-        batch_size: images per pass.
     """
     runner = OnnxRunner(_with_integer_outputs(graph, student).SerializeToString(), optimized=False)
     tie = _FP16_TIE if computes_in_fp16(graph) else _TIE

@@ -49,7 +49,7 @@ def target_of(graph_format: GraphFormat) -> Target:
 
 
 def label_of(site: str, call: int) -> str:
-    """Return what a quantizer's tensors are named after: branches of a concatenation share it, but no names."""
+    """Return the prefix of a quantizer's tensor names, different for each call: concatenated branches share one."""
     return site if call == 1 else f"{site}.{call}"
 
 

@@ -31,7 +31,7 @@ class Dequantized:
 
 
 def all_nodes(model: ir.Model) -> list[ir.Node]:
-    """Return all nodes in the graph's order, with those of subgraphs and of the file's own functions."""
+    """Return all nodes in the graph's order, with those of subgraphs and of the file's functions."""
     nodes = [*ir.traversal.RecursiveGraphIterator(model.graph)]
     for function in model.functions.values():
         nodes += ir.traversal.RecursiveGraphIterator(function)
@@ -41,7 +41,7 @@ def all_nodes(model: ir.Model) -> list[ir.Node]:
 def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
     """Return the convolutions and matrix products that multiply two quantized tensors, in the graph's order.
 
-    They are a node's name and that of its weight, which says more to people: `layer1.0.conv1.weight`.
+    Keys are names of nodes, values those of their weights, which are more readable: `layer1.0.conv1.weight`.
     """
     weights = {}
     for node in ir.from_proto(model).graph:

@@ -79,7 +79,7 @@ _FLOAT16 = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _INTEGER_OPERATORS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
 _COMPUTING = qdq.LAYERS | {"Add", "Mul", "Relu", "Clip", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"}
 
-_Found = Iterator[tuple[str, ir.Node | None, str]]
+_Findings = Iterator[tuple[str, ir.Node | None, str]]
 """Name of a broken rule, its node, None for the whole file, and a message."""
 
 
@@ -123,7 +123,7 @@ def require_tensorrt(model: onnx.ModelProto, *, name: str) -> list[Break]:
     return breaks
 
 
-def _breaks(model: ir.Model) -> _Found:
+def _breaks(model: ir.Model) -> _Findings:
     nodes, ir_version = qdq.all_nodes(model), model.ir_version
     opset = model.opset_imports.get("", 0)
     if opset > _MOST_OPSET or ir_version > _MOST_IR:
@@ -137,12 +137,12 @@ def _breaks(model: ir.Model) -> _Found:
     yield from _check_float_types(model.graph)
 
 
-def _check_integer_operator(node: ir.Node) -> _Found:
+def _check_integer_operator(node: ir.Node) -> _Findings:
     message = f"{node.op_type} computes on integers; export QuantizeLinear and DequantizeLinear (QDQ) instead"
     yield "operator", node, message
 
 
-def _check_quantizer(node: ir.Node) -> _Found:
+def _check_quantizer(node: ir.Node) -> _Findings:
     scale = qdq.constant(node, 1)
     if scale is None:
         yield "scale", node, "the scale is computed at run time; store it as a constant"
@@ -169,7 +169,7 @@ def _check_quantizer(node: ir.Node) -> _Found:
         yield "activation-axis", node, f"the activation has {scale.size} scales; expected one"
 
 
-def _check_layer(node: ir.Node) -> _Found:
+def _check_layer(node: ir.Node) -> _Findings:
     data, weight, bias = (qdq.dequantized(qdq.operand(node, index)) for index in range(3))
     if data is None and weight is not None and weight.kind is not ir.DataType.INT4:
         yield "inputs", node, "the weight is quantized and what it multiplies is not"
@@ -181,7 +181,7 @@ def _check_layer(node: ir.Node) -> _Found:
         yield "bias", node, "the bias is quantized; store it as float"
 
 
-def _check_weight(node: ir.Node, weight: qdq.Dequantized) -> _Found:
+def _check_weight(node: ir.Node, weight: qdq.Dequantized) -> _Findings:
     if weight.kind is ir.DataType.INT4 and node.op_type in {"Conv", "ConvTranspose"}:
         yield "weight-type", node, "a convolution with INT4 weights; store them as INT8"
     shape = weight.source.shape
@@ -196,7 +196,7 @@ def _check_weight(node: ir.Node, weight: qdq.Dequantized) -> _Found:
         yield "weight-axis", node, f"{weight.scale.size} scales for {shape[expected]} output channels"
 
 
-def _check_addition(node: ir.Node) -> _Found:
+def _check_addition(node: ir.Node) -> _Findings:
     direct = any(_is_quantized_convolution(value) for value in node.inputs)
     branches = [qdq.dequantized(value) for value in node.inputs]
     if not direct and not any(b and not b.constant and _is_quantized_convolution(b.source) for b in branches):
@@ -207,7 +207,7 @@ def _check_addition(node: ir.Node) -> _Found:
         yield "residual", node, "no branch is quantized; quantize the one that skips the convolution"
 
 
-def _check_concatenation(node: ir.Node) -> _Found:
+def _check_concatenation(node: ir.Node) -> _Findings:
     branches, scales = [qdq.dequantized(value) for value in node.inputs], _scales_behind(node)
     if scales and not all(branches):
         yield "concat", node, "its output is quantized and some of its branches are not"
@@ -217,14 +217,14 @@ def _check_concatenation(node: ir.Node) -> _Found:
             yield "concat", node, f"its branches and its output have {len(scales)} scales; give them one"
 
 
-def _check_pool(node: ir.Node) -> _Found:
+def _check_pool(node: ir.Node) -> _Findings:
     source = qdq.dequantized(node.inputs[0])
     scale = source.scale if source is not None else None
     if scale is not None and scale.size == 1 and _scales_behind(node) - {scale.item()}:
         yield "pool", node, "the scale that it reads differs from the one behind it; use the first for both"
 
 
-def _check_float_types(graph: ir.Graph) -> _Found:
+def _check_float_types(graph: ir.Graph) -> _Findings:
     nodes = [node for node in graph if node.op_type in _COMPUTING and not node.domain]
     half = [node for node in nodes if node.outputs[0].dtype in _FLOAT16]
     single = [node for node in nodes if node.outputs[0].dtype is ir.DataType.FLOAT]
@@ -247,7 +247,7 @@ def _scales_behind(node: ir.Node) -> set[float]:
     return {float(s.item()) for s in scales if s is not None and s.size == 1}
 
 
-_CHECKS: dict[str, Callable[[ir.Node], _Found]] = {
+_CHECKS: dict[str, Callable[[ir.Node], _Findings]] = {
     "QuantizeLinear": _check_quantizer,
     "DequantizeLinear": _check_quantizer,
     "Add": _check_addition,

@@ -21,7 +21,7 @@ _CLOSE, _TINY = 1e-2, 1e-6  # of the logits' standard deviation, and in absolute
 
 @dataclass(frozen=True)
 class _Tolerance:
-    """What a graph may differ by: `agreement` at least, `typical` at most; logits within `tie` count as the same."""
+    """How far a graph may differ: `agreement` at least, `typical` at most; logits within `tie` count as the same."""
 
     agreement: float
     typical: float

@@ -48,7 +48,7 @@ class InputSpec(StageConfig):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         channels, height, width = self.size
         if channels not in (1, 3):
             raise ValueError(f"size has {channels} channels; expected 1 (grey) or 3 (RGB)")
@@ -67,7 +67,7 @@ class InputSpec(StageConfig):
         """Turn one image of any size and mode into (channels, height, width) float32, normalized.
 
         An image whose shorter side is already between the crop and `resize` is only cropped: enlarging it would blur
-        it for nothing. Any other is first resized, to the same pixels as torchvision's transforms. 16 bits become 8;
+        it needlessly. Any other is first resized, to the same pixels as by torchvision's transforms. 16 bits become 8;
         transparency is dropped.
 
         Raises:
@@ -76,7 +76,7 @@ class InputSpec(StageConfig):
         """
         channels, height, width = self.size
         image = _convert(image, "L" if channels == 1 else "RGB")
-        size = self._resized(*image.size)
+        size = self._size_before_crop(*image.size)
         if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{image.width}x{image.height} pixels would be resized to {size[0]}x{size[1]}")
         image = image.resize(size, _RESAMPLING[self.interpolation])
@@ -86,7 +86,7 @@ class InputSpec(StageConfig):
         normalized = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalized.transpose(2, 0, 1))
 
-    def _resized(self, image_width: int, image_height: int) -> tuple[int, int]:
+    def _size_before_crop(self, image_width: int, image_height: int) -> tuple[int, int]:
         """Return the (width, height) that an image of this size is resized to before the crop."""
         _, height, width = self.size
         if self.resize is None:
@@ -130,7 +130,7 @@ def input_spec(
     settings: dict[str, Any] = {"size": values.pop("input_size"), **values}
     settings["interpolation"] = entry(cfg, "interpolation") or "bilinear"
     try:
-        settings["resize"] = _resize(InputSpec(**settings), cfg, resized=input_size is not None)
+        settings["resize"] = _shorter_side(InputSpec(**settings), cfg, other_size=input_size is not None)
         return InputSpec(**settings)
     except ValidationError as error:
         first = error.errors()[0]
@@ -154,11 +154,11 @@ def label_names(cfg: object, classes: int) -> tuple[str, ...]:
     return tuple(" ".join(str(name).split()) for name in names)
 
 
-def _resize(spec: InputSpec, cfg: object, *, resized: bool) -> int:
-    """Return the shorter side to resize to; `resized` is true if the size is not the one of `cfg`."""
+def _shorter_side(spec: InputSpec, cfg: object, *, other_size: bool) -> int:
+    """Return the shorter side to resize to; `other_size` is true if the size is not the one of `cfg`."""
     shorter = min(spec.size[1:])
     resize, crop_pct = entry(cfg, "resize"), entry(cfg, "crop_pct")
-    if resize is not None and not resized:
+    if resize is not None and not other_size:
         return int(resize)
     if crop_pct is not None:
         return math.floor(shorter / float(crop_pct))  # timm rounds down

@@ -1,4 +1,4 @@
-"""Load a model, whatever it is called, into one checked form."""
+"""Load a model of any source into one checked form."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -81,8 +81,7 @@ def load_model(
         weights: None for the model's own; "none" for random ones, the same every time; else a file.
         input_size, mean, std: how the input is made, if the model does not say or says otherwise:
             (channels, height, width), and values per channel for pixels in [0, 1].
-        device: where the module is put.
-        bars: whether torch shows on stderr how far the download of a torchvision model's weights is.
+        bars: whether to show the progress of downloading a torchvision model's weights on stderr.
         shapes_only: whether shapes are enough: a torchvision model without a file of weights then stays on the meta
             device, and nothing is downloaded, initialized or computed. Others are loaded as usual.
 
@@ -93,7 +92,7 @@ def load_model(
         ModelError: the model cannot be made, run, or fed.
     """
     with _isolated():
-        draft = _draft(name, weights, bars, shapes_only and weights in (None, _RANDOM))
+        draft = _make_draft(name, weights, bars, shapes_only and weights in (None, _RANDOM))
     module = draft.module.eval().float().requires_grad_(False)
     require_batchnorm(name, draft.source, module)
     description = _fill(name, draft, weights)
@@ -105,8 +104,8 @@ def load_model(
         classes = count_classes(name, module, spec)
     sha256 = digest(module) if has_values else ""
     code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
-    known = weights is None or (draft.source == "file" and weights != _RANDOM)  # a weights file may have other classes
-    names = label_names(draft.cfg, classes) if known else ()
+    same_classes = weights is None or (draft.source == "file" and weights != _RANDOM)  # a weights file may have others
+    names = label_names(draft.cfg, classes) if same_classes else ()
     module = module.to(device) if has_values else module
     return LoadedModel(name, module, spec, classes, draft.source, description, sha256, code, names)
 
@@ -124,7 +123,7 @@ def _isolated() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def _draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -> sources.Draft:
+def _make_draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -> sources.Draft:
     path, _, factory = name.rpartition(":")
     if name.startswith(_TIMM):
         return sources.timm_model(name.removeprefix(_TIMM), pretrained=weights is None)

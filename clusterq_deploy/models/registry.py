@@ -17,7 +17,7 @@ _WITHOUT_BATCHNORM = frozenset({
     "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t",
     "vgg11", "vgg13", "vgg16", "vgg19", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32",
 })  # fmt: skip
-"""torchvision's classifiers without BatchNorm; to find out by building all 80 takes seconds and gigabytes."""
+"""torchvision's classifiers without BatchNorm; finding out by building all 80 takes seconds and gigabytes."""
 
 
 @dataclass(frozen=True)

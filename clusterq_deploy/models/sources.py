@@ -35,7 +35,7 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 class Draft:
     """A model as its source makes it, with its `pretrained_cfg` or None.
 
-    `pretrained` gets the weights that belong to it, None if it has them; `weights` says what these are.
+    `pretrained` fetches its weights, None if it has them already; `weights` describes them.
     """
 
     module: nn.Module
@@ -48,8 +48,8 @@ class Draft:
 def torchvision_model(name: str, *, bars: bool, shapes_only: bool = False) -> Draft:
     """Make one of torchvision's classifiers; its pretrained weights come from torch's cache or the network.
 
-    `bars` shows on stderr how far a download is. With `shapes_only` its weights have only shapes, on the meta device,
-    and the draft has no `pretrained`.
+    `bars` shows the progress of a download on stderr. With `shapes_only` the weights are on the meta device, and the
+    draft has no `pretrained`.
     """
     from torchvision import models as tv
 
@@ -141,11 +141,8 @@ def user_model(path: Path, factory: str) -> Draft:
     module = _import(path)
     make = getattr(module, factory, None)
     if not callable(make):
-        names = [
-            name
-            for name, value in vars(module).items()
-            if callable(value) and getattr(value, "__module__", None) == module.__name__ and name[0] != "_"
-        ]
+        functions = {n: f for n, f in vars(module).items() if callable(f) and n[0] != "_"}
+        names = [n for n, f in functions.items() if getattr(f, "__module__", None) == module.__name__]
         near = did_you_mean(get_close_matches(factory, names) or names[:5])
         raise ModelError(f"model {spec!r}: the file has no {factory!r}; {near}expected a function of it")
     try:

@@ -15,7 +15,7 @@ MARKER_DOMAIN = "clusterq"
 
 Bound = Any
 """An end of a grid: an int, or a tensor (O, 1, ...) with one per row; torch's stubs have no clamp for both."""
-_TINY = 1e-30  # the bounds of the grid belong to it
+_TINY = 1e-30  # widens the grid, so that values on its bounds are inside
 
 
 def row_bounds(second: tuple[Tensor, Tensor], scale: Tensor, grid: Grid, limit: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, rounded, scale = ctx.saved_tensors
         grad = like_layout(grads[0], x)
         low, high = ctx.range
-        # large maps are bound by memory: as few passes as possible, and no tensor kept that is not kept anyway
+        # large maps are bound by memory: as few passes as possible, and no further tensor saved
         if scale.dim() == 0 and x.device.type == "cpu":
             step = float(scale)
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step - _TINY, high * step + _TINY)
@@ -173,7 +173,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the scale back between its floor and its limit; to be called after each optimizer step."""
+        """Bring the scale back between its floor and its limit; call it after each optimizer step."""
         # a relative ulp below the limit: log and exp round, and the limit must hold exactly
         highest = math.log(self.limit / self._grid.high) - 1e-6 if math.isfinite(self.limit) else math.inf
         self.log_scale.clamp_(min=float(self.floor.log()), max=highest)

@@ -57,7 +57,7 @@ def histograms(
     Args:
         student: as it will be exported.
         reference: what it was made from.
-        images: (N, C, H, W) float32, normalized; 64 random ones are looked at.
+        images: (N, C, H, W) float32, normalized; 64 random ones are used.
         batch_size: images per forward pass, fewer if memory runs out.
         rng: chooses images and values, 65,536 of an activation and 262,144 of a weight at most.
 

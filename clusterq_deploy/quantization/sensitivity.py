@@ -20,7 +20,7 @@ from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.student import Student, make_student
 
 RAISED = 8
-_AT_ONCE = 64  # images that are augmented, for memory's sake
+_AT_ONCE = 64  # images that are augmented together, to save memory
 
 _JUDGED = AugmentConfig(zoom=0.06, rotation=0.08, translation=0.03, jitter=0.08, cutmix=0.0)
 """A quarter of what fine-tuning sees. On synthetic images themselves a teacher is so sure that nothing ever costs an

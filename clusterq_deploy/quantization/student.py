@@ -73,7 +73,7 @@ class Student(nn.Module):
         quantizers = self.quantizers()
         absent = [quantizers[s.name] for s in self.placement.activations if target not in s.targets]
         with ExitStack() as switches:
-            switches.enter_context(_with(absent, "enabled", False))
+            switches.enter_context(_switched(absent, "enabled", False))
             if target == "tensorrt":
                 switches.enter_context(self.without_pair_limits())
                 switches.enter_context(self.on_int8_grids())
@@ -82,7 +82,7 @@ class Student(nn.Module):
     @contextmanager
     def without_pair_limits(self) -> Iterator[None]:
         """Compute with weights whose sums of two are not limited."""
-        with _with([layer.weight_quantizer for layer in self.layers().values()], "limit_pairs", False):
+        with _switched([layer.weight_quantizer for layer in self.layers().values()], "limit_pairs", False):
             yield
 
     @contextmanager
@@ -90,7 +90,7 @@ class Student(nn.Module):
         """Compute on the grids that fit INT8, which are the coarser ones: what is tuned on them fits both targets."""
         quantizers = self.quantizers()
         both = [quantizers[s.name] for s in self.placement.activations if "tensorrt" in s.targets]
-        with _with(both, "reduce_range", True):
+        with _switched(both, "reduce_range", True):
             yield
 
     @contextmanager
@@ -103,7 +103,7 @@ class Student(nn.Module):
     def quantized_at(self, *sites: str) -> Iterator[None]:
         """Compute with the quantizers of these sites only."""
         others = [quantizer for site, quantizer in self.quantizers().items() if site not in sites]
-        with _with(others, "enabled", False):
+        with _switched(others, "enabled", False):
             yield
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class Student(nn.Module):
         return {name: torch.cat(parts) for name, parts in values.items()}
 
     def project(self) -> None:
-        """Bring every scale back into its bounds; to be called after each optimizer step."""
+        """Bring every scale back into its bounds; call it after each optimizer step."""
         for quantizer in self.quantizers().values():
             quantizer.project()
 
@@ -180,8 +180,8 @@ class Student(nn.Module):
 
 
 @contextmanager
-def _with(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iterator[None]:
-    """Set a switch of these quantizers; afterwards each is as it was."""
+def _switched(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iterator[None]:
+    """Set a switch of these quantizers while the context is open."""
     before = {quantizer: getattr(quantizer, switch) for quantizer in quantizers}
     for quantizer in before:
         setattr(quantizer, switch, value)

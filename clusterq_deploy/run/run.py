@@ -18,7 +18,7 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ConfigError, RunDirectoryError
-from clusterq_deploy.evaluation.accuracy import Predictions, predictions, reached
+from clusterq_deploy.evaluation.accuracy import Predictions, predictions, predictions_state
 from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.models import LoadedModel, load_model
@@ -171,7 +171,7 @@ class Run:
     def teacher_predictions(self, checkpoint: Checkpoint = NOWHERE) -> Predictions:
         """Return the FP32 model's `predictions`, computed once for all stages; `checkpoint` has them afterwards."""
         if (known := self._teacher_predictions) is not None:
-            checkpoint.save("teacher", lambda: reached(known, self.evaluation), at_once=True)
+            checkpoint.save("teacher", lambda: predictions_state(known, self.evaluation), at_once=True)
             return known
         with TorchRunner(self.model.module) as runner:
             self._teacher_predictions = self.predictions(runner, checkpoint, "teacher")

@@ -40,7 +40,7 @@ def work(run: Run, stage: AnyStage) -> tuple[EvaluationResult, list[str]]:
     data, environment = run.evaluation, run.environment.model_dump(mode="json")  # another runtime may answer otherwise
     teacher = run.teacher_predictions(run.checkpoint(stage, environment=environment))
     # an image that can be read by now makes all that is kept another set's
-    kept = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.kept.tolist()]
+    kept = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.readable.tolist()]
     checkpoint = run.checkpoint(stage, environment=environment, teacher=kept)
     accuracies = [score("torch", teacher, teacher, data)] if stage.variant == FP32 else []
     for model, runner in deployables.in_turn(_deployables(run, stage.variant)):

@@ -124,9 +124,9 @@ def place(
     demands: list[tuple[list[fx.Node], int]] = []  # producers that share a quantizer, and its width; 0 for any
     for node in layers:
         producers = _producers(traced, node.all_input_nodes[0])
-        written_first = any(not {p, activated(traced, p)}.isdisjoint(wide & image_readers) for p in producers)
-        eight = node in wide | image_readers or written_first
-        demands.append((producers, _EIGHT if eight else layer_bits.get(str(node.target), bits.activations)))
+        from_first = any(not {p, activated(traced, p)}.isdisjoint(wide & image_readers) for p in producers)
+        reads_eight = node in wide | image_readers or from_first
+        demands.append((producers, _EIGHT if reads_eight else layer_bits.get(str(node.target), bits.activations)))
     depths, added = _depths(traced), set[fx.Node]()
     for node in filter(is_addition, traced.graph.nodes):
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]

@@ -20,7 +20,7 @@ _GATED: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 class _Tracer(fx.Tracer):
-    """Does not trace into what a quantizer or a fold needs whole: subclasses too, if their forward is torch's."""
+    """Keeps layers whole that are quantized or folded, subclasses too if their forward is torch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d):

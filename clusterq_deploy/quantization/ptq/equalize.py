@@ -40,7 +40,7 @@ from clusterq_deploy.quantization.student import Student
 
 _CLIP = 6.0
 _MARGIN = 1.1  # a channel in front of a ReLU6 stays this factor below the clip: other images reach further
-_CLIPPED = 0.02  # of a channel's values at most are at the clip, if it is to be shifted: the clip moves along
+_CLIPPED = 0.02  # a channel is shifted only if at most this share of its values is at the clip, which moves too
 _LOW = 0.5  # the quantile, over images, of their first percentiles that becomes zero
 _MOST = 64.0  # no channel is scaled by more: other images may use a range that these hardly do
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -93,9 +93,9 @@ def equalize(
     clip.
 
     Args:
-        student: its weights and biases are changed; its scales are not looked at.
-        images: (N, C, H, W) float32, normalized; 128 are looked at.
-        rng: chooses the values that are looked at.
+        student: its weights and biases are changed; its scales do not matter.
+        images: (N, C, H, W) float32, normalized; the first 128 are used.
+        rng: samples values.
         shifts: whether channels may be shifted.
 
     Returns:
@@ -179,7 +179,7 @@ def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | 
 
 
 class _Watcher(fx.Interpreter):
-    """Runs a graph and shows every tensor that it makes."""
+    """Runs a graph and passes every tensor that it computes to a function."""
 
     def __init__(self, net: fx.GraphModule, show: Callable[[fx.Node, Tensor], None]) -> None:
         super().__init__(net)
@@ -199,7 +199,7 @@ def _extremes(value: Tensor) -> Tensor:
 
 
 def _lowest(flat: Tensor) -> Tensor:
-    """Return what a channel of an image hardly falls below, (N, C), of values (N, C, n): their first percentile."""
+    """Return the first percentile of each image's channel, (N, C), from a sample of its values (N, C, n)."""
     step = max(1, flat.shape[2] // _VALUES_PER_CHANNEL)
     while math.gcd(step, math.isqrt(flat.shape[2])) > 1:  # so that all columns of a square map are seen alike
         step += 1
@@ -252,7 +252,7 @@ def _channel_maxima(extremes: Tensor, channels: int) -> Tensor:
 
 
 def _low(pair: LayerPair, rectified: Tensor) -> Tensor:
-    """Return what each channel (C,) hardly falls below and may be shifted by; 0 if a shift is not possible."""
+    """Return by how much each channel may be shifted, (C,), which it hardly falls below; 0 if it may not."""
     channels = len(pair.producer.weight)
     low = torch.quantile(rectified[:, 0], _LOW, dim=0).clamp_min(0).view(channels, -1).amin(1)
     if pair.clip is not None:
@@ -297,16 +297,16 @@ def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Ten
     round_weight.set_scale(weight_scales(weight, grid, pair_limit=limit))
     difference = _outputs(layer, round_input(mapped), round_weight(weight)) - exact
     dims = pooled_dims(layer, exact)
-    counts = _counts(layer, x).expand_as(difference)
-    total = counts.sum(dims, keepdim=True)
-    centred = difference - (difference * counts).sum(dims, keepdim=True) / total
+    weights = _position_weights(layer, x).expand_as(difference)
+    total = weights.sum(dims, keepdim=True)
+    centred = difference - (difference * weights).sum(dims, keepdim=True) / total
     variance = exact.var(dims)
     floor = (_LEAST_VARIANCE * variance.mean()).clamp_min(1e-12)
-    return (centred.square() * counts).sum(dims) / total.flatten() / torch.maximum(variance, floor)
+    return (centred.square() * weights).sum(dims) / total.flatten() / torch.maximum(variance, floor)
 
 
-def _counts(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Return what each position of a layer's outputs counts, (1, 1, H, W) or (): little if it reads padding."""
+def _position_weights(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Return how much an error counts at each position of a layer's outputs, (1, 1, H, W) or (): little at padding."""
     if not isinstance(layer, nn.Conv2d):
         return x.new_ones(())
     real = (x != 0).any(0).any(0).to(x)  # rows and columns of zeros are padding as well

@@ -25,7 +25,7 @@ class PTQResult:
     shifts: dict[str, float]  # of `correct_bias`; empty if weights were reconstructed, which corrects biases too
 
     def state_dict(self, student: Student) -> State:
-        """Return all that `from_state` needs to restore this, with the student that it was done to."""
+        """Return all that `from_state` needs to restore this and the quantized student."""
         return {
             "student": student.state_dict(),
             "maps": {name: vars(affine) for name, affine in self.reference.maps.items()},
@@ -36,7 +36,7 @@ class PTQResult:
 
     @classmethod
     def from_state(cls, student: Student, state: State) -> "PTQResult":
-        """Do to a student that is fresh from `make_student` what was done to another one, in place."""
+        """Restore a result, and in place its student, which must be fresh from `make_student`."""
         teacher = _teacher(student)
         student.load_state_dict(state["student"])
         maps = {

@@ -1,7 +1,7 @@
-"""More images from few: random views of the synthetic images, which the teacher answers again.
+"""More images from few: random views of the synthetic images, each with new answers of the teacher.
 
-Distillation needs no label, so a view may show anything that the teacher has an answer to; what a view adds is
-the variance that synthetic images lack: of position and size, of brightness and contrast, of layout.
+Distillation needs no label, so a view may show anything. Views add the variance that synthetic images lack: of
+position and size, of brightness and contrast, of layout.
 """
 
 import math
@@ -17,8 +17,8 @@ from calib.support.config import StageConfig
 class AugmentConfig(StageConfig):
     """How far a view may go from its image, either way; a 0 switches that change off.
 
-    By `jitter` contrast changes by this share, and brightness by half of it of the whole range of pixels, drawn per
-    image; a channel's brightness by a third of the share, drawn per channel.
+    `jitter` is the share by which contrast changes, drawn per image; brightness changes by half of it times the range
+    of pixels, drawn per image, and by a third of it, drawn per channel.
     """
 
     zoom: float = Field(0.25, ge=0, le=1)  # by a factor of up to exp(zoom)

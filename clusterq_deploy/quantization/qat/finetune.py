@@ -31,8 +31,8 @@ _SETTLED = 0.75
 held-out divergence is luck (on a CIFAR-10 ResNet-20 one of step 75 of 600 cost 0.7 points more than later ones)."""
 
 _JUDGED_VIEWS = 2
-"""Of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a CIFAR-10
-ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
+"""Views of each held-out image: on the images themselves both models are too sure for a divergence to say much. On a
+CIFAR-10 ResNet-20 it rose while that on photographs fell; on views, at the temperature of training, both fell."""
 
 _MEASURED_ON = 128  # images on which the statistics of layers' inputs and outputs are measured
 
@@ -72,9 +72,9 @@ class FinetuneConfig(StageConfig):
     def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
         """Return the settings for a variant: above four bits there is less to fix, so steps are fewer and smaller.
 
-        The weights' are smaller by themselves, being in steps of a finer grid. If activations have more bits than
-        weights, weights move by half as much for every two of them: what they are rounded by on their way is no longer
-        hidden by the noise of the activations (MobileNetV1 W4A8 went away from its model without it).
+        The weights' steps are smaller by themselves, being in units of a finer grid. If activations have more bits than
+        weights, the weights' learning rate is halved for every two of them: the noise of rounding weights is no longer
+        hidden by that of the activations (MobileNetV1 W4A8 moved away from its model without it).
         """
         spare = max(0, min(bits.weights, bits.activations) - 4)
         finer = max(0, bits.activations - bits.weights)
@@ -99,7 +99,7 @@ class Tuning:
 class TuningLoop:
     """The state of fine-tuning: optimizer, losses, steps that are done, and the best student so far.
 
-    Learning rates fall to zero on a cosine within `steps`. The divergence on held-out images before them is `start`.
+    Learning rates fall to zero on a cosine within `steps`. `start` is the divergence on held-out images before them.
     """
 
     def __init__(
@@ -175,8 +175,8 @@ def finetune(
 ) -> Tuning:
     """Tune weights, biases and scales of a calibrated student, in place, in `normalized` parameters, on INT8's grids.
 
-    Of the untuned student and the checkpoints of the last quarter, the one with the smallest divergence from the
-    teacher on views of held-out synthetic images remains.
+    The result is the best of the untuned student and the checkpoints of the last quarter: the one that diverges least
+    from the teacher on views of held-out synthetic images.
 
     Args:
         student: calibrated, on the device to tune on.

@@ -31,7 +31,7 @@ from clusterq_deploy.quantization.fake_quant import (
 )
 from clusterq_deploy.quantization.student import Student
 
-_TIE = 1e-4  # of a step: the ends of the grid belong to it
+_TIE = 1e-4  # of a step; widens the grid, so that values on its ends are inside
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,11 @@ def _mean_patch(layer: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
     sizes.
     """
 
-    def seen(axis: int, place: int) -> slice:
+    def window(axis: int, place: int) -> slice:
         start, step = place * layer.dilation[axis], layer.stride[axis]
         return slice(start, start + (size[axis] - 1) * step + 1, step)
 
     rows, columns = layer.kernel_size
-    means = [x[:, :, seen(0, i), seen(1, j)].mean((0, 2, 3)) for i in range(rows) for j in range(columns)]
+    means = [x[:, :, window(0, i), window(1, j)].mean((0, 2, 3)) for i in range(rows) for j in range(columns)]
     patch = torch.stack(means, 1).view(layer.groups, -1, rows, columns)
     return patch.repeat_interleave(layer.out_channels // layer.groups, 0)

@@ -112,14 +112,7 @@ def synthesize(
     """
     teacher = _channels_last(teacher, torch.zeros(2, *size, device=device))
     trainer = GeneratorTrainer(
-        teacher,
-        classes=classes,
-        size=size,
-        mean=mean,
-        std=std,
-        config=config.generator,
-        device=device,
-        rng=rng,
+        teacher, classes=classes, size=size, mean=mean, std=std, config=config.generator, device=device, rng=rng
     )
     losses = {f"generator.{name}": values for name, values in trainer.train(progress, checkpoint).items()}
     labels = ClassSampler(classes, rng).draw(config.images).to(device)

@@ -71,11 +71,6 @@ class GeneratorConfig(StageConfig):
         return self
 
 
-def _draw_seed(rng: torch.Generator) -> int:
-    """Draw a seed from `rng`, for what can be seeded only globally."""
-    return int(torch.randint(2**62, (), generator=rng, device=rng.device))
-
-
 @dataclass(frozen=True)
 class _Batch:
     """A batch that went through the generator and the teacher.
@@ -117,8 +112,8 @@ class GeneratorTrainer:
         rng: torch.Generator,
     ) -> None:
         self.teacher, self.config, self.device, self._rng = teacher, config, device, rng
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_draw_seed(rng))  # only the CPU's
+        with torch.random.fork_rng(devices=[]):  # layers draw from the CPU's global generator
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
             shape = (config.latent, config.width, config.largest)
             self.generator = Generator(classes, size, mean, std, *shape).to(device)
         parameters = self.generator.parameters()

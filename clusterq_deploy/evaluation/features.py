@@ -89,6 +89,7 @@ def compare_features(
         notes.append(f"No density and no coverage: they need more than {NEIGHBOURS} real images.")
     if projection is None:
         notes.append("No projection: there are too few images, or all have the same features.")
+    density, coverage = overlap or (None, None)
     records = {
         name: FeatureSet(
             dataset=sets[name].name,
@@ -104,8 +105,8 @@ def compare_features(
         width=features["synthetic"].shape[1],
         synthetic=records["synthetic"],
         real=records.get("real"),
-        density=overlap[0] if overlap else None,
-        coverage=overlap[1] if overlap else None,
+        density=density,
+        coverage=coverage,
         projection=projection,
         notes=notes,
     )

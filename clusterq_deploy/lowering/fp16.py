@@ -83,7 +83,7 @@ def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = next(iter(str(error).split("\n")))
+        reason = str(error).partition("\n")[0]
         raise ExportError(f"its types do not fit together in FP16: {reason}") from error
     return proto
 
@@ -121,12 +121,13 @@ def _evaluate(graph: ir.Graph, node: ir.Node) -> npt.NDArray[np.float32 | np.flo
     """Return the output of a node whose inputs are stored."""
     initializers = []
     for value in node.inputs:
-        tensor = convenience.get_const_tensor(value) if value is not None else None
-        if value is not None and tensor is None:
+        if value is None:
+            continue
+        tensor = convenience.get_const_tensor(value)
+        if tensor is None:
             raise ExportError(f"{name_of(node)} reads {value.name}, which is not stored in the graph")
-        if value is not None and tensor is not None:
-            initializers.append(ir.to_proto(tensor))
-            initializers[-1].name = str(value.name)
+        initializers.append(ir.to_proto(tensor))
+        initializers[-1].name = str(value.name)
     output = onnx.helper.make_empty_tensor_value_info(str(node.outputs[0].name))
     stored = onnx.helper.make_graph([ir.to_proto(node)], "stored", [], [output], initializer=initializers)
     opset = onnx.helper.make_opsetid("", graph.opset_imports.get("", 1))
@@ -157,11 +158,7 @@ def _round(numbers: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float1
 
 
 def _require_scale(
-    rounded: npt.NDArray[np.float16],
-    scale: npt.NDArray[np.float32],
-    name: str,
-    *,
-    dead: npt.NDArray[np.bool_] | None,
+    rounded: npt.NDArray[np.float16], scale: npt.NDArray[np.float32], name: str, *, dead: npt.NDArray[np.bool_] | None
 ) -> npt.NDArray[np.float16]:
     """Return a rounded scale, with any value for dead channels; raise ExportError if FP16 is too coarse for it."""
     dead = np.zeros_like(scale, dtype=np.bool_) if dead is None else dead

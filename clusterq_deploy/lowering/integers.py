@@ -16,14 +16,7 @@ from torch import Tensor
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.lowering.fp16 import computes_in_fp16
-from clusterq_deploy.lowering.lower import (
-    GraphFormat,
-    bounded_name,
-    label_of,
-    offset_of,
-    quantized_name,
-    target_of,
-)
+from clusterq_deploy.lowering.lower import GraphFormat, bounded_name, label_of, offset_of, quantized_name, target_of
 from clusterq_deploy.oom import split_on_oom
 from clusterq_deploy.quantization.fake_quant import Quantizer
 from clusterq_deploy.quantization.student import Student

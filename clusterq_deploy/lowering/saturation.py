@@ -17,8 +17,8 @@ from clusterq_deploy.errors import ExportError, VerificationError
 from clusterq_deploy.lowering import qdq
 from clusterq_deploy.lowering.lower import MOVING
 from clusterq_deploy.lowering.trt_rules import Break
+from clusterq_deploy.quantization.grid import INT16_MAX
 
-INT16_MAX = 2**15 - 1
 _OFFSET = 128  # of INT8 activations, in the kernels
 
 _WEIGHT_INDEX = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "ConvInteger": 1, "MatMulInteger": 1}

@@ -11,7 +11,7 @@ MIN_BITS, MAX_BITS = 2, 8
 ZERO_POINT = 128
 """What UINT8 adds to the integers of a signed grid."""
 
-_INT16_MAX = 2**15 - 1
+INT16_MAX = 2**15 - 1
 
 Cpu = Literal["any", "vnni"]
 """The CPUs that ONNX Runtime's graph is made for: any, or those that add products of integers in 32 bits."""
@@ -56,7 +56,7 @@ def pair_limit(weights: Grid, activations: Grid) -> int | None:
     bits and saturates. Which two depends on the kernel, so the limit is for any two of an output channel. It is None
     if no two weights of the grid can pass it: if the weights or the activations have few bits.
     """
-    limit = _INT16_MAX // activations.largest_stored
+    limit = INT16_MAX // activations.largest_stored
     return None if 2 * -weights.low <= limit else limit
 
 

@@ -52,7 +52,7 @@ class FloatTwin:
     maps: Mapping[str, ChannelAffine] = field(default_factory=dict)
 
 
-def by_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def apply_in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return function(x), computed for a few images of x at a time to save memory."""
     first, *others = x.split(AT_ONCE)
     answer = function(first)
@@ -92,8 +92,8 @@ class _TwinInterpreter(fx.Interpreter):
             return super().call_module(target, args, kwargs)
         exact, rounded = args[0].chunk(2)
         if isinstance(module, Quantizer):
-            return torch.cat([exact, by_parts(module, rounded)])
-        outputs = by_parts(self._twins[name], exact)
+            return torch.cat([exact, apply_in_parts(module, rounded)])
+        outputs = apply_in_parts(self._twins[name], exact)
         affine = self._maps.get(name)
         expected = outputs if affine is None else affine(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
         answer = self._visit(name, module, rounded, expected)

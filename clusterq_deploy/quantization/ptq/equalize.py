@@ -195,10 +195,10 @@ class _Watcher(fx.Interpreter):
 def _extremes(value: Tensor) -> Tensor:
     """Return the low end, the largest magnitude and the share at a ReLU6's clip per image and channel, (N, 3, C)."""
     flat = value.flatten(2) if value.dim() > 2 else value[..., None]
-    return torch.stack([_lowest(flat), flat.abs().amax(2), (flat >= _CLIP).float().mean(2)], 1)
+    return torch.stack([_first_percentile(flat), flat.abs().amax(2), (flat >= _CLIP).float().mean(2)], 1)
 
 
-def _lowest(flat: Tensor) -> Tensor:
+def _first_percentile(flat: Tensor) -> Tensor:
     """Return the first percentile of each image's channel, (N, C), from a sample of its values (N, C, n)."""
     step = max(1, flat.shape[2] // _VALUES_PER_CHANNEL)
     while math.gcd(step, math.isqrt(flat.shape[2])) > 1:  # so that all columns of a square map are seen alike

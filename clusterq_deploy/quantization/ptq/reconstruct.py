@@ -15,17 +15,10 @@ from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
-from clusterq_deploy.quantization.fake_quant import (
-    Bound,
-    QuantizedLayer,
-    group_count,
-    padded,
-    per_channel,
-    pooled_dims,
-)
+from clusterq_deploy.quantization.fake_quant import Bound, QuantizedLayer, group_count, padded, per_channel, pooled_dims
 from clusterq_deploy.quantization.ptq.calibrate import set_weight_scale
 from clusterq_deploy.quantization.qat.parametrize import layer_statistics
-from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, by_parts, visit_layers
+from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, apply_in_parts, visit_layers
 from clusterq_deploy.quantization.student import Student
 
 _CORRECTED_ON = 128  # images that biases are corrected on
@@ -149,7 +142,7 @@ def reconstruct(
             else:
                 if done.bias is not None and layer.bias is not None:
                     layer.bias.copy_(done.bias)
-                outputs = by_parts(layer, x)
+                outputs = apply_in_parts(layer, x)
                 _subtract(layer, outputs, done.shift)
             advance(1)
             return outputs
@@ -188,10 +181,10 @@ class _Fitted:
 
 def _fit_layer(layer: QuantizedLayer, x: Tensor, target: Tensor, rng: torch.Generator) -> tuple[Tensor, _Fitted]:
     """Fit a layer to its inputs and target, and return its outputs then."""
-    before, bias, shift = _distance(by_parts(layer, x), target, layer), None, None
+    before, bias, shift = _distance(apply_in_parts(layer, x), target, layer), None, None
     if layer.weight[0].numel() <= _WIDEST:
         _fit_weight(layer, x, target, rng)
-    outputs = by_parts(layer, x)
+    outputs = apply_in_parts(layer, x)
     if layer.bias is not None:
         dims = pooled_dims(layer, outputs)
         bias, shift = layer.bias.clone(), outputs.mean(dims) - target.mean(dims)

@@ -134,7 +134,7 @@ def synthesize(
         losses |= {f"refine.{name}": values for name, values in history.items()}
         # a generator's images may be too poor to decide; refined without flips, photographs survive one all the same
         flip = flip or survives_flip(teacher, images, labels, config.generator.batch_size)
-    images = images.half().float()  # as it will be read back
+    images = images.half().float()  # the precision in which they are stored
     if not bool(images.isfinite().all()):
         raise SynthesisError("synthesis diverged: the images hold values that are not finite; lower the learning rates")
     top1, diversity = _judge(teacher, images, labels, config.generator.batch_size)

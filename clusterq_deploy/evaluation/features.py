@@ -42,7 +42,7 @@ def compare_features(
     """Measure and project the teacher's penultimate features of two sets of images.
 
     At most 2,000 images of each count, of the 100 classes with the most synthetic ones; 1,000 images of 10 classes are
-    projected. Which they are depends on the labels only. What is not defined is None, and `notes` says why.
+    projected. The choice depends on the labels only. Undefined values are None, and `notes` has the reasons.
 
     Args:
         teacher: in eval mode; images (N, C, H, W) to logits (N, classes).

@@ -72,7 +72,7 @@ def verify(
         images: (N, C, H, W) float32, normalized.
         reference: torch's logits for them, (N, classes) float32.
         name: what messages call the graph.
-        optimized: whether it is meant for ONNX Runtime, and so is also run as it will be executed.
+        optimized: whether it is meant for ONNX Runtime, and is therefore run with optimizations too.
         cpu: the CPUs that it is meant for. A graph for ONNX Runtime on `any` must not saturate; one for `vnni` is
             executed only if this CPU has VNNI.
 

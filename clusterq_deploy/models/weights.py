@@ -39,7 +39,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             loaded = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the protocol of a pickle that torch goes on to refuse
+                warnings.simplefilter("ignore")  # about the protocol of a pickle, which torch then refuses
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         request = re.search(r"GLOBAL (\S+)", str(error))

@@ -14,15 +14,15 @@ ZERO_POINT = 128
 INT16_MAX = 2**15 - 1
 
 Cpu = Literal["any", "vnni"]
-"""The CPUs that ONNX Runtime's graph is made for: any, or those that add products of integers in 32 bits."""
+"""The CPUs that ONNX Runtime's graph is for: any, or only those that add products of integers in 32 bits."""
 
 
 @dataclass(frozen=True)
 class Grid:
     """A symmetric integer grid: zero-point 0, values `low` to `high` times a positive scale.
 
-    All of them fit INT8 except the unsigned one of 8 bits, which is UINT8. TensorRT has no UINT8: there a tensor of
-    that grid has every second value of it, `reduced`.
+    All of them fit INT8 except the unsigned one of 8 bits, which is UINT8. TensorRT has no UINT8: there a tensor on
+    that grid uses every second value, `reduced`.
     """
 
     bits: int

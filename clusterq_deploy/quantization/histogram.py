@@ -13,8 +13,8 @@ from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
 
 _IMAGES = 64
-_ACTIVATIONS = 1 << 16  # values of a layer's input that are looked at
-_WEIGHTS = 1 << 18  # and of its weight: most layers have fewer
+_ACTIVATIONS = 1 << 16  # sampled values of a layer's input
+_WEIGHTS = 1 << 18  # sampled values of its weight; most layers have fewer
 _BINS = 64
 _BEYOND = 0.5  # of the grid's width: how far the bins follow the values past each of its ends
 
@@ -49,7 +49,7 @@ class LayerHistograms:
 def histograms(
     student: Student, reference: FloatTwin, images: Tensor, *, batch_size: int, rng: torch.Generator
 ) -> list[LayerHistograms]:
-    """Return what the teacher has at each quantized layer, in the student's channels and steps of its grids.
+    """Return histograms of the teacher's weights and activations, in the student's channels and steps of its grids.
 
     The values are the teacher's: the student's own are on the grid already if its weights were reconstructed. The grids
     are ONNX Runtime's: an activation of 8 bits that cannot be negative has every second value in TensorRT.

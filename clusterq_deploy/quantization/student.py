@@ -32,7 +32,7 @@ class Student(nn.Module):
         bits: widths of weights and activations.
         quantize_first_last: whether the first and last layers have those widths too, not 8 bits.
         layer_bits: widths of single layers, by name.
-        target_cpu: the CPUs that its graph for ONNX Runtime is made for.
+        target_cpu: the CPUs that its graph for ONNX Runtime is for.
         placement: where the quantizers are, and which layers stay in float.
     """
 

@@ -93,7 +93,7 @@ def calibrate(
     Args:
         student: its scales are overwritten.
         images: (N, C, H, W) float32, normalized.
-        rng: chooses the values that are looked at, about 262,144 per site.
+        rng: samples the values, about 262,144 per site.
 
     Raises:
         GraphError: the model computes values from the images that are not finite.

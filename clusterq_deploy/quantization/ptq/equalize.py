@@ -51,7 +51,7 @@ _SEARCHED_VALUES = 1 << 16
 _BORDER = 0.02
 """What an error at the border of a map counts, one inside being 1. On MobileNetV1 0.25, padding that means another
 value at one of the first blocks cost KL 0.004 to 0.012, errors of the same size everywhere 0.2 to 0.3."""
-_LEAST_VARIANCE = 1e-3  # of the mean one: what hardly varies says nothing
+_LEAST_VARIANCE = 1e-3  # of the mean variance: outputs that hardly vary carry no information
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ def _choose(
     Args:
         x: what the consumer reads, (N, C, ...) float32.
         extremes: of what the consumer reads on many images, from `_extremes`.
-        at_clip: those of what leaves the ReLU6, if there is one.
-        rectified: those of the tensor in which a shift shows; None if there is to be no shift.
-        rng: chooses the values that are looked at.
+        at_clip: of the ReLU6's output, if there is one.
+        rectified: of the tensor that a shift would clip; None for no shift.
+        rng: samples values.
     """
     channels = len(pair.producer.weight)
     exact = _outputs(pair.consumer, x, pair.consumer.weight)

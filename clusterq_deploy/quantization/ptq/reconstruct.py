@@ -22,13 +22,12 @@ from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, apply_in_
 from clusterq_deploy.quantization.student import Student
 
 _CORRECTED_ON = 128  # images that biases are corrected on
-_IMAGES = 1024
-_VALUES = 1 << 28  # of a layer's outputs for all images together, for memory's sake; about five such tensors are alive
-_FEWEST = 64
+_IMAGES, _FEWEST = 1024, 64  # that weights are fitted on, at most and at least
+_VALUES = 1 << 28  # of a layer's outputs for all images together, to save memory: about five such tensors are alive
 _DAMPING = 0.03  # of the inputs' mean variance: 0.01 follows synthetic images too closely at four-bit activations
 _SHARE = 0.5  # of the way from the teacher's weight to the fitted one
-_PATCHES = 1 << 17  # looked at per layer
-_UNFOLDED = 1 << 24  # values at a time
+_PATCHES = 1 << 17  # sampled per layer
+_UNFOLDED = 1 << 24  # values of patches at a time
 _WIDEST = 8192  # columns of a row; the second moments of more (VGG's first Linear has 25,088) take gigabytes
 _BLOCK = 128  # columns that are rounded before the others are updated
 
@@ -116,7 +115,7 @@ def reconstruct(
             They, biases and weight scales are changed, so that afterwards `in_float` is no longer the teacher.
         reference: what the layers ought to compute.
         images: (N, C, H, W) float32, normalized; the first 1,024 are used, fewer if they are large.
-        rng: chooses the patches that are looked at.
+        rng: samples patches.
         checkpoint: keeps the fitted layers; a resumed call needs the same student as the first one.
 
     Returns:

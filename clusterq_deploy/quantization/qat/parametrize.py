@@ -82,8 +82,8 @@ def _row_sums(products: Tensor) -> Tensor:
 class _RoundedRows(torch.autograd.Function):
     """The rounded weight (O, ...) of rows in grid units and of scales (O,).
 
-    The gradient passes to the rows that are on the grid. The scale is the gain of its row, so its gradient is that of a
-    factor: what LSQ's (arXiv 1902.08153) has in addition, the weight's own share takes away.
+    The gradient passes to values that are on the grid. The scale is the gain of its row, so its gradient is that of a
+    factor: the further term of LSQ (arXiv 1902.08153) cancels with the weight's dependence on the scale.
     """
 
     @staticmethod

@@ -244,7 +244,7 @@ def test_synthesis_and_quantization_that_are_killed_end_with_the_same_files(shel
         (
             "sensitivity/w4a4/batches-by-1/costs",
             "quantize/w4a4/batches-by-1/precision-reconstruction",
-            "quantize/w4a4/batches-by-1/tuning",
+            "quantize/w4a4/batches-by-1/tuned",
         ),
     )
     for command, checkpoints in zip(commands("run"), phases, strict=True):

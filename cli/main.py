@@ -72,7 +72,7 @@ def _explanation(error: Exception) -> str | None:
         out_of_memory = is_out_of_memory(error)
     if not out_of_memory:
         return None
-    return f"the memory is not enough; end what else uses it, or use a machine with more ({text or 'MemoryError'})"
+    return f"there is not enough memory; end what else uses it, or use a machine with more ({text or 'MemoryError'})"
 
 
 def _keep_freed_memory() -> None:

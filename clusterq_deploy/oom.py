@@ -33,7 +33,7 @@ def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tup
     such batches had been asked for.
 
     Args:
-        work: raises what torch, Python or a runtime raises if the memory is not enough; what it leaves behind then
+        work: raises what torch, Python or a runtime raises if there is not enough memory; what it leaves behind then
             belongs to that divisor only.
         what: what messages call it.
         first: the divisor to begin with, a power of two.
@@ -51,12 +51,12 @@ def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tup
             if divisor >= _LARGEST_DIVISOR:
                 elsewhere = ", or give --device cpu" if "CUDA" in str(error) else ""
                 raise OutOfMemoryError(
-                    f"{what}: the memory does not suffice for batches of 1/{divisor} either; end what else uses it"
+                    f"{what}: there is not enough memory for batches of 1/{divisor} either; end what else uses it"
                     f"{elsewhere}"
                 ) from error
         divisor *= 2
         torch.cuda.empty_cache()  # outside of the handler: the error's traceback holds tensors
-        logger.warning("%s: the memory does not suffice; again, with batches divided by %d", what, divisor)
+        logger.warning("%s: there is not enough memory; again, with batches divided by %d", what, divisor)
 
 
 def split_on_oom(work: Callable[[_Array], _T], what: str) -> Callable[[_Array], list[_T]]:

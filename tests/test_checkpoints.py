@@ -26,13 +26,13 @@ from clusterq_deploy.quantization import (
     FinetuneConfig,
     PrecisionPlan,
     PTQResult,
-    Sensitivity,
     finetune,
     make_student,
     plan_precision,
     post_training_quantize,
     sensitivities,
 )
+from clusterq_deploy.results.stages import Sensitivity
 from clusterq_deploy.run import checkpoint as files
 from clusterq_deploy.run.checkpoint import FileCheckpoint
 from clusterq_deploy.run.directory import RunDirectory

@@ -204,7 +204,7 @@ def test_summarize_layers_notes_an_unknown_type_instead_of_a_miss() -> None:
     layer = {"Name": "node_conv2d", "LayerType": "CaskConvolution", "Inputs": [{"Name": "x"}], "Outputs": []}
     inspection = summary(read({"Layers": [layer]}), {}, {"node_conv2d": "conv.weight"})
     assert inspection.missed == []
-    assert inspection.notes == ["Of which type these layers are the engine does not tell: node_conv2d."]
+    assert inspection.notes == ["The engine does not report the type of these layers: node_conv2d."]
 
 
 def test_summarize_layers_notes_that_only_names_are_known() -> None:
@@ -212,9 +212,9 @@ def test_summarize_layers_notes_that_only_names_are_known() -> None:
     assert (inspection.precisions, inspection.missed, inspection.quantized_layers) == ({}, [], 1)
     assert inspection.slowest[0].kind is None
     (note,) = inspection.notes
-    assert note.startswith("The engine tells only the names of its layers: build it with detailed profiling verbosity")
+    assert note.startswith("The engine has only the names of its layers: build it with detailed profiling verbosity")
     (note,) = summary(parse_layers("")).notes
-    assert "tells nothing of its layers" in note
+    assert "has no information about its layers" in note
 
 
 HALF_QUANTIZED = """

@@ -11,7 +11,6 @@ from clusterq_deploy.quantization import (
     BitWidths,
     FloatTwin,
     Grid,
-    LayerHistograms,
     PTQResult,
     Student,
     histograms,
@@ -19,6 +18,7 @@ from clusterq_deploy.quantization import (
 )
 from clusterq_deploy.quantization.histogram import histogram
 from clusterq_deploy.quantization.ptq.ptq import equalize_and_calibrate, reconstruct_or_correct_bias
+from clusterq_deploy.results.report import LayerHistograms
 
 IMAGES = 16  # few enough that every value is looked at
 

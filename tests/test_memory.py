@@ -74,7 +74,7 @@ def test_evaluation_goes_on_in_smaller_batches_and_says_so(
         assert exported.predictions(runner).tolist() == whole.tolist()
     object.__setattr__(exported.model, "module", limited)
     assert exported.teacher_predictions().tolist() == whole.tolist()
-    message = "evaluation on torch: the memory does not suffice; again, with batches divided by"
+    message = "evaluation on torch: there is not enough memory; again, with batches divided by"
     assert [record.getMessage() for record in caplog.records] == [f"{message} {divisor}" for divisor in (2, 4)] * 2
 
 
@@ -104,7 +104,7 @@ def test_features_go_on_in_smaller_batches(
     assert features.real is not None
     assert sizes == [50, 25, 25, 25, 5, 25, 25, 10]
     assert (features.synthetic.images, features.real.images) == (80, 60)
-    assert "features: the memory does not suffice; again, with batches divided by 2" in caplog.text
+    assert "features: there is not enough memory; again, with batches divided by 2" in caplog.text
 
 
 def test_features_that_do_not_fit_are_left_out_for_now(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_features_that_do_not_fit_are_left_out_for_now(run_copy: Path, monkeypat
     monkeypatch.setattr(compare, "_MOST_BYTES", 1 << 60)
     skipped = Pipeline(small_config(), run_copy).features().result.skipped
     assert skipped is not None
-    assert skipped.startswith("features: the memory does not suffice for batches of 1/64 either")
+    assert skipped.startswith("features: there is not enough memory for batches of 1/64 either")
     monkeypatch.undo()
     again = Pipeline(small_config(), run_copy).features().result.features
     assert again is not None
@@ -195,8 +195,8 @@ def test_synthesis_and_quantization_go_on_in_smaller_batches_and_the_report_says
     assert seen == [(64, 64), (32, 32), (16, 16), 16, 8, 4, 16, 8]
     report = read_report(out / "report.json")
     assert report.calibration.batch_divisor == 4
-    assert [note for note in notes(report) if "the memory did not suffice" in note] == [
-        f"{what} took batches of 1/4 of the size in the configuration: the memory did not suffice for more."
+    assert [note for note in notes(report) if "not enough memory" in note] == [
+        f"{what} took batches of 1/4 of the size in the configuration: there was not enough memory for more."
         for what in ("Synthesis", "Fine-tuning of w4a4")
     ]
 
@@ -259,7 +259,7 @@ def test_retry_on_oom_raises_other_errors_and_gives_up_at_a_sixty_fourth() -> No
     with pytest.raises(RuntimeError, match="shapes"):
         retry_on_oom(lambda divisor: work(divisor, "shapes do not fit"), "work")
     assert divisors == [1]
-    with pytest.raises(OutOfMemoryError, match="work: the memory does not suffice for batches of 1/64 either"):
+    with pytest.raises(OutOfMemoryError, match="work: there is not enough memory for batches of 1/64 either"):
         retry_on_oom(lambda divisor: work(divisor, "not enough memory: you tried to allocate 9 bytes"), "work")
     assert divisors == [1, 1, 2, 4, 8, 16, 32, 64]
 
@@ -319,6 +319,6 @@ def test_real_lack_of_memory() -> None:
     assert float(ort_line.removeprefix("ort ")) > 0.999
     assert batches == "[[1], [1]]"
     assert unfit == str([f"{name}: a batch of 8192 does not fit the memory" for name in ("torch", "ort")])
-    message = r"evaluation on (torch|onnxruntime-cpu): the memory does not suffice; again, with batches divided by \d+"
+    message = r"evaluation on (torch|onnxruntime-cpu): there is not enough memory; again, with batches divided by \d+"
     assert done.stderr
     assert [line for line in done.stderr.splitlines() if not re.fullmatch(message, line)] == []

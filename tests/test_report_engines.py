@@ -168,7 +168,7 @@ def test_an_engine_is_unsteady_if_its_computation_is() -> None:
 
 
 def test_an_engine_without_details_has_dashes_and_a_note() -> None:
-    note = "The engine tells only the names of its layers."
+    note = "The engine has only the names of its layers."
     unknown = EngineInspection(
         engine="w8a8/model.engine", batch=1, detailed=False, layers=12, quantized_layers=21, notes=[note]
     )

@@ -22,13 +22,13 @@ from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import (
     BitWidths,
     PrecisionPlan,
-    Sensitivity,
     load_student,
     make_student,
     plan_precision,
     sensitivities,
 )
 from clusterq_deploy.quantization.sensitivity import compare
+from clusterq_deploy.results.stages import Sensitivity
 from clusterq_deploy.runtimes.runners import TorchRunner
 
 NARROW = BitWidths(2, 3)

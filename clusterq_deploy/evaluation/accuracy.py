@@ -33,7 +33,7 @@ def predictions(
 
     Raises:
         DataError: too many images cannot be read.
-        OutOfMemoryError: the memory is not enough for the smallest parts either.
+        OutOfMemoryError: there is not enough memory for the smallest parts either.
     """
     infer, ranked = infer_split_on_oom(runner.infer, f"evaluation on {runner.runtime}"), []
     if saved := checkpoint.load(phase):

@@ -1,7 +1,7 @@
 """Quantization: fold BatchNorm, place quantizers, set their scales, fine-tune."""
 
 from clusterq_deploy.quantization.grid import BitWidths, Grid
-from clusterq_deploy.quantization.histogram import LayerHistograms, histograms
+from clusterq_deploy.quantization.histogram import histograms
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
 from clusterq_deploy.quantization.ptq.equalize import equalize
 from clusterq_deploy.quantization.ptq.ptq import PTQResult, post_training_quantize
@@ -10,7 +10,6 @@ from clusterq_deploy.quantization.qat.finetune import FinetuneConfig, Tuning, fi
 from clusterq_deploy.quantization.reference import FloatTwin
 from clusterq_deploy.quantization.sensitivity import (
     PrecisionPlan,
-    Sensitivity,
     judged_views,
     plan_precision,
     sensitivities,
@@ -22,10 +21,8 @@ __all__ = [
     "FinetuneConfig",
     "FloatTwin",
     "Grid",
-    "LayerHistograms",
     "PTQResult",
     "PrecisionPlan",
-    "Sensitivity",
     "Student",
     "Tuning",
     "calibrate",

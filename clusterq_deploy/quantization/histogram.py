@@ -1,7 +1,6 @@
 """Histograms, for the report, of the values that a student rounds, in steps of their grids."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,38 +10,13 @@ from clusterq_deploy.quantization.fake_quant import QuantizedLayer, Quantizer, g
 from clusterq_deploy.quantization.grid import Grid
 from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
+from clusterq_deploy.results.report import Histogram, LayerHistograms
 
 _IMAGES = 64
 _ACTIVATIONS = 1 << 16  # sampled values of a layer's input
 _WEIGHTS = 1 << 18  # sampled values of its weight; most layers have fewer
 _BINS = 64
 _BEYOND = 0.5  # of the grid's width: how far the bins follow the values past each of its ends
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Values in steps of their grid, so that the grid's are the integers from `low` to `high`.
-
-    Bin i begins at start + i * width, in steps. A bin is within one step or covers whole ones; none mixes clipped
-    values with others. The outermost two hold what is beyond.
-    """
-
-    low: int
-    high: int
-    steps: tuple[float, float]  # the smallest and the largest of an output channel; equal if the tensor has one
-    start: float
-    width: float
-    counts: list[int]  # values per bin
-    clipped: float  # share of the values, in [0, 1], that are rounded to an integer past an end, and cut off there
-
-
-@dataclass(frozen=True)
-class LayerHistograms:
-    """A layer by the teacher's name for it: its weight, and the activation that it reads."""
-
-    layer: str
-    weight: Histogram
-    activation: Histogram
 
 
 @torch.no_grad()
@@ -92,7 +66,8 @@ def histograms(
         activations = inputs[name] / float(site.scale)
         if not site.grid.signed:
             activations.clamp_min_(0)  # below it is what the student's rectifier cuts off behind a shift
-        result.append(LayerHistograms(name, _histogram(weights, quantizer), _histogram(activations, site)))
+        weight, activation = _histogram(weights, quantizer), _histogram(activations, site)
+        result.append(LayerHistograms(layer=name, weight=weight, activation=activation))
     return result
 
 
@@ -110,7 +85,9 @@ def histogram(values: Tensor, grid: Grid, steps: tuple[float, float]) -> Histogr
     rounded = values.round()
     clipped = ((rounded < grid.low) | (rounded > grid.high)).float().mean()
     counts = torch.bincount(places, minlength=bins).tolist()
-    return Histogram(grid.low, grid.high, steps, start, width, counts, float(clipped))
+    return Histogram(
+        low=grid.low, high=grid.high, steps=steps, start=start, width=width, counts=counts, clipped=float(clipped)
+    )
 
 
 def _histogram(values: Tensor, quantizer: Quantizer) -> Histogram:

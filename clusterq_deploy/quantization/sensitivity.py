@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,8 @@ from clusterq_deploy.quantization.ptq.ptq import (
 )
 from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.student import Student, make_student
+from clusterq_deploy.results.base import Record
+from clusterq_deploy.results.stages import Divergence, Sensitivity
 
 RAISED = 8
 _AT_ONCE = 64  # images that are augmented together, to save memory
@@ -28,30 +29,7 @@ answer; on the views of fine-tuning it is less sure than on photographs. On thes
 has the figures."""
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """How far a quantized model is from the teacher on images.
-
-    The expected drop is what top-1 would lose if the teacher's probabilities were the truth: the mean of p(the
-    teacher's class) - p(the student's class). No label is needed; an overconfident teacher makes it too high.
-    """
-
-    kl: float  # mean KL(teacher || student), in nats
-    agreement: float  # percentage of images with the same top-1
-    expected_drop: float  # in points
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What it costs to quantize only one layer, its weight and what it reads, at `bits`; all others in float."""
-
-    layer: str
-    bits: str
-    cost: Divergence
-
-
-@dataclass(frozen=True)
-class PrecisionPlan:
+class PrecisionPlan(Record):
     """Widths of single layers, and how far the student is expected to be from the teacher before fine-tuning."""
 
     layer_bits: dict[str, int]
@@ -76,8 +54,8 @@ def compare(student: Tensor, teacher: Tensor) -> Divergence:
     target, chosen = teacher.softmax(1), student.argmax(1)
     kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
     lost = target.amax(1) - target.gather(1, chosen[:, None]).squeeze(1)
-    agreement = (chosen == teacher.argmax(1)).float().mean()
-    return Divergence(max(0.0, float(kl)), 100 * float(agreement), 100 * float(lost.mean()))
+    agreement = 100 * float((chosen == teacher.argmax(1)).float().mean())
+    return Divergence(kl=max(0.0, float(kl)), agreement=agreement, expected_drop=100 * float(lost.mean()))
 
 
 def sensitivities(
@@ -118,7 +96,7 @@ def sensitivities(
     with student.in_float():
         teacher = answers(student, judged, batch_size)
     saved = checkpoint.load("costs") or {"costs": []}
-    costs = [Sensitivity(cost["layer"], cost["bits"], Divergence(**cost["cost"])) for cost in saved["costs"]]
+    costs = [Sensitivity.model_validate(cost) for cost in saved["costs"]]
     with progress.task(f"Sensitivity {student.bits}", len(student.placement.weights)) as advance:
         advance(len(costs))
         for site in student.placement.weights[len(costs) :]:
@@ -127,9 +105,9 @@ def sensitivities(
                 divergence = compare(answers(student, judged, batch_size), teacher)
             layers[site.layer].load_state_dict(plain[site.layer])
             bits = BitWidths(site.grid.bits, quantizers[site.input_site].grid.bits)
-            costs.append(Sensitivity(site.layer, str(bits), divergence))
+            costs.append(Sensitivity(layer=site.layer, bits=str(bits), cost=divergence))
             advance(1, kl=divergence.kl)
-            checkpoint.save("costs", lambda: {"costs": [asdict(cost) for cost in costs]})
+            checkpoint.save("costs", lambda: {"costs": [cost.model_dump() for cost in costs]})
     return costs
 
 
@@ -181,7 +159,7 @@ def plan_precision(
             scope = ScopedCheckpoint(checkpoint, "precision", count)
             post_training_quantize(student, images, batch_size=batch_size, rng=rng, progress=progress, checkpoint=scope)
             estimates[count] = compare(answers(student, judged, batch_size), exact)
-            results = {"exact": exact, "estimates": {n: asdict(estimate) for n, estimate in estimates.items()}}
+            results = {"exact": exact, "estimates": {n: estimate.model_dump() for n, estimate in estimates.items()}}
             checkpoint.save("precision", lambda: results, at_once=True)
         advance(1, expected_drop=estimates[count].expected_drop)
         return estimates[count].expected_drop <= max_drop
@@ -196,4 +174,4 @@ def plan_precision(
         if high not in estimates:
             within(high, advance)
         advance(most_students - len(estimates))
-    return PrecisionPlan(raised(high), estimates[high])
+    return PrecisionPlan(layer_bits=raised(high), estimate=estimates[high])

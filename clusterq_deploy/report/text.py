@@ -294,7 +294,7 @@ def _tuning_notes(report: Report) -> Iterator[str]:
     for stage, divisor in divisors.items():
         if divisor > 1:
             batches = f"batches of 1/{divisor} of the size in the configuration"
-            yield f"{stage} took {batches}: the memory did not suffice for more."
+            yield f"{stage} took {batches}: there was not enough memory for more."
     for variant in report.variants:
         if variant.kept_step == 0:
             yield (

@@ -184,8 +184,9 @@ class Histogram(Record):
     """Values in steps of their grid, so that the grid's are the integers from `low` to `high`.
 
     `steps` are the smallest and the largest step of an output channel, equal if the tensor has one step. Bin i of
-    `counts` begins at `start` + i * `width`, in steps; the outermost two hold what is beyond, too. `clipped` is the
-    share of the values, in [0, 1], that the grid cuts off.
+    `counts` begins at `start` + i * `width`, in steps; a bin is within one step or covers whole ones, so none mixes
+    clipped values with others, and the outermost two hold what is beyond, too. `clipped` is the share of the values, in
+    [0, 1], that the grid cuts off.
     """
 
     low: int = Field(ge=-128, le=0)

@@ -39,26 +39,30 @@ class SynthesisResult(StageResult):
     batch_divisor: int = 1
 
 
-class LayerCost(Record):
-    """What it costs to quantize only one layer: KL in nats, percentages."""
+class Divergence(Record):
+    """How far a quantized model is from the teacher on images.
 
-    kl: float
-    agreement: float
-    expected_drop: float
+    The expected drop is what top-1 would lose if the teacher's probabilities were the truth: the mean of p(the
+    teacher's class) - p(the student's class). No label is needed; an overconfident teacher makes it too high.
+    """
+
+    kl: float  # mean KL(teacher || student), in nats
+    agreement: float  # percentage of images with the same top-1
+    expected_drop: float  # in points
 
 
-class SensitiveLayer(Record):
-    """A layer, the widths that it was quantized to, such as w4a4, and the cost."""
+class Sensitivity(Record):
+    """What it costs to quantize only one layer, its weight and what it reads, at `bits`; all others in float."""
 
     layer: str
     bits: str
-    cost: LayerCost
+    cost: Divergence
 
 
 class SensitivityResult(StageResult):
     """The quantized layers, in order of execution."""
 
-    layers: list[SensitiveLayer]
+    layers: list[Sensitivity]
 
 
 class QuantizeResult(StageResult):

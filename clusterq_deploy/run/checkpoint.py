@@ -65,6 +65,6 @@ class FileCheckpoint:
             content = buffer.getbuffer()
             write_bytes(self._folder / phase, hashlib.sha256(content).digest(), content)
         except (RunDirectoryError, MemoryError) as error:
-            logger.warning("no checkpoint was kept: %s", error or "the memory is not enough")
+            logger.warning("no checkpoint was kept: %s", error or "there is not enough memory")
         end = time.monotonic()
         self._due = end + max(_EVERY, (end - start) / _LARGEST_SHARE)

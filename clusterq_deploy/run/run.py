@@ -159,7 +159,7 @@ class Run:
 
     @cached_property
     def data_inputs(self) -> dict[str, str | int | None]:
-        """What tells one choice of evaluation images from another; a changed file counts as another one."""
+        """What identifies the choice of evaluation images; a changed file counts as another one."""
         path, name = self.config.data, self.evaluation.name  # read first, as it says what is wrong with the data
         return {"data": fingerprint(path) if path else name, "limit": self.config.limit}
 

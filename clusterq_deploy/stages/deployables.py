@@ -93,9 +93,9 @@ def open_provider(graph: Path, runtime: str, batches: tuple[int, int, int]) -> O
         batches: smallest, tuned-for and largest batch; the smallest is run once, or the one that the graph fixes.
 
     Raises:
-        ExportError: the provider cannot load, cannot run the graph, or takes no node of it.
+        ExportError: the provider cannot load, cannot run the graph, or runs no node of it.
     """
-    optimized = GPU_RUNTIMES[runtime] != "tensorrt"  # TensorRT fuses Q/DQ itself, and wants to find them
+    optimized = GPU_RUNTIMES[runtime] != "tensorrt"  # TensorRT fuses Q/DQ itself, and needs to find them
     with ExitStack() as stack:
         runner = stack.enter_context(OnnxRunner(graph, runtime=runtime, optimized=optimized, batch=batches))
         fixed, *size = runner.input_shape

@@ -4,7 +4,6 @@ import logging
 from dataclasses import asdict
 
 import torch
-from pydantic import TypeAdapter
 
 from calib.calibration_set import CalibrationSet
 from calib.support.checkpoint import NOWHERE, Checkpoint
@@ -15,7 +14,6 @@ from clusterq_deploy.quantization import (
     FinetuneConfig,
     PrecisionPlan,
     PTQResult,
-    Sensitivity,
     Student,
     Tuning,
     finetune,
@@ -26,7 +24,7 @@ from clusterq_deploy.quantization import (
     post_training_quantize,
 )
 from clusterq_deploy.quantization.student import FORMAT
-from clusterq_deploy.results.report import LayerHistograms, LayerNote
+from clusterq_deploy.results.report import LayerNote
 from clusterq_deploy.results.stages import QuantizeResult
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
@@ -91,7 +89,7 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
         max_drop=max_drop,
         quantized_layers=len(student.placement.weights),
         skipped_layers=[LayerNote(layer=k, reason=reason) for k, reason in student.placement.skipped.items()],
-        histograms=[LayerHistograms.model_validate(asdict(layer)) for layer in layers],
+        histograms=layers,
     )
     provenance = run.provenance(str(bits), finetune=_recorded(settings), calibration=synthesis.files[IMAGES])
     return result, [run.directory.write(student_file(bits), student.to_bytes(provenance))]
@@ -162,13 +160,13 @@ def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) ->
     if max_drop is None or bits == BitWidths(8, 8):
         return None
     if (saved := checkpoint.load("plan")) is not None:
-        return TypeAdapter(PrecisionPlan).validate_python(saved)
+        return PrecisionPlan.model_validate(saved)
     costs, rng = run.do(Stage(sensitivity, str(bits))).result.layers, run.rng(f"precision/{bits}")
     plan = plan_precision(
         run.model.module,
         bits,
         **student_options(run),
-        costs=TypeAdapter(list[Sensitivity]).validate_python([cost.model_dump() for cost in costs]),
+        costs=costs,
         max_drop=max_drop,
         images=run.calibration.images,
         judged=views(run, rng),
@@ -177,5 +175,5 @@ def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) ->
         progress=run.progress,
         checkpoint=checkpoint,
     )
-    checkpoint.save("plan", lambda: asdict(plan), at_once=True)
+    checkpoint.save("plan", plan.model_dump, at_once=True)
     return plan

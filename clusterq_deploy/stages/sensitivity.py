@@ -1,13 +1,12 @@
 """Measure what it costs to quantize each layer only: the model and images go in, a cost per layer comes out."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from clusterq_deploy.oom import retry_on_oom
-from clusterq_deploy.quantization import BitWidths, Sensitivity, judged_views, make_student, sensitivities
-from clusterq_deploy.results.stages import SensitiveLayer, SensitivityResult
+from clusterq_deploy.quantization import BitWidths, judged_views, make_student, sensitivities
+from clusterq_deploy.results.stages import Sensitivity, SensitivityResult
 from clusterq_deploy.run.run import Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.stages import synthesize
@@ -46,7 +45,7 @@ def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:
         )
 
     layers, _ = retry_on_oom(costs, f"sensitivities of {bits}")
-    return SensitivityResult(layers=[SensitiveLayer.model_validate(asdict(layer)) for layer in layers]), []
+    return SensitivityResult(layers=layers), []
 
 
 def describe(_: Run, stage: AnyStage) -> str:

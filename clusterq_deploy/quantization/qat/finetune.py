@@ -201,7 +201,7 @@ def finetune(
         start = divergence(log_probabilities(student, judged, config), targets)
     steps = math.ceil(config.steps * min(1.0, max(_LEAST_STEPS, start / _FAR)))
     every = max(1, steps // config.checkpoints)
-    # bfloat16 has eight significant bits: it tells the steps of a coarse grid apart, not those of an 8-bit one
+    # bfloat16 has eight significant bits: they resolve the steps of a coarse grid, not those of an 8-bit one
     narrow = max(student.bits.weights, student.bits.activations) < 8
     precision = mixed_precision(device) if narrow else nullcontext()
     weights = {"ce_weight": config.ce_weight, "kl_weight": config.kl_weight, "temperature": config.temperature}

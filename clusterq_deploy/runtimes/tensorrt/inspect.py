@@ -148,11 +148,11 @@ def summarize_layers(
         elif not precisions & {"INT8", None}:
             reason = f"reads {made_of[0].precision} in {made_of[0].name} ({made_of[0].kind})"
             missed.append(MissedLayer(layer=node, weight=weight, reason=reason))
-    notes = [f"Of which type these layers are the engine does not tell: {', '.join(silent)}."] if silent else []
+    notes = [f"The engine does not report the type of these layers: {', '.join(silent)}."] if silent else []
     if not detailed:
-        known = "only the names of its layers" if layers else "nothing of its layers"
+        known = "only the names of its layers" if layers else "no information about its layers"
         unknown = "which of them run in INT8" if quantized else "in which types they run"
-        notes = [f"The engine tells {known}: build it with detailed profiling verbosity to see {unknown}."]
+        notes = [f"The engine has {known}: build it with detailed profiling verbosity to see {unknown}."]
     return EngineInspection(
         engine=engine,
         batch=batch,

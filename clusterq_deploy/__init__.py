@@ -1,11 +1,11 @@
 """Data-free INT8 and INT4 deployment of BatchNorm CNNs.
 
-A model that is at hand, by three calls, `synthesize`, `quantize` and `export`; a resumable run with a report, by
+`synthesize`, `quantize` and `export` are three calls for any module. `Pipeline` does a resumable run with a report:
 
-from pathlib import Path
-from clusterq_deploy import Pipeline, RunConfig
+    from pathlib import Path
+    from clusterq_deploy import Pipeline, RunConfig
 
-report = Pipeline(RunConfig(model="digits"), Path("runs/digits")).run()
+    report = Pipeline(RunConfig(model="digits"), Path("runs/digits")).run()
 """
 
 from calib.calibration_set import CalibrationSet

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from nets import images, make_net
+from nets import calibrated
 from onnx import numpy_helper
-from torch import nn
 
 from clusterq_deploy.lowering import GraphFormat, export_graph, lower, target_of
-from clusterq_deploy.quantization import BitWidths, Student, calibrate, make_student
+from clusterq_deploy.quantization import Student
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
 
@@ -20,17 +19,10 @@ SIZE = (3, 16, 16)
 GRAPH_FORMATS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 
 
-def calibrated(net: nn.Module, bits: str = "w8a8", cpu: Cpu = "any") -> Student:
-    """Return a student with scales."""
-    student = make_student(net, BitWidths.parse(bits), cpu=cpu)
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
-    return student
-
-
 @cache
 def exported(name: str, bits: str = "w4a4", cpu: Cpu = "any") -> tuple[Student, onnx.ModelProto]:
     """Return a student of a net of `NETS` and its graph with markers; not to be changed."""
-    student = calibrated(make_net(name), bits, cpu)
+    student = calibrated(name, bits, cpu=cpu)
     return student, export_graph(student, SIZE)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support import seeded
 from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint
@@ -99,15 +100,10 @@ def make_net(name: str) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    """Return a seeded generator."""
-    return torch.Generator().manual_seed(seed)
-
-
 def calibrated(net: nn.Module | str, bits: str = "w4a4", **options: Any) -> Student:
     """Return a student of a net, or of one of `NETS`, with its scales set and nothing else."""
     student = make_student(make_net(net) if isinstance(net, str) else net, BitWidths.parse(bits), **options)
-    calibrate(student, images(), batch_size=16, rng=rng())
+    calibrate(student, images(), batch_size=16, rng=seeded())
     return student
 
 
@@ -118,7 +114,7 @@ def twin(student: Student) -> FloatTwin:
 
 def images(count: int = 32, seed: int = 1) -> Tensor:
     """Return standard normal images (count, 3, 16, 16) float32."""
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, 16, 16, generator=seeded(seed))
 
 
 def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE) -> Synthesis:
@@ -131,6 +127,6 @@ def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE) -> 
         std=(0.25, 0.25, 0.25),
         config=SynthesisConfig.model_validate(settings),
         device=torch.device("cpu"),
-        rng=torch.Generator().manual_seed(3),
+        rng=seeded(3),
         checkpoint=checkpoint,
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nets import images
+from support import seeded
 
 from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 
@@ -11,7 +12,7 @@ NOTHING = {"zoom": 0.0, "rotation": 0.0, "translation": 0.0, "jitter": 0.0, "cut
 
 def views(*, flip: bool = False, seed: int = 0, **changes: float) -> tuple[torch.Tensor, torch.Tensor]:
     own = images(16).clamp(-2, 2)
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
     return own, Augmenter(AugmentConfig(**{**NOTHING, **changes}), own, flip=flip, rng=rng)(own)
 
 

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from nets import images, make_net
+from support import seeded
 from tensorrt_double import build
 
 from clusterq_deploy.errors import EngineError
@@ -96,7 +97,7 @@ def test_layers_are_named_and_timed(graph: Path) -> None:
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_quantized_graph_runs_in_integers_and_agrees_with_torch(tmp_path: Path, fp16: bool) -> None:
     student = make_student(make_net("residual"), BitWidths(8, 8))
-    calibrate(student, images(), batch_size=16, rng=torch.Generator().manual_seed(0))
+    calibrate(student, images(), batch_size=16, rng=seeded(0))
     quantized = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
     path = tmp_path / "model.trt.onnx"
     onnx.save(to_fp16(quantized) if fp16 else quantized, path)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, images, make_net, rng, twin
+from nets import calibrated, images, make_net, twin
+from support import seeded
 from torch import Tensor, nn
 
 from clusterq_deploy.quantization import (
@@ -25,7 +26,7 @@ from clusterq_deploy.quantization.reference import ChannelAffine
 
 def uneven(net: nn.Module, seed: int = 0) -> nn.Module:
     """Return the net with channels of very different ranges, as those of depthwise nets are."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -38,7 +39,7 @@ def uneven(net: nn.Module, seed: int = 0) -> nn.Module:
 
 def equalized(net: nn.Module, bits: str = "w4a4") -> tuple[Student, set[tuple[str, str]]]:
     student = make_student(net, BitWidths.parse(bits))
-    found, _ = equalize(student, images(), rng=rng(), shifts=False)
+    found, _ = equalize(student, images(), rng=seeded(), shifts=False)
     return student, {(pair.producer, pair.consumer) for pair in found}
 
 
@@ -70,7 +71,7 @@ def test_equalize_chain_keeps_outputs(net: Callable[[], nn.Module]) -> None:
 
 def test_equalize_depthwise_reader_evens_ranges() -> None:
     student = make_student(chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8)), BitWidths(4, 4))
-    (pair,), _ = equalize(student, images(), rng=rng(), shifts=False)
+    (pair,), _ = equalize(student, images(), rng=seeded(), shifts=False)
     assert pair.exponent == 1.0  # nothing speaks against it: every row of the reader has one column
     assert pair.range_ratio_after == pytest.approx(1.0)
     assert pair.range_ratio_before > 2
@@ -106,7 +107,7 @@ def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
 def test_equalize_shifts_channels_far_from_zero(last: nn.Module, between: nn.Module) -> None:
     teacher = narrow(last, between)
     student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
-    (pair,), maps = equalize(student, images(), rng=rng())
+    (pair,), maps = equalize(student, images(), rng=seeded())
     assert pair.shifted == 8
     assert pair.error_after < 0.5 * pair.error_before
     fresh = images(64, seed=7)
@@ -121,7 +122,7 @@ def test_equalize_shifts_large_map_before_pad(seed: int) -> None:
     torch.manual_seed(seed)  # of the layer: by another draw a channel may gain nothing by it
     last = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, stride=2, groups=8))
     student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), quantize_first_last=True)
-    (pair,), _ = equalize(student, torch.randn(32, 3, 96, 96, generator=rng()), rng=rng())
+    (pair,), _ = equalize(student, torch.randn(32, 3, 96, 96, generator=seeded()), rng=seeded())
     assert pair.shifted == 8
     assert pair.error_after < 0.7 * pair.error_before
 
@@ -130,7 +131,7 @@ def test_equalize_does_not_shift_mostly_padded_map() -> None:
     torch.manual_seed(0)
     last = nn.Conv2d(8, 8, 15, padding=7, groups=8)  # most of what it reads is padding
     student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), quantize_first_last=True)
-    (pair,), maps = equalize(student, images(), rng=rng())
+    (pair,), maps = equalize(student, images(), rng=seeded())
     assert pair.shifted == 0
     assert bool((maps["0"].shift == 0).all())
 
@@ -145,7 +146,7 @@ def test_equalize_does_not_shift_mostly_padded_map() -> None:
 def test_equalize_flattened_map_per_channel(side: int, shifted: int, between: tuple[nn.Module, ...]) -> None:
     teacher = narrow(nn.Linear(8 * side * side, 5), nn.Sequential(*between))
     student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
-    (pair,), maps = equalize(student, images(), rng=rng())
+    (pair,), maps = equalize(student, images(), rng=seeded())
     assert pair.shifted == shifted
     assert len(maps["0"].shift) == 8
     fresh = images(64, seed=7)
@@ -163,7 +164,7 @@ def test_channel_affine_is_exact_in_bfloat16() -> None:
 
 def test_equalize_does_not_shift_signed_tensors() -> None:
     student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), quantize_first_last=True)
-    (pair,), _ = equalize(student, images(), rng=rng())
+    (pair,), _ = equalize(student, images(), rng=seeded())
     assert pair.shifted == 0
 
 
@@ -171,9 +172,9 @@ def test_reconstruct_and_correct_bias_with_maps() -> None:
     teacher, data = narrow(nn.Conv2d(8, 6, 1), nn.ReLU()), images(64)
     for fix in (reconstruct, correct_bias):
         student = make_student(teacher, BitWidths(6, 6), quantize_first_last=True)
-        reference = FloatTwin(copy.deepcopy(student), equalize(student, data, rng=rng())[1])
-        calibrate(student, data, batch_size=32, rng=rng())
-        extra = {"rng": rng()} if fix is reconstruct else {}
+        reference = FloatTwin(copy.deepcopy(student), equalize(student, data, rng=seeded())[1])
+        calibrate(student, data, batch_size=32, rng=seeded())
+        extra = {"rng": seeded()} if fix is reconstruct else {}
         with torch.no_grad():
             fix(student, reference, data, **extra)
             wanted, found = teacher(data), student(data)
@@ -185,7 +186,7 @@ def test_matched_features_with_maps(name: str) -> None:
     net = uneven(make_net(name))
     student = make_student(net, BitWidths(4, 4))
     teacher = copy.deepcopy(student)
-    found, maps = equalize(student, images(), rng=rng(), shifts=False)
+    found, maps = equalize(student, images(), rng=seeded(), shifts=False)
     assert any(pair.exponent > 0 for pair in found)
     reference = FloatTwin(teacher, maps)
     assert {own.site for own in maps.values()} <= set(feature_sites(student))
@@ -270,7 +271,7 @@ def test_correct_bias_removes_mean_shift(name: str) -> None:
 def test_correct_bias_of_one_layer_by_its_formula() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5, bias=False)).eval()
     student, data = make_student(net.requires_grad_(False), BitWidths(2, 8)), images(16)
-    calibrate(student, data, batch_size=16, rng=rng())
+    calibrate(student, data, batch_size=16, rng=seeded())
     layer = student.layers()["0"]
     with torch.no_grad():
         rounded = student.quantizers()["input_1" if "input_1" in student.quantizers() else "input"](data)

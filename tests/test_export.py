@@ -12,7 +12,6 @@ import torch
 from graphs import (
     GRAPH_FORMATS,
     SIZE,
-    calibrated,
     exported,
     graph_of,
     infer,
@@ -23,7 +22,7 @@ from graphs import (
     stored,
     with_stored,
 )
-from nets import NETS, images, make_net
+from nets import NETS, calibrated, images, make_net
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn

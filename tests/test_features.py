@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from nets import images, make_net
 from sklearn.metrics import silhouette_samples
+from support import seeded
 from torch import Tensor, nn
 
 from clusterq_deploy.errors import FeatureError
@@ -47,7 +48,7 @@ def defined(value: T | None) -> T:
 
 @torch.no_grad()
 def test_penultimate_agrees_with_a_forward_pass_by_hand() -> None:
-    net, x = digits(), torch.randn(7, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    net, x = digits(), torch.randn(7, 1, 32, 32, generator=seeded(0))
     y = net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x)))))
     features = penultimate(net, 10)(x)
     assert torch.equal(features, y.mean((2, 3)))

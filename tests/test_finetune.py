@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from nets import calibrated, images, make_net, twin
+from support import seeded
 from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
@@ -37,7 +38,7 @@ def test_finetune_brings_student_nearer_to_teacher() -> None:
     before = distance()
     config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
     reference = twin(student)
-    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
+    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=seeded(0))
     assert distance() < 0.8 * before
     assert tuning.best_step >= 45  # not one of the early checkpoints, whose learning rate is still large
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
@@ -53,7 +54,7 @@ def test_finetune_uses_int8_grids_and_restores_finer_ones() -> None:
             met.append(own.grid)
 
     quantizer.register_forward_pre_hook(note)
-    rng = torch.Generator().manual_seed(0)
+    rng = seeded(0)
     reference = post_training_quantize(student, images(64), batch_size=16, rng=rng).reference
     calibration = CalibrationSet(images(64), torch.arange(64) % 10)
     finetune(student, reference, calibration, config=FinetuneConfig(steps=4, batch_size=16), flip=False, rng=rng)
@@ -70,7 +71,7 @@ def test_finetune_restores_start_if_nothing_improves() -> None:
     config = FinetuneConfig(steps=4, learning_rate=1.0, scale_learning_rate=1.0, checkpoints=2)
     calibration = CalibrationSet(data, net(data).argmax(1))
     reference = twin(student)
-    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=torch.Generator().manual_seed(0))
+    tuning = finetune(student, reference, calibration, config=config, flip=False, rng=seeded(0))
     assert tuning.best_step == 0
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name])
@@ -90,7 +91,7 @@ def tuned_with_bad_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> tupl
     data = images(128, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     config = FinetuneConfig(steps=160, batch_size=16, checkpoints=4)
-    rng, reference = torch.Generator().manual_seed(0), twin(student)
+    rng, reference = seeded(0), twin(student)
     return student, finetune(student, reference, calibration, config=config, flip=False, rng=rng)
 
 

@@ -5,6 +5,7 @@ from itertools import zip_longest
 import pytest
 import torch
 from nets import images, make_net
+from support import seeded
 from torch import Tensor, nn
 
 from clusterq_deploy.quantization import (
@@ -39,12 +40,12 @@ def lifted() -> nn.Module:
 
 def initialized(name: str, bits: str) -> tuple[Student, FloatTwin]:
     student = make_student(lifted() if name == "lifted" else make_net(name), BitWidths.parse(bits))
-    rng = torch.Generator().manual_seed(0)
+    rng = seeded(0)
     return student, equalize_and_calibrate(student, images(), batch_size=16, rng=rng).reference
 
 
 def found(student: Student, reference: FloatTwin, batch_size: int = IMAGES) -> list[LayerHistograms]:
-    rng = torch.Generator().manual_seed(1)
+    rng = seeded(1)
     return histograms(student, reference, images(IMAGES), batch_size=batch_size, rng=rng)
 
 
@@ -56,7 +57,7 @@ def difference(counts: list[int], others: list[int]) -> float:
 @pytest.mark.parametrize("spread", [0.05, 0.4, 1.0, 30.0])
 @pytest.mark.parametrize("grid", [Grid(2, True), Grid(4, True), Grid(4, False), Grid(8, True), Grid(8, False)])
 def test_histogram_counts_every_value_apart_from_clipped(grid: Grid, spread: float) -> None:
-    values = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * spread * grid.high
+    values = torch.randn(5000, generator=seeded(0)) * spread * grid.high
     if not grid.signed:
         values = values.relu()
     result = histogram(values, grid, (0.1, 0.2))
@@ -132,9 +133,7 @@ def test_histogram_nets_have_mapped_channels() -> None:
 
 def test_histograms_show_weight_before_reconstruction() -> None:
     student, reference = initialized("residual", "w4a4")
-    reconstruct_or_correct_bias(
-        student, images(), PTQResult(reference, [], {}, {}), rng=torch.Generator().manual_seed(0)
-    )
+    reconstruct_or_correct_bias(student, images(), PTQResult(reference, [], {}, {}), rng=seeded(0))
     layer = student.layers()["b2.0"]
     steps = layer.weight.detach() / layer.weight_quantizer.scale.detach().view(-1, 1, 1, 1)
     assert float((steps - steps.round()).abs().max()) < 1e-3  # the student's own are on the grid

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from nets import calibrated, images, make_net
+from support import seeded
 from torch import nn
 
 from calib.synthesis import SynthesisConfig, synthesize
@@ -96,7 +97,7 @@ def test_quantizer_gradients_by_hand() -> None:
 
 @pytest.mark.parametrize("channels", [None, 6])
 def test_quantizer_gradients_match_straight_through_autograd(channels: int | None) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     quantizer = Quantizer("x", Grid(4, signed=True), channels)
     quantizer.set_scale(torch.full(() if channels is None else (channels,), 0.2))
     x = torch.randn(6, 5, 3, 3, generator=generator).requires_grad_()
@@ -116,7 +117,7 @@ def test_quantizer_gradients_match_straight_through_autograd(channels: int | Non
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_quantizer_gradients_in_bfloat16_and_any_layout(layout: torch.memory_format, sliced: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = torch.randn(8, 32, 8, 8, generator=generator).bfloat16().to(memory_format=layout)
     x = (x[:, ::2] if sliced else x).requires_grad_()
     weights = torch.randn(x.shape, generator=generator).bfloat16()
@@ -227,7 +228,7 @@ def test_net_with_view_is_synthesized_for_and_tuned() -> None:
     config = SynthesisConfig.model_validate(
         {"images": 32, "generator": {"steps": 2, "warmup_steps": 1}, "refine": {"steps": 1}}
     )
-    device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
+    device, rng = torch.device("cpu"), seeded(0)
     made = synthesize(
         net, classes=10, size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, config=config, device=device, rng=rng
     )
@@ -312,7 +313,7 @@ def test_weight_scales_represent_a_lone_largest_weight() -> None:
 
 
 def test_searched_scales_beat_full_range() -> None:
-    weight = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 16, 3, 3, generator=seeded(0))
     grid = Grid(4, signed=True)
 
     def error(scale: torch.Tensor) -> torch.Tensor:
@@ -339,7 +340,7 @@ def test_scales_of_zeros_are_positive() -> None:
 def test_calibrate_refuses_infinite_values() -> None:
     student = make_student(make_net("residual"), BitWidths(4, 4))
     with pytest.raises(GraphError, match="not finite at 'relu_1'"):
-        calibrate(student, images() * 7e37, batch_size=16, rng=torch.Generator().manual_seed(0))
+        calibrate(student, images() * 7e37, batch_size=16, rng=seeded(0))
 
 
 def test_round_biases_to_accumulator() -> None:

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, images, make_net, rng, twin
+from nets import calibrated, images, make_net, twin
+from support import seeded
 from torch import nn
 
 from clusterq_deploy.quantization import BitWidths, Grid, Student, correct_bias, make_student, reconstruct
@@ -14,8 +15,8 @@ from clusterq_deploy.quantization.ptq.reconstruct import _round_compensated, _sa
 
 
 def test_round_compensated_is_nearest_for_uncorrelated_inputs() -> None:
-    weight = torch.randn(2, 5, 7, generator=rng())
-    hessian = torch.diag_embed(torch.rand(2, 7, generator=rng()) + 0.5)
+    weight = torch.randn(2, 5, 7, generator=seeded())
+    hessian = torch.diag_embed(torch.rand(2, 7, generator=seeded()) + 0.5)
     scale = torch.full((2, 5), 0.3)
     expected = (weight / 0.3).round().clamp(-8, 7) * 0.3
     torch.testing.assert_close(_round_compensated(weight, hessian, scale, -8, 7), expected)
@@ -23,9 +24,9 @@ def test_round_compensated_is_nearest_for_uncorrelated_inputs() -> None:
 
 @pytest.mark.parametrize("columns", [9, 200])
 def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> None:
-    common = torch.randn(1, 1, 4096, generator=rng())
-    x = common + 0.5 * torch.randn(3, columns, 4096, generator=rng())
-    weight = torch.randn(3, 4, columns, generator=rng())
+    common = torch.randn(1, 1, 4096, generator=seeded())
+    x = common + 0.5 * torch.randn(3, columns, 4096, generator=seeded())
+    weight = torch.randn(3, 4, columns, generator=seeded())
     hessian = x @ x.mT / 4096
     scale = torch.full((3, 4), 0.5)
     found = _round_compensated(weight, hessian, scale, -8, 7)
@@ -48,11 +49,11 @@ def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> 
 def test_sample_patches_reproduce_layer_outputs(layer: nn.Conv2d) -> None:
     student = make_student(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval(), BitWidths(4, 8))
     quantized = student.layers()["1"]
-    x = torch.randn(4, 8, 9, 9, generator=rng())
+    x = torch.randn(4, 8, 9, 9, generator=seeded())
     with torch.no_grad():
         outputs = layer(x)
         weight = quantized.weight.view(layer.groups, 12 // layer.groups if layer.groups < 8 else 1, -1)
-        for patches, wanted in _sample_patches(quantized, x, outputs, rng()):
+        for patches, wanted in _sample_patches(quantized, x, outputs, seeded()):
             torch.testing.assert_close(weight @ patches, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +74,7 @@ def test_reconstruct_brings_student_nearer_to_teacher(name: str) -> None:
             return float((student(fresh) - net(fresh)).square().mean())
 
     before = distance(student)
-    errors = reconstruct(student, twin(student), data, rng=rng())
+    errors = reconstruct(student, twin(student), data, rng=seeded())
     correct_bias(other, twin(other), data)
     assert set(errors) == set(student.layers())
     assert all(after <= before * 1.05 + 1e-4 for before, after in errors.values())
@@ -96,7 +97,7 @@ def test_reconstruct_dead_channels_stay_finite() -> None:
         net[0].bias.fill_(-1)
         net[2].weight.mul_(0.3)[3] = 0  # so small that the bias's grid, which has the weight's step, is finer than 1e-3
     student = calibrated(net.requires_grad_(False), "w4a4")
-    reconstruct(student, twin(student), images(), rng=rng())
+    reconstruct(student, twin(student), images(), rng=seeded())
     assert all(bool(p.isfinite().all()) for p in student.parameters())
     with torch.no_grad():
         torch.testing.assert_close(student(images()), net(images()), rtol=1e-3, atol=1e-3)
@@ -108,5 +109,5 @@ def test_reconstruct_skips_very_wide_rows(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "_WIDEST", 1)
     student = calibrated(make_net("residual"), "w4a4")
     before = {name: layer.weight.clone() for name, layer in student.layers().items()}
-    reconstruct(student, twin(student), images(), rng=rng())
+    reconstruct(student, twin(student), images(), rng=seeded())
     assert all(torch.equal(layer.weight, before[name]) for name, layer in student.layers().items())

@@ -13,11 +13,12 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from graphs import SIZE, calibrated, graph_of, infer, reference, stored
+from graphs import SIZE, graph_of, infer, reference, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, images, make_net
+from nets import NETS, calibrated, images, make_net
 from onnx import TensorProto, helper, numpy_helper
+from support import seeded
 
 from calib.calibration_set import CalibrationSet
 from cli.main import main
@@ -245,7 +246,7 @@ def test_verify_refuses_a_graph_of_full_range() -> None:
 
 
 def test_for_target_tensorrt_keeps_eight_bits() -> None:
-    student, full = (calibrated(make_net("residual"), cpu=cpu) for cpu in ("any", "vnni"))
+    student, full = (calibrated("residual", "w8a8", cpu=cpu) for cpu in ("any", "vnni"))
     with student.for_target("tensorrt"):
         for name, layer in student.layers().items():
             wide = full.layers()[name]
@@ -262,7 +263,7 @@ def test_for_target_tensorrt_keeps_eight_bits() -> None:
 @pytest.mark.parametrize("name", ["residual", "mobile"])
 def test_fit_full_range_biases_keeps_the_mean_of_outputs(name: str) -> None:
     """Layer by layer the mean of the outputs is the same, whichever way the weight is rounded, on one input."""
-    student, data = calibrated(make_net(name)), images(64)
+    student, data = calibrated(name, "w8a8"), images(64)
     fit_full_range_biases(student, data)
     inputs: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks, student.on_int8_grids(), torch.no_grad():
@@ -289,7 +290,7 @@ def test_fit_full_range_biases_keeps_the_mean_of_outputs(name: str) -> None:
 
 def test_finetune_keeps_the_limit_and_load_student_the_graph(tmp_path: Path) -> None:
     net, data = make_net("mobile"), images(32)
-    student, rng = make_student(net, BitWidths(8, 8)), torch.Generator().manual_seed(0)
+    student, rng = make_student(net, BitWidths(8, 8)), seeded(0)
     started = post_training_quantize(student, data, batch_size=16, rng=rng)
     config = FinetuneConfig(steps=6, batch_size=8, checkpoints=2, learning_rate=0.5)
     labels = torch.zeros(len(data), dtype=torch.int64)

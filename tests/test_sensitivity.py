@@ -8,9 +8,9 @@ import pytest
 import tomli_w
 import torch
 from click.testing import CliRunner
-from nets import calibrated, images, make_net, rng
+from nets import calibrated, images, make_net
 from onnx import TensorProto
-from support import SMALL
+from support import SMALL, seeded
 from torch import Tensor
 
 from cli.main import main
@@ -46,7 +46,7 @@ def digits() -> tuple[LoadedModel, Tensor]:
 def costs(bits: BitWidths = NARROW) -> list[Sensitivity]:
     model, batch = digits()
     student = make_student(model.module, bits)
-    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=rng())
+    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=seeded())
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
     return found
 
@@ -63,7 +63,7 @@ def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
         images=batch,
         judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
         batch_size=48,
-        rng=rng(),
+        rng=seeded(),
     )
 
 

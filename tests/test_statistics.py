@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nets import images, make_net
+from support import seeded
 from torch import Tensor, nn
 
 from calib.bn_statistics import (
@@ -20,7 +21,7 @@ from calib.support.errors import NoBatchNormError
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def matrix(*labels: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from nets import images, make_net, synthesis
 from pydantic import ValidationError
+from support import seeded
 from torch import Tensor, nn
 
 from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig, SynthesisError, synthesize
@@ -27,10 +28,6 @@ from clusterq_deploy.models import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 TERMS = ("ce_weight", "bns_weight", "sfda_weight", "icv_weight")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @cache

@@ -7,7 +7,7 @@ measurements under `fp32`, rows and points call it `fp16`.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from clusterq_deploy.results.report import Accuracy, Latency, Report, Variant
 
@@ -192,20 +192,33 @@ def verdicts(report: Report) -> list[Verdict]:
     return [_verdict(report, runtime) for runtime in timed if runtime != "torch"]
 
 
+class _Candidate(NamedTuple):
+    """A point of which all that a verdict compares is known."""
+
+    point: Point
+    cost: float
+    speedup: float
+    interval: tuple[float, float]
+
+
 def _verdict(report: Report, runtime: str) -> Verdict:
     measured, limit = points(report, runtime), allowed_cost(report)
     baseline = next((point for point in measured if point.variant == BASELINE), None)
     # Without its fp32 counterpart a point has neither a cost nor a speed-up, and nothing can be said of it.
-    known = [(p, p.cost, p.latency.speedup, p.interval) for p in measured]
-    compared = [(p, cost, s, ends) for p, cost, s, ends in known if cost is not None and s is not None and ends]
+    compared = [
+        _Candidate(point, point.cost, point.latency.speedup, point.interval)
+        for point in measured
+        if point.cost is not None and point.latency.speedup is not None and point.interval
+    ]
     if not compared:
         return Verdict(runtime, "unknown", None, baseline)
-    accurate = [candidate for candidate in compared if candidate[1] <= limit]
+    accurate = [candidate for candidate in compared if candidate.cost <= limit]
     if not accurate:
-        return Verdict(runtime, "inaccurate", min(compared, key=lambda candidate: candidate[1])[0], baseline)
-    fastest = max(speedup for _, _, speedup, _ in accurate)
-    tied = [candidate for candidate in accurate if candidate[2] >= fastest * (1 - SPEED_TIE)]
-    choice, _, _, (low, high) = min(tied, key=lambda candidate: (candidate[1], -candidate[2]))
+        nearest = min(compared, key=lambda candidate: candidate.cost)
+        return Verdict(runtime, "inaccurate", nearest.point, baseline)
+    fastest = max(candidate.speedup for candidate in accurate)
+    tied = [candidate for candidate in accurate if candidate.speedup >= fastest * (1 - SPEED_TIE)]
+    choice, _, _, (low, high) = min(tied, key=lambda candidate: (candidate.cost, -candidate.speedup))
     if high < 1:
         return Verdict(runtime, "slow", choice, baseline)
     if low <= 1:

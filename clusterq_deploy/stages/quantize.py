@@ -29,7 +29,7 @@ from clusterq_deploy.results.stages import QuantizeResult
 from clusterq_deploy.run.run import IMAGES, Run, student_file
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
 from clusterq_deploy.stages import sensitivity, synthesize
-from clusterq_deploy.stages.sensitivity import PLACEMENT, student_options, views
+from clusterq_deploy.stages.sensitivity import FORMER_SETTINGS, PLACEMENT, student_options, views
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ def in_smaller_batches(config: FinetuneConfig, divisor: int) -> FinetuneConfig:
 
 
 def _recorded(settings: FinetuneConfig) -> Json:
-    """Return the settings with `procedural`, which was one once: with its default, earlier results stay valid."""
-    return {**settings.model_dump(mode="json"), "procedural": 0.0}
+    """Return the settings as they are hashed and written to files."""
+    return {**settings.model_dump(mode="json"), **FORMER_SETTINGS}
 
 
 def tune(

@@ -14,6 +14,8 @@ from clusterq_deploy.stages import synthesize
 NAME, RESULT = "sensitivity", SensitivityResult
 PLACEMENT = {"first_last", "keep", "cpu"}
 """The settings of a run that say, next to its bits, which grids a variant has."""
+FORMER_SETTINGS = {"procedural": 0.0}
+"""A removed setting of fine-tuning with its default; it stays in what is hashed, so that earlier results are valid."""
 
 
 def needs(_: Run, __: AnyStage) -> Needs:
@@ -23,9 +25,8 @@ def needs(_: Run, __: AnyStage) -> Needs:
 
 def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the widths, and what decides which images are shown how."""
-    # `procedural` was a setting once: with its default, earlier results stay valid
-    tuning = {"batch_size": run.config.finetune.batch_size, "procedural": 0.0}
-    return {"bits": stage.variant, **tuning, **run.config.model_dump(mode="json", include=PLACEMENT)}
+    placement = run.config.model_dump(mode="json", include=PLACEMENT)
+    return {"bits": stage.variant, "batch_size": run.config.finetune.batch_size, **FORMER_SETTINGS, **placement}
 
 
 def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:

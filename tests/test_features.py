@@ -24,7 +24,7 @@ from clusterq_deploy.evaluation.features import (
     separation,
 )
 from clusterq_deploy.models.digits import digits
-from clusterq_deploy.results.features import FeatureInfo
+from clusterq_deploy.results.report import FeatureInfo
 from clusterq_deploy.runtimes.runners import Array
 
 T = TypeVar("T")

@@ -34,8 +34,7 @@ from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError, ReportError
 from clusterq_deploy.report import read_report, text, to_html, to_markdown
 from clusterq_deploy.report.analysis import accuracy_rows, latency_rows, points, standard_error, verdicts
-from clusterq_deploy.results.features import FeatureInfo, FeatureSet
-from clusterq_deploy.results.report import CalibrationInfo, Report, Skipped, Variant
+from clusterq_deploy.results.report import CalibrationInfo, FeatureInfo, FeatureSet, Report, Skipped, Variant
 
 # The smallest PNG: one grey pixel.
 PNG = bytes.fromhex(
@@ -101,10 +100,10 @@ def test_json_keeps_losses_that_are_not_finite(tmp_path: Path) -> None:
         (None, "cannot read"),
         ("{", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
-        ("[]", "is no report"),
-        ('{"model": 1}', "is no report"),
+        ("[]", "is not a report"),
+        ('{"model": 1}', "is not a report"),
         ('{"schema": 2}', "has schema 2, this version reads schema 1"),
-        ('{"schema": 1, "seed": "x"}', "is no report of schema 1: command: "),
+        ('{"schema": 1, "seed": "x"}', "is not a report of schema 1: command: "),
     ],
 )
 def test_read_report_raises_one_line_with_the_path(content: str | bytes | None, message: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import DataError, FeatureError
 from clusterq_deploy.evaluation.data import EvaluationSet, Labels, Rows
 from clusterq_deploy.quantization.graph.trace import module_of, trace
-from clusterq_deploy.results.features import FeatureInfo, FeatureSet, Points, Projection
+from clusterq_deploy.results.report import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.runtimes.runners import Array, TorchRunner
 
 BATCH = 50

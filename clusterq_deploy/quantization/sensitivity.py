@@ -17,7 +17,7 @@ from clusterq_deploy.quantization.ptq.ptq import (
 )
 from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.student import Student, make_student
-from clusterq_deploy.results.base import Record
+from clusterq_deploy.results import Record
 from clusterq_deploy.results.stages import Divergence, Sensitivity
 
 RAISED = 8

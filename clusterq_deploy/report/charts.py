@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from clusterq_deploy.report import formats
 from clusterq_deploy.report.analysis import BASELINE, FLOAT, LatencyRow, Point, latency_rows, points, verdicts
 from clusterq_deploy.report.formats import scientific
-from clusterq_deploy.results.features import Points
-from clusterq_deploy.results.report import Histogram, Report
+from clusterq_deploy.results.report import Histogram, Points, Report
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for

@@ -16,8 +16,7 @@ from clusterq_deploy.report.analysis import (
     verdicts,
 )
 from clusterq_deploy.report.formats import TIMES, duration, milliseconds, number, percent, speedup, with_error
-from clusterq_deploy.results.features import FeatureSet
-from clusterq_deploy.results.report import Histogram, LayerHistograms, Report, Variant
+from clusterq_deploy.results.report import FeatureSet, Histogram, LayerHistograms, Report, Variant
 
 _RECOGNIZED = 50.0  # percent of the synthetic images
 _BITS = re.compile(r"w(\d+)a(\d+)(?:\W.*)?")  # the weight and activation bits in a name such as `w4a8`

@@ -1,17 +1,14 @@
-"""What `report.json` holds of TensorRT engines: their time in parts, the GPU meanwhile, and their layers."""
+"""Records of TensorRT engines: the parts of their latency, the GPU during it, and their layers."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from clusterq_deploy.results.base import Duration, Finite, Record
+from clusterq_deploy.results import Duration, Finite, Record
 
 
 class LatencyStats(Record):
-    """Times over all calls of a measurement, in milliseconds.
-
-    `coefficient_of_variation` is the standard deviation over the mean: 0.025 is 2.5 %.
-    """
+    """Times over all calls of a measurement; `coefficient_of_variation` is the standard deviation over the mean."""
 
     mean_ms: Duration
     median_ms: Duration
@@ -22,7 +19,7 @@ class LatencyStats(Record):
 
 
 class Reading(Record):
-    """One quantity of a GPU over a measurement: the lowest, the mean and the highest of its samples."""
+    """One quantity of a GPU, sampled during a measurement."""
 
     lowest: float
     mean: float
@@ -30,17 +27,16 @@ class Reading(Record):
 
 
 class GpuTelemetry(Record):
-    """What NVML reported of a GPU while a latency was measured; None for what it did not report.
+    """Samples by NVML during a latency measurement; None for what it did not report.
 
     Attributes:
         reason: why nothing was reported; None if something was.
-        samples: how often it was asked.
-        sm_clock_mhz, memory_clock_mhz: clocks; `*_limit_mhz` the most that the device can have.
-        clocks: `set`: limited by application clocks; `steady`: the SM clock was the same in every sample, as locked
-            clocks are, which NVML does not report; `floating`: it moved.
-        power_watts: drawn by the board; `power_limit_watts` is the limit in force.
-        temperature_celsius: of the GPU.
-        throttling: the share of the samples, by the reason that NVML gave for lowered clocks; empty if it gave none.
+        samples: their number.
+        sm_clock_mhz, memory_clock_mhz: clocks; `*_limit_mhz` is the device's maximum.
+        clocks: `set`: limited by application clocks; `steady`: the SM clock was the same in every sample, as if locked,
+            which NVML does not report; `floating`: it changed.
+        power_watts: of the board; `power_limit_watts` is the enforced limit.
+        throttling: share of the samples by NVML's reason for lowered clocks; empty if it gave none.
     """
 
     reason: str | None = None
@@ -57,9 +53,9 @@ class GpuTelemetry(Record):
 
 
 class EngineLayer(Record):
-    """One layer of an engine: `kind` and `precision` (of what it reads) are None if the engine does not say.
+    """One layer of an engine: `kind` and `precision` (of its inputs) are None if the engine has no such details.
 
-    `mean_ms` is its time per call by TensorRT's profiler, `share` that over the time of all layers.
+    `mean_ms` is its time per call by TensorRT's profiler, `share` its share of the time of all layers.
     """
 
     name: str
@@ -70,10 +66,7 @@ class EngineLayer(Record):
 
 
 class MissedLayer(Record):
-    """A layer that is quantized in the graph and does not run in INT8 in the engine, and what it does instead.
-
-    `layer` is the node's name in the graph, `weight` that of its weight.
-    """
+    """A layer that is quantized in the graph but not in INT8 in the engine, by the names of its node and weight."""
 
     layer: str
     weight: str
@@ -81,20 +74,19 @@ class MissedLayer(Record):
 
 
 class EngineInspection(Record):
-    """What TensorRT made of a graph.
+    """The layers of an engine.
 
     Attributes:
         engine: the engine's path in the run directory.
         batch: images per call of the inspection.
-        detailed: whether the engine says more about its layers than their names.
-        layers: how many there are; `reformats` and `quantizers` are among them, and only change a layout or a type.
-        precisions: how many of the layers that compute read each type.
-        total_ms: mean time of all layers per call, by the profiler, which slows them down; `reformat_ms` of the
-            reformats.
+        detailed: whether the engine has more details of its layers than their names.
+        layers: their number, including `reformats` and `quantizers`, which only change a layout or a type.
+        precisions: number of computing layers by the type of their inputs.
+        total_ms: mean time of all layers per call, by the profiler, which slows them down; `reformat_ms`: of reformats.
         slowest: the ten that take longest, the longest first.
-        quantized_layers: convolutions and Gemms that are quantized in the graph.
+        quantized_layers: number of convolutions and Gemms that are quantized in the graph.
         missed: those of them that do not run in INT8.
-        notes: whole sentences that say what is not known, and why.
+        notes: sentences on what is missing, and why.
     """
 
     engine: str

@@ -1,15 +1,14 @@
-"""What `report.json` holds (schema 1). Field names are a contract: fields may be added, none may be renamed."""
+"""The content of `report.json` (schema 1). Field names are a contract: fields may be added, none may be renamed."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from clusterq_deploy.errors import ReportError
-from clusterq_deploy.results.base import Count, Duration, Finite, Percent, Record
+from clusterq_deploy.results import Count, Duration, Finite, Percent, Record
 from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats
-from clusterq_deploy.results.features import FeatureInfo
 
 _QUANTILES = 21
 _MOST_DIGITS = 20
@@ -17,10 +16,10 @@ _Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Environment(Record):
-    """Versions and hardware of the machine that measured; None for what is not there.
+    """Versions and hardware of the machine that measured; None if absent.
 
-    `cores` are the logical cores that the process may use. `cpu_int8` names the CPU's instructions for INT8
-    dot products (avx512_vnni, amx_int8, ...): empty if it has none, None if that is not known.
+    `cores` counts the logical cores that the process may use. `cpu_int8` lists the CPU's instructions for INT8 dot
+    products (avx512_vnni, amx_int8, ...): empty if it has none, None if unknown.
     """
 
     python: str
@@ -50,17 +49,16 @@ class ModelInfo(Record):
 
     @property
     def random(self) -> bool:
-        """Whether its weights are random: what is measured then says nothing about a trained model."""
+        """Whether its weights are random: the measurements then say nothing about a trained model."""
         return (self.weights or "").startswith("random (seed ")
 
 
 class CalibrationInfo(Record):
     """The calibration set; the teacher classifies `teacher_top1` percent of the images as labelled.
 
-    `within_class_diversity` is that of the teacher's last BatchNorm inputs. `silhouette` is the mean silhouette
-    coefficient of its penultimate features by class, in [-1, 1]. `losses` are the training curves by name, one
-    value per recorded step. `batch_divisor` is what the batches of synthesis were divided by to fit the memory.
-    `preview_classes` are those of the preview's columns, by number and, if it is known, name.
+    `within_class_diversity` is measured at the inputs of the teacher's last BatchNorm; for `silhouette` see
+    `FeatureSet`. `losses` has the training curves, a value per recorded step. The batches of synthesis were divided by
+    `batch_divisor` to fit the memory. `preview_classes` has a number, and a name if known, per column of the preview.
     """
 
     images: Count
@@ -82,9 +80,9 @@ class ImageNote(Record):
 
 
 class EvaluationInfo(Record):
-    """What accuracy was measured on: `images` of them. `labelled` is False if only agreement has a meaning.
+    """The images that accuracy was measured on. `labelled` is False if only agreement is meaningful.
 
-    `unreadable` more images could not be read and count nowhere; `unreadable_files` names the first of them.
+    `unreadable` more images could not be read and are not counted; `unreadable_files` has the first of them.
     """
 
     dataset: str
@@ -97,8 +95,8 @@ class EvaluationInfo(Record):
 class Accuracy(Record):
     """Percentages, as `runtime` executed the model; top1 and top5 are None without labels.
 
-    `agreement` is the share of images on which the prediction equals the FP32 teacher's. `graph` is the path
-    of the artifact that was executed, None for the torch model.
+    `agreement` is the percentage of images on which the prediction equals the FP32 teacher's. `graph` is the path of
+    the executed artifact, None for the torch model.
     """
 
     runtime: str
@@ -111,7 +109,7 @@ class Accuracy(Record):
 class Artifact(Record):
     """A deployable file; `path` is relative to the run directory.
 
-    `fp16` says whether what is not quantized computes in FP16: in the float baseline, everything.
+    `fp16` says whether layers that are not quantized compute in FP16: in the float baseline, all layers.
     """
 
     kind: Literal["onnx", "engine"]
@@ -126,14 +124,14 @@ class Artifact(Record):
 class Latency(LatencyStats):
     """Time of one inference call of `batch` images, in milliseconds.
 
-    `graph` is the path of the artifact that was executed, None for the torch model. `quantiles_ms` are those of the
-    calls at 0, 0.05, 0.1 and so on to 1. `speedup` is over fp32 that took turns with it, and `speedup_low` to
-    `speedup_high` are its interval of 95 %; None if they took no turns, or too few.
+    `graph` is the path of the executed artifact, None for the torch model. `quantiles_ms` are at 0, 0.05, 0.1 and so on
+    to 1. `speedup` is relative to fp32 timed in alternation, `speedup_low` to `speedup_high` its 95 % interval; None if
+    the two were not alternated, or too few times.
 
-    Only engines have the rest. Their time is the sum of three parts by CUDA events, `host_to_device`, `compute` and
-    `device_to_host`; `enqueue` is what the host takes to start the computation, by replaying a CUDA graph if
-    `cuda_graph` says so. `images_per_second` is by `wall_seconds`, from the first call to the end of the last.
-    `trtexec` is the command that repeats the measurement.
+    The other fields are set for engines only. Their time is the sum of `host_to_device`, `compute` and
+    `device_to_host`, by CUDA events; `enqueue` is the host's time to start the computation, by replaying a CUDA graph
+    if `cuda_graph`. `images_per_second` is computed from `wall_seconds`, from the first call to the end of the last.
+    The command `trtexec` repeats the measurement.
     """
 
     runtime: str
@@ -171,7 +169,7 @@ class LayerNote(Record):
 
 
 class LayerSensitivity(Record):
-    """What it costs to quantize only one layer, at `bits`, on synthetic images: KL in nats, percentages."""
+    """The cost of quantizing only this layer, on synthetic images: KL in nats, percentages."""
 
     layer: str
     bits: str
@@ -181,12 +179,11 @@ class LayerSensitivity(Record):
 
 
 class Histogram(Record):
-    """Values in steps of their grid, so that the grid's are the integers from `low` to `high`.
+    """Values in units of the quantization step: the grid has the integers from `low` to `high`.
 
     `steps` are the smallest and the largest step of an output channel, equal if the tensor has one step. Bin i of
-    `counts` begins at `start` + i * `width`, in steps; a bin is within one step or covers whole ones, so none mixes
-    clipped values with others, and the outermost two hold what is beyond, too. `clipped` is the share of the values, in
-    [0, 1], that the grid cuts off.
+    `counts` begins at `start` + i * `width`; a bin is within one step or covers whole steps, so none mixes clipped
+    values with others. The outermost two also count values beyond them. `clipped` is the share of clipped values.
     """
 
     low: int = Field(ge=-128, le=0)
@@ -199,7 +196,7 @@ class Histogram(Record):
 
 
 class LayerHistograms(Record):
-    """The weight of a quantized layer, and the activation that it reads: the FP32 model's, in a variant's channels."""
+    """The weight and the input of a quantized layer: the FP32 model's, equalized as in the variant."""
 
     layer: str
     weight: Histogram
@@ -209,12 +206,11 @@ class LayerHistograms(Record):
 class Variant(Record):
     """One bit-width setting of the model (`w4a4`), or the float baseline (`fp32`).
 
-    `keep` are widths of single layers that differ from it. `expected_drop` is the drop in top-1, in points, that was
-    expected of these widths before fine-tuning, if a bound, `max_drop`, was asked for. `batch_divisor` is what the
-    batches of fine-tuning were divided by to fit the memory. `histograms` are of the quantized layers, in order of
-    execution. `kept_step` is the step of fine-tuning whose weights were kept, 0 if none brought the student nearer
-    to the teacher on held-out images than it was before; None if nothing was tuned. `cpu` says which CPUs the graph
-    for ONNX Runtime is made for: `any`, or those with `vnni`, as on others its sums saturate; None for the baseline.
+    `keep` has the layers with other widths. `expected_drop` is the drop in top-1, in points, that was expected before
+    fine-tuning, if a bound, `max_drop`, was set. The batches of fine-tuning were divided by `batch_divisor` to fit the
+    memory. `histograms` has the quantized layers in order of execution. `kept_step` is the step of fine-tuning whose
+    weights were used: 0 if none improved on the start on held-out images, None if nothing was tuned. `cpu` is the
+    target of the graph for ONNX Runtime: `any`, or `vnni`, without which its sums saturate; None for the baseline.
     """
 
     name: str
@@ -236,6 +232,58 @@ class Variant(Record):
     cpu: Literal["any", "vnni"] | None = None
 
 
+class Points(Record):
+    """Projected images: image i of class `labels[i]` is at (`x[i]`, `y[i]`), rounded to two decimals."""
+
+    x: list[Finite] = Field(default_factory=list)
+    y: list[Finite] = Field(default_factory=list)
+    labels: list[int] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        if not len(self.x) == len(self.y) == len(self.labels):
+            raise ValueError(f"x, y and labels differ in length: {len(self.x)}, {len(self.y)}, {len(self.labels)}")
+        return self
+
+
+class FeatureSet(Record):
+    """The teacher's penultimate features of `images` images of `classes` classes.
+
+    `silhouette` is the mean silhouette coefficient by class, in [-1, 1]; `within_class_diversity` the share of the
+    variance within classes, in [0, 1]; None if undefined.
+    """
+
+    dataset: str
+    images: int
+    classes: int
+    silhouette: float | None = None
+    within_class_diversity: float | None = None
+    points: Points = Points()
+
+
+class Projection(Record):
+    """The method that projected features to two coordinates."""
+
+    method: str
+    parameters: dict[str, float | int | str] = Field(default_factory=dict)
+
+
+class FeatureInfo(Record):
+    """Synthetic and real images, compared by the teacher's penultimate features, `width` of them.
+
+    `real` is None without labelled images; both sets share one `projection`. `density` and `coverage` (arXiv
+    2002.09797, k = 5) say how the synthetic features cover the real ones. `notes` are sentences on what is missing.
+    """
+
+    width: int
+    synthetic: FeatureSet
+    real: FeatureSet | None = None
+    density: float | None = None
+    coverage: float | None = None
+    projection: Projection | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
 class Skipped(Record):
     """A stage or a runtime that was left out, and why."""
 
@@ -244,9 +292,9 @@ class Skipped(Record):
 
 
 class Report(Record):
-    """The whole of `report.json`. Extra keys of a newer writer are ignored on reading.
+    """The whole of `report.json`.
 
-    `command` is the command line that did the last stage, `commands` are all that did one, each once, in order.
+    `command` is the command line that ran the last stage; `commands` has all that ran a stage, each once, in order.
     """
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -273,16 +321,16 @@ def read_report(path: Path) -> Report:
     """Read a `report.json`.
 
     Raises:
-        ReportError: the file cannot be read, is no JSON, or is no report of schema 1.
+        ReportError: the file cannot be read, is not JSON, or is not a report of schema 1.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without an end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ReportError(f"{path} is not JSON ({error}): give the report.json of a run") from error
     if not isinstance(content, dict) or "schema" not in content:
-        raise ReportError(f'{path} is no report: it has no "schema"; give the report.json of a run')
+        raise ReportError(f'{path} is not a report: it has no "schema"; give the report.json of a run')
     if content["schema"] != 1:
         raise ReportError(
             f"{path} has schema {content['schema']!r}, this version reads schema 1: "
@@ -293,11 +341,11 @@ def read_report(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise ReportError(f"{path} is no report of schema 1: {field}: {first['msg']}") from error
+        raise ReportError(f"{path} is not a report of schema 1: {field}: {first['msg']}") from error
 
 
 def _integer(digits: str) -> int:
-    """Return an integer of JSON that other readers accept too, and that fits a float."""
+    """Parse an integer of JSON; raise ValueError if it may not fit a float."""
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"an integer has {len(digits)} digits")
     return int(digits)

@@ -1,16 +1,16 @@
-"""What the stages of a run find: a record for each kind of stage, which the manifest keeps as JSON."""
+"""The results of the stages of a run: a record for each kind of stage, which the manifest stores as JSON."""
 
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer
 
-from clusterq_deploy.results.base import Count, Percent, Record
+from clusterq_deploy.results import Count, Percent, Record
 from clusterq_deploy.results.engines import EngineInspection
-from clusterq_deploy.results.features import FeatureInfo
 from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
     Environment,
+    FeatureInfo,
     ImageNote,
     Latency,
     LayerHistograms,
@@ -20,7 +20,7 @@ from clusterq_deploy.results.report import (
 
 
 class StageResult(Record):
-    """What a stage found. A field that was not set is left out of the manifest, and has its default when read."""
+    """The result of a stage. Fields that were not set are left out of the manifest."""
 
     @model_serializer(mode="wrap")
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -42,17 +42,17 @@ class SynthesisResult(StageResult):
 class Divergence(Record):
     """How far a quantized model is from the teacher on images.
 
-    The expected drop is what top-1 would lose if the teacher's probabilities were the truth: the mean of p(the
-    teacher's class) - p(the student's class). No label is needed; an overconfident teacher makes it too high.
+    The expected drop, in points, is the mean of p(the teacher's class) - p(the student's class) under the teacher's
+    probabilities. It requires no labels; an overconfident teacher makes it too high.
     """
 
     kl: float  # mean KL(teacher || student), in nats
     agreement: float  # percentage of images with the same top-1
-    expected_drop: float  # in points
+    expected_drop: float
 
 
 class Sensitivity(Record):
-    """What it costs to quantize only one layer, its weight and what it reads, at `bits`; all others in float."""
+    """The cost of quantizing only one layer, its weight and its input, at `bits`."""
 
     layer: str
     bits: str
@@ -66,7 +66,7 @@ class SensitivityResult(StageResult):
 
 
 class QuantizeResult(StageResult):
-    """How a student was made; see `Variant`, for pairs, errors and shifts `PTQResult`. `format` is that of its file."""
+    """How a student was made, in a file of this `format`; see `Variant` and `PTQResult`."""
 
     format: int
     cpu: Literal["any", "vnni"] | None = None
@@ -85,7 +85,7 @@ class QuantizeResult(StageResult):
 
 
 class ExportResult(StageResult):
-    """The graphs. `no_fp16` says why FP32 has none in FP16; `verification` has the checks of a variant's, by file."""
+    """The graphs. `no_fp16` says why FP32 has none in FP16; `verification` has a variant's checks by file."""
 
     artifacts: list[Artifact]
     no_fp16: str | None = None
@@ -103,7 +103,7 @@ class BuildResult(StageResult):
 
 
 class UnreadableImages(Record):
-    """How many of the `total` images of a set cannot be read, and the first of them."""
+    """The number of the `total` images of a set that cannot be read, and the first of them."""
 
     count: Count
     total: Count
@@ -111,16 +111,16 @@ class UnreadableImages(Record):
 
 
 class EvaluationResult(StageResult):
-    """The accuracy in each runtime; `unreadable` is None in manifests from before it was kept."""
+    """The accuracy in each runtime; `unreadable` is None in older manifests."""
 
     accuracy: list[Accuracy]
     unreadable: UnreadableImages | None = None
 
 
 class FeaturesResult(StageResult):
-    """The comparison, or why there is none; `inputs` are the real images that it is of.
+    """The comparison with the real images `inputs`, or why there is none.
 
-    `provisional` says that another process may be able to do it: the memory was not enough.
+    `provisional` says that there was not enough memory, so a later process may try again.
     """
 
     inputs: dict[str, str | int | None]
@@ -130,7 +130,7 @@ class FeaturesResult(StageResult):
 
 
 class BenchmarkResult(StageResult):
-    """Latencies and engines by variant, what measured them, and what was left out; `provisional` as for features."""
+    """Latencies and engines by variant, the machine, and what was skipped; for `provisional` see `FeaturesResult`."""
 
     latency: dict[str, list[Latency]]
     environment: Environment
@@ -144,7 +144,6 @@ class BenchmarkResult(StageResult):
 
 
 def latency_values(latency: Latency) -> dict[str, Any]:
-    """Return a latency as JSON values, without what was not measured except `graph` and `threads` if they were set."""
-    named: list[str] = [name for name in ("graph", "threads") if name in latency.model_fields_set]
-    values = latency.model_dump(mode="json", exclude_none=True, exclude=set(named))
-    return {**values, **{name: getattr(latency, name) for name in named}}
+    """Return a latency as JSON values, without those that are None except `graph` and `threads` if they were set."""
+    named = {name: getattr(latency, name) for name in ("graph", "threads") if name in latency.model_fields_set}
+    return latency.model_dump(mode="json", exclude_none=True, exclude={"graph", "threads"}) | named

@@ -4,7 +4,7 @@ from clusterq_deploy.errors import FeatureError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.features import compare_features
 from clusterq_deploy.oom import retry_on_oom
-from clusterq_deploy.results.features import FeatureInfo
+from clusterq_deploy.results.report import FeatureInfo
 from clusterq_deploy.results.stages import FeaturesResult
 from clusterq_deploy.run.run import EVALUATION_BATCH, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs

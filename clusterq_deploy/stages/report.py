@@ -8,8 +8,8 @@ from typing import Any
 from calib.calibration_set import CalibrationSet, previewed_classes
 from clusterq_deploy.report.html import to_html
 from clusterq_deploy.report.markdown import to_markdown
+from clusterq_deploy.results import Record
 from clusterq_deploy.results import report as records
-from clusterq_deploy.results.base import Record
 from clusterq_deploy.results.report import Report, Skipped
 from clusterq_deploy.results.stages import BenchmarkResult, ExportResult, FeaturesResult, StageResult
 from clusterq_deploy.run.run import FP32, IMAGES, PREVIEW, Run

@@ -1,7 +1,6 @@
-"""The commands that need no run: what starts one, and what looks at models and files."""
+"""The commands that need no run directory (what starts a run, looks at models and files), and the report of runs."""
 
 import glob
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli import doctor, options, reports, stages
+from cli import doctor, options, stages
 
 if TYPE_CHECKING:
     from clusterq_deploy.config.run_config import RunConfig
 
 
 def _default_out(config: "RunConfig") -> Path:
-    """Return the newest folder of a run like this one that did not come to its end; else a new one."""
+    """Return the newest folder of an unfinished run of the same configuration; else a new one."""
     slug = config.model.rpartition(":")[2].rpartition("/")[2]
-    for earlier in sorted(Path("runs").glob(f"{glob.escape(slug)}-*"), reverse=True):
-        file = earlier / "run.toml"
-        if file.is_file() and not (earlier / "report.html").exists() and file.read_text() == config.to_toml():
-            click.echo(f"Goes on in {earlier}, where the same run did not come to its end.", err=True)
-            return earlier
+    for folder in sorted(Path("runs").glob(f"{glob.escape(slug)}-*"), reverse=True):
+        file = folder / "run.toml"
+        if file.is_file() and not (folder / "report.html").exists() and file.read_text() == config.to_toml():
+            click.echo(f"Resuming the unfinished run in {folder}.", err=True)
+            return folder
     return Path("runs") / f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -38,44 +37,33 @@ def _default_out(config: "RunConfig") -> Path:
     options.run_options,
     options.out_option,
     options.config_option,
-    click.option(
-        "--dry-run", is_flag=True, help="Show what would be done and roughly how long it takes; write nothing."
-    ),
+    click.option("--dry-run", is_flag=True, help="Show the stages and roughly how long they take; write nothing."),
 )
 def run(
     ctx: click.Context, /, out: Path | None, config_file: Path | None, dry_run: bool, as_json: bool, **_: Any
 ) -> None:
     """Do everything: synthesize, quantize, export, build, evaluate, features, benchmark, report.
 
-    MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. Given again, a run
-    goes on where it stopped; with the same --out a changed option redoes what depends on it.
+    MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. The same command resumes
+    an interrupted run; with the same --out a changed option redoes the stages that depend on it.
     """
     from cli import render
     from clusterq_deploy.plan import plan
-    from clusterq_deploy.report.text import summary
 
     config = options.config_of(ctx, config_file)
     out = out or _default_out(config)
     if dry_run:
         planned = plan(config, out, progress=render.LiveProgress(ctx.obj["quiet"]))
         if as_json:
-            render.print_json(json.dumps({"run": str(out), **asdict(planned)}, indent=2))
+            render.print_json({"run": str(out), **asdict(planned)})
         else:
-            render.print_table(render.plan_table(planned))
-            for line in render.plan_lines(planned):
-                render.print_line(line)
+            render.print_plan(planned)
         return
-    pipeline = stages.pipeline_of(ctx, config, out)
-    report = pipeline.run()
+    report = stages.pipeline_of(ctx, config, out).run()
     if as_json:
-        render.print_json(report.to_json())
-        return
-    render.print_table(render.report_table(report))
-    for line in (summary(report), *render.conclusions(report)):
-        render.print_line(line)
-    for skipped in report.skipped:
-        render.print_line(f"Skipped {skipped.stage}: {skipped.reason}")
-    render.print_line(f"Report: {pipeline.directory.path / 'report.html'}")
+        render.print_text(report.to_json())
+    else:
+        render.print_report(report, out)
 
 
 @options.command(
@@ -98,18 +86,61 @@ def synthesize(ctx: click.Context, /, out: Path | None, config_file: Path | None
     path = pipeline.directory.path
     figures = record.result.model_dump(mode="json", exclude={"losses"}) | {"seconds": record.seconds}
     if as_json:
-        render.print_json(json.dumps({**figures, "run": str(path), "files": list(record.files)}))
-        return
-    render.print_table(render.rows_table([figures]))
-    render.print_line(f"Images: {path / IMAGES}\nPreview: {path / PREVIEW}")
+        render.print_json({**figures, "run": str(path), "files": list(record.files)})
+    else:
+        render.show([figures], as_json)
+        render.print_line(f"Images: {path / IMAGES}\nPreview: {path / PREVIEW}")
 
 
-@options.command(click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx"))
+@options.command(
+    click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN..."),
+    click.option("--compare", is_flag=True, help="Show the reports of several runs side by side; write nothing."),
+    click.option("--markdown", is_flag=True, help="Print Markdown tables."),
+    click.option("--csv", is_flag=True, help="Print CSV: a row per variant and file, with all numbers."),
+)
+def report(
+    ctx: click.Context, /, runs: tuple[Path, ...], compare: bool, as_json: bool, markdown: bool, csv: bool
+) -> None:
+    """Write report.json, report.md and report.html of RUN from the stages that are finished.
+
+    With --compare, show the existing reports of several runs side by side instead.
+    """
+    from cli import render
+    from clusterq_deploy.report.compare import compare as compare_reports
+    from clusterq_deploy.report.compare import read_reports
+
+    forms = [name for name, given in (("json", as_json), ("markdown", markdown), ("csv", csv)) if given]
+    if len(forms) > 1:
+        raise click.UsageError(f"{' and '.join(f'--{name}' for name in forms)} exclude each other: give one", ctx)
+    if compare:
+        comparison = compare_reports(read_reports(list(runs)))
+    elif len(runs) > 1:
+        raise click.UsageError(f"got {len(runs)} runs, expected one: add --compare to show them side by side", ctx)
+    else:
+        written = stages.resume(ctx, runs[0]).report()
+        if as_json:
+            render.print_text(written.to_json())
+            return
+        if not forms:
+            render.print_report(written, runs[0])
+            return
+        comparison = compare_reports({runs[0].resolve().name: written})
+    if forms:
+        convert = {"json": comparison.to_json, "csv": comparison.to_csv, "markdown": comparison.to_markdown}
+        render.print_text(convert[forms[0]]())
+    else:
+        for table in comparison.tables():
+            render.print_table(render.rich_table(table))
+        for note in comparison.notes:
+            render.print_line(note)
+
+
+@options.command(click.argument("file", type=options.PATH, metavar="FILE.onnx"))
 def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
     """Check FILE.onnx, of any exporter, against TensorRT's rules for quantized graphs, and for sums that saturate.
 
-    No TensorRT is needed. Ends with 1 if TensorRT would refuse the graph. Warnings are about speed, and about layers
-    whose integer sums leave 16 bits in ONNX Runtime on x86 CPUs without VNNI: they compute something else there.
+    TensorRT is not needed. The exit code is 1 if TensorRT would refuse the graph. Warnings are about speed, and about
+    layers whose integer sums exceed 16 bits in ONNX Runtime on x86 CPUs without VNNI, where they saturate.
     """
     from cli import render
     from clusterq_deploy.files import read_graph
@@ -136,9 +167,9 @@ def models(_: click.Context, /, as_json: bool) -> None:
 
     entries = available_models()
     if as_json:
-        render.print_json(json.dumps([asdict(entry) for entry in entries], indent=2))
+        render.print_json([asdict(entry) for entry in entries])
     else:
         render.print_table(render.models_table(entries))
 
 
-ALL: list[click.Command] = [run, synthesize, *stages.ALL, reports.report, check, models, doctor.doctor]
+ALL: list[click.Command] = [run, synthesize, *stages.ALL, report, check, models, doctor.doctor]

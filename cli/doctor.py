@@ -1,6 +1,6 @@
-"""`clusterq doctor`: each thing that a run may need, tried out, not only looked up.
+"""`clusterq doctor`: tests each thing that a run may need.
 
-Whatever is slow to load or may crash is tried in processes of their own, all at the same time; see `cli.probe`.
+Parts that are slow to load or may crash are tested in separate processes, all at the same time; see `cli.probe`.
 """
 
 import ctypes
@@ -21,18 +21,17 @@ from typing import TYPE_CHECKING
 import click
 
 from cli import options
-from cli.probe import ESSENTIAL, GPU_PROVIDERS, TENSORRT, Finding, State, gib, guarded, tensorrt_remedy
+from cli.probe import ESSENTIAL, GPU_PROVIDERS, TENSORRT, Finding, gib, guarded, tensorrt_remedy
 
 if TYPE_CHECKING:
     from calib.support.progress import Progress
 
-_LIMIT = 60.0
-"""Seconds that a part may take: on a cold disk torch alone takes half of them."""
+_LIMIT = 60.0  # seconds for a part: on a cold disk importing torch takes half of them
 
-_OWED = {**ESSENTIAL, **{name: (row,) for name, row in GPU_PROVIDERS.items()}, "tensorrt": (TENSORRT,)}
-"""The findings of each part, as they are reported if the part does not answer."""
+_EXPECTED = {**ESSENTIAL, **{name: (row,) for name, row in GPU_PROVIDERS.items()}, "tensorrt": (TENSORRT,)}
+"""The findings of each part, as they are reported if the part fails."""
 
-_TITLES = {part: rows[0].name for part, rows in _OWED.items()} | {
+_TITLES = {part: rows[0].name for part, rows in _EXPECTED.items()} | {
     "library": "torch and clusterq-deploy",
     "runtime": "ONNX Runtime",
 }
@@ -44,7 +43,7 @@ REQUIRABLE = {
     "onnxruntime-tensorrt": "ONNX Runtime, Tensorrt",
     "timm": "timm",
 }
-"""What a run can do without and a user may require, and the first words of its findings' names."""
+"""Optional parts that a user may require, and the first words of the names of their findings."""
 
 _TEMPORARY = "disk for temporary files"
 _ENOUGH_MEMORY, _ENOUGH_DISK = 2e9, 2e9  # bytes; the bundled model's run takes 1.7 GB of memory
@@ -57,40 +56,39 @@ _COLOURS = re.compile(r"\x1b\[[\d;]*m")
         "--require",
         multiple=True,
         type=click.Choice(list(REQUIRABLE)),
-        help="End with 1 if this does not work either; may be repeated.  [default: none]",
+        help="Also exit with 1 if this does not work; may be repeated.  [default: none]",
     )
 )
 def doctor(ctx: click.Context, /, require: tuple[str, ...], as_json: bool) -> None:
-    """Try out what a run needs on this machine, and say what fixes what is missing.
+    """Test what a run needs on this machine, and show how to fix what is missing.
 
-    Slow parts are tried at the same time, each in a process of its own, which is ended after 60 seconds.
+    Slow parts are tested at the same time, each in a separate process, which is killed after 60 seconds.
 
-    Ends with 0 if runs work, at least on the CPU, and with 1 if something is broken that they cannot do without, or
-    that --require names: it can be a container's health check.
+    The exit code is 0 if runs work, at least on the CPU, and 1 if an essential part, or one in --require, does not:
+    the command can be a container's health check.
     """
     from cli import render
 
     findings = diagnose(Path.cwd(), render.LiveProgress(ctx.obj["quiet"]))
-    lacking = unmet(findings, require)
-    works = healthy(findings) and not lacking
+    missing = unmet(findings, require)
+    works = healthy(findings) and not missing
     if as_json:
         rows = [asdict(finding) for finding in findings]
-        answer = {"healthy": works, "required": list(require), "unmet": lacking, "findings": rows}
-        render.print_json(json.dumps(answer, indent=2))
+        render.print_json({"healthy": works, "required": list(require), "unmet": missing, "findings": rows})
     else:
         render.print_table(render.findings_table(findings))
         for finding in findings:
             if finding.remedy and finding.state != "ok":
                 render.print_line(f"{finding.name}: {finding.remedy}")
         render.print_line("Runs work here." if healthy(findings) else "Runs do not work here: fix what is broken.")
-        if lacking:
-            render.print_line(f"Required, and does not work: {', '.join(lacking)}.")
+        if missing:
+            render.print_line(f"Required, but does not work: {', '.join(missing)}.")
     if not works:
         ctx.exit(1)
 
 
 def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
-    """Look at everything, on behalf of runs in `folder`. Takes as long as the import of torchvision: seconds."""
+    """Check everything for runs in `folder`. This takes as long as importing torchvision: seconds."""
     from concurrent.futures import ThreadPoolExecutor
 
     parts = [*ESSENTIAL]
@@ -100,19 +98,19 @@ def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
         parts.append("tensorrt")
     with progress.task("Doctor", len(parts)) as advance, ThreadPoolExecutor(len(parts)) as pool:
 
-        def try_out(part: str) -> list[Finding]:
+        def test(part: str) -> list[Finding]:
             with progress.task(_TITLES[part], 1) as end:
-                answer = ask(part)
+                findings = run_probe(part)
                 end()
             advance()
-            return answer
+            return findings
 
-        answers = dict(zip(parts, pool.map(try_out, parts), strict=True))
-    tensorrt = answers.pop("tensorrt", [])
-    by_name = {finding.name: finding for answer in answers.values() for finding in answer}  # what was tried counts
+        findings = dict(zip(parts, pool.map(test, parts), strict=True))
+    tensorrt = findings.pop("tensorrt", [])
+    by_name = {row.name: row for rows in findings.values() for row in rows}  # of a provider: tested overrides listed
     driver = by_name.get("NVIDIA driver")
     return [
-        Finding("Python", "ok", platform.python_version(), "everything", essential=True),
+        Finding("Python", "ok", platform.python_version(), "all commands", essential=True),
         *by_name.values(),
         _with_remedy(tensorrt, driver.found if driver and driver.state == "ok" else None),
         *guarded("memory", memory),
@@ -121,10 +119,10 @@ def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
     ]
 
 
-def ask(part: str, limit: float = _LIMIT) -> list[Finding]:
-    """Try a part in a process of its own, which is killed if it takes longer than `limit` seconds.
+def run_probe(part: str, limit: float = _LIMIT) -> list[Finding]:
+    """Test a part in a separate process, which is killed after `limit` seconds.
 
-    If it does not come to its end, the findings that it owes say why.
+    If the process fails, the findings that are missing have the reason.
     """
     command, reason = [sys.executable, "-m", "cli.probe", part], None
     try:
@@ -133,10 +131,10 @@ def ask(part: str, limit: float = _LIMIT) -> list[Finding]:
         if done.returncode:
             reason = probe_reason(done.returncode, done.stderr.decode(errors="replace"))
     except subprocess.TimeoutExpired as late:
-        output, reason = late.stdout or b"", f"gives no answer in {limit:g} s"
+        output, reason = late.stdout or b"", f"no answer within {limit:g} s"
     lines = output.decode(errors="replace").split("\n")[:-1]  # the last is empty, or was cut off
     findings = [Finding(**json.loads(line)) for line in lines]
-    return findings if reason is None else [*findings, *_owed(part, findings, reason)]
+    return findings if reason is None else [*findings, *missing_findings(part, findings, reason)]
 
 
 def probe_reason(code: int, log: str) -> str:
@@ -148,23 +146,22 @@ def probe_reason(code: int, log: str) -> str:
     return " ".join(logged.rpartition("] ")[2].rpartition(" with error: ")[2].split())
 
 
-def _owed(part: str, findings: list[Finding], reason: str) -> list[Finding]:
-    """Return the findings that a part did not come to, with the reason; always one of an essential part."""
+def missing_findings(part: str, findings: list[Finding], reason: str) -> list[Finding]:
+    """Return the expected findings that a part did not report, with the reason; for an essential part at least one."""
     names = {finding.name for finding in findings}
-    owed = [row for row in _OWED[part] if row.name not in names]
-    if not owed and part in ESSENTIAL:
-        owed = [Finding(_TITLES[part], "broken", "", "what it would have said next")]
-    return [replace(row, found=reason) for row in owed]
+    missing = [row for row in _EXPECTED[part] if row.name not in names]
+    if not missing and part in ESSENTIAL:
+        missing = [Finding(_TITLES[part], "broken", "", "its remaining checks")]
+    return [replace(row, found=reason) for row in missing]
 
 
 def _with_remedy(tensorrt: list[Finding], driver: str | None) -> Finding:
-    """Return the finding of TensorRT, with what installs one that fits the driver if it does not work."""
+    """Return the finding of TensorRT; if it does not work, with the command that installs one for this driver."""
     if not tensorrt:
         return replace(TENSORRT, state="absent", found="not installed", remedy=tensorrt_remedy(driver, again=False))
     (finding,) = tensorrt
-    if finding.state == "ok" or finding.remedy:
-        return finding
-    return replace(finding, remedy=tensorrt_remedy(driver, again=True))
+    complete = finding.state == "ok" or finding.remedy
+    return finding if complete else replace(finding, remedy=tensorrt_remedy(driver, again=True))
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -173,13 +170,13 @@ def healthy(findings: list[Finding]) -> bool:
 
 
 def unmet(findings: list[Finding], required: tuple[str, ...]) -> list[str]:
-    """Return those of the required things, by their names in `REQUIRABLE`, that work by no finding."""
+    """Return the required parts, by their names in `REQUIRABLE`, that no finding says to work."""
     working = [f"{finding.name} " for finding in findings if finding.state == "ok"]
-    return [name for name in required if not any(own.startswith(f"{REQUIRABLE[name]} ") for own in working)]
+    return [part for part in required if not any(name.startswith(f"{REQUIRABLE[part]} ") for name in working)]
 
 
 def _has_driver() -> bool:
-    """Return whether there is anything of an NVIDIA driver, so that GPU providers are worth a try."""
+    """Return whether any part of an NVIDIA driver is installed, so that testing GPU providers makes sense."""
     if shutil.which("nvidia-smi"):
         return True
     try:
@@ -190,7 +187,7 @@ def _has_driver() -> bool:
 
 
 def memory() -> Iterator[Finding]:
-    """Look at the memory that is free."""
+    """Check the free memory."""
     import psutil
 
     state, limit = psutil.virtual_memory(), memory_limit()
@@ -204,7 +201,7 @@ def memory() -> Iterator[Finding]:
 
 
 def memory_limit(files: tuple[str, ...] = _CGROUP_LIMITS) -> int | None:
-    """Return the bytes of memory that the container may use, None without a limit."""
+    """Return the container's memory limit in bytes, None without one."""
     for file in files:
         try:
             text = Path(file).read_text().strip()
@@ -215,14 +212,11 @@ def memory_limit(files: tuple[str, ...] = _CGROUP_LIMITS) -> int | None:
 
 
 def disk(folder: Path | None = None) -> Iterator[Finding]:
-    """Look at the disk of a folder, or of temporary files, by writing a file."""
-    name, purpose, remedy = (
-        "disk here",
-        "run directories: about 1 GB for an ImageNet model",
-        "give --out another folder",
-    )
+    """Check the disk of a folder, or of temporary files, by writing a file."""
     if folder is None:
-        name, purpose, remedy = _TEMPORARY, "graphs while they are verified", "export TMPDIR=ANOTHER_FOLDER"
+        name, purpose, remedy = _TEMPORARY, "graphs during verification", "export TMPDIR=ANOTHER_FOLDER"
+    else:
+        name, purpose, remedy = "disk here", "about 1 GB for a run of an ImageNet model", "give --out another folder"
     row = Finding(name, "broken", "", purpose, remedy, essential=folder is None)
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -230,6 +224,5 @@ def disk(folder: Path | None = None) -> Iterator[Finding]:
     except OSError as error:
         yield replace(row, found=f"{folder or 'TMPDIR'} cannot be written: {error.strerror or error}")
         return
-    enough = free >= _ENOUGH_DISK
-    state: State = "ok" if enough else "low"
-    yield replace(row, state=state, found=f"{gib(free)} free", remedy=None if enough else remedy)
+    low = free < _ENOUGH_DISK
+    yield replace(row, state="low" if low else "ok", found=f"{gib(free)} free", remedy=remedy if low else None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Parsed(click.ParamType[Any]):
-    """Text that a function turns into a value of another type; a ValueError means that the text is not of its form."""
+    """Text of the form `name`, which a function parses, or raises ValueError."""
 
-    def __init__(self, name: str, parse: Callable[[str], Any], form: str) -> None:
-        self.name, self._parse, self._form = name, parse, form
+    def __init__(self, name: str, parse: Callable[[str], Any], example: str) -> None:
+        self.name, self._parse, self._example = name, parse, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value of a text."""
@@ -27,24 +28,24 @@ class Parsed(click.ParamType[Any]):
         try:
             return self._parse(value)
         except ValueError:
-            return self.fail(f"{value!r} is no {self._form}", param, ctx)
+            return self.fail(f"{value!r} is not of the form {self.name}, such as {self._example}", param, ctx)
 
 
 class Word(click.Choice[str]):
-    """One of a few words; a misspelled one is answered with the nearest."""
+    """One of a few words; the error of a misspelled one suggests the nearest."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the word."""
         near = get_close_matches(str(value).lower(), self.choices, n=1)
         if value not in self.choices and near:
-            known = ", ".join(repr(word) for word in self.choices)
-            return self.fail(f"{value!r} is not one of {known}; did you mean {near[0]!r}?", param, ctx)
+            choices = ", ".join(map(repr, self.choices))
+            return self.fail(f"{value!r} is not one of {choices}; did you mean {near[0]!r}?", param, ctx)
         return super().convert(value, param, ctx)
 
 
 def _batch(text: str) -> tuple[int, ...]:
-    smallest, tuned_for, largest = text.split(":")
-    return int(smallest), int(tuned_for), int(largest)
+    smallest, best, largest = map(int, text.split(":"))
+    return smallest, best, largest
 
 
 def _layer_bits(text: str) -> tuple[str, int]:
@@ -52,15 +53,15 @@ def _layer_bits(text: str) -> tuple[str, int]:
     return layer, int(bits)
 
 
-_INTEGERS = Parsed("n,n,...", lambda text: tuple(map(int, text.split(","))), "list of numbers such as 3,224,224")
-_NUMBERS = Parsed("n,n,...", lambda text: tuple(map(float, text.split(","))), "list of numbers such as 0.5,0.5,0.5")
-_BATCH = Parsed("min:opt:max", _batch, "smallest, tuned-for and largest batch such as 1:8:32")
-_LAYER_BITS = Parsed("layer=bits", _layer_bits, "layer and its bits such as layer1.0.conv1=8")
-_PATH = click.Path(path_type=Path)
+_INTEGERS = Parsed("n,n,...", lambda text: tuple(map(int, text.split(","))), "3,224,224")
+_NUMBERS = Parsed("n,n,...", lambda text: tuple(map(float, text.split(","))), "0.5,0.5,0.5")
+_BATCH = Parsed("min:opt:max", _batch, "1:8:32")
+_LAYER_BITS = Parsed("layer=bits", _layer_bits, "layer1.0.conv1=8")
+PATH = click.Path(path_type=Path)
 
 
 def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "RunConfig":
-    """Return the configuration of a file, if any, with `more` and the options of the command line on top.
+    """Return the configuration of a file, if any, overridden by `more` and the options of the command line.
 
     Raises:
         ConfigError: a setting is wrong, or there is no model.
@@ -70,7 +71,7 @@ def config_of(ctx: click.Context, file: Path | None = None, **more: Any) -> "Run
     from clusterq_deploy.errors import ConfigError
 
     settings = read_settings(file) if file else {}
-    if file:  # what is wrong in the file is found before options replace it
+    if file:  # report errors in the file before options override it
         make_config({"model": "", **settings}, origin=str(file))
     settings |= more
     for name, value in ctx.params.items():
@@ -120,17 +121,17 @@ widths_options = _all(
     click.option(
         "--cpu",
         type=Word(["any", "vnni"]),
-        help="CPUs that ONNX Runtime's graph is for: any, or those with VNNI, which lets weights have all 8 bits; "
+        help="CPUs that ONNX Runtime's graph is for: any, or only those with VNNI, where weights may have all 8 bits; "
         "without VNNI such a graph saturates.  [default: any]",
     ),
-    click.option("--first-last", is_flag=True, help="Give the first and last layers those bits too, not 8."),
+    click.option("--first-last", is_flag=True, help="Quantize the first and last layers to these bits too, not to 8."),
     click.option(
         "--keep",
         type=_LAYER_BITS,
         multiple=True,
         callback=lambda _ctx, _param, pairs: dict(pairs),
         metavar="LAYER=BITS",
-        help="Give a layer bits of its own, such as 8; may be repeated.",
+        help="Quantize one layer to other bits, such as 8; may be repeated.",
     ),
 )
 quantize_options = _all(
@@ -143,14 +144,14 @@ quantize_options = _all(
     ),
 )
 fp16_option = click.option(
-    "--fp16", is_flag=True, help="Let TensorRT compute in FP16 what is not quantized, by the types in its graph."
+    "--fp16", is_flag=True, help="Use FP16 in TensorRT's graph for layers that are not quantized."
 )
 build_options = _all(
     click.option(
         "--batch",
         type=_BATCH,
         metavar="MIN:OPT:MAX",
-        help="Smallest, tuned-for and largest batch of an engine; a run adds those that it times.  [default: 1:8:32]",
+        help="Smallest, optimal and largest batch of an engine; a run includes those of --batches.  [default: 1:8:32]",
     ),
     click.option(
         "--workspace",
@@ -165,7 +166,7 @@ build_options = _all(
     click.option(
         "--timing-cache",
         metavar="FILE|none",
-        help="What TensorRT measured in earlier builds; `none` for no file. Level 0 uses none.  "
+        help="File with timings of earlier builds; `none` for no file. Level 0 uses none.  "
         "[default: a file for each GPU and release of TensorRT in the user's cache directory]",
     ),
     click.option(
@@ -178,7 +179,7 @@ build_options = _all(
 data_options = _all(
     click.option(
         "--data",
-        type=_PATH,
+        type=PATH,
         help="Evaluation data: class folders, a folder with labels.csv, or an .npz.  "
         "[default: the model's own, else held-out synthetic images]",
     ),
@@ -192,24 +193,34 @@ run_options = _all(
     click.option("--device", type=Word(["auto", "cpu", "cuda"]), help="Where to compute.  [default: auto]"),
     click.option("--seed", type=click.IntRange(0), help="Source of all randomness.  [default: 0]"),
 )
-config_option = click.option("--config", "config_file", type=_PATH, help="Settings in TOML, such as a run.toml.")
+config_option = click.option("--config", "config_file", type=PATH, help="Settings in TOML, such as a run.toml.")
 out_option = click.option(
-    "--out", type=_PATH, help="Run directory.  [default: that of the same run, if it did not end; else runs/MODEL-TIME]"
+    "--out", type=PATH, help="Run directory.  [default: that of the same run, if unfinished; else runs/MODEL-TIME]"
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 model_argument = click.argument("model", required=False)
-run_argument = click.argument("run", type=_PATH, metavar="RUN")
+run_argument = click.argument("run", type=PATH, metavar="RUN")
 
 
 def target_argument(metavar: str) -> Decorator:
     """Return the argument of a command that accepts a run or a file."""
-    return click.argument("target", type=_PATH, metavar=metavar)
+    return click.argument("target", type=PATH, metavar=metavar)
 
 
 def command(*decorators: Decorator) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command that has these arguments and options, and --json; it is called with its context."""
+    """Make a function a command with these arguments and options, and --json; it is called with its context.
 
-    def make(function: Callable[..., Any]) -> click.Command:
-        return click.command()(_all(*decorators, json_option)(click.pass_context(function)))
+    Rows that it returns are printed, as a table or as JSON.
+    """
+
+    def make(function: Callable[..., list[dict[str, Any]] | None]) -> click.Command:
+        @wraps(function)
+        def call(ctx: click.Context, /, **values: Any) -> None:
+            if (rows := function(ctx, **values)) is not None:
+                from cli import render
+
+                render.show(rows, values["as_json"])
+
+        return click.command()(_all(*decorators, json_option)(click.pass_context(call)))
 
     return make

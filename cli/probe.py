@@ -1,9 +1,8 @@
-"""Tries out one part of what a run needs: `python -m cli.probe library`.
+"""Test one part of what a run needs: `python -m cli.probe library`.
 
-Each part has a process of its own: a library that does not fit the others may crash or hang the process that it is
-loaded into, and parts that are slow to load are loaded at the same time. A finding is a line of JSON on stdout as soon
-as it is made. Nothing of the library is imported outside of a check, so that a package that is missing or does not
-load is a finding like any other.
+Each part has its own process: an incompatible library may crash or hang the process that loads it, and slow parts are
+loaded at the same time. Each finding is printed to stdout at once, as a line of JSON. Packages are imported inside
+checks only, so that one that is missing or fails to load is a finding too.
 """
 
 import gc
@@ -22,15 +21,15 @@ State = Literal["ok", "low", "absent", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        state: `ok`; `low` if there is little of it; `absent`; `broken` if it is there and does not work.
-        found: a version or an amount, or why it is not there.
-        purpose: what it is for.
-        remedy: what fixes it, a command if there is one; None if nothing has to be fixed.
-        essential: whether nothing works without it, not even on the CPU.
+        name: of the thing that was checked.
+        state: `ok`; `low` if there is little of it; `absent`; `broken` if it is installed but does not work.
+        found: a version or an amount, or the reason of the state.
+        purpose: what it is used for.
+        remedy: how to fix it, by a command if there is one; None if nothing has to be fixed.
+        essential: whether no run works without it, not even on the CPU.
     """
 
     name: str
@@ -70,7 +69,7 @@ ESSENTIAL = {
         _row("ONNX Runtime, CPU", "accuracy and latency of the INT8 graphs", _RUNTIME),
     ),
 }
-"""What nothing works without, by the part that tries it, as it is reported if the part does not answer."""
+"""The essential findings of each part, as they are reported if the part fails."""
 
 _CUDA_LIBRARIES = "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
 _TENSORRT_10 = "pip install 'tensorrt>=10.3,<11'"  # ONNX Runtime's provider is linked against its libraries
@@ -87,12 +86,12 @@ _TIMM = _row("timm", "models named timm:NAME", "pip install 'clusterq-deploy[tim
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
+    """Return the message of an error, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def gib(size: float) -> str:
-    """Return a number of bytes in GiB, for people."""
+    """Return a number of bytes as text in GiB."""
     return f"{size / 2**30:.1f} GiB"
 
 
@@ -100,19 +99,19 @@ def guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Findi
     """Yield the findings of a check; a check that fails is a finding too."""
     try:
         yield from check()
-    except Exception as error:  # a broken installation can fail in any way, and the doctor is for those
-        yield Finding(name, "broken", f"could not be looked at: {one_line(error)}", "")
+    except Exception as error:  # a broken installation can fail in any way
+        yield Finding(name, "broken", f"could not be checked: {one_line(error)}", "")
 
 
 def _cuda_of(driver: str) -> int | None:
-    """Return the CUDA major release that a driver such as 580.65.06 runs; None if it runs none that is in use."""
+    """Return the CUDA major release that a driver such as 580.65.06 supports; None if it is too old."""
     number = driver.partition(".")[0]
     branch = int(number) if number.isdecimal() else _OLDEST_CUDA_13
     return 13 if branch >= _OLDEST_CUDA_13 else 12 if branch >= _OLDEST_CUDA_12 else None
 
 
 def torch_remedy(driver: str) -> str:
-    """Return what installs a torch that computes on a GPU with that driver."""
+    """Return the command that installs a torch for GPUs with that driver."""
     release = _cuda_of(driver)
     if release is None:
         return _OLD_DRIVER
@@ -121,12 +120,7 @@ def torch_remedy(driver: str) -> str:
 
 
 def tensorrt_remedy(driver: str | None, *, again: bool) -> str:
-    """Return what installs a TensorRT that runs with that driver.
-
-    Args:
-        driver: None if there is none.
-        again: whether there is a TensorRT, which does not work.
-    """
+    """Return the command that installs a TensorRT for that driver, over a broken one if `again`."""
     release = 13 if driver is None else _cuda_of(driver)
     if release is None:
         return _OLD_DRIVER
@@ -136,14 +130,9 @@ def tensorrt_remedy(driver: str | None, *, again: bool) -> str:
 
 
 def gpu_remedy(driver: str | None, cuda: str | None) -> str:
-    """Return what lets torch see a GPU that it does not see.
-
-    Args:
-        driver: the NVIDIA driver, None if there is none.
-        cuda: the CUDA release that torch was built for, None for a CPU build.
-    """
+    """Return how to let torch find the GPU; `cuda` is the release that torch was built for, None for a CPU build."""
     if driver is None:
-        return "none is needed: runs compute on the CPU, in minutes with --effort fast; for a GPU see its driver's line"
+        return "none is needed: runs work on the CPU, in minutes with --effort fast; for a GPU see its driver's line"
     if cuda is None:
         return torch_remedy(driver)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -157,10 +146,10 @@ def gpu_remedy(driver: str | None, cuda: str | None) -> str:
 
 
 def _try(row: Finding, work: Callable[[], str]) -> Finding:
-    """Return the finding of a thing that works if `work` does, which returns a version or the like."""
+    """Return the finding of a part that works if `work` does; its result is a version or the like."""
     try:
         return replace(row, state="ok", found=work(), remedy=None)
-    except Exception as error:  # a wheel whose libraries do not fit raises what it likes
+    except Exception as error:  # a wheel with incompatible libraries can fail in any way
         if isinstance(error, ModuleNotFoundError) and error.name == row.name:
             return replace(row, state="absent", found="not installed")
         return replace(row, found=one_line(error))
@@ -171,7 +160,7 @@ def _version(package: str) -> str:
 
 
 def _library() -> Iterator[Finding]:
-    """Try torch, the library, the processor, and GPUs last: to start one may fail in most ways."""
+    """Test torch, the library, the processor, and GPUs last: starting one may crash."""
     torch, library = ESSENTIAL["library"]
     yield _try(torch, lambda: _convolve("cpu"))
     yield _try(library, lambda: _version("clusterq_deploy"))  # imports all that a run needs except torchvision
@@ -180,13 +169,13 @@ def _library() -> Iterator[Finding]:
 
 
 def _torchvision() -> Iterator[Finding]:
-    """Try torchvision, which takes longer to load than all else, and timm, which loads it."""
+    """Test torchvision, the slowest to load, and timm, which imports it."""
     for row in (*ESSENTIAL["torchvision"], _TIMM):
         yield _try(row, partial(_version, row.name))
 
 
 def _runtime() -> Iterator[Finding]:
-    """Try the ONNX packages and a graph on the CPU, and list the other providers."""
+    """Test the ONNX packages and a graph on the CPU, and list the other providers."""
     *packages, on_cpu = ESSENTIAL["runtime"]
     for row in packages:
         yield _try(row, partial(_version, row.name))
@@ -198,7 +187,7 @@ def _runtime() -> Iterator[Finding]:
                 yield replace(GPU_PROVIDERS[name], state="absent", found=reason, remedy=_SEE_GPU)
             elif name != _CPU_PROVIDER:
                 title = "ONNX Runtime, " + name.removesuffix("ExecutionProvider")
-                yield Finding(title, "absent", "listed, not tried", "not used")
+                yield Finding(title, "absent", "listed, not tested", "not used")
 
 
 def _listed() -> list[str]:
@@ -209,11 +198,7 @@ def _listed() -> list[str]:
 
 
 def _convolve(device: str) -> str:
-    """Compute a convolution and its gradient on a device, and return torch's version.
-
-    Raises:
-        Exception: of any kind that torch raises if that does not work.
-    """
+    """Compute a convolution and its gradient on a device, and return torch's version."""
     import torch
 
     weight = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
@@ -224,20 +209,19 @@ def _convolve(device: str) -> str:
 
 
 def _cpu() -> Iterator[Finding]:
-    """Look at the processor, and its instructions for 8 and 16 bits."""
+    """Check the processor, and its instructions for 8 and 16 bits."""
     import torch
 
     from calib.support.amp import has_fast_bfloat16
     from clusterq_deploy.environment import available_cores, describe_cpu
 
     name, instructions = describe_cpu()
-    yield Finding("CPU", "ok", f"{name}, {available_cores()} cores", "everything without a GPU")
+    yield Finding("CPU", "ok", f"{name}, {available_cores()} cores", "all commands without a GPU")
     purpose, remedy = "INT8 faster than FP32 on the CPU", "another CPU: Intel from Cascade Lake, AMD from Zen 4"
     if instructions:
         yield Finding("CPU INT8", "ok", ", ".join(instructions), purpose)
     else:
-        reason = "cannot be read" if instructions is None else "no VNNI, no AMX"
-        yield Finding("CPU INT8", "absent", reason, purpose, remedy)
+        yield Finding("CPU INT8", "absent", "unknown" if instructions is None else "no VNNI, no AMX", purpose, remedy)
     fast = has_fast_bfloat16(torch.device("cpu"))
     yield Finding("CPU bfloat16", "ok" if fast else "absent", "yes" if fast else "no", "synthesis in half the time")
 
@@ -260,7 +244,7 @@ def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("GPU", "broken" if driver else "absent", "torch sees none", purpose, gpu_remedy(driver, cuda))
         return
-    for index in range(torch.cuda.device_count()):  # a driver may be too old, and torch without kernels for a GPU
+    for index in range(torch.cuda.device_count()):  # torch may have no kernels for it
         yield _try(Finding(f"GPU {index}", "broken", "", purpose, _TORCH), partial(_gpu, index))
 
 
@@ -274,7 +258,7 @@ def _gpu(index: int) -> str:
 
 
 def _tensorrt() -> Iterator[Finding]:
-    """Try TensorRT, whose builder may crash the process; its remedy depends on the driver and is not given here."""
+    """Test TensorRT, whose builder may crash the process; the doctor adds the remedy, which depends on the driver."""
     from clusterq_deploy.runtimes.tensorrt.gpu import gpu_problem, start_builder, tensorrt_problem
 
     if problem := tensorrt_problem():
@@ -287,11 +271,11 @@ def _tensorrt() -> Iterator[Finding]:
 
 
 def _on_gpu(name: str) -> Iterator[Finding]:
-    """Try a GPU provider of ONNX Runtime. Why one does not load is in its log on stderr, not in what it raises."""
-    import torch  # noqa: F401  (brings the CUDA libraries that it finds in a run, too)
+    """Test a GPU provider of ONNX Runtime. Its log on stderr, not its exception, says why one does not load."""
+    import torch  # noqa: F401  (loads the CUDA libraries, as in a run)
 
     if name.startswith("Tensorrt"):
-        with suppress(ImportError, OSError):  # as in a run: it loads the libraries that its wheel has
+        with suppress(ImportError, OSError):  # as in a run: loads the libraries of its wheel
             import tensorrt  # noqa: F401
     row = GPU_PROVIDERS[name]
     if name in _listed():
@@ -310,7 +294,7 @@ def graph() -> bytes:
 
 
 def run_graph(provider: str) -> str:
-    """Run the graph on `provider`, and raise if that does not work."""
+    """Run the graph on `provider`; raise if the result is wrong."""
     import numpy as np
     import onnxruntime
 
@@ -319,18 +303,18 @@ def run_graph(provider: str) -> str:
         raise RuntimeError(f"ONNX Runtime fell back to {session.get_providers()[0]}")
     (total,) = session.run(None, {"x": np.ones((1, 1, 3, 3), np.float32)})
     if total.item() != 9:
-        raise RuntimeError(f"computes {total.item()}, but 9 is right")
+        raise RuntimeError(f"computes {total.item()} instead of 9")
     return "computes"
 
 
 _CHECKS = {"library": _library, "torchvision": _torchvision, "runtime": _runtime, "tensorrt": _tensorrt}
 
 if __name__ == "__main__":
-    gc.disable()  # nothing that is imported is garbage, and to look for it takes a tenth of the time
-    part, answers = sys.argv[1], os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no finding
+    gc.disable()  # saves a tenth of the time of imports
+    part, output = sys.argv[1], os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print to stdout too
     try:
         for finding in _CHECKS[part]() if part in _CHECKS else _on_gpu(part):
-            print(json.dumps(asdict(finding)), file=answers, flush=True)
+            print(json.dumps(asdict(finding)), file=output, flush=True)
     except Exception as error:
         sys.exit(one_line(error))

@@ -1,4 +1,4 @@
-"""What people see: progress on stderr, tables on stdout."""
+"""Progress on stderr; tables, text and JSON on stdout."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,18 +21,14 @@ if TYPE_CHECKING:
     from clusterq_deploy.models import ModelEntry
     from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report
-    from clusterq_deploy.report.compare import Comparison
     from clusterq_deploy.report.tables import Table as ReportTable
 
 
 class LiveProgress:
-    """Shows the library's tasks as bars on stderr; silent if stderr is no terminal.
+    """Shows the library's tasks as bars on stderr; `shown` is False if `quiet` or if stderr is not a terminal.
 
     A task that is opened while another one runs is indented below it until it ends; tasks of several threads are
     at the same depth. Tasks may be opened, advanced and closed in any thread.
-
-    Attributes:
-        shown: whether there is anything to see.
     """
 
     def __init__(self, quiet: bool, console: Console | None = None) -> None:
@@ -43,7 +40,7 @@ class LiveProgress:
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator["Advance"]:
-        """Open a task; the losses that it reports are behind its bar."""
+        """Open a task; the losses that it reports are shown after its bar."""
         if not self.shown:
             yield lambda n=1, **figures: None
             return
@@ -62,7 +59,7 @@ class LiveProgress:
 
     @contextmanager
     def _display(self) -> Iterator[tuple[RichProgress, int]]:
-        """Keep the bars on the screen while any task runs; yield them and the depth of a new task."""
+        """Show the bars while any task runs; yield them and the depth of a new task."""
         thread = threading.get_ident()
         with self._lock:
             nested = self._open[thread]
@@ -89,13 +86,13 @@ def print_text(text: str) -> None:
     sys.stdout.write(text)
 
 
-def print_json(text: str) -> None:
-    """Print machine output, which ends in one line break."""
-    print_text(text.removesuffix("\n") + "\n")
+def print_json(value: Any) -> None:
+    """Print JSON, with a line break at the end."""
+    print_text(json.dumps(value, indent=2) + "\n")
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is, however long."""
+    """Print a line without wrapping it."""
     Console(soft_wrap=True, highlight=False, markup=False).print(text)
 
 
@@ -105,31 +102,43 @@ def print_table(table: Table) -> None:
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print records as JSON or as a table."""
+    """Print records as JSON, or as a table with a column for each key of the first one."""
     if as_json:
-        print_json(json.dumps(rows, indent=2))
-    else:
-        print_table(rows_table(rows))
+        print_json(rows)
+        return
+    table = Table()
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in rows[0]))
+    print_table(table)
 
 
-def report_table(report: "Report") -> Table:
-    """Return the closing table of a run: a row for each variant in each runtime."""
-    from clusterq_deploy.report.tables import closing_table
-
-    return _rich(closing_table(report))
-
-
-def comparison_tables(comparison: "Comparison") -> list[Table]:
-    """Return several runs side by side, a table for each thing that matters."""
-    return [_rich(table) for table in comparison.tables()]
+def _cell(value: Any) -> str:
+    """Return a number with three decimals, a small one with two digits; an empty string for None."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+    return "" if value is None else str(value)
 
 
-def _rich(table: "ReportTable") -> Table:
+def rich_table(table: "ReportTable") -> Table:
+    """Return a table of the library as one that rich can print."""
     columns = (Column(name, justify="left" if at < table.left else "right") for at, name in enumerate(table.columns))
     shown = Table(*columns, title=table.title, title_justify="left")
     for row in table.rows:
         shown.add_row(*map(Text, row))
     return shown
+
+
+def print_report(report: "Report", out: Path) -> None:
+    """Print the closing table of the run in `out`, and what follows from it."""
+    from clusterq_deploy.report.tables import closing_table
+    from clusterq_deploy.report.text import summary
+
+    print_table(rich_table(closing_table(report)))
+    skipped = (f"Skipped {entry.stage}: {entry.reason}" for entry in report.skipped)
+    for line in (summary(report), *conclusions(report), *skipped, f"Report: {out / 'report.html'}"):
+        print_line(line)
 
 
 def conclusions(report: "Report") -> list[str]:
@@ -141,8 +150,9 @@ def conclusions(report: "Report") -> list[str]:
     return [*sentences, *text.caveats(report), *filter(None, [text.unreadable_note(report)])]
 
 
-def plan_table(plan: "Plan") -> Table:
-    """Return the stages of a run that was not done."""
+def print_plan(plan: "Plan") -> None:
+    """Print the stages of a run that was only planned, and what it would take."""
+    from clusterq_deploy.plan import UNCERTAIN
     from clusterq_deploy.report import formats
 
     title = f"{plan.model} on {plan.device}: nothing was done or written"
@@ -150,24 +160,17 @@ def plan_table(plan: "Plan") -> Table:
     for stage in plan.stages:
         seconds = formats.duration(stage.seconds) if stage.seconds is not None else "not estimated"
         table.add_row(stage.stage, stage.state, Text(stage.work), seconds if stage.state == "to do" else formats.ABSENT)
-    return table
-
-
-def plan_lines(plan: "Plan") -> Iterator[str]:
-    """Yield what is below the table of a plan."""
-    from clusterq_deploy.plan import UNCERTAIN
-    from clusterq_deploy.report import formats
-
-    for name, asked in plan.scaled.items():
-        yield f"{name} is {plan.settings[name]:,}, not {asked:,}: less for a large model on a CPU"
+    print_table(table)
+    for name, requested in plan.scaled.items():
+        print_line(f"{name} is {plan.settings[name]:,}, not {requested:,}: reduced for a large model on a CPU")
     if plan.memory_bytes is None:
-        yield "Everything is finished: a run would write the report again."
-        return
-    yield (
-        f"Roughly {formats.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. "
-        f"This may be off by a factor of {UNCERTAIN:g}: one layer was timed here and the model's operations counted; "
-        "exports and engines are left out, and fine-tuning may end early."
-    )
+        print_line("Everything is finished: a run would only write the report again.")
+    else:
+        print_line(
+            f"Roughly {formats.duration(plan.seconds)}, and {plan.memory_bytes / 1e9:.1f} GB of memory at a time. This "
+            f"may be off by a factor of {UNCERTAIN:g}: it is the time of one layer here and the model's operation "
+            "count; exports and engines are not included, and fine-tuning may end early."
+        )
 
 
 def models_table(entries: list["ModelEntry"]) -> Table:
@@ -191,26 +194,9 @@ _STATE_STYLES = {"ok": "green", "low": "yellow", "absent": "dim", "broken": "bol
 
 
 def findings_table(findings: list["Finding"]) -> Table:
-    """Return what `clusterq doctor` found, a row per thing."""
+    """Return the findings of `clusterq doctor`, a row each."""
     table = Table("what", "state", "found", "for")
     for finding in findings:
         state = Text(finding.state, style=_STATE_STYLES[finding.state])
         table.add_row(finding.name, state, Text(finding.found), Text(finding.purpose))
     return table
-
-
-def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """Return plain records as a table, a column for each key that the first one has."""
-    table = Table()
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], float) else "left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in rows[0]))
-    return table
-
-
-def _cell(value: Any) -> str:
-    """Return a number with three decimals, a small one with two digits; nothing for None."""
-    if isinstance(value, float):
-        return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
-    return "" if value is None else str(value)

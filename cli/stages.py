@@ -1,4 +1,4 @@
-"""The stages of a run, each on the files that the one before wrote; some accept a single ONNX file too."""
+"""The stages of a run, each on the files of earlier stages; some accept a single ONNX file too."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clusterq_deploy.pipeline import Pipeline
 
 _VERIFIED = 1000  # images of `export --verify`
+_Rows = list[dict[str, Any]]
 
 
 def pipeline_of(ctx: click.Context, config: "RunConfig", out: Path) -> "Pipeline":
@@ -26,14 +27,14 @@ def pipeline_of(ctx: click.Context, config: "RunConfig", out: Path) -> "Pipeline
 
     progress = LiveProgress(ctx.obj["quiet"])
     if not progress.shown:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # timm's downloads have bars of their own
-    # a report is UTF-8, which a path need not be
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of timm's downloads
+    # a report is UTF-8, a path may not be
     command = [os.fsencode(word).decode("utf-8", "backslashreplace") for word in ("clusterq", *sys.argv[1:])]
     return Pipeline(config, out, progress=progress if progress.shown else SILENT, command=command)
 
 
 def resume(ctx: click.Context, run: Path) -> "Pipeline":
-    """Return the pipeline of an existing run directory, with the command line's options on top of its run.toml."""
+    """Return the pipeline of an existing run directory; options of the command line override its run.toml."""
     from clusterq_deploy.config.run_config import make_config
     from clusterq_deploy.config.toml import read_settings
     from clusterq_deploy.errors import RunDirectoryError
@@ -43,7 +44,7 @@ def resume(ctx: click.Context, run: Path) -> "Pipeline":
     if not file.is_file():
         if run.suffix in (".onnx", ".engine"):
             raise RunDirectoryError(f"{run} does not exist")
-        raise RunDirectoryError(f"{run} is no run directory: it has no {CONFIG}; start one with clusterq synthesize")
+        raise RunDirectoryError(f"{run} is not a run directory (no {CONFIG}); start one with clusterq synthesize")
     config = options.config_of(ctx, file)
     if ctx.params.get("bits"):  # earlier variants stay part of the run
         bits = dict.fromkeys([*make_config(read_settings(file)).bits, *config.bits])
@@ -53,14 +54,14 @@ def resume(ctx: click.Context, run: Path) -> "Pipeline":
 
 @contextmanager
 def _resumed(ctx: click.Context, run: Path) -> Iterator["Pipeline"]:
-    """Resume a run for a stage; once that is done, its options are part of the run's configuration."""
+    """Resume a run for a stage, and add the options to the run's configuration when the stage is done."""
     pipeline = resume(ctx, run)
     yield pipeline
     pipeline.directory.write_config(pipeline.requested_config.to_toml())
 
 
 def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]:
-    """Return the variants that a command names, or all whose previous stage is finished, or all."""
+    """Return the variants in --bits, else those with a finished `stage`, else all."""
     from clusterq_deploy.quantization import BitWidths
 
     if named := ctx.params.get("bits"):
@@ -70,37 +71,33 @@ def _variants(ctx: click.Context, pipeline: "Pipeline", stage: str) -> list[str]
 
 
 @options.command(options.run_argument, options.widths_options)
-def sensitivity(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
-    """Measure what the quantization of each layer of RUN's model costs, on synthetic images.
+def sensitivity(ctx: click.Context, /, run: Path, **_: Any) -> _Rows:
+    """Measure the cost of quantizing each layer of RUN's model, on synthetic images.
 
-    One layer at a time is quantized, all others stay in float. The expected drop is what top-1 would lose, in points,
-    if the model's own probabilities were the truth.
+    One layer at a time is quantized, all others stay in float. The expected drop is the loss of top-1, in points, if
+    the model's own probabilities were correct.
     """
-    from cli import render
     from clusterq_deploy.quantization import BitWidths
 
     with _resumed(ctx, run) as pipeline:
-        rows = [
+        return [
             {"variant": str(bits), "layer": layer.layer, "bits": layer.bits, **layer.cost.model_dump(mode="json")}
             for bits in map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
             for layer in pipeline.sensitivity(bits).result.layers
         ]
-    render.show(rows, as_json)
 
 
 @options.command(options.run_argument, options.quantize_options)
-def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
+def quantize(ctx: click.Context, /, run: Path, **_: Any) -> _Rows:
     """Quantize and fine-tune the model of RUN on its calibration images."""
-    from cli import render
     from clusterq_deploy.quantization import BitWidths
 
     with _resumed(ctx, run) as pipeline:
-        records = {
-            bits: pipeline.quantize(BitWidths.parse(bits)) for bits in ctx.params["bits"] or pipeline.config.bits
-        }
-    rows = [
+        widths = map(BitWidths.parse, ctx.params["bits"] or pipeline.config.bits)
+        records = {str(bits): pipeline.quantize(bits) for bits in widths}
+    return [
         {
-            "variant": str(BitWidths.parse(bits)),
+            "variant": variant,
             "quantized_layers": record.result.quantized_layers,
             "skipped_layers": len(record.result.skipped_layers),
             "kept_step": record.result.kept_step,
@@ -109,22 +106,21 @@ def quantize(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
             "expected_drop": record.result.expected_drop,
             "file": next(iter(record.files)),
         }
-        for bits, record in records.items()
+        for variant, record in records.items()
     ]
-    render.show(rows, as_json)
 
 
 @options.command(
     options.run_argument,
     options.bits_option,
     options.fp16_option,
-    click.option("--verify", is_flag=True, help="Compare the graphs with torch once more, on 1,000 synthetic images."),
+    click.option("--verify", is_flag=True, help="Also compare the graphs with torch on 1,000 synthetic images."),
 )
 def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: Any) -> None:
     """Write and verify the ONNX graphs of RUN's variants, and of the float baseline.
 
-    With --verify the integers at every quantizer are compared on as many synthetic images as there are, up to 1,000,
-    and the first quantizer is named at which a graph and torch differ; it ends with 1 if they do.
+    With --verify, the integers at every quantizer are compared on up to 1,000 synthetic images, and the table names the
+    first quantizer at which a graph and torch differ; the exit code is 1 if there is one.
     """
     from cli import render
     from clusterq_deploy.run.run import FP32
@@ -156,13 +152,13 @@ def export(ctx: click.Context, /, run: Path, verify: bool, as_json: bool, **_: A
 
 
 @options.command(options.target_argument("RUN|FILE.onnx"), options.bits_option, options.build_options)
-def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
+def build(ctx: click.Context, /, target: Path, **_: Any) -> _Rows:
     """Build TensorRT engines: of RUN's variants and baselines, or of one ONNX file, of any exporter (next to it).
 
-    A file's engine is built once more in FP16 without quantizers, as MODEL.fp16.engine: the baseline for INT8.
-    Ctrl-C cancels a build; finished engines stay.
+    For a file, an FP16 engine without quantizers is also built, as MODEL.fp16.engine: the baseline for INT8.
+    Ctrl-C cancels a build; finished engines are kept.
     """
-    from cli import render
+    from cli.render import LiveProgress
     from clusterq_deploy.errors import TensorRTMissing
     from clusterq_deploy.run.run import FP32
     from clusterq_deploy.runtimes import tensorrt as engine
@@ -171,18 +167,16 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
     if reason := engine.unavailable_reason():
         raise TensorRTMissing(f"no engine can be built here: {reason}")
     if target.suffix == ".onnx":
-        config = options.config_of(ctx, model="digits").build  # of no real model: the build needs none
-        engines = build_file(target, config, render.LiveProgress(ctx.obj["quiet"]))
-        rows = [
+        config = options.config_of(ctx, model="digits").build  # a placeholder: the build has no model
+        engines = build_file(target, config, LiveProgress(ctx.obj["quiet"]))
+        return [
             {"engine": str(path), "size_bytes": info.size_bytes, "seconds": info.seconds}
             for path, info in engines.items()
         ]
-        render.show(rows, as_json)
-        return
     with _resumed(ctx, target) as pipeline:
         variants = [FP32, *_variants(ctx, pipeline, "export")]
         records = {variant: pipeline.build(variant) for variant in variants}
-    rows = [
+    return [
         {
             "variant": variant,
             "engine": artifact.path,
@@ -193,73 +187,58 @@ def build(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
         if record
         for artifact in record.result.artifacts
     ]
-    render.show(rows, as_json)
 
 
 @options.command(options.target_argument("RUN|FILE"), options.data_options, options.bits_option)
-def evaluate(
-    ctx: click.Context, /, target: Path, data: Path | None, limit: int | None, as_json: bool, **_: Any
-) -> None:
+def evaluate(ctx: click.Context, /, target: Path, data: Path | None, limit: int | None, **_: Any) -> _Rows:
     """Measure accuracy as the runtimes execute it: of RUN's variants, or of one ONNX file or engine.
 
     The engines next to a file that were built from it are measured too.
     """
-    from cli import render
+    from cli.render import LiveProgress
     from clusterq_deploy.run.run import FP32
     from clusterq_deploy.stages.evaluate import evaluate_file
 
     if target.is_file():
-        accuracies, images = evaluate_file(target, data, limit, render.LiveProgress(ctx.obj["quiet"]))
+        accuracies, images = evaluate_file(target, data, limit, LiveProgress(ctx.obj["quiet"]))
         counts = {"images": len(images.readable), "unreadable": len(images.unreadable)}
-        render.show([entry.model_dump(mode="json", exclude={"agreement"}) | counts for entry in accuracies], as_json)
-        return
+        return [entry.model_dump(mode="json", exclude={"agreement"}) | counts for entry in accuracies]
     with _resumed(ctx, target) as pipeline:
-        rows = [
+        return [
             {"variant": variant, **entry.model_dump(mode="json")}
             for variant in [FP32, *_variants(ctx, pipeline, "export")]
             for entry in pipeline.evaluate(variant).result.accuracy
         ]
-    render.show(rows, as_json)
 
 
 @options.command(options.run_argument, options.data_options)
-def features(ctx: click.Context, /, run: Path, as_json: bool, **_: Any) -> None:
+def features(ctx: click.Context, /, run: Path, **_: Any) -> _Rows:
     """Compare the model's features of RUN's synthetic images with those of real ones, for the report."""
-    from cli import render
-
     with _resumed(ctx, run) as pipeline:
         result = pipeline.features().result
     if result.features is None:
-        rows = [{"skipped": result.skipped}]
-    else:
-        sets = {"synthetic": result.features.synthetic, "real": result.features.real}
-        rows = [
-            {"set": name, **found.model_dump(mode="json", exclude={"points"})} for name, found in sets.items() if found
-        ]
-    render.show(rows, as_json)
+        return [{"skipped": result.skipped}]
+    sets = {"synthetic": result.features.synthetic, "real": result.features.real}
+    dumps = {name: images.model_dump(mode="json", exclude={"points"}) for name, images in sets.items() if images}
+    return [{"set": name, **values} for name, values in dumps.items()]
 
 
 @options.command(options.target_argument("RUN|FILE"), options.benchmark_options)
-def benchmark(ctx: click.Context, /, target: Path, as_json: bool, **_: Any) -> None:
-    """Measure latency: of RUN's variants in turn, or of one ONNX file or engine.
+def benchmark(ctx: click.Context, /, target: Path, **_: Any) -> _Rows:
+    """Measure latency: of RUN's variants in alternation, or of one ONNX file or engine.
 
     The engines next to a file that were built from it are timed too.
     """
-    from cli import render
+    from cli.render import LiveProgress
     from clusterq_deploy.results.stages import latency_values
     from clusterq_deploy.stages.benchmark import benchmark_file
 
     if target.is_file():
-        config = options.config_of(ctx, model="digits")  # of no real model: the benchmark needs none
-        timed = benchmark_file(target, config, render.LiveProgress(ctx.obj["quiet"]))
-        rows = [latency_values(entry) for entry in timed]
-    else:
-        with _resumed(ctx, target) as pipeline:
-            latency = pipeline.benchmark().result.latency
-        rows = [
-            {"variant": variant, **latency_values(entry)} for variant, entries in latency.items() for entry in entries
-        ]
-    render.show(rows, as_json)
+        config = options.config_of(ctx, model="digits")  # a placeholder: the benchmark has no model
+        return [latency_values(entry) for entry in benchmark_file(target, config, LiveProgress(ctx.obj["quiet"]))]
+    with _resumed(ctx, target) as pipeline:
+        latency = pipeline.benchmark().result.latency
+    return [{"variant": variant, **latency_values(entry)} for variant, entries in latency.items() for entry in entries]
 
 
 ALL: list[click.Command] = [sensitivity, quantize, export, build, evaluate, features, benchmark]

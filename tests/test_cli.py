@@ -200,7 +200,7 @@ def test_the_same_command_goes_on_where_it_did_not_end(
     (first,) = Path("runs").iterdir()
     again = call(*command)
     assert again.exit_code == 0
-    assert again.stderr == f"Goes on in {first}, where the same run did not come to its end.\n"
+    assert again.stderr == f"Resuming the unfinished run in {first}.\n"
     assert list(Path("runs").iterdir()) == [first]
     (first / "report.html").touch()
     monkeypatch.setattr(time, "strftime", lambda *_: "later")  # a folder is named by the second

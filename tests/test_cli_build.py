@@ -193,8 +193,8 @@ def test_build_reads_sizes_with_units(world: World, graph: Path, size: str, expe
     [
         ("--workspace", "4GB", "'4GB' is no size such as 4GiB, 512MiB or 512, in MiB"),
         ("--workspace", "0", "is no size"),
-        ("--batch", "8", "'8' is no smallest, tuned-for and largest batch such as 1:8:32"),
-        ("--batch", "1:x:3", "is no smallest"),
+        ("--batch", "8", "'8' is not of the form min:opt:max, such as 1:8:32"),
+        ("--batch", "1:x:3", "is not of the form min:opt:max"),
         ("--batch", "8:4:32", "batch is (8, 4, 32); expected (min, opt, max) with min <= opt <= max"),
         ("--batch", "0:4:32", "--batch: Input should be greater than 0"),
         ("--optimization-level", "6", "0<=x<=5"),

@@ -12,7 +12,17 @@ import pytest
 import torch
 from support import ROOT, call, error_line, run_python
 
-from cli.doctor import REQUIRABLE, _owed, _with_remedy, ask, disk, healthy, memory_limit, probe_reason, unmet
+from cli.doctor import (
+    REQUIRABLE,
+    _with_remedy,
+    disk,
+    healthy,
+    memory_limit,
+    missing_findings,
+    probe_reason,
+    run_probe,
+    unmet,
+)
 from cli.main import main
 from cli.probe import ESSENTIAL, GPU_PROVIDERS, Finding, gpu_remedy, tensorrt_remedy, torch_remedy
 
@@ -185,19 +195,21 @@ def test_each_process_of_the_doctor_loads_only_what_it_answers_for(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_ask_kills_a_part_that_hangs_and_keeps_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_probe_kills_a_part_that_hangs_and_keeps_its_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "onnxruntime.py").write_text("import time\ntime.sleep(1000)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    onnx, *owed = ask("runtime", limit=10)
+    onnx, *owed = run_probe("runtime", limit=10)
     assert psutil.Process().children() == []
     assert (onnx.name, onnx.state) == ("onnx", "ok")
-    assert owed == [replace(row, found="gives no answer in 10 s") for row in ESSENTIAL["runtime"][1:]]
+    assert owed == [replace(row, found="no answer within 10 s") for row in ESSENTIAL["runtime"][1:]]
     assert not healthy([onnx, *owed])
 
 
 def test_a_crash_after_all_that_is_essential_is_reported() -> None:
     said = [replace(row, state="ok") for row in ESSENTIAL["library"]]
-    (last,) = _owed("library", said, "crashes with signal 11")
+    (last,) = missing_findings("library", said, "crashes with signal 11")
     assert (last.name, last.state, last.found) == ("torch and clusterq-deploy", "broken", "crashes with signal 11")
     assert healthy([*said, last])
 
@@ -272,7 +284,7 @@ def test_tensorrt_works_if_its_builder_starts(
     (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
     for name, value in {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TENSORRT": version, "BUILDER": builder}.items():
         monkeypatch.setenv(name, value)
-    finding = _with_remedy(ask("tensorrt"), driver=None)
+    finding = _with_remedy(run_probe("tensorrt"), driver=None)
     if reason is None:
         assert finding == Finding("TensorRT", "ok", version, "engines")
     else:
@@ -284,7 +296,7 @@ def test_tensorrt_works_if_its_builder_starts(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", GPU_PROVIDERS)
 def test_a_provider_that_is_tried_says_why_it_does_not_load(name: str) -> None:
-    (finding,) = ask(name)
+    (finding,) = run_probe(name)
     assert finding.name == GPU_PROVIDERS[name].name
     assert finding.state in {"absent", "broken"}
     assert "no GPU for it" not in finding.found

@@ -49,7 +49,7 @@ def test_a_wrong_option_of_the_tool_itself_is_one_line() -> None:
 
 def test_an_option_of_the_tool_behind_a_command_says_where_it_goes() -> None:
     for name in ("--quiet", "-q", "--verbose", "--version"):
-        said = f"No such option '{name}' of run: it stands before the command, clusterq {name} run "
+        said = f"No such option '{name}' of run: it comes before the command, clusterq {name} run "
         assert said in error_line("run", "digits", name)
     assert "before the command" not in error_line("run", "digits", "--quite")
 

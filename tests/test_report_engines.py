@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from sample_reports import DASH, TIMES, build
 
-from cli.render import report_table
+from cli.render import rich_table
 from clusterq_deploy.evaluation.latency import latency_stats
 from clusterq_deploy.report import read_report, to_html, to_markdown
 from clusterq_deploy.report.analysis import latency_rows
 from clusterq_deploy.report.engines import engine_notes
+from clusterq_deploy.report.tables import closing_table
 from clusterq_deploy.report.text import notes
 from clusterq_deploy.results.engines import (
     EngineInspection,
@@ -217,6 +218,6 @@ def test_closing_table_has_the_time_of_the_runtime_that_was_scored() -> None:
         for name, ms in milliseconds.items()
     ]
     scores = [Accuracy(runtime=name, top1=None, top5=None, agreement=99, graph=graph) for name in milliseconds]
-    table = report_table(report(*latencies, accuracy=scores))
+    table = rich_table(closing_table(report(*latencies, accuracy=scores)))
     columns = {column.header: [str(cell) for cell in column.cells] for column in table.columns}
     assert columns["batch 1, ms"] == ["3.000", "7.000"]

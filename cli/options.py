@@ -94,9 +94,7 @@ def _all(*decorators: Decorator) -> Decorator:
 
 
 model_options = _all(
-    click.option(
-        "--weights", metavar="FILE|none", help="Weights to load; `none` for random ones.  [default: the model's]"
-    ),
+    click.option("--weights", metavar="FILE|none", help="Weights to load; `none`: random.  [default: the model's]"),
     click.option("--input-size", type=_INTEGERS, metavar="C,H,W", help="Input size, if the model does not say."),
     click.option("--mean", type=_NUMBERS, metavar="M,...", help="Mean of pixels in [0, 1], one per channel."),
     click.option("--std", type=_NUMBERS, metavar="S,...", help="Standard deviation, one per channel."),
@@ -169,11 +167,9 @@ build_options = _all(
         help="File with timings of earlier builds; `none` for no file. Level 0 uses none.  "
         "[default: a file for each GPU and release of TensorRT in the user's cache directory]",
     ),
+    click.option("--version-compatible", is_flag=True, help="Let later TensorRT releases run the engine, more slowly."),
     click.option(
-        "--version-compatible", is_flag=True, help="Let later releases of TensorRT run the engine, at a cost in speed."
-    ),
-    click.option(
-        "--hardware-compatible", is_flag=True, help="Let every GPU from Ampere on run the engine, at a cost in speed."
+        "--hardware-compatible", is_flag=True, help="Let all GPUs from Ampere on run the engine, more slowly."
     ),
 )
 data_options = _all(
@@ -195,7 +191,7 @@ run_options = _all(
 )
 config_option = click.option("--config", "config_file", type=PATH, help="Settings in TOML, such as a run.toml.")
 out_option = click.option(
-    "--out", type=PATH, help="Run directory.  [default: that of the same run, if unfinished; else runs/MODEL-TIME]"
+    "--out", type=PATH, help="Run directory.  [default: the unfinished one, else runs/MODEL-TIME]"
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 model_argument = click.argument("model", required=False)

@@ -260,6 +260,6 @@ def test_a_far_whisker_ends_in_an_arrow() -> None:
         assert "time of a call, ms" in texts(chart)
     assert max(float(words) for words in texts(far) if re.fullmatch(r"0\.\d+", words)) <= 0.4  # the end of the axis
     assert "4.300" in texts(far)  # next to the arrow
-    assert "beyond the picture, 95 % of the calls: fp32 4.300 ms" in far
+    assert "outside the axes, 95 % of the calls: fp32 4.300 ms" in far
     assert "0.300" not in texts(near)
     assert "beyond" not in near

@@ -105,7 +105,7 @@ def test_wrong_input_ends_in_one_line(tmp_path: Path) -> None:
         "unknown setting 'modle'": ("run", "--config", file),
     }.items():
         assert said in error_line(*arguments, *out)
-    assert "no run directory" in error_line("quantize", tmp_path)
+    assert "is not a run directory" in error_line("quantize", tmp_path)
     assert "does not exist" in error_line("benchmark", tmp_path / "none.onnx")
     if not torch.cuda.is_available():
         assert "no NVIDIA GPU" in error_line("run", "digits", "--device", "cuda", *out)

@@ -84,7 +84,7 @@ def test_build_keeps_another_files_engine_that_has_the_baselines_name(
     other.write_bytes(graph.read_bytes())
     output_of("build", other)
     assert [row["engine"] for row in json_of("build", graph)] == [str(graph.with_suffix(".engine"))]
-    assert "net.fp16.engine was built from net.fp16.onnx, and stays; move it away" in caplog.text
+    assert "net.fp16.engine was built from net.fp16.onnx and is kept; move it away" in caplog.text
     error_line("evaluate", graph.with_name("net.fp16.fp16.engine"))
 
 
@@ -104,7 +104,7 @@ def test_benchmark_and_evaluate_of_a_file_include_the_engines_built_from_it(
         *[("tensorrt", path, None) for path in engines],
     ]
     assert all(f"--loadEngine={row['graph']}" in row["trtexec"] for row in timed[1:])
-    assert "onnxruntime-cuda is left out: " in caplog.text  # torch believes in a GPU, ONNX Runtime does not
+    assert "onnxruntime-cuda is skipped: " in caplog.text  # torch believes in a GPU, ONNX Runtime does not
     assert [row["graph"] for row in json_of("benchmark", engines[0], "--batches", "2")] == engines[:1]
 
     path = str(graph.with_suffix(".engine"))
@@ -130,8 +130,8 @@ def test_benchmark_of_a_file_leaves_out_engines_that_cannot_be_measured(
     graph.with_name("foreign.engine").write_bytes(b"of another tool")
     timed = json_of("benchmark", graph, "--batches", "2", "--threads", "1")
     assert [row["runtime"] for row in timed] == ["onnxruntime-cpu"]
-    assert "foreign.engine is left out: cannot read" in caplog.text
-    assert f"{graph.with_suffix('.engine')} is left out: batch is 2; the engine takes 1 to 1 images" in caplog.text
+    assert "foreign.engine is skipped: cannot read" in caplog.text
+    assert f"{graph.with_suffix('.engine')} is skipped: batch is 2; the engine takes 1 to 1 images" in caplog.text
     assert call("benchmark", graph.with_suffix(".engine"), "--batches", "2").exit_code == 2
 
 
@@ -146,7 +146,7 @@ def test_benchmark_times_a_graph_that_fixes_its_batch_at_it(tmp_path: Path, capl
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
     (row,) = json_of("benchmark", path)
     assert row["batch"] == 4
-    assert f"{path} fixes the batch at 4, which alone is timed" in caplog.text
+    assert f"{path} has a fixed batch size: only 4 is timed" in caplog.text
 
 
 def test_build_ignores_batch_sizes_for_a_graph_that_fixes_its_batch(
@@ -241,5 +241,5 @@ def test_build_of_a_run_adds_fp32_and_fp16_and_the_report_compares_with_both(run
     assert not any(artifact["fp16"] for variant in quantized for artifact in variant["artifacts"])
     shown = output_of("report", run_copy)
     assert "over fp16" in shown
-    assert "1.00x" in shown  # the double takes the same time for every engine
+    assert "1.00\N{MULTIPLICATION SIGN}" in shown  # the double takes the same time for every engine
     assert "On tensorrt no difference in speed from fp32 was measured for" in (run_copy / "report.md").read_text()

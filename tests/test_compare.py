@@ -137,7 +137,7 @@ def test_report_command_rejects_wrong_arguments(two: list[Path], tmp_path: Path)
     assert "exclude each other" in fails("--compare", two[0], "--json", "--csv")
     assert "write it with clusterq report" in fails("--compare", two[0], tmp_path)
     assert "named twice" in fails("--compare", two[0], two[0] / "report.json")
-    assert "no run directory" in fails(two[0])
+    assert "is not a run directory" in fails(two[0])
     with pytest.raises(ReportError, match="no report"):
         read_reports([tmp_path / "nowhere"])
 

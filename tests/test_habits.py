@@ -82,7 +82,7 @@ def test_memory_that_is_not_enough_is_one_line_and_an_unknown_failure_is_raised(
         assert call("models").exception is failure
     else:
         line = error_line("models")
-        assert line.startswith("Error: there is not enough memory; ")
+        assert line.startswith("Error: not enough memory; ")
         assert line.endswith(f"({said})")
 
 

@@ -264,7 +264,7 @@ def test_run_reports_what_it_could_not_read(tmp_path: Path) -> None:
         assert accuracy.top1 is not None
         assert accuracy.top1 * 19 / 100 == pytest.approx(round(accuracy.top1 * 19 / 100))  # a share of 19 images
     for page in ("report.md", "report.html"):
-        assert "1 of 20 images of data could not be read and count nowhere: 7/17.png" in (
+        assert "1 of 20 images of data could not be read and are not counted: 7/17.png" in (
             tmp_path / "out" / page
         ).read_text(encoding="utf-8")
     reported = CliRunner().invoke(main, ["report", str(tmp_path / "out")])  # its stages are finished: nothing is read

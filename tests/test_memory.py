@@ -196,7 +196,7 @@ def test_synthesis_and_quantization_go_on_in_smaller_batches_and_the_report_says
     report = read_report(out / "report.json")
     assert report.calibration.batch_divisor == 4
     assert [note for note in notes(report) if "not enough memory" in note] == [
-        f"{what} took batches of 1/4 of the size in the configuration: there was not enough memory for more."
+        f"{what} used batches of 1/4 of the configured size: there was not enough memory."
         for what in ("Synthesis", "Fine-tuning of w4a4")
     ]
 

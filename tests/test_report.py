@@ -183,7 +183,7 @@ def test_verdict_of_equally_fast_variants_loses_least() -> None:
 @pytest.mark.parametrize(
     ("candidate", "outcome", "sentence"),
     [
-        (W4A4, "inaccurate", "keep fp32: no variant stays within 1 point"),
+        (W4A4, "inaccurate", "keep fp32: no variant is within 1 point"),
         (variant("w8a8", (69.52, 98.3), (20.0, 1.5), 11.8), "slow", f"keep fp32: w8a8 runs at 0.76{TIMES} the speed"),
     ],
 )
@@ -204,7 +204,7 @@ def test_verdict_keeps_fp32_if_nothing_is_better(candidate: Variant, outcome: st
             (1.01, 0.97, 1.05),
             "same",
             "No difference in speed",
-            f"no difference in speed from fp32 was measured for w8a8 (0.97 to 1.05{TIMES} at batch 1); it comes in "
+            f"no difference in speed from fp32 was measured for w8a8 (0.97 to 1.05{TIMES} at batch 1); it is stored in "
             "25.2 % of the size; it keeps the top-1 of fp32",
         ),
         (
@@ -242,7 +242,7 @@ def test_without_labels_only_agreement_counts() -> None:
     assert [v.choice and v.choice.variant for v in verdicts(report)] == ["w8a8", "w8a8"]
     assert [point.cost for point in points(report, CPU)] == [None, pytest.approx(1.74), pytest.approx(13.6)]
     for page in both(report):
-        assert "Accuracy was not measured" in page
+        assert "accuracy was not measured" in page
         assert "5,000 held-out synthetic images" in page
         assert "98.26 ± 0.19" in page
         assert not re.search(r">top-1 %<|\btop-1 % \|", page)  # no columns of dashes
@@ -259,7 +259,7 @@ def test_verdict_from_few_images_is_unsure() -> None:
     markdown, html = both(few)
     assert "Perhaps w8a8" in html
     for page in (markdown, html):
-        assert "90 images are too few to tell whether a variant stays within 1 point of top-1" in page
+        assert "90 images are too few to tell whether a variant is within 1 point of top-1" in page
         assert "consider w8a8" in page
         assert "deploy w8a8" not in page
     worse = build(evaluation={"images": 90}, variants=[FP32, W4A4])  # too inaccurate, perhaps only by chance
@@ -315,7 +315,7 @@ def test_pages_have_the_speedup_over_fp16() -> None:
     markdown, html = both(with_half(0.55))
     for page in (markdown, html):
         assert f"2.48{TIMES} the speed of fp32 and 1.33{TIMES} that of fp16 at batch 1" in page
-        assert "w8a8 and w4a4 compute in float32 what is not quantized; --fp16 makes that FP16." in page
+        assert "Layers that are not quantized compute in float32 in w8a8 and w4a4; --fp16 changes that." in page
         assert "over fp16" in page
     assert "<dt>speed of fp16</dt><dd>1.33" in html
     assert "--fp16 makes" not in to_markdown(with_half(0.55, engine_fp16=True))
@@ -351,7 +351,7 @@ def test_pages_have_the_numbers(render: Callable[[Report], str]) -> None:
         "1,024", "99.41 %", "13 min 35 s",
         "NVIDIA L4", "AMD EPYC 9354P", "580.65.06",
         "onnxruntime-cuda has no fast INT8 path of its own", "layer4.1.avgpool",
-        "INT4 saves storage, the speed is INT8",
+        "INT4 saves storage, at the speed of INT8",
         "512 features", "silhouette of 0.421", "diversity of 0.287", "0.306", "0.410", "83.5 %", "density 0.91",
     ):  # fmt: skip
         assert value in shown, value
@@ -450,13 +450,13 @@ def test_sensitivities_and_curves_are_listed_and_explained() -> None:
     costly = W4A4.model_copy(update={"sensitivities": sensitivities(1e-3, 1e-1, 1e-2)})
     report = build(variants=[FP32, W8A8, costly], calibration={"losses": {"generator.icv": [2.0, 1.0]}})
     markdown, html = both(report)
-    assert "generator.icv: distance to the diversity" in html
+    assert "generator.icv: distance to the intended diversity" in html
     assert "generator.ce:" not in html
     rows = re.findall(r"<code>(layer1\S*)</code></th><td>w4a4</td><td class=\"n\">([\d.e-]+)</td>", html)
     assert rows == [("layer1.1.conv2", "1.0e-01"), ("layer1.2.conv2", "1.0e-02"), ("layer1.0.conv2", "1.0e-03")]
     for page in (markdown, html):
         assert "0.0033" in page
-        assert "Each layer is quantized alone" in page
+        assert "One layer at a time is quantized" in page
     assert re.search(r"\| layer1\.0\.conv2 \| w4a4 \| +1\.0e-03 \|", markdown)
 
 

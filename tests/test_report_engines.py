@@ -141,21 +141,21 @@ def test_pages_without_engines_have_no_section() -> None:
         (
             {"enqueue": part(1.2)},
             "w8a8, model.engine, batch 8: enqueuing takes about as long as the computation (1.200 ms against "
-            "1.250 ms): the host may hold the GPU back.",
+            "1.250 ms): the host may slow down the GPU.",
         ),
-        ({"enqueue": part(1.2), "cuda_graph": False}, "hold the GPU back, because no CUDA graph was replayed."),
+        ({"enqueue": part(1.2), "cuda_graph": False}, "slow down the GPU, because no CUDA graph was replayed."),
         ({"compute": part(1.25, 0.041)}, "is 4.1 % of its mean, more than 2.5 %. The GPU's clocks were floating."),
         ({"host_to_device": part(1.3)}, "copying to the GPU takes longer than the computation (1.300 ms against"),
         (
             {"wall_seconds": 3.2},
-            "a call came every 1.600 ms, though no part of it takes the GPU longer than 1.250 ms: the host,",
+            "a call started every 1.600 ms, though no part of it takes the GPU longer than 1.250 ms: the host,",
         ),
         (
             {"gpu": GPU.model_copy(update={"throttling": {"power limit": 0.4}})},
             "the GPU lowered its clocks: power limit (40 % of the time).",
         ),
-        ({"gpu": GPU.model_copy(update={"clocks": "steady"})}, "is not something that NVML reports."),
-        ({"gpu": GpuTelemetry(reason="NVML does not start")}, "of the GPU are not known: NVML does not start."),
+        ({"gpu": GPU.model_copy(update={"clocks": "steady"})}, "NVML does not report whether they are locked"),
+        ({"gpu": GpuTelemetry(reason="NVML does not start")}, "of the GPU are unknown: NVML does not start."),
     ],
 )
 def test_engine_notes_warn_only_of_what_was_measured(changes: dict[str, object], words: str) -> None:
@@ -177,7 +177,7 @@ def test_an_engine_without_details_has_dashes_and_a_note() -> None:
     assert f"w8a8, model.engine: {note}" in engine_notes(own)
     (line,) = [line for line in to_markdown(own).splitlines() if " 12 |" in line]
     assert line.count(DASH) == 7
-    assert "The GPU meanwhile" not in to_markdown(own)
+    assert "The GPU during" not in to_markdown(own)
     assert "Slowest layers" not in to_html(own)
 
 

@@ -1,8 +1,8 @@
-"""What the measurements of a report mean: drops, speed-ups, shares of the size, and which variant to deploy.
+"""Derived numbers of a report: drops, speed-ups, shares of the size, and which variant to deploy.
 
-Numbers only; `text` turns them into sentences. Everything is compared with the variant `fp32`, in the same runtime and,
-for time, at the same batch and threads; time also with the float model in FP16 if that was timed. The report stores its
-measurements under `fp32`, rows and points call it `fp16`.
+`text` turns them into sentences. Everything is compared with the variant `fp32` in the same runtime and, for time, at
+the same batch and threads; time also with the float model in FP16 if that was timed. The report stores the latter under
+`fp32`; rows and points call it `fp16`.
 """
 
 import math
@@ -17,21 +17,20 @@ FLOAT = {BASELINE, HALF}
 SPEED_TIE = 0.05
 """Variants whose medians are this close (as a fraction) count as equally fast."""
 UNSTEADY = 0.025
-"""Coefficient of variation above which the last digits of a latency cannot be trusted."""
+"""Coefficient of variation above which the last digits of a latency are noise."""
 MAX_DROP = 1.0
 """Points of top-1 that a suggested variant may lose."""
 MAX_DISAGREEMENT = 5.0
-"""Without labels: the percentage of images on which a suggested variant may contradict the teacher."""
+"""Percentage of images on which a suggested variant may disagree with the teacher, without labels."""
 WIDEST = 1.25
-"""If a speed-up's interval includes 1 and its ends are further apart than this factor, it says nothing."""
+"""Ratio of the ends of a speed-up's interval above which, if it includes 1, it is inconclusive."""
 
 
 class AccuracyRow(Accuracy):
     """One variant in one runtime. `top1_error`, `drop_error` and `agreement_error` are standard errors, in points.
 
-    `drop` is fp32's top-1 in the same runtime less this one's. Both answer the same images, so only those on
-    which they differ add variance: `drop_error` is the bound that the agreements with the teacher set to the
-    standard error of the paired difference.
+    `drop` is fp32's top-1 in the same runtime minus this one's. Both see the same images, so `drop_error` is
+    the standard error of a paired difference: an upper bound, derived from the agreements with the teacher.
     """
 
     variant: str
@@ -43,10 +42,10 @@ class AccuracyRow(Accuracy):
 
 
 class LatencyRow(Latency):
-    """One measurement. If no turns were compared, `speedup` is fp32's median over this one's; None without fp32's.
+    """One measurement. If it was not alternated with fp32, `speedup` is the ratio of medians; None without fp32's.
 
-    `over_half` is fp16's median over this one's. An engine is `unsteady` if its computation is; copies vary with what
-    else the host does.
+    `over_half` is fp16's median over this one's. An engine is `unsteady` if its computation is: the time of copies
+    depends on the load of the host.
     """
 
     variant: str
@@ -56,11 +55,11 @@ class LatencyRow(Latency):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A variant that was both scored and timed in a runtime.
+    """A variant whose accuracy and latency were measured in a runtime.
 
-    `cost` is the drop in points of top-1, or the percentage of disagreement if there are no labels; `cost_error` is its
-    standard error; both are None for fp32. `interval` is that of the speed-up over fp32: the measured one, else as far
-    as two medians say nothing, `SPEED_TIE`. It is `unsteady` if one of the two latencies is.
+    `cost` is the drop in points of top-1, or the percentage of disagreement without labels, `cost_error` its standard
+    error; both are None for fp32. `interval` is that of the speed-up over fp32: the measured one, else the ratio of
+    medians within `SPEED_TIE`. A point is `unsteady` if one of the two latencies is.
     """
 
     variant: str
@@ -77,10 +76,10 @@ class Point:
 class Verdict:
     """What to deploy in one runtime.
 
-    `choice` is the point that is suggested ("deploy", or "unsure" if the standard error of what it costs is more than
-    it may cost, or the model's weights are random), or the nearest miss: too inaccurate ("inaccurate"), slower than
-    fp32 ("slow"), or neither faster nor slower as far as was measured: as fast ("same"), or with an interval that says
-    nothing ("unmeasured"). It is None if nothing could be compared ("unknown").
+    `choice` is the suggested point ("deploy", or "unsure" if the standard error of its cost exceeds the allowed cost,
+    or the model's weights are random), or the nearest miss: too inaccurate ("inaccurate"), slower than fp32 ("slow"),
+    as fast ("same"), or with an inconclusive interval ("unmeasured"). It is None if nothing could be compared
+    ("unknown").
     """
 
     runtime: str
@@ -92,23 +91,23 @@ class Verdict:
 def accuracy_rows(report: Report) -> list[AccuracyRow]:
     """Return a row for each variant and runtime, in the order of the report."""
     images, rows = report.evaluation.images, []
-    baselines: dict[str, Accuracy] = {}  # by runtime; of several files the first counts
-    for accuracy in (fp32 := _baseline(report)).accuracy:
-        if _name_of(fp32, accuracy.graph) == BASELINE:
-            baselines.setdefault(accuracy.runtime, accuracy)
+    fp32 = _baseline(report)
+    scored = [accuracy for accuracy in reversed(fp32.accuracy) if _name_of(fp32, accuracy.graph) == BASELINE]
+    baselines = {accuracy.runtime: accuracy for accuracy in scored}  # the first file in each runtime
     for variant in report.variants:
+        sizes: dict[str | None, int] = {file.path: file.size_bytes for file in variant.artifacts}
         for accuracy in variant.accuracy:
             name, drop, drop_error = _name_of(variant, accuracy.graph), None, None
             other = None if name == BASELINE else baselines.get(accuracy.runtime)
             if other and other.top1 is not None and accuracy.top1 is not None:
                 drop = other.top1 - accuracy.top1
-                # Where both agree with the teacher they agree with each other, so they differ on at most this share.
+                # They differ at most on the images on which one of them disagrees with the teacher.
                 differing = min(200 - accuracy.agreement - other.agreement, 100.0)
                 drop_error = standard_error(differing, images, drop)
             row = AccuracyRow(
                 **dict(accuracy),
                 variant=name,
-                size_bytes=next((file.size_bytes for file in variant.artifacts if file.path == accuracy.graph), None),
+                size_bytes=sizes.get(accuracy.graph),
                 top1_error=None if accuracy.top1 is None else standard_error(accuracy.top1, images),
                 drop=drop,
                 drop_error=drop_error,
@@ -133,17 +132,17 @@ def latency_rows(report: Report) -> list[LatencyRow]:
 
 def size_share(report: Report, size_bytes: int | None) -> float | None:
     """Return a size over that of fp32's graph for ONNX Runtime."""
-    float_sizes = (file.size_bytes for file in _baseline(report).artifacts if file.target == "onnxruntime")
-    float_size = next(float_sizes, None)
+    files = _baseline(report).artifacts
+    float_size = next((file.size_bytes for file in files if file.target == "onnxruntime"), None)
     return size_bytes / float_size if float_size and size_bytes is not None else None
 
 
 def standard_error(percentage: float, images: int, difference: float | None = None) -> float:
     """Return the standard error of a percentage of `images` images, in points.
 
-    It is sqrt(p (1 - p) / n), of a share p to which half an image of each kind was added (Jeffreys' prior): that all of
-    300 images agree does not mean that all do. With `difference`, in points, it is that of a paired difference, of two
-    that differ on `percentage` of the images.
+    It is sqrt(p (1 - p) / n), with half an image added to both counts of p (Jeffreys' prior), so that it is not 0 if
+    all images agree. With `difference`, in points, it is that of a paired difference, where two models differ on
+    `percentage` of the images.
     """
     if not images:
         return math.nan
@@ -153,12 +152,12 @@ def standard_error(percentage: float, images: int, difference: float | None = No
 
 
 def allowed_cost(report: Report) -> float:
-    """Return what a suggested variant may lose: points of top-1, or of agreement if there are no labels."""
+    """Return what a suggested variant may lose: points of top-1, or of agreement without labels."""
     return MAX_DROP if report.evaluation.labelled else MAX_DISAGREEMENT
 
 
 def points(report: Report, runtime: str) -> list[Point]:
-    """Return every graph that was scored and timed in `runtime`, at the smallest batch with the most threads."""
+    """Return every graph with accuracy and latency in `runtime`, at the smallest batch with the most threads."""
     timed = [row for row in latency_rows(report) if row.runtime == runtime]
     measured, labelled = [], report.evaluation.labelled
     for row in accuracy_rows(report):
@@ -166,34 +165,27 @@ def points(report: Report, runtime: str) -> list[Point]:
         if row.runtime != runtime or not timings:
             continue
         latency = min(timings, key=lambda timing: (timing.batch, -(timing.threads or 0)))
-        is_float32 = row.variant == BASELINE
-        point = Point(
-            variant=row.variant,
-            accuracy=row,
-            latency=latency,
-            cost=row.drop if labelled else None if is_float32 else 100 - row.agreement,
-            cost_error=row.drop_error if labelled else None if is_float32 else row.agreement_error,
-            interval=_interval(latency),
-            unsteady=any(map(_is_unsteady, [latency, *_counterparts(report, latency, BASELINE)])),
-            size_share=size_share(report, row.size_bytes),
-        )
-        measured.append(point)
+        disagreement = (None, None) if row.variant == BASELINE else (100 - row.agreement, row.agreement_error)
+        cost, cost_error = (row.drop, row.drop_error) if labelled else disagreement
+        unsteady = any(map(_is_unsteady, [latency, *_counterparts(report, latency, BASELINE)]))
+        share = size_share(report, row.size_bytes)
+        measured.append(Point(row.variant, row, latency, cost, cost_error, _interval(latency), unsteady, share))
     return measured
 
 
 def verdicts(report: Report) -> list[Verdict]:
     """Return what to deploy in each runtime that was timed, in the order of the report.
 
-    Of the variants that lose no more than `MAX_DROP` (`MAX_DISAGREEMENT` without labels), it is the fastest; of
-    those within `SPEED_TIE` of it, the one that loses least. It is suggested if the whole interval of its speed-up
-    is above 1. fp16 counts as a variant. torch only simulates integers and is left out.
+    Of the variants that lose no more than `MAX_DROP` (`MAX_DISAGREEMENT` without labels), it is the fastest; of those
+    within `SPEED_TIE` of it, the one with the smallest loss. It is suggested if the whole interval of its speed-up is
+    above 1. fp16 counts as a variant; torch, which only simulates integers, is left out.
     """
     timed = dict.fromkeys(latency.runtime for variant in report.variants for latency in variant.latency)
     return [_verdict(report, runtime) for runtime in timed if runtime != "torch"]
 
 
 class _Candidate(NamedTuple):
-    """A point of which all that a verdict compares is known."""
+    """A point with the values that a verdict compares, none of them None."""
 
     point: Point
     cost: float
@@ -204,7 +196,7 @@ class _Candidate(NamedTuple):
 def _verdict(report: Report, runtime: str) -> Verdict:
     measured, limit = points(report, runtime), allowed_cost(report)
     baseline = next((point for point in measured if point.variant == BASELINE), None)
-    # Without its fp32 counterpart a point has neither a cost nor a speed-up, and nothing can be said of it.
+    # without fp32 in the same runtime a point has neither a cost nor a speed-up
     compared = [
         _Candidate(point, point.cost, point.latency.speedup, point.interval)
         for point in measured
@@ -228,13 +220,13 @@ def _verdict(report: Report, runtime: str) -> Verdict:
 
 
 def _baseline(report: Report) -> Variant:
-    """Return the float variant that the others are compared with; an empty one if there is none."""
+    """Return the variant fp32, an empty one if there is none."""
     fp32 = (variant for variant in report.variants if variant.name == BASELINE)
     return next(fp32, Variant(name=BASELINE, seconds=0))
 
 
 def _name_of(variant: Variant, graph: str | None) -> str:
-    """Return what a row on one of a variant's files is called: `fp16` for the float model in FP16, else the variant."""
+    """Return the name of a row about one of a variant's files: `fp16` for the float model in FP16, else the variant."""
     half = any(artifact.path == graph and artifact.fp16 for artifact in variant.artifacts)
     return HALF if half and variant.name == BASELINE else variant.name
 
@@ -244,7 +236,7 @@ def _is_unsteady(latency: Latency) -> bool:
 
 
 def _counterparts(report: Report, latency: Latency, name: str) -> list[Latency]:
-    """Return the float model's latencies, as fp32 or as fp16, at the same runtime, batch and threads."""
+    """Return the latencies of `name` (fp32 or fp16) in the same runtime, at the same batch and threads."""
     setting, fp32 = (latency.runtime, latency.batch, latency.threads), _baseline(report)
     return [
         other
@@ -254,7 +246,7 @@ def _counterparts(report: Report, latency: Latency, name: str) -> list[Latency]:
 
 
 def _ratio(report: Report, latency: Latency, name: str) -> float | None:
-    """Return the float model's median, as fp32 or as fp16, over this one's; None if it was not measured so."""
+    """Return the median of `name` (fp32 or fp16) over this one's; None if it was not measured."""
     others = _counterparts(report, latency, name)
     return others[0].median_ms / latency.median_ms if others and latency.median_ms else None
 

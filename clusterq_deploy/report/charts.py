@@ -1,8 +1,8 @@
-"""The charts of the HTML report, as inline SVG that takes its colours and its font from the page.
+"""The charts of the HTML report, as inline SVG with the colours and the font of the page.
 
-matplotlib draws in placeholder colours, which are then replaced by the page's CSS variables, so that a chart follows
-light and dark without a script. Text stays text. The same numbers always give the same bytes. Bars and histograms are
-drawn by the page's template; what is here of them are their lengths.
+matplotlib draws in placeholder colours, which are replaced by the page's CSS variables for light and dark mode. Text
+stays text. The same numbers always result in the same bytes. The page's template draws bars and histograms; this module
+computes their lengths.
 """
 
 import io
@@ -27,7 +27,7 @@ _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _CLASSES = [f"#05050{digit}" for digit in range(10)]  # as many as the page has colours for
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
 _VARIABLES |= {colour: f"var(--class-{index})" for index, colour in enumerate(_CLASSES)}
-_WIDTH, _TEXT = 340, 10.5  # of a chart and its text, in points: on a phone, 327 px wide, text stays above 10 px
+_WIDTH, _TEXT = 340, 10.5  # of a chart and its text, in points: on a phone with 327 px, text is larger than 10 px
 _STYLE: dict[str, Any] = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), _TEXT),
     **dict.fromkeys(("text.color", "axes.titlecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _MUTED),
@@ -38,16 +38,16 @@ _STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "xaxis.labellocation": "right",
     "grid.linewidth": 0.7,
-    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib brings along; the page has its own
+    "font.sans-serif": ["DejaVu Sans"],  # for the layout; it comes with matplotlib
     "svg.fonttype": "none",
 }
-_CURVE_WIDTH = 146  # two curves are next to each other on a phone, each 142 px wide
+_CURVE_WIDTH = 146  # two curves fit side by side on a phone, each 142 px wide
 _CURVE_POINTS = 240
 _LAYER_WIDTH = 28  # characters of a layer's name next to its bar
-_NAME_WIDTH = 45.0  # points that a variant's name takes, about
+_NAME_WIDTH = 45.0  # approximate width of a variant's name, in points
 _GRID_LINES = 32  # a finer grid has a line at every second value, every fourth, and so on
 _LEAST_RANGE = 5.0  # percentage points: a smaller range would make noise look like a difference
-_FARTHEST = 2.0  # times the end of the last box: where an axis of latencies ends, whatever the whiskers
+_FARTHEST = 2.0  # maximum of an axis of latencies, relative to the end of the last box
 
 
 class Bar(NamedTuple):
@@ -60,7 +60,7 @@ class Bar(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """A chart of bars, with a description for readers that cannot see it."""
+    """A chart of bars; screen readers read its description."""
 
     title: str
     description: str
@@ -68,9 +68,9 @@ class Bars(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """A histogram as a picture of width 1: the heights of its bins in [0, 1], and where values of its grid are.
+    """A histogram of width 1: the heights of its bins in [0, 1], and the places of some values of its grid.
 
-    `ends` are the outermost values, with their integers; `lines` are some of those between them.
+    `ends` are the outermost values, with their integers; `lines` are between them.
     """
 
     description: str
@@ -80,7 +80,7 @@ class Bins(NamedTuple):
 
 
 def tradeoff_charts(report: Report) -> list[tuple[str, str]]:
-    """Return runtime and chart for each runtime in which something was both scored and timed."""
+    """Return runtime and chart for each runtime in which accuracy and latency were measured."""
     measured = {verdict.runtime: points(report, verdict.runtime) for verdict in verdicts(report)}
     return [
         (runtime, _tradeoff_chart(candidates, report.evaluation.labelled, f"tradeoff{index}"))
@@ -114,7 +114,7 @@ def _tradeoff_chart(points: Sequence[Point], labelled: bool, name: str) -> str:
 
 
 def _label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name right of its point, left if another point is there; names that would overlap move down."""
+    """Write each name to the right of its point, to the left if another point is there; move overlapping names down."""
     scale = 72 / axes.figure.dpi
     spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in places]
     taken: list[tuple[float, float]] = []
@@ -140,7 +140,7 @@ def _label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> Non
 
 
 def distribution_charts(report: Report) -> list[tuple[str, str]]:
-    """Return caption and chart for each runtime and batch size of which quantiles are known."""
+    """Return caption and chart for each runtime and batch size with quantiles."""
     groups: dict[tuple[str, int], list[LatencyRow]] = {}
     for row in latency_rows(report):
         if row.quantiles_ms:
@@ -152,10 +152,9 @@ def distribution_charts(report: Report) -> list[tuple[str, str]]:
 
 
 def _distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
-    """Draw a box for each measurement: the middle half of its calls, the median, and whiskers from 5 to 95 % of them.
+    """Draw a box for each measurement: the middle half of its calls, the median, and whiskers from 5 to 95 %.
 
-    A whisker that is long compared with the boxes would make them unreadable: it ends at the edge, in an arrow and its
-    number.
+    A whisker that would make the boxes unreadable ends at the edge, in an arrow and its number.
     """
     last_box = max(row.quantiles_ms[15] for row in rows)
     limit = min(1.05 * max(row.quantiles_ms[19] for row in rows), _FARTHEST * last_box)
@@ -184,7 +183,7 @@ def _distribution_chart(rows: Sequence[LatencyRow], name: str) -> str:
         axes.set_xlabel("time of a call, ms")
         medians = "; ".join(f"{row.variant} {row.median_ms:.3f} ms" for row in rows)
         ends = "; ".join(f"{rows[at - 1].variant} {formats.milliseconds(end)} ms" for at, end in beyond.items())
-        far = f"; beyond the picture, 95 % of the calls: {ends}" if ends else ""
+        far = f"; outside the axes, 95 % of the calls: {ends}" if ends else ""
         return _svg(figure, name, f"Distribution of the time of a call in ms, medians: {medians}{far}")
 
 
@@ -193,18 +192,16 @@ def curve_charts(report: Report) -> list[tuple[str, dict[str, str]]]:
     stages = {"Synthesis": report.calibration.losses} | {variant.name: variant.losses for variant in report.variants}
     charts = []
     for at, (stage, losses) in enumerate(stages.items()):
-        curves = {
-            name: _curve_chart(losses[name], name, f"curve{at}-{i}") for i, name in enumerate(losses) if losses[name]
-        }
-        charts.append((stage, curves))
+        names = {name: f"curve{at}-{i}" for i, name in enumerate(losses) if losses[name]}
+        charts.append((stage, {name: _curve_chart(losses[name], name, unique) for name, unique in names.items()}))
     return [(stage, curves) for stage, curves in charts if curves]
 
 
 def _curve_chart(losses: Sequence[float], title: str, name: str) -> str:
-    """Draw one training curve, with its lowest and highest value at the left, and those of its start and end below.
+    """Draw one training curve, with its lowest and highest value at the left, and its first and last value below.
 
-    `losses` may have been thinned, so the axis has no numbers of steps. What is not finite is a gap, for instance
-    if a term is not computed at first. A long curve is drawn as means over windows.
+    `losses` may have been thinned, so steps have no numbers. Values that are not finite are gaps, for instance if a
+    term is not computed at first. A long curve is drawn as means over windows.
     """
     window = math.ceil(len(losses) / _CURVE_POINTS) or 1
     means = [_finite_mean(losses[start : start + window]) for start in range(0, len(losses), window)]
@@ -236,9 +233,9 @@ def _curve_chart(losses: Sequence[float], title: str, name: str) -> str:
 
 
 def projection_charts(report: Report) -> list[tuple[str, str]]:
-    """Return title and chart for each set of projected images, all over the same axes, a class in the same colour.
+    """Return title and chart for each set of projected images, with the same axes and the same colour of each class.
 
-    The number of a class is at the image that is nearest to the middle of the class.
+    The number of a class is at the image that is nearest to the median of the class.
     """
     features = report.features
     if features is None or features.projection is None:
@@ -276,7 +273,7 @@ def _draw_class(axes: Axes, points: Points, label: int, colour: str) -> None:
 
 
 def sensitivity_bars(report: Report) -> list[Bars]:
-    """Return a bar per layer, as long as its KL, in order of execution; layers with bits of their own are grey."""
+    """Return a bar per layer for its KL, in order of execution; layers in `keep` are grey."""
     charts = []
     for variant in report.variants:
         if layers := variant.sensitivities:
@@ -288,13 +285,13 @@ def sensitivity_bars(report: Report) -> list[Bars]:
 
 
 def slowest_bars(report: Report) -> list[Bars]:
-    """Return a bar per slow layer of each engine, as long as its time; layers that read no INT8 are grey."""
+    """Return a bar per slow layer of each engine for its time; layers without INT8 inputs are grey."""
     charts = []
     for layers in (inspection.slowest for variant in report.variants for inspection in variant.inspections):
         if layers:
             described = f"The {len(layers)} slowest layers; the first is {layers[0].name}, {layers[0].mean_ms:.3g} ms"
             rows = [(layer.name, layer.mean_ms, f"{layer.mean_ms:.3g}", layer.precision != "INT8") for layer in layers]
-            charts.append(Bars("ms of a call; grey: reads no INT8", described, _bars(rows)))
+            charts.append(Bars("ms of a call; grey: input is not INT8", described, _bars(rows)))
     return charts
 
 
@@ -307,7 +304,7 @@ def _bars(rows: Sequence[tuple[str, float, str, bool]]) -> list[Bar]:
 
 
 def bins(title: str, values: Histogram) -> Bins:
-    """Return a histogram as a picture, with counts on a logarithmic scale."""
+    """Return the bins of a histogram, with counts on a logarithmic scale."""
     width = values.width * len(values.counts)
     highest = math.log1p(max(values.counts)) or 1.0
     stride = 2 ** max(0, math.ceil(math.log2((values.high - values.low + 1) / _GRID_LINES)))
@@ -321,14 +318,14 @@ def bins(title: str, values: Histogram) -> Bins:
 
 
 def _style(name: str) -> AbstractContextManager[None]:
-    """Use the style of the page, whatever the user's is; `name` seeds the ids in the SVG."""
+    """Use the page's style instead of the user's; `name` seeds the ids in the SVG."""
     return style.context(["default", _STYLE | {"svg.hashsalt": name}])
 
 
 def _canvas(
     width: float, height: float, *, left: float, right: float, bottom: float, top: float
 ) -> tuple[Figure, Axes]:
-    """Return a figure of `width` x `height` points, the units of its SVG; its axes are between these shares of it."""
+    """Return a figure of `width` x `height` points, the units of its SVG, and axes between these fractions of it."""
     figure = Figure(figsize=(width / 72, height / 72))
     return figure, figure.add_axes((left, bottom, right - left, top - bottom))
 
@@ -339,7 +336,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     figure.savefig(page, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = page.getvalue()
     text = text[text.index("<svg") :]
-    # A style sheet inside an inline <svg> would hold for the whole page.
+    # a style sheet inside an inline <svg> would apply to the whole page
     text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for colour, variable in _VARIABLES.items():
@@ -350,7 +347,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text in which matplotlib finds no formula."""
+    """Escape text that matplotlib would take for a formula."""
     return text.replace("$", r"\$")
 
 

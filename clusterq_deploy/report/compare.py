@@ -1,4 +1,4 @@
-"""Several reports side by side: what was run, how accurate and how fast it is, and on what it was measured."""
+"""Several reports side by side: configurations, accuracy, latency and machines."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from clusterq_deploy.report.text import model_name
 from clusterq_deploy.results.report import Report, read_report
 
 Record = dict[str, str | int | float | None]
-"""A row of JSON or CSV, a value per column; None if nothing was measured."""
+"""A row of JSON or CSV; None if nothing was measured."""
 _Row = TypeVar("_Row", AccuracyRow, LatencyRow)
 
 _REPORT = "report.json"
@@ -40,14 +40,14 @@ _MACHINE = ("torch", "onnxruntime", "tensorrt", "driver", "gpu", "cpu", "cores")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side; rows are those of a run by its name, in the order of variants, then of runs.
+    """Runs side by side; rows have the name of their run, and are ordered by variant, then by run.
 
     Attributes:
-        runs: what each run was asked to do.
+        runs: the configuration of each run.
         accuracy: top-1 and agreement in percent, drop in points, sizes in bytes.
         latency: medians in milliseconds, the speed-up over the same run's fp32, and whether it was unsteady.
-        machines: the versions and the hardware that measured.
-        notes: what in the runs cannot be compared or trusted, whole sentences.
+        machines: versions and hardware.
+        notes: sentences on what cannot be compared or trusted.
     """
 
     runs: list[Record]
@@ -69,7 +69,7 @@ class Comparison:
         return [table for table in shown if table.rows]
 
     def to_json(self) -> str:
-        """Return the comparison with all numbers as they are."""
+        """Return the comparison with unrounded numbers."""
         times = ("batch", "threads", "median_ms", "p90_ms", "p99_ms", "images_per_second", "speedup", "unsteady")
         content = {
             "runs": self.runs,
@@ -81,9 +81,9 @@ class Comparison:
         return json.dumps(content, indent=2) + "\n"
 
     def to_csv(self) -> str:
-        """Return one table, a row per run, variant, runtime and file: numbers as they are, empty if not measured.
+        """Return one table, a row per run, variant, runtime and file: unrounded numbers, empty if not measured.
 
-        Latency has a column per batch size. What the run was asked to do and what measured it is in every row.
+        Latency has a column per batch size. The run's configuration and machine are in every row.
         """
         facts = {run["run"]: run | machine for run, machine in zip(self.runs, self.machines, strict=True)}
         rows: dict[tuple[object, ...], Record] = defaultdict(dict)
@@ -100,7 +100,7 @@ class Comparison:
             [f"{name}_batch_{batch}" for batch in batches for name in names] for names in (_TIMES, _MORE, _INTERVAL)
         )
         about = [name for record in (self.runs[0], self.machines[0]) for name in record if name != "run"]
-        # columns are added at the end: others may count them
+        # new columns belong at the end: scripts may use column numbers
         columns = ["run", *_FILE, *_SCORES, *times, *about, "agreement_error", *later, *last]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -118,7 +118,7 @@ def read_reports(paths: list[Path]) -> dict[str, Report]:
     """Return the reports of run directories, or of `report.json` files, by the shortest names that differ.
 
     Raises:
-        ReportError: one has none, or it cannot be read, or one is named twice.
+        ReportError: a report is missing or cannot be read, or a run is named twice.
     """
     files = [path if path.is_file() else path / _REPORT for path in paths]
     for path, file in zip(paths, files, strict=True):
@@ -134,11 +134,11 @@ def read_reports(paths: list[Path]) -> dict[str, Report]:
 def compare(reports: Mapping[str, Report]) -> Comparison:
     """Compare reports, by the names that their runs have in the tables."""
     variants = [variant.name for report in reports.values() for variant in report.variants]
-    # fp32's rows on its files in FP16 are called fp16
+    # rows of fp32's files in FP16 are named fp16
     order = list(dict.fromkeys(n for name in variants for n in ((BASELINE, HALF) if name == BASELINE else (name,))))
 
     def neighbours(rows: list[tuple[str, _Row]], *keys: str) -> list[tuple[str, _Row]]:
-        """Sort rows by variant, then by the given attributes in the order in which their values came first."""
+        """Sort rows by variant, then by the given attributes, their values in order of first appearance."""
         pairs = rows
         for key in reversed(keys):
             seen = list(dict.fromkeys(getattr(row, key) for _, row in rows))
@@ -184,22 +184,20 @@ def _record_table(title: str, records: Sequence[Record]) -> Table:
 
 
 def _notes(reports: list[Report], unsteady: list[str]) -> list[str]:
-    """Return what differs between the runs, so that numbers of one column do not measure the same."""
+    """Return the differences between the runs that make numbers of a column incomparable."""
     machines = [report.environment for report in reports]
     columns: dict[str, list[Hashable]] = {
-        "The models differ: compare drops and speed-ups, not top-1 and times.": [
-            report.model.name for report in reports
-        ],
+        "The models differ: compare drops and speed-ups, not top-1 and times.": [r.model.name for r in reports],
         "Accuracy was measured on different images: top-1, drop and agreement cannot be compared.": [
             (report.evaluation.dataset, report.evaluation.images) for report in reports
         ],
         "The machines differ: times cannot be compared, speed-ups only roughly.": [
             (machine.gpu, machine.cpu, machine.cores, machine.driver) for machine in machines
         ],
-        "The versions of the runtimes differ: some of a difference in time may be theirs.": [
+        "The versions of the runtimes differ: they may cause a part of a difference in time.": [
             (machine.onnxruntime, machine.tensorrt, machine.torch) for machine in machines
         ],
         f"~ marks a median whose measurement was unsteady (standard deviation above {100 * UNSTEADY:g} % of the "
-        f"mean), in {', '.join(dict.fromkeys(unsteady))}: the machine was not quiet.": [False, bool(unsteady)],
+        f"mean), in {', '.join(dict.fromkeys(unsteady))}: the machine was busy.": [False, bool(unsteady)],
     }
     return [note for note, values in columns.items() if len(set(values)) > 1]

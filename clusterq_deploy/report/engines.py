@@ -1,4 +1,4 @@
-"""What the report shows of TensorRT engines: their time in parts, the GPU, their layers, and what to distrust."""
+"""The part of the report on TensorRT engines: the parts of their latency, the GPU, their layers, and warnings."""
 
 from collections.abc import Iterator
 
@@ -8,13 +8,13 @@ from clusterq_deploy.report.tables import Table
 from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats, Reading
 from clusterq_deploy.results.report import Latency, Report
 
-_ENQUEUE_BOUND = 0.8  # enqueue over compute time above which the host may hold the GPU back, as for trtexec
-_HOST_BOUND = 1.2  # time between calls over their longest part on the GPU above which the host limits the throughput
+_ENQUEUE_BOUND = 0.8  # ratio of enqueue to compute time above which the host may slow down the GPU, as in trtexec
+_HOST_BOUND = 1.2  # ratio of the time between calls to their longest part above which the host limits the throughput
 _LISTED = 10  # layers in a sentence
 
 
 def engine_tables(report: Report) -> list[Table]:
-    """Return the tables on TensorRT engines that have rows: the parts of a call, the GPU, layers by type."""
+    """Return the tables of TensorRT engines that have rows: the parts of a call, the GPU, layers by type."""
     parts = ("To GPU, ms", "Compute, ms", "From GPU, ms", "Enqueue, ms", "Compute p99, ms")
     calls = ("Variant", "Engine", "CUDA graph", "Batch", *parts, "Variation", "Compute speed-up", "Images/s")
     clocks = ("Variant", "Engine", "Batch", "SM clock, MHz", "Memory clock, MHz", "Clocks", "Power, W", "°C")
@@ -24,8 +24,8 @@ def engine_tables(report: Report) -> list[Table]:
     layers = [(variant, *_layer_cells(inspection)) for variant, inspection in _inspected(report)]
     tables = (
         Table("Time of a call in parts, medians", calls, timing, 3),
-        Table("The GPU meanwhile", (*clocks, "Throttled by"), gpu, 9),
-        Table("Layers by the type that they read", types, layers, 2),
+        Table("The GPU during the measurement", (*clocks, "Throttled by"), gpu, 9),
+        Table("Layers by input type", types, layers, 2),
     )
     return [table for table in tables if table.rows]
 
@@ -35,56 +35,47 @@ def slowest_tables(report: Report) -> list[Table]:
     tables = []
     for _, inspection in _inspected(report):
         rows = [
-            (
-                shortened(layer.name),
-                layer.kind or ABSENT,
-                layer.precision or ABSENT,
-                milliseconds(layer.mean_ms),
-                percent(layer.share),
-            )
-            for layer in inspection.slowest
+            (shortened(x.name), x.kind or ABSENT, x.precision or ABSENT, milliseconds(x.mean_ms), percent(x.share))
+            for x in inspection.slowest
         ]
         title = f"Slowest layers of {inspection.engine}, batch {inspection.batch}"
-        tables.append(Table(title, ("Layer", "Kind", "Reads", "ms", "Of all"), rows, 3))
+        tables.append(Table(title, ("Layer", "Kind", "Input", "ms", "Of all"), rows, 3))
     return [table for table in tables if table.rows]
 
 
 def trtexec_commands(report: Report) -> list[str]:
-    """Return the commands that repeat the engines' measurements, from the run directory."""
+    """Return the commands that repeat the engines' measurements in the run directory."""
     return [latency.trtexec for _, latency, _ in _timed(report) if latency.trtexec]
 
 
 def engine_notes(report: Report) -> Iterator[str]:
-    """Yield how to read the numbers on engines, what to distrust in them, and what is missing."""
+    """Yield how to read the numbers of engines, warnings, and what is missing."""
     timed, inspected = list(_timed(report)), list(_inspected(report))
     if timed:
         yield (
-            "An engine's latency is defined as trtexec's: the sum of the copy to the GPU, the computation and the copy "
-            "back, by CUDA events; the compute speed-up leaves the copies out. Copies run while another batch is "
-            "computed, and throughput is by the time of the whole measurement."
+            "An engine's latency is defined as in trtexec: the sum of the copy to the GPU, the computation and the "
+            "copy back, by CUDA events; the compute speed-up excludes the copies. Copies overlap with the computation "
+            "of another batch, and throughput is computed from the time of the whole measurement."
         )
     for variant, latency, compute in timed:
         for warning in _warnings(latency, compute):
             yield f"{variant}, {file_name(latency.graph)}, batch {latency.batch}: {warning}"
     for reason in dict.fromkeys(latency.gpu.reason for _, latency, _ in timed if latency.gpu and latency.gpu.reason):
-        yield f"Clocks, power, temperature and throttling of the GPU are not known: {reason}."
+        yield f"Clocks, power, temperature and throttling of the GPU are unknown: {reason}."
     if any(latency.gpu and latency.gpu.clocks == "steady" for _, latency, _ in timed):
-        yield (
-            "Steady clocks did not move while they were watched; whether they are locked (nvidia-smi -lgc) is not "
-            "something that NVML reports."
-        )
+        yield "Steady clocks did not change; NVML does not report whether they are locked (nvidia-smi -lgc)."
     for variant, inspection in inspected:
         where = f"{variant}, {file_name(inspection.engine)}"
         if inspection.missed:
             layers = [f"{layer.weight} ({layer.layer}) {layer.reason}" for layer in inspection.missed[:_LISTED]]
             if more := len(inspection.missed) - len(layers):
                 layers.append(f"and {more} more (report.json has them)")
-            yield f"{where}: quantized in the graph, and not in INT8 in the engine: {'; '.join(layers)}."
+            yield f"{where}: quantized in the graph, but not in INT8 in the engine: {'; '.join(layers)}."
         yield from (f"{where}: {note}" for note in inspection.notes)
     if any(inspection.slowest for _, inspection in inspected):
         yield (
             "Layers are timed by TensorRT's profiler, one after the other: their sum is more than the time of a call. "
-            "Their type is that of what they read; reformats only change a layout or a type, and cost time for it."
+            "Their type is that of their input; reformats only change a layout or a type."
         )
 
 
@@ -99,7 +90,7 @@ def _warnings(latency: Latency, compute: LatencyStats) -> Iterator[str]:
     if enqueue and enqueue.median_ms > _ENQUEUE_BOUND * compute.median_ms:
         times = f"{milliseconds(enqueue.median_ms)} ms against {milliseconds(compute.median_ms)} ms"
         graph = "" if latency.cuda_graph else ", because no CUDA graph was replayed"
-        yield f"enqueuing takes about as long as the computation ({times}): the host may hold the GPU back{graph}."
+        yield f"enqueuing takes about as long as the computation ({times}): the host may slow down the GPU{graph}."
     if upload and upload.median_ms >= compute.median_ms:
         times = f"{milliseconds(upload.median_ms)} ms against {milliseconds(compute.median_ms)} ms"
         yield f"copying to the GPU takes longer than the computation ({times}), and limits the throughput."
@@ -108,7 +99,7 @@ def _warnings(latency: Latency, compute: LatencyStats) -> Iterator[str]:
         longest = max(part.mean_ms for part in (upload, compute, download))
         if between > _HOST_BOUND * longest:
             yield (
-                f"a call came every {milliseconds(between)} ms, though no part of it takes the GPU longer than "
+                f"a call started every {milliseconds(between)} ms, though no part of it takes the GPU longer than "
                 f"{milliseconds(longest)} ms: the host, which starts the calls, limits the throughput."
             )
     if gpu and gpu.throttling:
@@ -145,7 +136,7 @@ def _gpu_cells(latency: Latency, gpu: GpuTelemetry) -> tuple[str, ...]:
 
 
 def _range(reading: Reading | None, limit: float | None) -> str:
-    """Return the least and the most, one number if they are the same, and the limit: `1980 of 1980`."""
+    """Return the lowest and the highest, one number if they are equal, and the limit: `1410-1965 of 1980`."""
     if reading is None:
         return ABSENT
     ends = dict.fromkeys((f"{reading.lowest:.0f}", f"{reading.highest:.0f}"))
@@ -164,7 +155,7 @@ def _layer_cells(inspection: EngineInspection) -> tuple[str, ...]:
 
 
 def _timed(report: Report) -> Iterator[tuple[str, Latency, LatencyStats]]:
-    """Yield variant, latency and its computation of each engine: only these have parts."""
+    """Yield variant, latency and its computation of each engine; only engines have parts."""
     for variant in report.variants:
         yield from ((variant.name, latency, latency.compute) for latency in variant.latency if latency.compute)
 

@@ -1,4 +1,4 @@
-"""Numbers as the report writes them; a dash if there is none."""
+"""The formats of numbers in the report; a dash for None."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ def number(value: float | None, decimals: int = 2) -> str:
 
 
 def with_error(value: float | None, error: float | None) -> str:
-    """Return `69.42 ± 0.65`, or the number only if there is no error."""
+    """Return `69.42 ± 0.65`, or only the number if there is no error."""
     return number(value) if value is None or error is None else f"{number(value)} ± {number(error)}"
 
 
@@ -52,7 +52,7 @@ def duration(seconds: float) -> str:
 
 
 def speedup(value: float | None, latency: Latency | None = None) -> str:
-    """Return a speed-up, with the interval that was measured of it in brackets if `latency` has one."""
+    """Return a speed-up, followed by its interval in brackets if `latency` has one."""
     if value is None:
         return ABSENT
     interval = ""
@@ -67,12 +67,12 @@ def percent(share: float | None) -> str:
 
 
 def scientific(value: float) -> str:
-    """Return two digits and an exponent, whatever the size: 3.5e-05; 0 is 0, a dash for what is not finite."""
+    """Return two digits and an exponent: 3.5e-05; `0` for 0, a dash if the value is not finite."""
     return ABSENT if not math.isfinite(value) else f"{value:.1e}" if value else "0"
 
 
 def uniform(values: Sequence[float]) -> Callable[[float], str]:
-    """Return how to write numbers next to each other: all with an exponent if even the largest is small, or none."""
+    """Return one format for several numbers: with an exponent if the largest is very small or large, else without."""
     largest = max(map(abs, values), default=0.0)
     return scientific if largest and not 1e-4 <= largest < 1e5 else _three_digits
 
@@ -86,7 +86,7 @@ def shortened(name: str, most: int = 48) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """Return 19.7, 0.917 or 0.00071: five decimals at most; a dash for what is not finite."""
+    """Return 19.7, 0.917 or 0.00071: five decimals at most; a dash if the value is not finite."""
     if not math.isfinite(value):
         return ABSENT
     return number(value, min(max(2 - math.floor(math.log10(abs(value))), 0), 5)) if value else "0"

@@ -1,4 +1,4 @@
-"""The tables of a report, each described once: a terminal, Markdown and HTML show the same columns."""
+"""The tables of a report, defined once for the terminal, Markdown and HTML."""
 
 import re
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from clusterq_deploy.report.formats import (
     with_error,
 )
 from clusterq_deploy.report.text import model_name
-from clusterq_deploy.results.report import Latency, Report
+from clusterq_deploy.results.report import Report
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text. The first `left` columns are text; those after them are numbers, which are aligned to the right."""
+    """Rows of text. The first `left` columns are aligned to the left, the others, numbers, to the right."""
 
     title: str
     columns: Sequence[str]
@@ -48,7 +48,7 @@ def to_markdown(table: Table) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text as one line in which Markdown finds no markup, HTML or table cell."""
+    """Return text as one line, with Markdown markup, HTML and the separators of cells escaped."""
     return re.sub(r"([\\`*|<\[\]])", r"\\\1", " ".join(text.split()))
 
 
@@ -64,7 +64,7 @@ def accuracy_table(rows: Sequence[AccuracyRow], labelled: bool = True) -> Table:
 
 
 def latency_table(rows: Sequence[LatencyRow], files: bool = False) -> Table:
-    """Return latency by variant, runtime, with `files` by file, batch and threads; over fp16 too if that was timed."""
+    """Return latency by variant, runtime, file (if `files`), batch and threads; over fp16 too if that was timed."""
     over_half, left = any(row.variant == HALF for row in rows), 3 if files else 2
     cells = [
         (
@@ -86,7 +86,7 @@ def latency_table(rows: Sequence[LatencyRow], files: bool = False) -> Table:
 
 
 def closing_table(report: Report) -> Table:
-    """Return what matters most of accuracy and latency, a row per variant, runtime and file, for a terminal."""
+    """Return a summary of accuracy and latency for a terminal, a row per variant, runtime and file."""
     timings, labelled = latency_rows(report), report.evaluation.labelled
     over_half = any(row.variant == HALF for row in timings)
     timed = {_place(row): row for row in timings if row.batch == 1}
@@ -101,8 +101,8 @@ def closing_table(report: Report) -> Table:
             *([number(row.top1), number(row.drop)] if labelled else []),
             number(row.agreement),
             _median(timing) if timing else ABSENT,
-            _times(timing.speedup, timing) if timing else ABSENT,
-            *([_times(timing.over_half) if timing else ABSENT] if over_half else []),
+            speedup(timing.speedup, timing) if timing else ABSENT,
+            *([speedup(timing.over_half) if timing else ABSENT] if over_half else []),
         ]
         rows.append(tuple(cells))
         previous = variant
@@ -113,7 +113,7 @@ def closing_table(report: Report) -> Table:
 
 
 def file_table(report: Report) -> Table:
-    """Return the deployable files: what they are for, and their size."""
+    """Return the deployable files with their purpose and size."""
     rows = []
     for artifact in (artifact for variant in report.variants for artifact in variant.artifacts):
         purpose = "storage" if artifact.target == "int4" else artifact.target
@@ -123,21 +123,15 @@ def file_table(report: Report) -> Table:
 
 
 def sensitivity_tables(report: Report) -> list[Table]:
-    """Return what it costs to quantize each layer of each variant, the most expensive first."""
-    columns = ("layer", "bits", "KL, nats", "agreement %", "expected drop")
-    return [
-        Table(
-            variant.name,
-            columns,
-            [
-                (layer.layer, layer.bits, scientific(layer.kl), number(layer.agreement), number(layer.expected_drop, 4))
-                for layer in sorted(variant.sensitivities, key=lambda layer: -layer.kl)
-            ],
-            2,
-        )
-        for variant in report.variants
-        if variant.sensitivities
-    ]
+    """Return the cost of quantizing each layer of each variant, the most expensive first."""
+    columns, tables = ("layer", "bits", "KL, nats", "agreement %", "expected drop"), []
+    for variant in report.variants:
+        rows = [
+            (layer.layer, layer.bits, scientific(layer.kl), number(layer.agreement), number(layer.expected_drop, 4))
+            for layer in sorted(variant.sensitivities, key=lambda layer: -layer.kl)
+        ]
+        tables.append(Table(variant.name, columns, rows, 2))
+    return [table for table in tables if table.rows]
 
 
 def _place(row: AccuracyRow | LatencyRow) -> tuple[str, str, str]:
@@ -146,12 +140,3 @@ def _place(row: AccuracyRow | LatencyRow) -> tuple[str, str, str]:
 
 def _median(row: LatencyRow) -> str:
     return ("~" if row.unsteady else "") + milliseconds(row.median_ms)
-
-
-def _times(ratio: float | None, latency: Latency | None = None) -> str:
-    """Return `1.66x`, and its interval if `latency` has one: `1.66x 1.60-1.71`; a dash if there is no ratio."""
-    if ratio is None:
-        return ABSENT
-    if latency is None or latency.speedup_low is None or latency.speedup_high is None:
-        return f"{ratio:.2f}x"
-    return f"{ratio:.2f}x {latency.speedup_low:.2f}-{latency.speedup_high:.2f}"

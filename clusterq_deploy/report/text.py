@@ -1,4 +1,4 @@
-"""The words of a report: what to deploy, how to read the numbers, and what to distrust in them."""
+"""The sentences of a report: what to deploy, how to read the numbers, and warnings."""
 
 import re
 from collections.abc import Iterator
@@ -15,25 +15,22 @@ from clusterq_deploy.report.analysis import (
     latency_rows,
     verdicts,
 )
-from clusterq_deploy.report.formats import TIMES, duration, milliseconds, number, percent, speedup, with_error
+from clusterq_deploy.report.formats import ABSENT, TIMES, duration, milliseconds, number, percent, speedup, with_error
 from clusterq_deploy.results.report import FeatureSet, Histogram, LayerHistograms, Report, Variant
 
 _RECOGNIZED = 50.0  # percent of the synthetic images
 _BITS = re.compile(r"w(\d+)a(\d+)(?:\W.*)?")  # the weight and activation bits in a name such as `w4a8`
 
-_ERROR = (
-    "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both kinds: that all of a few images "
-    "agree does not mean that all do."
-)
+_ERROR = "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both counts."
 SENSITIVITY_NOTE = (
-    "Each layer is quantized alone, its weight and what it reads, on views of the synthetic images; all others "
-    "stay in float. KL is the divergence from the fp32 model in nats, the expected drop what top-1 would lose, in "
-    "points, if the model's own probabilities were the truth: it ranks layers, and is no measured drop."
+    "One layer at a time is quantized, its weight and its input; all others stay in float. KL is the divergence from "
+    "the fp32 model on views of the synthetic images, in nats; the expected drop is the loss of top-1, in points, if "
+    "the model's own probabilities were correct: it ranks layers, and is not a measured drop."
 )
 
 
 def model_name(report: Report) -> str:
-    """Return the model's name; for a factory in a file the name of the factory only."""
+    """Return the model's name; for a factory in a file only the name of the factory."""
     path, colon, factory = report.model.name.rpartition(":")
     return factory if colon and path.endswith(".py") else report.model.name
 
@@ -42,10 +39,9 @@ def summary(report: Report) -> str:
     """Return what was done, in one sentence."""
     names = [variant.name for variant in report.variants if variant.name != BASELINE]
     widths = f"to {_listed(names)} " if names else ""
+    scored = f"compared with its fp32 teacher on {report.evaluation.images:,} held-out synthetic images"
     if report.evaluation.labelled:
         scored = f"scored on {report.evaluation.images:,} labelled images of {report.evaluation.dataset}"
-    else:
-        scored = f"compared with its fp32 teacher on {report.evaluation.images:,} held-out synthetic images"
     return (
         f"{model_name(report)} was quantized {widths}without any of its training data, "
         f"from {report.calibration.images:,} synthetic images, and {scored}."
@@ -57,13 +53,13 @@ def summary(report: Report) -> str:
 
 def headline(verdict: Verdict) -> str:
     """Return what to do in one runtime, in a few words."""
-    if verdict.choice is None:
-        return "No suggestion"
+    variant = verdict.choice.variant if verdict.choice else ""
     words = {
-        "deploy": f"Deploy {verdict.choice.variant}",
-        "unsure": f"Perhaps {verdict.choice.variant}",
+        "deploy": f"Deploy {variant}",
+        "unsure": f"Perhaps {variant}",
         "same": "No difference in speed",
         "unmeasured": "Not measurable here",
+        "unknown": "No suggestion",
     }
     return words.get(verdict.outcome, f"Keep {BASELINE}")
 
@@ -87,24 +83,23 @@ def verdict_figures(verdict: Verdict, labelled: bool) -> list[tuple[str, str]]:
 
 
 def sentence(verdict: Verdict, labelled: bool) -> str:
-    """Return what to deploy in one runtime, what it costs and what it saves."""
+    """Return what to deploy in one runtime, with its cost, speed and size."""
     choice, where = verdict.choice, f"On {verdict.runtime}"
     if choice is None or choice.cost is None or choice.interval is None:
-        return f"{where} nothing can be suggested: no variant could be compared with fp32 there."
+        return f"{where} nothing can be suggested: no variant could be compared with fp32."
     cost = _cost(choice.cost, choice.cost_error, labelled)
     if verdict.outcome == "inaccurate":
         limit = _limit(labelled)
-        return f"{where} keep fp32: no variant stays within {limit}; the nearest, {choice.variant}, {cost}."
+        return f"{where} keep fp32: no variant is within {limit}; the closest, {choice.variant}, {cost}."
     interval = f"{choice.interval[0]:.2f} to {choice.interval[1]:.2f}{TIMES}"
     space = "" if choice.size_share is None else f"in {percent(choice.size_share)} of the size"
     if verdict.outcome in ("same", "unmeasured"):
         interval = f"({interval} at batch {choice.latency.batch})"
         speed = f"no difference in speed from fp32 was measured for {choice.variant} {interval}"
         if verdict.outcome == "unmeasured":
-            busy = "the machine was busy with other work"
-            speed = f"the speed of {choice.variant} is not measurable here {interval}: {busy}"
-        return f"{where} {speed}{f'; it comes {space}' if space else ''}; it {cost}."
-    measured = choice.latency.speedup_low is not None  # an interval says more than "about"
+            speed = f"the speed of {choice.variant} is not measurable here {interval}: the machine was busy"
+        return f"{where} {speed}{f'; it is stored {space}' if space else ''}; it {cost}."
+    measured = choice.latency.speedup_low is not None
     pace = "about " if choice.unsteady and not measured else ""
     pace += speedup(choice.latency.speedup) + (f" ({interval})" if measured else "") + " the speed of fp32"
     pace += "" if choice.latency.over_half is None else f" and {speedup(choice.latency.over_half)} that of fp16"
@@ -121,19 +116,19 @@ def sentence(verdict: Verdict, labelled: bool) -> str:
 
 
 def caveats(report: Report) -> list[str]:
-    """Return what keeps the suggestions from being certain, in whole sentences; most important first."""
+    """Return what makes the suggestions uncertain, in sentences, the most important first."""
     labelled, top1 = report.evaluation.labelled, report.calibration.teacher_top1
     errors = [verdict.choice.cost_error or 0.0 for verdict in verdicts(report) if verdict.choice]
     sentences = []
     if report.model.random:
         sentences.append(
-            "The weights are random: what is measured here shows that the model can be processed, and at what expense; "
-            "it says nothing about the accuracy of a trained one."
+            "The weights are random: the numbers show that the model can be processed, and at what cost; they say "
+            "nothing about the accuracy of a trained model."
         )
     if any(error > allowed_cost(report) for error in errors):
         sentences.append(
-            f"{report.evaluation.images:,} images are too few to tell whether a variant stays within "
-            f"{_limit(labelled)}: evaluate on more."
+            f"{report.evaluation.images:,} images are too few to tell whether a variant is within {_limit(labelled)}: "
+            "evaluate on more."
         )
     if not labelled and report.calibration.images and top1 < _RECOGNIZED:
         sentences.append(
@@ -159,7 +154,7 @@ def _cost(points: float, error: float | None, labelled: bool) -> str:
 
 
 def notes(report: Report) -> Iterator[str]:
-    """Yield how to read the numbers, and what they do not say."""
+    """Yield how to read the numbers."""
     rows = latency_rows(report)
     runtimes = {row.runtime for row in rows}
     yield from _accuracy_notes(report)
@@ -168,10 +163,9 @@ def notes(report: Report) -> Iterator[str]:
     yield from _grid_notes(report)
     if rows:
         yield (
-            "Latency is the time of one call of a whole batch. Speed-up is over fp32 at the same runtime, batch and "
-            "threads: if both took turns, the median ratio of a turn's first quartiles, with its interval of 95 %, "
-            "else the ratio of medians. Images per second are those of all calls together, so that a few slow ones "
-            "lower them and leave the median."
+            "Latency is the time of one call of a whole batch. Speed-up is over fp32 in the same runtime, at the same "
+            "batch and threads: if the two were timed in alternation, the median ratio of a round's first quartiles "
+            "with its 95 % interval, else the ratio of medians. Images per second include slow calls."
         )
     yield from _tuning_notes(report)
     if any(row.variant == HALF for row in rows):
@@ -179,32 +173,32 @@ def notes(report: Report) -> Iterator[str]:
     if any(row.unsteady for row in rows):
         yield (
             f"~ marks a latency whose standard deviation exceeds {100 * UNSTEADY:g} % of its mean: "
-            "the machine was not quiet."
+            "the machine was busy."
         )
     if "onnxruntime-cpu" in runtimes and report.environment.cpu_int8 == []:
         yield (
-            "This CPU has no instructions for INT8 dot products (VNNI, AMX): INT8 gains little on it, "
-            "and more on one that has them."
+            "This CPU has no instructions for INT8 dot products (VNNI, AMX): INT8 gains little on it, and "
+            "more on a CPU with them."
         )
     yield (
-        f"The suggestion is the fastest variant within {_limit(report.evaluation.labelled)}, in each "
-        f"runtime; of those within {100 * SPEED_TIE:g} % of its time, the one that loses least. "
-        "It is suggested if the whole interval of its speed-up is above 1."
+        f"The suggestion is the fastest variant within {_limit(report.evaluation.labelled)}, in each runtime; of those "
+        f"within {100 * SPEED_TIE:g} % of its time, the one with the smallest loss; and only if the whole interval of "
+        "its speed-up is above 1."
     )
     if "onnxruntime-cuda" in runtimes:
         yield (
-            "ONNX Runtime's CUDA provider has no INT8 convolutions: it dequantizes and convolves in float, and a "
-            "quantized model is no faster there."
+            "ONNX Runtime's CUDA provider has no INT8 convolutions: it dequantizes and convolves in float, so that "
+            "quantized models are not faster."
         )
     if "onnxruntime-tensorrt" in runtimes:
         yield (
-            "ONNX Runtime's TensorRT provider builds its own engine of the graph for TensorRT; its latency is "
-            "from host to host, as ONNX Runtime's others are."
+            "ONNX Runtime's TensorRT provider builds its own engine of the graph for TensorRT; its latency is from "
+            "host to host, as for ONNX Runtime's other providers."
         )
 
 
 def unreadable_note(report: Report) -> str | None:
-    """Return how many images could not be read, and which; None if all could."""
+    """Return the number and names of images that could not be read; None if there are none."""
     evaluation = report.evaluation
     if not evaluation.unreadable:
         return None
@@ -213,7 +207,7 @@ def unreadable_note(report: Report) -> str | None:
         images.append(f"{more:,} more")
     total, listed = evaluation.images + evaluation.unreadable, f": {'; '.join(images)}" if images else ""
     images_of = f"{evaluation.unreadable:,} of {total:,} images of {evaluation.dataset}"
-    return f"{images_of} could not be read and count nowhere{listed}."
+    return f"{images_of} could not be read and are not counted{listed}."
 
 
 def file_notes(report: Report) -> list[tuple[str, str]]:
@@ -226,22 +220,21 @@ def _accuracy_notes(report: Report) -> Iterator[str]:
     images, dataset = f"{report.evaluation.images:,}", report.evaluation.dataset
     if not report.evaluation.labelled:
         yield (
-            "Accuracy was not measured, because no labelled images were given. Agreement is the percentage of "
-            f"{images} held-out synthetic images on which a variant predicts the class that the fp32 teacher "
-            "predicts: it says how closely the variant follows the teacher on such images, not how it "
-            f"does on real ones. {_ERROR}"
+            f"No labelled images were given, so accuracy was not measured. Agreement is the percentage of {images} "
+            "held-out synthetic images on which a variant and the fp32 teacher predict the same class; it may differ "
+            f"on real images. {_ERROR}"
         )
         return
     yield (
-        f"Top-1 and top-5 are percentages of {images} images of {dataset}; agreement is the percentage "
-        f"on which a variant predicts the class that the fp32 teacher predicts. {_ERROR}"
+        f"Top-1 and top-5 are percentages of {images} images of {dataset}; agreement is the percentage on which a "
+        f"variant and the fp32 teacher predict the same class. {_ERROR}"
     )
     yield (
-        "Drop is fp32's top-1 in the same runtime less the variant's, in points. Both saw the same images, "
-        "so its ± is that of a paired difference: an upper bound, from how many predictions differ."
+        "Drop is fp32's top-1 in the same runtime minus the variant's, in points. Both are measured on the same "
+        "images, so its ± is that of a paired difference: an upper bound, from the number of different predictions."
     )
     if any(a.runtime == "torch" for v in report.variants if v.name != BASELINE for a in v.accuracy):
-        yield "In torch a variant is simulated in float: it shows what the grid costs, and deploys nothing."
+        yield "In torch a variant is simulated in float: it shows the cost of the grid, and is not deployable."
 
 
 def _grid_notes(report: Report) -> Iterator[str]:
@@ -249,71 +242,67 @@ def _grid_notes(report: Report) -> Iterator[str]:
     if coarse := [name for name in bits if bits[name] < 8]:
         grids = _listed(sorted({f"{bits[name]}-bit" for name in coarse}))
         yield (
-            f"{_listed(coarse)}: neither TensorRT nor ONNX Runtime convolves in INT4. Both run such a network as "
-            f"INT8 whose values are on a {grids} grid: INT4 saves storage, the speed is INT8's."
+            f"{_listed(coarse)}: neither TensorRT nor ONNX Runtime has INT4 convolutions. Both run such a network in "
+            f"INT8 with values on a {grids} grid: INT4 saves storage, at the speed of INT8."
         )
     if names := [variant.name for variant in report.variants if variant.cpu == "any"]:
         yield (
-            f"{_listed(names)}: the graph for ONNX Runtime computes the same on every CPU, with VNNI and without. "
-            "No two integer products of an output channel add up to more than 16 bits hold."
+            f"{_listed(names)}: the graph for ONNX Runtime computes the same on every CPU, with and without VNNI: no "
+            "sum of two integer products of an output channel exceeds 16 bits."
         )
     if names := [variant.name for variant in report.variants if variant.cpu == "vnni"]:
         yield (
             f"{_listed(names)}: the graph for ONNX Runtime was requested with --cpu vnni. On x86 CPUs without VNNI its "
-            "sums saturate at 16 bits, and it computes something else there."
+            "sums saturate at 16 bits, and its results differ."
         )
         if not {"avx_vnni", "avx512_vnni"}.intersection(report.environment.cpu_int8 or []):
-            yield "This CPU has no VNNI: what was measured here of these graphs is not what they do with it."
+            yield "This CPU has no VNNI: the accuracy of these graphs here is not the accuracy on CPUs with it."
     for variant in report.variants:
         if variant.keep:
             layers = _listed([f"{layer} ({width})" for layer, width in variant.keep.items()])
-            many = len(variant.keep) > 1
-            count = f"{len(variant.keep)} layers have bits of their own" if many else "one layer has bits of its own"
-            yield f"{variant.name}: {count}{_expected_drop(variant)}: {layers}."
+            yield f"{variant.name}: layers with other bits{_expected_drop(variant)}: {layers}."
     if any(artifact.target == "int4" for variant in report.variants for artifact in variant.artifacts):
         yield (
-            "The int4 files hold two weights in a byte and are the smallest to store and ship; ONNX Runtime "
-            "dequantizes them and convolves in float, so they are no faster than fp32."
+            "The int4 files have two weights per byte, for storage; ONNX Runtime dequantizes them and convolves in "
+            "float, so they are not faster than fp32."
         )
 
 
 def _expected_drop(variant: Variant) -> str:
-    """Return what the widths of single layers were chosen for, as a clause."""
+    """Return the expected drop that the widths of single layers were chosen for, as a clause."""
     drop = variant.expected_drop
     if drop is None:
         return ""
-    missed = f", more than the {variant.max_drop:g} asked for" if drop > (variant.max_drop or drop) else ""
+    missed = f", more than the requested {variant.max_drop:g}" if drop > (variant.max_drop or drop) else ""
     return f", for an expected drop before fine-tuning of {number(drop)} points{missed}"
 
 
 def _tuning_notes(report: Report) -> Iterator[str]:
-    """Yield what was done in smaller batches than requested, and which variants fine-tuning did not improve."""
+    """Yield the stages in smaller batches than requested, and the variants that fine-tuning did not improve."""
     divisors = {"Synthesis": report.calibration.batch_divisor}
     divisors |= {f"Fine-tuning of {variant.name}": variant.batch_divisor for variant in report.variants}
     for stage, divisor in divisors.items():
         if divisor > 1:
-            batches = f"batches of 1/{divisor} of the size in the configuration"
-            yield f"{stage} took {batches}: there was not enough memory for more."
+            yield f"{stage} used batches of 1/{divisor} of the configured size: there was not enough memory."
     for variant in report.variants:
         if variant.kept_step == 0:
             yield (
-                f"{variant.name}: no step of fine-tuning brought it nearer to the teacher on the held-out synthetic "
-                "images; its weights are those it was initialized with."
+                f"{variant.name}: no step of fine-tuning improved it on the held-out synthetic images; its weights are "
+                "those before fine-tuning."
             )
 
 
 def _half_note(report: Report) -> str:
-    """Return what fp16 is, and which engines could gain by it."""
+    """Return what fp16 is, and which engines could use it."""
     names = [
         variant.name
         for variant in report.variants
         if variant.name != BASELINE and any(file.kind == "engine" and not file.fp16 for file in variant.artifacts)
     ]
-    computes = "compute" if len(names) > 1 else "computes"
-    advice = f" {_listed(names)} {computes} in float32 what is not quantized; --fp16 makes that FP16."
+    advice = f" Layers that are not quantized compute in float32 in {_listed(names)}; --fp16 changes that."
     return (
-        "fp16 is the same float model with everything in FP16, which loses next to nothing: an INT8 engine is worth "
-        f"its loss only if it is faster than that, not only than fp32.{advice if names else ''}"
+        "fp16 is the float model with all layers in FP16, at almost no loss: an INT8 engine is useful only if it is "
+        f"faster than that, not only than fp32.{advice if names else ''}"
     )
 
 
@@ -321,23 +310,21 @@ def _half_note(report: Report) -> str:
 
 
 def calibration_facts(report: Report) -> list[tuple[str, str]]:
-    """Return label and value of everything that is known of the calibration set."""
+    """Return labels and values of the calibration set."""
     calibration = report.calibration
     facts = {
         "Synthetic images": f"{calibration.images:,}",
         "Recipe": calibration.recipe,
         "Time": duration(calibration.seconds),
         "Teacher predicts the intended label": f"{calibration.teacher_top1:.2f} %",
+        "Diversity within a class, at the last BatchNorm": number(calibration.within_class_diversity, 3),
+        "Separability of the classes (silhouette), before the classifier": number(calibration.silhouette, 3),
     }
-    if calibration.within_class_diversity is not None:
-        facts["Diversity within a class, at the last BatchNorm"] = f"{calibration.within_class_diversity:.3f}"
-    if calibration.silhouette is not None:
-        facts["Separability of the classes (silhouette), before the classifier"] = number(calibration.silhouette, 3)
-    return list(facts.items())
+    return [(label, value) for label, value in facts.items() if value != ABSENT]
 
 
 def environment_facts(report: Report) -> list[tuple[str, str]]:
-    """Return label and value of everything that is known of the machine."""
+    """Return labels and values of the machine, without unknown ones."""
     environment, int8 = report.environment, report.environment.cpu_int8
     facts = {
         "GPU": environment.gpu or "none used",
@@ -349,17 +336,14 @@ def environment_facts(report: Report) -> list[tuple[str, str]]:
         "Memory": f"{environment.memory_bytes / 2**30:.1f} GiB" if environment.memory_bytes else None,
         "Platform": environment.platform,
         "Python": environment.python,
-        "torch": environment.torch,
-        "torchvision": environment.torchvision,
-        "onnx": environment.onnx,
-        "onnxruntime": environment.onnxruntime,
+        **{name: getattr(environment, name) for name in ("torch", "torchvision", "onnx", "onnxruntime")},
         "TensorRT": environment.tensorrt or "not installed",
     }
     return [(label, value) for label, value in facts.items() if value]
 
 
 def feature_sentence(report: Report) -> str | None:
-    """Return what the teacher's penultimate features of synthetic and real images are like, in numbers."""
+    """Return the comparison of the teacher's features of synthetic and real images; None if there is none."""
     features = report.features
     if features is None:
         return None
@@ -382,7 +366,7 @@ def _separation(features: FeatureSet, name: str) -> str:
 
 
 def histogram_line(layer: LayerHistograms) -> str:
-    """Return the widths of a layer's weight and input, and how much of each is clipped."""
+    """Return the bits of a layer's weight and input, and their clipped shares."""
     return "; ".join(
         f"{name} {(values.high - values.low).bit_length()} bits, {_clipped(values)} clipped"
         for name, values in (("weight", layer.weight), ("input", layer.activation))
@@ -390,14 +374,14 @@ def histogram_line(layer: LayerHistograms) -> str:
 
 
 def histogram_caption(values: Histogram) -> str:
-    """Return the steps of a histogram's grid, and how many of its values are clipped."""
+    """Return the steps of a histogram's grid, and its clipped share."""
     steps = [f"{step:.3g}" for step in dict.fromkeys(values.steps)]
     words = f"step {steps[0]}" if len(steps) == 1 else f"steps of {steps[0]} to {steps[-1]}"
     return f"{words}, {_clipped(values)} of {sum(values.counts):,} clipped"
 
 
 def _clipped(values: Histogram) -> str:
-    """Return the clipped share as a percentage that is 0 only if nothing is clipped."""
+    """Return the clipped share as a percentage, never rounded to 0."""
     share = values.clipped
     return "none" if share == 0 else "under 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"
 

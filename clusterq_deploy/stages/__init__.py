@@ -1,4 +1,1 @@
-"""The stages of a run, a file each: what it needs, what its result depends on, the work, and that in words.
-
-`clusterq_deploy.pipeline` has their order.
-"""
+"""The stages of a run, in a file each; see `run.stage.Kind` for their functions, and `pipeline` for their order."""

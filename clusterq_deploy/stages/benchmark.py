@@ -1,7 +1,4 @@
-"""Time FP32 and every exported variant in turn: graphs and engines go in, latencies come out.
-
-For an engine also what TensorRT made of the graph.
-"""
+"""Time FP32 and the exported variants in alternation: graphs and engines go in, latencies and layers come out."""
 
 import logging
 from collections.abc import Iterable
@@ -33,7 +30,7 @@ NAME, RESULT = "benchmark", BenchmarkResult
 
 
 def needs(run: Run, _: AnyStage) -> Needs:
-    """Require FP32's graph; read the other graphs and the engines that are there."""
+    """Require FP32's graph; read the other graphs and the engines if they exist."""
     exports = tuple(f"export/{bits}" for bits in run.config.bits)
     return Needs((f"export/{FP32}",), optional=(*exports, *deployables.engine_stages(FP32, *run.config.bits)))
 
@@ -45,7 +42,7 @@ def inputs(run: Run, _: AnyStage) -> Json:
 
 
 def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
-    """Time each variant as its target executes it."""
+    """Time each variant in the runtimes of its files."""
     folder, settings = run.directory.path, run.config.benchmark
     finished = {variant: run.finished(Stage(export, variant)) for variant in (FP32, *run.config.bits)}
     exports = {variant: stage.result for variant, stage in finished.items() if stage}
@@ -67,7 +64,7 @@ def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
             with model.open() as runner:
                 latency[model.variant] += time_engine(runner, name, settings)
                 inspection, text = inspect_engine(runner, name, folder / name, settings.batches[0])
-        except EngineError as error:  # loaded, it takes the memory of its largest batch
+        except EngineError as error:  # a loaded engine allocates the memory of its largest batch
             if not is_out_of_memory(error):
                 raise
             skipped.append(Skipped(stage=NAME, reason=f"{name}: {' '.join(str(error).split())}"))
@@ -79,13 +76,13 @@ def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
         environment=run.environment,
         inspections=inspections,
         skipped=skipped,
-        provisional=any(entry.stage == NAME for entry in skipped),  # what did not fit the memory
+        provisional=any(entry.stage == NAME for entry in skipped),  # there was not enough memory
     )
     return result, files
 
 
 def describe(run: Run, _: AnyStage) -> str:
-    """Say which batches and how many threads."""
+    """State the batches and the number of threads."""
     timing = run.config.benchmark
     return f"batches of {', '.join(map(str, timing.batches))}, {timing.cpu_threads} threads"
 
@@ -93,32 +90,25 @@ def describe(run: Run, _: AnyStage) -> str:
 def time_in_turn(
     models: Iterable[Deployable[Runner]], size: tuple[int, int, int], settings: BenchmarkConfig, progress: Progress
 ) -> tuple[list[tuple[Deployable[Runner], list[Latency]]], list[Skipped]]:
-    """Time graphs and the torch model from host to host, those of variants with the speed-up over FP32 there.
+    """Time graphs and the torch model from host to host, with the speed-up of variants over FP32 in the same runtime.
 
-    Args:
-        models: all are open at a time.
-        size: (channels, height, width) of an image.
-        settings: how to measure.
-        progress: shows the runs.
+    All models are open at the same time. `size` is (channels, height, width) of an image.
 
     Returns:
-        The latencies of each that could be opened, and what was left out.
+        The latencies of the models that could be opened, and what was skipped.
     """
     timed: dict[str, tuple[Deployable[Runner], Runner]] = {}
     skipped: list[Skipped] = []
-    with ExitStack() as stack:  # closed before TensorRT loads engines: sessions hold its logger and the memory
+    with ExitStack() as stack:  # closed before TensorRT loads engines: sessions use its logger and the memory
         for item in deployables.opened(models):
             if isinstance(item, Skipped):
                 skipped.append(item)
             else:
                 stack.enter_context(item[1])
                 timed[f"{item[0].runtime} {item[0].path}"] = item
-        single = {model.runtime: key for key, (model, _) in timed.items() if model.variant == FP32}
-        baselines = {
-            key: single[model.runtime]
-            for key, (model, _) in timed.items()
-            if model.variant != FP32 and model.runtime in single
-        }
+        fp32 = {model.runtime: key for key, (model, _) in timed.items() if model.variant == FP32}
+        variants = {key: model.runtime for key, (model, _) in timed.items() if model.variant != FP32}
+        baselines = {key: fp32[runtime] for key, runtime in variants.items() if runtime in fp32}
         runners = {key: runner for key, (_, runner) in timed.items()}
         timings = benchmark(runners, size, settings, progress, baselines)
     skipped += [Skipped(stage=NAME, reason=reason) for reason in timings.skipped]
@@ -130,23 +120,18 @@ def time_in_turn(
 
 
 def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -> list[Latency]:
-    """Time an ONNX file, of any exporter, in every runtime that is here, with the engines next to it; or an engine.
-
-    Args:
-        path: the file.
-        config: its settings of builds and benchmarks count.
-        progress: shows the runs.
+    """Time an ONNX file, of any exporter, in every available runtime, with the engines next to it; or an engine.
 
     Raises:
         ExportError: the file cannot be run.
-        EngineError: an engine cannot.
+        EngineError: the engine cannot be run.
     """
     settings, latencies = config.benchmark, list[Latency]()
     if path.suffix != build.ENGINE:
         with OnnxRunner(path) as session:
             fixed, channels, height, width = session.input_shape
         if fixed is not None and settings.batches != (fixed,):
-            logger.warning("%s fixes the batch at %d, which alone is timed", path, fixed)
+            logger.warning("%s has a fixed batch size: only %d is timed", path, fixed)
             settings = settings.model_copy(update={"batches": (fixed,)})
         graphs = deployables.file_graphs(path, build.profile_batches(config), settings.cpu_threads)
         timed, skipped = time_in_turn(graphs, (channels, height, width), settings, progress)
@@ -160,39 +145,28 @@ def benchmark_file(path: Path, config: RunConfig, progress: Progress = SILENT) -
 
 
 def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkConfig) -> list[Latency]:
-    """Time an engine at each batch size, with a CUDA graph if one can be captured.
+    """Time an open engine at each batch size, with a CUDA graph if one can be captured.
 
-    Args:
-        runner: the engine, open.
-        name: its path in the run directory, which its `trtexec` commands start from.
-        settings: how to measure.
+    `name` is its path in the run directory, where its `trtexec` commands run.
 
     Raises:
-        EngineError: TensorRT cannot run, or not at one of the batch sizes.
+        EngineError: TensorRT cannot run the engine at one of the batch sizes.
     """
-    how = settings.model_dump(include={"warmup_ms", "min_runs", "min_seconds"})
+    options = settings.model_dump(include={"warmup_ms", "min_runs", "min_seconds"})
     latencies = []
     for batch in settings.batches:
-        times = runner.measure(batch, **how, cuda_graph=True)
-        command = runner.trtexec_command(name, batch, **how, cuda_graph=times.cuda_graph)
+        times = runner.measure(batch, **options, cuda_graph=True)
+        command = runner.trtexec_command(name, batch, **options, cuda_graph=times.cuda_graph)
         record = summarize_engine(runner.runtime, batch, times)
         latencies.append(record.model_copy(update={"graph": name, "trtexec": command}))
     return latencies
 
 
 def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: int) -> tuple[EngineInspection, str]:
-    """Find which of an engine's layers run in which type, and how long they take in calls of `batch` images.
+    """Return the types and times of an open engine's layers in calls of `batch` images, and TensorRT's JSON of them.
 
-    An engine that cannot be inspected is a note in the record: its latency holds nevertheless.
-
-    Args:
-        runner: the engine, open.
-        name: its path in the run directory, for the record.
-        path: the engine; the graph that it was built from is next to it.
-        batch: images per call.
-
-    Returns:
-        The record, and the JSON of TensorRT's inspector for other tools, empty if there is none.
+    If the engine cannot be inspected, the record has a note, and the JSON is empty or what was read. `name` is its path
+    in the run directory; the graph that it was built from is next to `path`.
     """
     graph, text = path.with_name(runner.info.source), ""
     quantized = quantized_layers(read_graph(graph)) if graph.is_file() and not runner.info.derived else {}

@@ -30,7 +30,7 @@ def needs(_: Run, stage: AnyStage) -> Needs:
 
 
 def inputs(run: Run, _: AnyStage) -> Json:
-    """Return the build settings and the machine; where measurements are kept decides nothing about the engine."""
+    """Return the machine and the build settings, except the timing cache, which does not affect the result."""
     settings = _build_config(run)
     return {
         "settings": settings.model_dump(mode="json", exclude={"timing_cache"}),
@@ -52,27 +52,26 @@ def work(run: Run, stage: AnyStage) -> tuple[BuildResult, list[str]]:
 
 
 def describe(_: Run, __: AnyStage) -> str:
-    """Say what is built."""
+    """Name the result."""
     return "a TensorRT engine"
 
 
 def profile_batches(config: RunConfig) -> tuple[int, int, int]:
-    """Return the smallest, the tuned-for and the largest batch of an engine; the batches to be timed are in it."""
+    """Return the smallest, optimal and largest batch of an engine, with those to be timed between them."""
     low, best, high = config.build.batch
     timed = config.benchmark.batches
     return min(low, *timed), best, max(high, *timed)
 
 
 def _build_config(run: Run) -> engine.BuildConfig:
-    """Return the build settings, with a profile that holds the batches to be timed."""
+    """Return the build settings with `profile_batches`."""
     return run.config.build.model_copy(update={"batch": profile_batches(run.config)})
 
 
 def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILENT) -> dict[Path, engine.EngineInfo]:
-    """Build the engine of an ONNX file, of any exporter, and that of the same network in FP16, both next to it.
+    """Build the engine of an ONNX file, of any exporter, and its FP16 baseline, both next to it.
 
-    Without the FP16 baseline nobody knows what INT8 gains. A graph that computes in FP16 needs none; if none can be
-    made, a warning says why.
+    A graph that computes in FP16 needs no baseline; if none can be built, a warning says why.
 
     Raises:
         EngineError: TensorRT cannot build the graph.
@@ -83,11 +82,11 @@ def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILE
         if baseline := fp16_baseline(read_graph(path)):
             info = engine.read_sidecar(baseline_path) if baseline_path.exists() else None
             if info and not (info.derived and info.source == path.name):
-                raise EngineError(f"{baseline_path} was built from {info.source}, and stays; move it away")
+                raise EngineError(f"{baseline_path} was built from {info.source} and is kept; move it away")
             with TemporaryDirectory() as folder:
                 graph = Path(folder) / baseline_path.with_suffix(".onnx").name
                 onnx.save(baseline, graph)
                 engines[baseline_path] = engine.build_engine(graph, baseline_path, config, progress, derived_from=path)
-    except (EngineError, ExportError, ValueError) as error:  # the last if it is larger than a protobuf may be
+    except (EngineError, ExportError, ValueError) as error:  # ValueError: larger than a protobuf may be
         logger.warning("%s has no FP16 baseline: %s", path, error)
     return engines

@@ -1,4 +1,4 @@
-"""What is deployed of a run, or of a single file, and what executes it: graphs and engines, on the CPU and the GPU."""
+"""The graphs and engines of a run, or of a single file, and the runtimes that execute them."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 CPU = "onnxruntime-cpu"
 GPU_RUNTIMES = {"onnxruntime-cuda": "onnxruntime", "onnxruntime-tensorrt": "tensorrt"}
-"""ONNX Runtime's GPU providers (CUDA runs integers in float, TensorRT builds an engine), and the format of the graph
-that each is given; of the float baseline it is the one in FP32."""
+"""ONNX Runtime's GPU providers (CUDA runs integers in float, TensorRT builds an engine), and the format of their graphs
+of variants; of the float baseline they run the graph in FP32."""
 
 COSTLY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "FusedConv"}
-"""The operators that take a network's time; a provider that leaves one to another is not what is measured."""
+"""Operators that dominate the latency; if a provider leaves one to another, the measurement is not of the provider."""
 
 R_co = TypeVar("R_co", bound=Runner, covariant=True)
 
@@ -40,8 +40,8 @@ class Deployable(Generic[R_co]):
 
     Attributes:
         variant: of the run; empty for a single file.
-        path: of its file, as results name it; None for the torch model.
-        runtime: what executes it.
+        path: of its file, as in results; None for the torch model.
+        runtime: the name of the runtime.
         open: loads it; raises an `ExportError` or an `EngineError` if it cannot run here.
     """
 
@@ -52,10 +52,10 @@ class Deployable(Generic[R_co]):
 
 
 def opened(deployables: Iterable[Deployable[R_co]]) -> Iterator[tuple[Deployable[R_co], R_co] | Skipped]:
-    """Open one deployable after the other, for the caller to close.
+    """Open one deployable after the other; the caller closes them.
 
-    A GPU provider that cannot load, or cannot run a graph, is left out from there on. That is one `Skipped` in place
-    of a runner; another one, before a runner, says that the provider leaves costly operators to others.
+    A GPU provider that fails to load or to run a graph is skipped from then on, with one `Skipped` for its runner. A
+    `Skipped` before a runner says that the provider leaves costly operators to others.
     """
     broken: set[str] = set()
     for deployable in deployables:
@@ -74,28 +74,25 @@ def opened(deployables: Iterable[Deployable[R_co]]) -> Iterator[tuple[Deployable
         yield deployable, runner
 
 
-def in_turn(deployables: Iterable[Deployable[R_co]], *, tell: bool = False) -> Iterator[tuple[Deployable[R_co], R_co]]:
-    """Open one deployable after the other, and close each before the next; `tell` logs what `opened` skips."""
+def in_turn(deployables: Iterable[Deployable[R_co]], *, warn: bool = False) -> Iterator[tuple[Deployable[R_co], R_co]]:
+    """Open one deployable after the other, and close each before the next; `warn` logs what `opened` skips."""
     for item in opened(deployables):
         if not isinstance(item, Skipped):
             with item[1]:
                 yield item
-        elif tell:
+        elif warn:
             warn_of(item)
 
 
 def open_provider(graph: Path, runtime: str, batches: tuple[int, int, int]) -> OnnxRunner:
-    """Open a graph in a GPU provider, and show that it runs there.
+    """Open a graph in a GPU provider of `GPU_RUNTIMES`, and run it once, at the smallest or the fixed batch.
 
-    Args:
-        graph: the file.
-        runtime: a key of `GPU_RUNTIMES`.
-        batches: smallest, tuned-for and largest batch; the smallest is run once, or the one that the graph fixes.
+    `batches` are the smallest, optimal and largest batch.
 
     Raises:
         ExportError: the provider cannot load, cannot run the graph, or runs no node of it.
     """
-    optimized = GPU_RUNTIMES[runtime] != "tensorrt"  # TensorRT fuses Q/DQ itself, and needs to find them
+    optimized = GPU_RUNTIMES[runtime] != "tensorrt"  # TensorRT fuses Q/DQ itself, and requires them in the graph
     with ExitStack() as stack:
         runner = stack.enter_context(OnnxRunner(graph, runtime=runtime, optimized=optimized, batch=batches))
         fixed, *size = runner.input_shape
@@ -108,12 +105,12 @@ def open_provider(graph: Path, runtime: str, batches: tuple[int, int, int]) -> O
 
 
 def left_to_others(runner: OnnxRunner, graph: str) -> str | None:
-    """Say which costly operators of a graph of that name a GPU provider leaves to others; None if it leaves none."""
+    """Return a note if a GPU provider leaves costly operators of a graph to others, else None."""
     place = runner.placement() if runner.runtime in GPU_RUNTIMES else None
     if place is None or not (operators := COSTLY.intersection(place.left)):
         return None
-    taken = f"it takes {place.taken} of the {place.nodes} nodes of {graph}"
-    return f"{taken}, and leaves {', '.join(sorted(operators))} to others"
+    left = ", ".join(sorted(operators))
+    return f"it takes {place.taken} of the {place.nodes} nodes of {graph}, and leaves {left} to others"
 
 
 def engine_stages(*variants: str) -> tuple[str, ...]:
@@ -131,7 +128,7 @@ def run_engines(run: Run, variant: str) -> list[Deployable[engine.TensorRTRunner
 def run_graphs_on_gpu(run: Run, exports: Mapping[str, ExportResult]) -> list[Deployable[OnnxRunner]]:
     """Return the graphs of exported variants in each GPU provider, if the run's device is a GPU."""
     _, best, high = build.profile_batches(run.config)
-    batches = (1, best, max(high, EVALUATION_BATCH))  # it refuses what is outside, and an evaluation ends in a part
+    batches = (1, best, max(high, EVALUATION_BATCH))  # others are errors; an evaluation ends in a partial batch
     return [
         Deployable(variant, path, runtime, partial(open_provider, run.directory.path / path, runtime, batches))
         for runtime, graph_format in (GPU_RUNTIMES if run.device.type == "cuda" else {}).items()
@@ -141,18 +138,16 @@ def run_graphs_on_gpu(run: Run, exports: Mapping[str, ExportResult]) -> list[Dep
 
 
 def file_graphs(path: Path, batches: tuple[int, int, int], threads: int | None = None) -> list[Deployable[OnnxRunner]]:
-    """Return an ONNX file in every runtime that is here; see `open_provider`."""
+    """Return an ONNX file in every available runtime; see `open_provider`."""
     runtimes = GPU_RUNTIMES if torch.cuda.is_available() else ()
     on_gpu = [Deployable("", str(path), name, partial(open_provider, path, name, batches)) for name in runtimes]
     return [Deployable("", str(path), CPU, partial(OnnxRunner, path, threads=threads)), *on_gpu]
 
 
 def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[engine.TensorRTRunner]]:
-    """Yield an engine itself; for a graph the engines next to it that were built from it as it is, if they run here.
+    """Yield the engine `path`; for a graph the engines next to it that were built from its content, if they run here.
 
-    Args:
-        path: an engine or a graph.
-        baselines: whether FP16 baselines are among them.
+    FP16 baselines are included if `baselines`.
     """
     if path.suffix == build.ENGINE:
         yield Deployable("", str(path), "tensorrt", partial(engine.TensorRTRunner, path))
@@ -161,8 +156,8 @@ def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[e
         for built in sorted(path.parent.glob(f"*{build.ENGINE}")):
             try:
                 info = engine.read_sidecar(built)
-            except EngineError as error:  # of another tool, for one
-                logger.warning("%s is left out: %s", built, error)
+            except EngineError as error:  # for example of another tool
+                logger.warning("%s is skipped: %s", built, error)
                 continue
             if info.source != path.name or (info.derived and not baselines):
                 continue
@@ -181,10 +176,10 @@ def file_engine(deployable: Deployable[R_co], target: Path) -> Iterator[R_co]:
     except EngineError as error:
         if deployable.path == str(target):
             raise
-        logger.warning("%s is left out: %s", deployable.path, error)
+        logger.warning("%s is skipped: %s", deployable.path, error)
 
 
 def warn_of(skipped: Skipped) -> None:
-    """Log what is left out of the measurement of a single file."""
-    verb = " is left out" if skipped.stage in GPU_RUNTIMES else ""
+    """Log what is skipped in the measurement of a single file."""
+    verb = " is skipped" if skipped.stage in GPU_RUNTIMES else ""
     logger.warning("%s%s: %s", skipped.stage, verb, skipped.reason)

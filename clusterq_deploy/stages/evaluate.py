@@ -25,7 +25,7 @@ NAME, RESULT = "evaluate", EvaluationResult
 
 
 def needs(run: Run, stage: AnyStage) -> Needs:
-    """Require the graphs, and synthetic images if there are no real ones; read the engines if there are some."""
+    """Require the graphs, and the synthetic images if there are no real ones; read the engines if they exist."""
     images = () if run.has_own_data else ("synthesize",)
     return Needs((f"export/{stage.variant}", *images), optional=deployables.engine_stages(stage.variant))
 
@@ -37,11 +37,11 @@ def inputs(run: Run, _: AnyStage) -> Json:
 
 def work(run: Run, stage: AnyStage) -> tuple[EvaluationResult, list[str]]:
     """Measure accuracy in torch and as each runtime executes the graphs."""
-    data, environment = run.evaluation, run.environment.model_dump(mode="json")  # another runtime may answer otherwise
+    data, environment = run.evaluation, run.environment.model_dump(mode="json")  # results depend on the runtimes
     teacher = run.teacher_predictions(run.checkpoint(stage, environment=environment))
-    # an image that can be read by now makes all that is kept another set's
-    kept = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.readable.tolist()]
-    checkpoint = run.checkpoint(stage, environment=environment, teacher=kept)
+    # the checkpoint is invalid if other images can be read now
+    identity = [hashlib.sha256(teacher.tobytes()).hexdigest(), data.readable.tolist()]
+    checkpoint = run.checkpoint(stage, environment=environment, teacher=identity)
     accuracies = [score("torch", teacher, teacher, data)] if stage.variant == FP32 else []
     for model, runner in deployables.in_turn(_deployables(run, stage.variant)):
         answers = run.predictions(runner, checkpoint, "-".join([runner.runtime, *Path(model.path or "").parts]))
@@ -56,31 +56,25 @@ def describe(run: Run, _: AnyStage) -> str:
 
 
 def _deployables(run: Run, variant: str) -> list[Deployable[Runner]]:
-    """Return all that is measured of a variant: torch's student, graphs and engines.
+    """Return the torch student, graphs and engines of a variant.
 
-    The FP16 baseline is measured as an engine only: ONNX Runtime has few FP16 kernels on a CPU and casts most of it to
-    float, slowly.
+    The FP16 baseline is only measured as an engine: ONNX Runtime has few FP16 kernels on a CPU and casts to float.
     """
-    exported, folder = run.require_finished(Stage(export, variant)).result, run.directory.path
-    models: list[Deployable[Runner]] = [
-        Deployable(
-            variant,
-            graph.path,
-            deployables.CPU,
-            partial(OnnxRunner, folder / graph.path, optimized=graph.target != "tensorrt"),
-        )
-        for graph in exported.artifacts
-        if variant != FP32 or graph.target == "onnxruntime"
-    ]
+    exported, models = run.require_finished(Stage(export, variant)).result, list[Deployable[Runner]]()
     if variant != FP32:
         bits = BitWidths.parse(variant)
-        models.insert(0, Deployable(variant, None, TorchRunner.runtime, lambda: TorchRunner(run.student(bits))))
+        models.append(Deployable(variant, None, TorchRunner.runtime, lambda: TorchRunner(run.student(bits))))
+    for graph in exported.artifacts:
+        if variant != FP32 or graph.target == "onnxruntime":
+            path, optimized = run.directory.path / graph.path, graph.target != "tensorrt"
+            open_graph = partial(OnnxRunner, path, optimized=optimized)
+            models.append(Deployable(variant, graph.path, deployables.CPU, open_graph))
     return [*models, *deployables.run_engines(run, variant), *deployables.run_graphs_on_gpu(run, {variant: exported})]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What an exported file says of itself, as evaluation data asks for it."""
+    """The metadata of an exported file that loading evaluation data requires."""
 
     name: str
     source: str
@@ -91,12 +85,12 @@ class Graph:
 def evaluate_file(
     path: Path, data: Path | None, limit: int | None, progress: Progress = SILENT
 ) -> tuple[list[Accuracy], EvaluationSet]:
-    """Measure accuracy on evaluation data: of an ONNX file in every runtime that is here, or of an engine.
+    """Measure accuracy on evaluation data: of an ONNX file in every available runtime, or of an engine.
 
-    With an ONNX file the engines next to it are measured too, except FP16 baselines: their time is what they are for.
+    The engines next to an ONNX file are measured too, except FP16 baselines, which are only for comparing times.
 
     Returns:
-        The accuracies, with no teacher to agree with, and the images, of which some may have turned out unreadable.
+        The accuracies, without agreement with a teacher, and the images, some of which may be unreadable.
 
     Raises:
         DataError: there is no data, or it does not fit.
@@ -107,7 +101,7 @@ def evaluate_file(
     with OnnxRunner(source) as runner:
         graph = _described(source, runner.metadata(), runner.classes)
     if data is None and graph.source != "bundled":
-        raise DataError(f"{path} was exported from {graph.name}; give the images to evaluate it on with --data")
+        raise DataError(f"{path} was exported from {graph.name}; give the evaluation images with --data")
     images, accuracies = load_evaluation(data, graph, limit), []
 
     def measure(runner: Runner, name: str | None) -> None:
@@ -115,7 +109,7 @@ def evaluate_file(
         accuracies.append(score(runner.runtime, answers, answers, images, name))
 
     graphs = deployables.file_graphs(path, (1, EVALUATION_BATCH, EVALUATION_BATCH)) if source == path else ()
-    for model, session in deployables.in_turn(graphs, tell=True):
+    for model, session in deployables.in_turn(graphs, warn=True):
         measure(session, model.path)
     for built in deployables.file_engines(path, baselines=False):
         with deployables.file_engine(built, path) as running:
@@ -128,20 +122,19 @@ def _described(path: Path, metadata: dict[str, str], classes: int) -> Graph:
         spec = InputSpec.model_validate_json(metadata["clusterq.input"])
         return Graph(metadata["clusterq.model"], metadata["clusterq.source"], spec, classes)
     except (KeyError, ValueError) as error:
-        raise ExportError(f"{path} does not say how its input is made; only graphs of clusterq export do") from error
+        raise ExportError(f"{path} has no description of its input; only graphs of clusterq export do") from error
 
 
 def _source_of(path: Path) -> Path:
-    """Return the graph next to an engine that it was built from: it says how images are prepared.
+    """Return the graph next to an engine that it was built from: its metadata describe how images are prepared.
 
     Raises:
-        EngineError: there is none, or another; or the engine is a baseline, which is no model to evaluate.
+        EngineError: the graph is missing or has changed, or the engine is an FP16 baseline.
     """
     info = engine.read_sidecar(path)
     if info.derived:
-        raise EngineError(f"{path} is the FP16 baseline of {info.source}, to compare times with; evaluate that")
+        raise EngineError(f"{path} is the FP16 baseline of {info.source}, only for comparing times; evaluate that")
     source = path.with_name(info.source)
     if not source.is_file() or sha256_file(source) != info.source_sha256:
-        missing = f"{path} was built from a {source.name} that is not next to it"
-        raise EngineError(f"{missing}; it says how images are prepared")
+        raise EngineError(f"{path} was built from a {source.name} that is not next to it and describes its input")
     return source

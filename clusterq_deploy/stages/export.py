@@ -1,4 +1,4 @@
-"""Write a variant's graphs, each verified against torch first: the student goes in, ONNX files come out."""
+"""Write a variant's graphs, after verification against torch: the student goes in, ONNX files come out."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -18,14 +18,14 @@ NAME, RESULT = "export", ExportResult
 
 
 def needs(_: Run, stage: AnyStage) -> Needs:
-    """Require the student, and the images that its graphs are compared with torch on; the float model needs neither."""
+    """Require the student, and the images on which its graphs are verified; nothing for the float model."""
     return Needs() if stage.variant == FP32 else Needs(required=(f"quantize/{stage.variant}", "synthesize"))
 
 
 def inputs(run: Run, stage: AnyStage) -> Json:
     """Return the types in TensorRT's graph; for the float model, the names of its graphs."""
     if stage.variant == FP32:
-        # the names make a run redo what it exported before there was a baseline in FP16
+        # the names invalidate exports from before there was an FP16 baseline
         return {"graphs": [lowering.FLOAT_FILE, lowering.FP16_FILE]}
     return {"fp16": run.config.fp16}
 
@@ -37,7 +37,7 @@ def work(run: Run, stage: AnyStage) -> tuple[ExportResult, list[str]]:
 
 
 def describe(_: Run, __: AnyStage) -> str:
-    """Say what is written."""
+    """Name the result."""
     return "ONNX, checked against torch"
 
 
@@ -58,7 +58,7 @@ def _student_graphs(run: Run, variant: str) -> ExportResult:
         student, images, size=run.model.input.size, name=variant, fp16=run.config.fp16, progress=run.progress
     )
     artifacts, checks = [], {}
-    with closing(graphs):  # ends its task if a file cannot be written
+    with closing(graphs):  # closes its task if a file cannot be written
         for graph in graphs:
             checks[graph.file] = graph.checks
             fp16 = run.config.fp16 and graph.graph_format == "tensorrt"
@@ -76,7 +76,7 @@ def _write(
     *,
     fp16: bool = False,
 ) -> Artifact:
-    """Write a graph that says where it came from."""
+    """Write a graph with its provenance."""
     annotated = lowering.annotate(
         graph,
         model=run.model.slug,
@@ -97,19 +97,17 @@ def compare_graphs(
 
     Yields:
         Each graph's path, the percentage of images with torch's top-1 as ONNX Runtime executes the graph (that of
-        TensorRT with optimizations off), and the integers at every quantizer.
+        TensorRT without optimizations), and the integers at every quantizer.
     """
     student, batch = run.student(BitWidths.parse(stage.variant)), run.calibration.images[:images].numpy()
     artifacts, progress = run.require_finished(stage).result.artifacts, run.progress
     with progress.task(f"Verify {stage.variant}", len(artifacts)) as advance:
         for artifact in artifacts:
-            path, graph_format = run.directory.path / artifact.path, artifact.target
-            with OnnxRunner(path, optimized=graph_format != "tensorrt") as runner:
+            path, target = run.directory.path / artifact.path, artifact.target
+            with OnnxRunner(path, optimized=target != "tensorrt") as runner:
                 same = lowering.agreement(
-                    runner, student, batch, graph_format=graph_format, batch_size=EVALUATION_BATCH, progress=progress
+                    runner, student, batch, graph_format=target, batch_size=EVALUATION_BATCH, progress=progress
                 )
-            sites = lowering.compare_integers(
-                onnx.load(path), student, batch, graph_format=graph_format, progress=progress
-            )
+            sites = lowering.compare_integers(onnx.load(path), student, batch, graph_format=target, progress=progress)
             advance()
             yield artifact.path, same, sites

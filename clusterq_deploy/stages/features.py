@@ -1,4 +1,4 @@
-"""Compare the teacher's features of the synthetic images with those of real ones; only the report reads it."""
+"""Compare the teacher's features of synthetic and real images, for the report."""
 
 from clusterq_deploy.errors import FeatureError, OutOfMemoryError
 from clusterq_deploy.evaluation.data import EvaluationSet
@@ -23,11 +23,11 @@ def inputs(run: Run, _: AnyStage) -> Json:
 
 
 def work(run: Run, __: AnyStage) -> tuple[FeaturesResult, list[str]]:
-    """Compare features, in batches that fit the memory; the result says what cannot be compared."""
+    """Compare features, in batches that fit the memory; the result has the reason if that is impossible."""
     calibration = run.calibration
     synthetic = EvaluationSet.from_images("synthetic images", calibration.images.numpy(), calibration.labels.numpy())
 
-    def compared(divisor: int) -> FeatureInfo:
+    def attempt(divisor: int) -> FeatureInfo:
         return compare_features(
             run.model.module,
             synthetic,
@@ -39,7 +39,7 @@ def work(run: Run, __: AnyStage) -> tuple[FeaturesResult, list[str]]:
         )
 
     try:
-        features, _ = retry_on_oom(compared, "features")
+        features, _ = retry_on_oom(attempt, "features")
     except (FeatureError, OutOfMemoryError) as error:
         provisional = isinstance(error, OutOfMemoryError)
         return FeaturesResult(inputs=run.data_inputs, skipped=str(error), provisional=provisional), []

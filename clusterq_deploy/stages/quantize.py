@@ -1,4 +1,4 @@
-"""Make a variant: the model and its images go in, a student with quantizers, scales and tuned weights comes out."""
+"""Make a variant: the model and its images go in, a quantized, fine-tuned student comes out."""
 
 import logging
 from dataclasses import asdict
@@ -72,7 +72,7 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
     (plan, student, ptq, tuning), divisor = retry_on_oom(attempt, f"fine-tuning {bits}")
     expected_drop, max_drop = (plan.estimate.expected_drop, run.config.max_drop) if plan else (None, None)
     if expected_drop is not None and max_drop is not None and expected_drop > max_drop:
-        logger.warning("%s: no widths are expected to keep the drop within %g points", bits, max_drop)
+        logger.warning("%s: the expected drop exceeds %g points for all widths", bits, max_drop)
     batch_size, rng = in_smaller_batches(settings, divisor).batch_size, run.rng(f"histograms/{bits}")
     layers = histograms(student, ptq.reference, run.calibration.images, batch_size=batch_size, rng=rng)
     result = QuantizeResult(
@@ -122,16 +122,10 @@ def tune(
     progress: Progress,
     checkpoint: Checkpoint = NOWHERE,
 ) -> tuple[PTQResult, Tuning]:
-    """Set a student's scales, correct what rounding does to it, and tune it, in place; return what the two halves did.
+    """Quantize a new student after training and fine-tune it, in place.
 
-    Args:
-        student: fresh from `make_student`.
-        calibration: the images that set the scales, and to tune on.
-        config: how to tune, in which batches.
-        flip: whether images keep their class when mirrored.
-        rng: source of all randomness.
-        progress: shows how far it is.
-        checkpoint: keeps what is reached; the student must come as it came the first time.
+    `flip` says whether images keep their class when mirrored. To resume from `checkpoint`, the student must be the same
+    as the first time.
     """
     if (saved := checkpoint.load("initialized")) is not None:
         ptq = PTQResult.from_state(student, saved["state"])
@@ -146,16 +140,15 @@ def tune(
             checkpoint=checkpoint,
         )
         checkpoint.save("initialized", lambda: {"state": ptq.state_dict(student), "rng": rng.get_state()}, at_once=True)
-    reference = ptq.reference
     tuning = finetune(
-        student, reference, calibration, config=config, flip=flip, rng=rng, progress=progress, checkpoint=checkpoint
+        student, ptq.reference, calibration, config=config, flip=flip, rng=rng, progress=progress, checkpoint=checkpoint
     )
     fit_full_range_biases(student, calibration.images)
     return ptq, tuning
 
 
 def _plan(run: Run, bits: BitWidths, batch_size: int, checkpoint: Checkpoint) -> PrecisionPlan | None:
-    """Choose the layers that have to be raised for a variant to lose no more than was asked for, if a bound was."""
+    """Choose the layers with 8 bits that keep the expected drop within `max_drop`; None without a bound."""
     max_drop = run.config.max_drop
     if max_drop is None or bits == BitWidths(8, 8):
         return None

@@ -6,12 +6,11 @@ from operator import attrgetter
 from typing import Any
 
 from calib.calibration_set import CalibrationSet, previewed_classes
-from clusterq_deploy.report.html import to_html
-from clusterq_deploy.report.markdown import to_markdown
+from clusterq_deploy.report import to_html, to_markdown
 from clusterq_deploy.results import Record
 from clusterq_deploy.results import report as records
 from clusterq_deploy.results.report import Report, Skipped
-from clusterq_deploy.results.stages import BenchmarkResult, ExportResult, FeaturesResult, StageResult
+from clusterq_deploy.results.stages import BenchmarkResult, ExportResult, FeaturesResult, StageResult, UnreadableImages
 from clusterq_deploy.run.run import FP32, IMAGES, PREVIEW, Run
 from clusterq_deploy.run.stage import Finished, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
@@ -24,12 +23,12 @@ _CURVE_POINTS = 200
 def write_report(run: Run) -> Report:
     """Write report.json, report.md and report.html from what the stages measured."""
     report = assemble(run)
-    picture = (run.directory.path / PREVIEW).read_bytes() if report.calibration.images else None  # whole, by its digest
+    preview = (run.directory.path / PREVIEW).read_bytes() if report.calibration.images else None
     with run.progress.task("Report", 3) as advance:
         for name, render in (
             ("report.json", Report.to_json),
             ("report.md", to_markdown),
-            ("report.html", partial(to_html, preview_png=picture)),
+            ("report.html", partial(to_html, preview_png=preview)),
         ):
             run.directory.write(name, render(report))
             advance()
@@ -37,11 +36,11 @@ def write_report(run: Run) -> Report:
 
 
 def assemble(run: Run) -> Report:
-    """Return the report of what has been done so far."""
+    """Return the report of the finished stages."""
     model, commands = run.model, run.directory.commands or [run.command]
     timing, compared = run.finished(Stage(benchmark)), run.finished(Stage(features))
     if compared and compared.result.inputs != run.data_inputs:
-        compared = None  # it shows other images than those that this report is on
+        compared = None  # the real images are others by now
     exports = {variant: run.finished(Stage(export, variant)) for variant in _variants(run)}
     return Report(
         schema=1,
@@ -86,19 +85,18 @@ def _calibration(run: Run, compared: Finished[FeaturesResult] | None) -> records
 
 
 def _evaluation(run: Run) -> records.EvaluationInfo:
-    """Describe the images less those that could not be read, as any stage says that read as many images."""
+    """Describe the images, with the unreadable ones that a stage found in a set of the same size."""
     data = run.evaluation
     stages = [run.finished(Stage(evaluate, variant)) for variant in _variants(run)]
     summaries = [stage.result.unreadable for stage in stages if stage]
     fitting = [summary for summary in summaries if summary and summary.total == len(data)]
-    unreadable = max(fitting, key=attrgetter("count"), default=None)
-    count = unreadable.count if unreadable else 0
+    unreadable = max(fitting, key=attrgetter("count"), default=UnreadableImages(count=0, total=len(data), files=[]))
     return records.EvaluationInfo(
         dataset=data.name,
-        images=len(data) - count,
+        images=len(data) - unreadable.count,
         labelled=data.labelled,
-        unreadable=count,
-        unreadable_files=unreadable.files if unreadable else [],
+        unreadable=unreadable.count,
+        unreadable_files=unreadable.files,
     )
 
 
@@ -131,13 +129,13 @@ def _variant(
 
 
 def _shared(result: StageResult, record: type[Record]) -> dict[str, Any]:
-    """Return the fields of a result that a record of the report has too; of each curve at most 200 points."""
+    """Return the fields of a result that a record of the report has too, with thinned curves."""
     values = {name: getattr(result, name) for name in type(result).model_fields.keys() & record.model_fields.keys()}
     return {**values, "losses": {name: thin(curve) for name, curve in values["losses"].items()}}
 
 
 def thin(values: list[float]) -> list[float]:
-    """Return at most 200 of a curve's points, evenly spaced, the last one among them."""
+    """Return at most 200 points of a curve, evenly spaced, including the last one."""
     stride = -(-len(values) // _CURVE_POINTS) or 1
     return values[::-stride][::-1]
 
@@ -150,7 +148,7 @@ def _skipped(
 ) -> list[Skipped]:
     skipped, reason = [], engine.unavailable_reason()
     if reason or not any(run.finished(Stage(build, variant)) for variant in _variants(run)):
-        skipped.append(Skipped(stage="build", reason=reason or "not asked for"))
+        skipped.append(Skipped(stage="build", reason=reason or "not requested"))
     if timing:
         skipped += timing.result.skipped
     if baseline and baseline.result.no_fp16:
@@ -158,6 +156,6 @@ def _skipped(
     if compared and compared.result.skipped is not None:
         skipped.append(Skipped(stage="features", reason=compared.result.skipped))
     if not any(run.finished(Stage(sensitivity, variant)) for variant in _variants(run)):
-        reason = "not asked for; --max-drop measures what each layer costs, and so does clusterq sensitivity RUN"
+        reason = "not requested; --max-drop measures the cost of each layer, and so does clusterq sensitivity RUN"
         skipped.append(Skipped(stage="sensitivity", reason=reason))
     return skipped

@@ -1,4 +1,4 @@
-"""Measure what it costs to quantize each layer only: the model and images go in, a cost per layer comes out."""
+"""Measure the cost of quantizing each layer: the model and images go in, a cost per layer comes out."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from clusterq_deploy.stages import synthesize
 
 NAME, RESULT = "sensitivity", SensitivityResult
 PLACEMENT = {"first_last", "keep", "cpu"}
-"""The settings of a run that say, next to its bits, which grids a variant has."""
+"""The settings of a run that determine, together with its bits, the grids of a variant."""
 FORMER_SETTINGS = {"procedural": 0.0}
-"""A removed setting of fine-tuning with its default; it stays in what is hashed, so that earlier results are valid."""
+"""A removed setting of fine-tuning with its default, still hashed so that earlier results stay valid."""
 
 
 def needs(_: Run, __: AnyStage) -> Needs:
@@ -24,7 +24,7 @@ def needs(_: Run, __: AnyStage) -> Needs:
 
 
 def inputs(run: Run, stage: AnyStage) -> Json:
-    """Return the widths, and what decides which images are shown how."""
+    """Return the widths, the grids, and the batch size."""
     placement = run.config.model_dump(mode="json", include=PLACEMENT)
     return {"bits": stage.variant, "batch_size": run.config.finetune.batch_size, **FORMER_SETTINGS, **placement}
 
@@ -50,8 +50,8 @@ def work(run: Run, stage: AnyStage) -> tuple[SensitivityResult, list[str]]:
 
 
 def describe(_: Run, stage: AnyStage) -> str:
-    """Say which widths."""
-    return f"every layer at {stage.variant} alone"
+    """State the widths."""
+    return f"one layer at a time at {stage.variant}"
 
 
 def views(run: Run, rng: torch.Generator) -> torch.Tensor:
@@ -61,5 +61,5 @@ def views(run: Run, rng: torch.Generator) -> torch.Tensor:
 
 
 def student_options(run: Run) -> dict[str, Any]:
-    """Return what `make_student` needs to know next to a variant's bits."""
+    """Return the arguments of `make_student` other than a variant's bits."""
     return {"quantize_first_last": run.config.first_last, "layer_bits": run.config.keep, "cpu": run.config.cpu}

@@ -22,7 +22,7 @@ NAME, RESULT = "synthesize", SynthesisResult
 
 
 def needs(_: Run, __: AnyStage) -> Needs:
-    """Require nothing: it is the first one."""
+    """Require nothing."""
     return Needs()
 
 
@@ -81,13 +81,10 @@ def synthesize_in_memory(
     progress: Progress,
     checkpoint: Callable[[int], Checkpoint] = lambda _: NOWHERE,
 ) -> tuple[Synthesis, int]:
-    """Make images in batches that fit the memory; return them, and what the batches of `config` were divided by.
+    """Make images in batches that fit the memory; return them and the divisor of the batch sizes in `config`.
 
-    Args:
-        model, classes, config, progress: as for `calib.synthesis.synthesize`, whose errors it raises too.
-        spec: how the model's input is made.
-        rng: makes the source of all randomness for each attempt, on the model's device.
-        checkpoint: returns where images in batches divided by a number are kept.
+    `rng` returns a new generator on the model's device for each attempt, `checkpoint` the checkpoint of a divisor; for
+    the rest, and other errors, see `calib.synthesis.synthesize`.
 
     Raises:
         OutOfMemoryError: the smallest batches do not fit the memory.

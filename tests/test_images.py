@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
-from support import small_config
+from support import json_of, output_of, small_config
 from test_data import contents, failure, paint
 
 from calib.support.progress import SILENT
-from cli.main import main
 from clusterq_deploy.errors import DataError, UnreadableImageError
 from clusterq_deploy.evaluation.accuracy import predictions, score
 from clusterq_deploy.evaluation.data import load_evaluation
@@ -267,11 +265,7 @@ def test_run_reports_what_it_could_not_read(tmp_path: Path) -> None:
         assert "1 of 20 images of data could not be read and count nowhere: 7/17.png" in (
             tmp_path / "out" / page
         ).read_text(encoding="utf-8")
-    reported = CliRunner().invoke(main, ["report", str(tmp_path / "out")])  # its stages are finished: nothing is read
-    assert reported.exit_code == 0, reported.output
-    assert "1 of 20 images of data could not be read" in " ".join(reported.stdout.split())
-    arguments = ["evaluate", str(tmp_path / "out/fp32/model.onnx"), "--data", str(tmp_path / "data"), "--json"]
-    evaluated = CliRunner().invoke(main, arguments)
-    assert evaluated.exit_code == 0, evaluated.output
-    (row,) = json.loads(evaluated.stdout)
+    reported = output_of("report", tmp_path / "out")  # its stages are finished: nothing is read
+    assert "1 of 20 images of data could not be read" in " ".join(reported.split())
+    (row,) = json_of("evaluate", tmp_path / "out/fp32/model.onnx", "--data", tmp_path / "data")
     assert (row["images"], row["unreadable"]) == (19, 1)

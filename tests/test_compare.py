@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from sample_reports import CPU, ENVIRONMENT, FP32, TIMES, W4A4, W8A8, build, with_half, with_latency
-from support import error_line, json_of, output_of, write_settings
+from support import error_line, json_of, output_of
 
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report.analysis import standard_error
@@ -126,9 +126,8 @@ def test_report_command_rejects_wrong_arguments(two: list[Path], tmp_path: Path)
         read_reports([tmp_path / "nowhere"])
 
 
-def test_report_of_one_run_prints_tables_to_paste(tmp_path: Path) -> None:
-    settings, out = write_settings(tmp_path / "small.toml", limit=60), tmp_path / "out"
-    output_of("synthesize", "digits", "--config", settings, "--out", out)
-    assert "| out | digits |" in output_of("report", out, "--markdown")
-    assert (out / "report.html").is_file()
-    output_of("report", "--compare", out)
+def test_report_of_one_run_prints_tables_to_paste(run_copy: Path) -> None:
+    (run_copy / "report.html").unlink()
+    assert "| run | digits |" in output_of("report", run_copy, "--markdown")
+    assert (run_copy / "report.html").is_file()
+    output_of("report", "--compare", run_copy)

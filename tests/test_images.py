@@ -160,7 +160,6 @@ def test_batches_leave_out_unreadable_images_with_their_labels(
         assert contents(data, batch_size=7) == expected
         assert contents(data, batch_size=200) == expected
     assert (len(data), len(data.readable), len(data.unreadable)) == (200, 198, 2)
-    assert data.labels is not None
     assert data.labels[data.readable].tolist() == expected[1]
     (message,) = caplog.messages
     assert "2 of the 200 images" in message
@@ -218,7 +217,6 @@ def test_score_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> None
         again = load_evaluation(tmp_path, colour)
         readable = predictions(runner, again, 2, SILENT)
     np.testing.assert_array_equal(readable, every[[0, 2, 3]])
-    assert data.labels is not None
     right = 100 * float((every[[0, 2, 3], 0] == data.labels[[0, 2, 3]]).mean())
     assert score("torch", readable, readable, again).top1 == pytest.approx(right)
     with pytest.raises(DataError, match="do not fit"):
@@ -259,7 +257,6 @@ def test_run_reports_what_it_could_not_read(tmp_path: Path) -> None:
     assert "truncated" in note.reason
     assert read_report(tmp_path / "out/report.json") == report
     for accuracy in (accuracy for variant in report.variants for accuracy in variant.accuracy):
-        assert accuracy.top1 is not None
         assert accuracy.top1 * 19 / 100 == pytest.approx(round(accuracy.top1 * 19 / 100))  # a share of 19 images
     for page in ("report.md", "report.html"):
         assert "1 of 20 images of data could not be read and count nowhere: 7/17.png" in (

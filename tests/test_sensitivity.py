@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import calibrated, images, make_net
+from nets import calibrated, digits, images, make_net
 from onnx import TensorProto
-from support import error_line, json_of, output_of, seeded, write_settings
+from support import error_line, json_of, output_of, seeded
 from torch import Tensor
 
 from clusterq_deploy import read_report
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.lowering import check_tensorrt, export_graph, lower, target_of, verify
-from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import (
     BitWidths,
     PrecisionPlan,
@@ -31,33 +30,30 @@ NARROW = BitWidths(2, 3)
 
 
 @cache
-def digits() -> tuple[LoadedModel, Tensor]:
-    """Return the bundled model, and 96 images that it answers for."""
-    model = load_model("digits", device=torch.device("cpu"))
-    data = load_evaluation(None, model, 96)
-    return model, torch.cat([torch.as_tensor(batch) for batch, _ in data.batches(96)])
+def batch() -> Tensor:
+    """Return 96 images that the bundled model answers for."""
+    data = load_evaluation(None, digits(), 96)
+    return torch.cat([torch.as_tensor(images) for images, _ in data.batches(96)])
 
 
 @cache
 def costs(bits: BitWidths = NARROW) -> list[Sensitivity]:
-    model, batch = digits()
-    student = make_student(model.module, bits)
-    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=seeded())
+    student = make_student(digits().module, bits)
+    found = sensitivities(student, batch(), judged=batch(), batch_size=48, rng=seeded())
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
     return found
 
 
 def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
-    model, batch = digits()
     return plan_precision(
-        model.module,
+        digits().module,
         NARROW,
         costs=costs(),
         max_drop=max_drop,
         quantize_first_last=False,
         layer_bits=keep or {},
-        images=batch,
-        judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
+        images=batch(),
+        judged=(batch() + batch().flip(0)) / 2,  # of two digits at once the model is unsure
         batch_size=48,
         rng=seeded(),
     )
@@ -147,8 +143,8 @@ def test_plan_precision_keeps_given_layer_bits() -> None:
 
 
 @pytest.mark.slow
-def test_commands_raise_layers_and_report_shows_them(tmp_path: Path) -> None:
-    settings, out = write_settings(tmp_path / "small.toml", limit=60), tmp_path / "out"
+def test_commands_raise_layers_and_report_shows_them(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     output_of("run", "digits", "--config", settings, "--out", out, "--bits", "w2a8", "--max-drop", "1e-6")
     report = read_report(out / "report.json")
     variant = report.variants[1]

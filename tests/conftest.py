@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from support import read_files, small_config
+from support import read_files, small_config, write_settings
 from tensorrt_double import World, install
 
 from clusterq_deploy import Pipeline
@@ -49,6 +49,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run_copy(finished_run: Path, tmp_path: Path) -> Path:
     """Return a copy of the finished run that the test may change."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    """Return the settings of the finished run as a file."""
+    return write_settings(tmp_path / "small.toml")
 
 
 @pytest.fixture

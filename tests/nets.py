@@ -1,6 +1,7 @@
 """Small seeded nets, each with a shape of graph that quantizers must get right."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.synthesis import Synthesis, SynthesisConfig, synthesize
+from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import BitWidths, FloatTwin, Student, calibrate, make_student
 
 
@@ -117,10 +119,29 @@ def images(count: int = 32, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=seeded(seed))
 
 
-def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE) -> Synthesis:
-    """Synthesize images of 16 x 16 pixels for the net with residuals, always with the same seed."""
+def distance(student: Student, teacher: nn.Module, data: Tensor) -> float:
+    """Return the squared error of the logits as a share of their variance."""
+    with torch.no_grad():
+        expected = teacher(data)
+        return float((student(data) - expected).square().mean() / expected.var())
+
+
+def require_same(student: Student, teacher: nn.Module, data: Tensor, atol: float = 1e-4) -> None:
+    """Require that a student computes in float what the teacher does."""
+    with torch.no_grad(), student.in_float():
+        torch.testing.assert_close(student(data), teacher(data), rtol=1e-4, atol=atol)
+
+
+@cache
+def digits() -> LoadedModel:
+    """Return the bundled model, not to be changed."""
+    return load_model("digits", device=torch.device("cpu"))
+
+
+def synthesis(settings: dict[str, object], checkpoint: Checkpoint = NOWHERE, net: nn.Module | None = None) -> Synthesis:
+    """Synthesize images of 16 x 16 pixels for a net, or for that with residuals, always with the same seed."""
     return synthesize(
-        make_net("residual"),
+        net or make_net("residual"),
         classes=10,
         size=(3, 16, 16),
         mean=(0.5, 0.5, 0.5),

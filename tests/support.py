@@ -73,11 +73,17 @@ def error_line(*arguments: object) -> str:
     return line
 
 
+def python_environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a process that finds the project and the modules of its tests."""
+    inherited = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "FORCE_COLOR"}}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**inherited, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+
+
 def run_python(
     *arguments: object, cwd: Path = ROOT, preexec_fn: Callable[[], object] | None = None, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run a Python process that finds the project in `cwd` too, with its streams in pipes."""
-    inherited = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "FORCE_COLOR"}}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
@@ -85,7 +91,7 @@ def run_python(
         check=False,
         cwd=cwd,
         preexec_fn=preexec_fn,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env=python_environment(**environment),
     )
 
 
@@ -120,6 +126,8 @@ class Counter:
 
     def __init__(self) -> None:
         self.open: list[str] = []
+        self.events: list[str] = []
+        """What was opened, and closed at how much of its total, in order."""
         self.ended: list[tuple[str, int, int]] = []
         """Description, units done and total of each task, in the order in which they ended."""
 
@@ -134,10 +142,12 @@ class Counter:
             done += n
 
         self.open.append(description)
+        self.events.append(f"open {description}")
         try:
             yield advance
         finally:
             self.open.remove(description)
+            self.events.append(f"close {description} {done}/{total}")
             self.ended.append((description, done, total))
 
     @property

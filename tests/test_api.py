@@ -9,6 +9,7 @@ import pytest
 import torch
 from nets import images as noise
 from nets import make_net
+from support import SMALL
 from torch import nn
 
 from clusterq_deploy import (
@@ -26,14 +27,8 @@ from clusterq_deploy import (
 from clusterq_deploy.errors import ExportError, GraphError, ModelError, NoBatchNormError
 
 SPEC = InputSpec(size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
-FEW = SynthesisConfig.model_validate(
-    {
-        "images": 40,
-        "generator": {"steps": 6, "warmup_steps": 3, "batch_size": 20, "width": 8},
-        "refine": {"steps": 4, "batch_size": 20},
-    }
-)
-SHORT = FinetuneConfig(steps=8, batch_size=8, checkpoints=2)
+FEW = SynthesisConfig.model_validate({**SMALL["synthesis"], "images": 40})
+SHORT = FinetuneConfig.model_validate(SMALL["finetune"])
 
 
 @pytest.fixture(scope="module")

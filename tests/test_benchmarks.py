@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cells import ROOT, Cell, arguments, read_cell
 from click import Command
 from click.testing import CliRunner, Result
 from store import Results
+from support import run_python
 
 from cli import commands
 from clusterq_deploy.config.run_config import make_config
@@ -247,5 +247,4 @@ def test_script_that_measures_imports_nothing_heavy() -> None:
     """A child's peak counts the memory of the process that started it: torch in the script would be in every figure."""
     heavy = "{'torch', 'numpy', 'clusterq_deploy'} & set(sys.modules)"
     code = f"import sys, accuracy; sys.exit(len({heavy}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=False)
-    assert done.returncode == 0
+    assert run_python("-c", code, cwd=ROOT / "benchmarks").returncode == 0

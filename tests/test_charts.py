@@ -245,7 +245,7 @@ def test_latencies_are_drawn_for_each_runtime_and_batch(page: str) -> None:
     assert "calls of batch" not in to_html(build(variants=old))  # of an earlier version
 
 
-def test_a_far_whisker_ends_in_an_arrow() -> None:
+def test_latency_box_ends_a_far_whisker_in_an_arrow() -> None:
     def spread(far: float) -> str:
         """Return the chart of boxes that end at 0.2 ms, with one whisker at `far`."""
         quantiles = [0.10 + 0.01 * step for step in range(11)] + [0.2] * 8 + [far, far + 1]

@@ -2,25 +2,17 @@
 
 import csv
 import io
-import json
 import re
 from pathlib import Path
 
 import pytest
-import tomli_w
-from click.testing import CliRunner, Result
 from sample_reports import CPU, ENVIRONMENT, FP32, TIMES, W4A4, W8A8, build, with_half, with_latency
-from support import SMALL
+from support import error_line, json_of, output_of
 
-from cli.main import main
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.report.analysis import standard_error
 from clusterq_deploy.report.compare import compare, read_reports
 from clusterq_deploy.results.report import Report
-
-
-def call(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 def written(folder: Path, report: Report) -> Path:
@@ -108,11 +100,10 @@ def test_markdown_has_every_table(two: list[Path]) -> None:
 
 
 def test_report_compare_prints_every_form_and_writes_nothing(two: list[Path]) -> None:
-    result = call("report", "--compare", *two)
-    assert result.exit_code == 0, result.output
+    shown = output_of("report", "--compare", *two)
     for text in ("Runs", "Accuracy", "Latency", "a/resnet18", "b/resnet18", "p50 ms", "machines differ"):
-        assert text in result.stdout
-    content = json.loads(call("report", "--compare", *two, "--json").stdout)
+        assert text in shown
+    content = json_of("report", "--compare", *two)
     assert content.keys() == {"runs", "accuracy", "latency", "machines", "notes"}
     (row,) = (r for r in content["accuracy"] if (r["run"], r["variant"], r["runtime"]) == ("a/resnet18", "w4a4", CPU))
     assert (row["graph"], row["size_bytes"]) == ("w4a4/model.ort.onnx", 11_830_000)
@@ -121,33 +112,22 @@ def test_report_compare_prints_every_form_and_writes_nothing(two: list[Path]) ->
         "run", "variant", "runtime", "graph", "batch", "threads", "median_ms", "p90_ms", "p99_ms",
         "images_per_second", "speedup", "unsteady", "speedup_low", "speedup_high",
     }  # fmt: skip
-    assert call("report", "--compare", *two, "--csv").stdout.startswith("run,variant,runtime,graph,size_bytes,top1")
-    assert call("report", "--compare", *two, "--markdown").stdout.startswith("### Runs\n\n| run")
+    assert output_of("report", "--compare", *two, "--csv").startswith("run,variant,runtime,graph,size_bytes,top1")
+    assert output_of("report", "--compare", *two, "--markdown").startswith("### Runs\n\n| run")
     assert [p.name for folder in two for p in folder.iterdir()] == ["report.json"] * 2
 
 
 def test_report_command_rejects_wrong_arguments(two: list[Path], tmp_path: Path) -> None:
-    def fails(*args: object) -> str:
-        result = call("report", *args)
-        assert (result.exit_code, result.stdout) == (2, "")
-        (line,) = result.stderr.splitlines()
-        return line
-
-    assert "add --compare" in fails(*two)
-    assert "exclude each other" in fails("--compare", two[0], "--json", "--csv")
-    assert "write it with clusterq report" in fails("--compare", two[0], tmp_path)
-    assert "named twice" in fails("--compare", two[0], two[0] / "report.json")
-    assert "is not a run directory" in fails(two[0])
+    assert "add --compare" in error_line("report", *two)
+    assert "write it with clusterq report" in error_line("report", "--compare", two[0], tmp_path)
+    assert "named twice" in error_line("report", "--compare", two[0], two[0] / "report.json")
+    assert "is not a run directory" in error_line("report", two[0])
     with pytest.raises(ReportError, match="no report"):
         read_reports([tmp_path / "nowhere"])
 
 
-def test_report_of_one_run_prints_tables_to_paste(tmp_path: Path) -> None:
-    settings, out = tmp_path / "small.toml", tmp_path / "out"
-    settings.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
-    assert call("synthesize", "digits", "--config", settings, "--out", out).exit_code == 0
-    table = call("report", out, "--markdown")
-    assert table.exit_code == 0, table.output
-    assert "| out | digits |" in table.stdout
-    assert (out / "report.html").is_file()
-    assert call("report", "--compare", out).exit_code == 0
+def test_report_of_one_run_prints_tables_to_paste(run_copy: Path) -> None:
+    (run_copy / "report.html").unlink()
+    assert "| run | digits |" in output_of("report", run_copy, "--markdown")
+    assert (run_copy / "report.html").is_file()
+    output_of("report", "--compare", run_copy)

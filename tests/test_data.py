@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nets import digits
 from PIL import Image
 
 from clusterq_deploy.errors import DataError
@@ -16,11 +17,6 @@ from clusterq_deploy.models.digits import TOP1
 CPU = torch.device("cpu")
 SHARED = os.environ.get("CLUSTERQ_DATA")
 needs_shared = pytest.mark.skipif(SHARED is None, reason="CLUSTERQ_DATA names no folder of evaluation data")
-
-
-@pytest.fixture(scope="module")
-def digits() -> LoadedModel:
-    return load_model("digits", device=CPU)
 
 
 def paint(file: Path, value: int, size: tuple[int, int] = (16, 16)) -> None:
@@ -36,7 +32,6 @@ def contents(data: EvaluationSet, batch_size: int = 2) -> tuple[list[int], list[
     for images, batch_labels in data.batches(batch_size):
         assert images.dtype == np.float32
         assert images.ndim == 4
-        assert batch_labels is not None
         assert batch_labels.dtype == np.int64
         values += np.rint(images[:, 0, 0, 0] * 255).astype(int).tolist()
         labels += batch_labels.tolist()
@@ -63,10 +58,10 @@ def failure(path: Path | None, model: LoadedModel, limit: int | None = None) -> 
 # ---- the shipped images ----
 
 
-def test_load_evaluation_has_held_out_images_of_digits_only(digits: LoadedModel, colour: LoadedModel) -> None:
-    data = load_evaluation(None, digits)
+def test_load_evaluation_has_held_out_images_of_digits_only(colour: LoadedModel) -> None:
+    data = load_evaluation(None, digits())
     assert (len(data), data.labelled) == (450, True)
-    accuracy = top1(digits, data)
+    accuracy = top1(digits(), data)
     assert accuracy >= 98
     assert accuracy == pytest.approx(TOP1, abs=0.3)
     assert "no evaluation data was given" in failure(None, colour)
@@ -102,13 +97,11 @@ def test_load_evaluation_reads_a_labels_file(tmp_path: Path, colour: LoadedModel
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 32, 1), (4, 32, 32)])
-def test_load_evaluation_reads_an_npz_of_grey_images(
-    tmp_path: Path, digits: LoadedModel, shape: tuple[int, ...]
-) -> None:
+def test_load_evaluation_reads_an_npz_of_grey_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
     images = np.arange(4, dtype=np.uint8).repeat(32 * 32).reshape(shape)
     np.savez(tmp_path / "set.npz", images=images, labels=np.array([3, 2, 1, 0], np.int32))
-    (batch, labels), *_ = load_evaluation(tmp_path / "set.npz", digits).batches(4)
-    mean, std = digits.input.mean[0], digits.input.std[0]
+    (batch, labels), *_ = load_evaluation(tmp_path / "set.npz", digits()).batches(4)
+    mean, std = digits().input.mean[0], digits().input.std[0]
     np.testing.assert_allclose(batch[:, 0, 5, 5], (np.arange(4) / 255 - mean) / std, rtol=1e-6)
     np.testing.assert_array_equal(labels, [3, 2, 1, 0])
 

@@ -1,5 +1,6 @@
 """The documents say what the program does."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -9,10 +10,12 @@ from click.testing import CliRunner
 from commands_page import PAGE, documented, refreshed
 from support import ROOT
 
+import clusterq_deploy
 from cli.main import main
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.config.toml import read_settings
 
+README = ROOT / "README.md"
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 
 
@@ -22,16 +25,33 @@ def test_commands_page_has_the_help_text_of_every_command() -> None:
     assert text == refreshed(text), "docs/commands.md is out of date: python tests/commands_page.py --write"
 
 
-def test_readme_links_the_commands_page() -> None:
-    assert "(docs/commands.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_commands_page_names_options_that_exist() -> None:
-    text = re.sub(r"<!-- help: .*?<!-- end -->", "", PAGE.read_text(encoding="utf-8"), flags=re.S)
+@pytest.mark.parametrize("page", [PAGE, README], ids=lambda page: page.name)
+def test_pages_name_options_that_exist(page: Path) -> None:
+    text = re.sub(r"<!-- help: .*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.S)
     for command, rest in re.findall(r"clusterq (\w+)([^`\n]*)", text):
         if command in main.commands:
             known = {option for param in main.commands[command].params for option in param.opts}
             assert set(re.findall(r"--[a-z-]+", rest)) <= known | {"--help"}, (command, rest)
+
+
+def test_readme_names_every_command_and_links_their_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert set(re.findall(r"clusterq (\w+)", text)) == set(main.commands)
+    assert "(docs/commands.md)" in text
+    assert text.index("make demo") < text.index("make test")
+
+
+def test_readme_names_python_names_that_exist() -> None:
+    calls, block = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    named = {node.attr for node in ast.walk(ast.parse(calls)) if isinstance(node, ast.Attribute)}
+    assert named == {"InputSpec", "synthesize", "quantize", "export"}
+    assert named <= set(clusterq_deploy.__all__)
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and node.module == "clusterq_deploy":
+            assert {alias.name for alias in node.names} <= set(clusterq_deploy.__all__)
+    names: dict[str, object] = {}
+    exec(block[: block.index("report =")], names)
+    assert names["config"] == clusterq_deploy.RunConfig(model="digits")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -44,7 +64,6 @@ def test_completion_works_as_documented(shell: str) -> None:
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_dockerfiles_are_pinned_unprivileged_and_watched(path: Path) -> None:
-    """All that can be tested of a Dockerfile without building it."""
     lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     by_name = dict(steps)

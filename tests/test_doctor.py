@@ -180,7 +180,7 @@ atexit.register(note)
 """
 
 
-def test_each_process_of_the_doctor_loads_only_what_it_answers_for(tmp_path: Path) -> None:
+def test_doctor_processes_load_only_what_they_answer_for(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NOTES)
     notes = tmp_path / "notes"
     done = doctor("--json", modules=tmp_path, NOTES=str(notes))
@@ -207,7 +207,7 @@ def test_run_probe_kills_a_part_that_hangs_and_keeps_its_findings(
     assert not healthy([onnx, *owed])
 
 
-def test_a_crash_after_all_that_is_essential_is_reported() -> None:
+def test_missing_findings_reports_a_crash_after_all_essential_rows() -> None:
     said = [replace(row, state="ok") for row in ESSENTIAL["library"]]
     (last,) = missing_findings("library", said, "crashes with signal 11")
     assert (last.name, last.state, last.found) == ("torch and clusterq-deploy", "broken", "crashes with signal 11")
@@ -237,7 +237,7 @@ def test_probe_reason_is_what_onnx_runtime_logged() -> None:
         (tensorrt_remedy("470.256.02", again=True), "update the NVIDIA driver to 525"),
     ],
 )
-def test_remedies_are_of_the_cuda_release_that_the_driver_runs(remedy: str, expected: str) -> None:
+def test_remedies_fit_the_cuda_release_of_the_driver(remedy: str, expected: str) -> None:
     assert expected in remedy
 
 
@@ -277,7 +277,7 @@ def Builder(logger):
         ("10.1.0", "starts", "tensorrt 10.1.0 is too old"),
     ],
 )
-def test_tensorrt_works_if_its_builder_starts(
+def test_run_probe_tensorrt_is_ok_if_its_builder_starts(
     version: str, builder: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tensorrt.py").write_text(TENSORRT)
@@ -295,7 +295,7 @@ def test_tensorrt_works_if_its_builder_starts(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", GPU_PROVIDERS)
-def test_a_provider_that_is_tried_says_why_it_does_not_load(name: str) -> None:
+def test_run_probe_of_a_provider_says_why_it_does_not_load(name: str) -> None:
     (finding,) = run_probe(name)
     assert finding.name == GPU_PROVIDERS[name].name
     assert finding.state in {"absent", "broken"}

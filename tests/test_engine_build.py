@@ -1,20 +1,18 @@
 """Building engines: the flow of control, driven through a double of TensorRT."""
 
 import logging
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import pytest
 from pydantic import ValidationError
+from support import Counter, python_environment
 from tensorrt_double import World, build
 
 from clusterq_deploy.errors import EngineError, RunDirectoryError
@@ -22,8 +20,6 @@ from clusterq_deploy.files import sha256_file
 from clusterq_deploy.runtimes.tensorrt import BuildConfig, read_sidecar, sidecar_path
 from clusterq_deploy.runtimes.tensorrt import build as build_module
 from clusterq_deploy.runtimes.tensorrt.sidecar import Machine
-
-HERE = Path(__file__).parent
 
 
 def left(folder: Path) -> list[str]:
@@ -161,107 +157,92 @@ def test_build_names_the_doc_string_of_the_parsers_node_and_the_remedy(world: Wo
     assert "another node" not in str(caught.value)
 
 
-class TestTimingCache:
-    def test_is_kept_per_gpu_and_release_in_the_users_cache(self, world: World, graph: Path) -> None:
-        build(graph)
-        (cache,) = world.caches.rglob("*.cache")
-        assert cache.name.startswith("NVIDIA-Test-100-sm9.0-cuda")
-        assert cache.name.endswith("-tensorrt10.9.0.cache")
-        assert cache.read_bytes() == b"conv1"
-        world.measures = "conv2"
-        build(graph)
-        assert world.timing_caches_read == [b"", b"", b"conv1", b"conv1"]
-        assert cache.read_bytes() == b"conv1 conv2"
-
-    def test_is_the_given_file(self, world: World, graph: Path) -> None:
-        cache = graph.with_name("timing.cache")
-        build(graph, timing_cache=cache)
-        assert cache.read_bytes() == b"conv1"
-        assert list(world.caches.rglob("*.cache")) == []
-
-    @pytest.mark.parametrize("options", [{"timing_cache": "none"}, {"optimization_level": 0}])
-    def test_can_be_switched_off(self, world: World, graph: Path, options: dict[str, object]) -> None:
-        build(graph, **options)
-        assert world.timing_caches_read == []
-        assert list(world.caches.iterdir()) == []
-
-    @pytest.mark.parametrize("content", [b"damaged", b"other-machine"])
-    def test_starts_empty_if_the_file_does_not_fit(
-        self, world: World, graph: Path, content: bytes, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        cache = graph.with_name("timing.cache")
-        cache.write_bytes(content)
-        build(graph, timing_cache=cache)
-        assert cache.read_bytes() == b"conv1"
-        assert "started afresh" in caplog.text
-
-    def test_keeps_what_another_build_wrote_meanwhile(self, world: World, graph: Path) -> None:
-        cache = graph.with_name("timing.cache")
-        world.on_step = lambda: cache.write_bytes(b"of-another-build")
-        build(graph, timing_cache=cache)
-        assert cache.read_bytes() == b"conv1 of-another-build"
-
-    def test_loses_no_measurement_of_concurrent_builds(
-        self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        trt, path, read = sys.modules["tensorrt"], tmp_path / "timing.cache", build_module._read_cache
-
-        def slow_read(file: Path) -> bytes:
-            content = read(file)
-            time.sleep(0.01)  # without a lock every writer would have read by now, and the last would win
-            return content
-
-        monkeypatch.setattr(build_module, "_read_cache", slow_read)
-
-        def write(entry: int) -> None:
-            build_module.keep_timing_cache(trt.IBuilderConfig(), trt.ITimingCache(f"layer{entry}".encode()), path)
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(write, range(8)))
-        assert set(path.read_bytes().split()) == {f"layer{entry}".encode() for entry in range(8)}
-
-    def test_that_cannot_be_written_is_a_warning(
-        self, world: World, graph: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        graph.with_name("file").write_bytes(b"")
-        engine = build(graph, timing_cache=graph.with_name("file") / "timing.cache")
-        assert engine.is_file()
-        assert "is not kept" in caplog.text
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
-    def test_is_in_the_platforms_cache_directory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        machine = Machine(gpu="A/B", compute_capability="8.6", driver=None, cuda="13.0", tensorrt="11.4.0")
-        expected = tmp_path / "clusterq-deploy/timing/A-B-sm8.6-cuda13.0-tensorrt11.4.0.cache"
-        assert build_module.timing_cache_path(BuildConfig(), machine) == expected
+def test_timing_cache_is_kept_per_gpu_and_release_in_the_users_cache(world: World, graph: Path) -> None:
+    build(graph)
+    (cache,) = world.caches.rglob("*.cache")
+    assert cache.name.startswith("NVIDIA-Test-100-sm9.0-cuda")
+    assert cache.name.endswith("-tensorrt10.9.0.cache")
+    assert cache.read_bytes() == b"conv1"
+    world.measures = "conv2"
+    build(graph)
+    assert world.timing_caches_read == [b"", b"", b"conv1", b"conv1"]
+    assert cache.read_bytes() == b"conv1 conv2"
 
 
-class Recorder:
-    """A progress that remembers when each task was opened, how far it came, and when it was closed."""
+def test_timing_cache_is_the_given_file(world: World, graph: Path) -> None:
+    cache = graph.with_name("timing.cache")
+    build(graph, timing_cache=cache)
+    assert cache.read_bytes() == b"conv1"
+    assert list(world.caches.rglob("*.cache")) == []
 
-    def __init__(self) -> None:
-        self.events: list[str] = []
 
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[object]:
-        done = 0
+@pytest.mark.parametrize("options", [{"timing_cache": "none"}, {"optimization_level": 0}])
+def test_timing_cache_can_be_switched_off(world: World, graph: Path, options: dict[str, object]) -> None:
+    build(graph, **options)
+    assert world.timing_caches_read == []
+    assert list(world.caches.iterdir()) == []
 
-        def advance(n: int = 1, **figures: float) -> None:
-            nonlocal done
-            done += n
 
-        self.events.append(f"open {description}")
-        try:
-            yield advance
-        finally:
-            self.events.append(f"close {description} {done}/{total}")
+@pytest.mark.parametrize("content", [b"damaged", b"other-machine"])
+def test_timing_cache_starts_empty_if_the_file_does_not_fit(
+    world: World, graph: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = graph.with_name("timing.cache")
+    cache.write_bytes(content)
+    build(graph, timing_cache=cache)
+    assert cache.read_bytes() == b"conv1"
+    assert "started afresh" in caplog.text
+
+
+def test_timing_cache_keeps_what_another_build_wrote_meanwhile(world: World, graph: Path) -> None:
+    cache = graph.with_name("timing.cache")
+    world.on_step = lambda: cache.write_bytes(b"of-another-build")
+    build(graph, timing_cache=cache)
+    assert cache.read_bytes() == b"conv1 of-another-build"
+
+
+def test_timing_cache_loses_no_measurement_of_concurrent_builds(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt, path, read = sys.modules["tensorrt"], tmp_path / "timing.cache", build_module._read_cache
+
+    def slow_read(file: Path) -> bytes:
+        content = read(file)
+        time.sleep(0.01)  # without a lock every writer would have read by now, and the last would win
+        return content
+
+    monkeypatch.setattr(build_module, "_read_cache", slow_read)
+
+    def write(entry: int) -> None:
+        build_module.keep_timing_cache(trt.IBuilderConfig(), trt.ITimingCache(f"layer{entry}".encode()), path)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert set(path.read_bytes().split()) == {f"layer{entry}".encode() for entry in range(8)}
+
+
+def test_timing_cache_that_cannot_be_written_is_a_warning(
+    world: World, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph.with_name("file").write_bytes(b"")
+    engine = build(graph, timing_cache=graph.with_name("file") / "timing.cache")
+    assert engine.is_file()
+    assert "is not kept" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
+def test_timing_cache_is_in_the_platforms_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = Machine(gpu="A/B", compute_capability="8.6", driver=None, cuda="13.0", tensorrt="11.4.0")
+    expected = tmp_path / "clusterq-deploy/timing/A-B-sm8.6-cuda13.0-tensorrt11.4.0.cache"
+    assert build_module.timing_cache_path(BuildConfig(), machine) == expected
 
 
 def test_progress_has_the_nested_phases_of_the_build(world: World, graph: Path) -> None:
-    world.steps, recorder = 2, Recorder()
-    build(graph, recorder)
+    world.steps, counter = 2, Counter()
+    build(graph, counter)
     inner = ["open Tactic selection", "close Tactic selection 3/4"]
-    assert recorder.events == [
+    assert counter.events == [
         "open build model.engine",
         "open Building engine",
         *inner,
@@ -275,10 +256,10 @@ def test_progress_closes_what_a_failure_leaves_open(world: World, graph: Path) -
     def fail() -> None:
         raise RuntimeError("the worst")
 
-    world.on_step, recorder = fail, Recorder()
+    world.on_step, counter = fail, Counter()
     with pytest.raises(EngineError, match="the worst"):
-        build(graph, recorder)
-    assert recorder.events[-2:] == ["close Building engine 0/3", "close build model.engine 1/2"]
+        build(graph, counter)
+    assert counter.events[-2:] == ["close Building engine 0/3", "close build model.engine 1/2"]
 
 
 CANCELLED = """
@@ -301,16 +282,12 @@ with pytest.MonkeyPatch.context() as patch:
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 143)])
-def test_a_signal_cancels_the_build_and_leaves_nothing(graph: Path, name: str, code: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+def test_build_is_cancelled_by_a_signal_and_leaves_nothing(graph: Path, name: str, code: int) -> None:
     command = [sys.executable, "-c", CANCELLED, name, str(graph)]
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=graph.parent
-    )
-    with child:
-        assert child.stdout is not None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=python_environment(), cwd=graph.parent) as child:
         assert child.stdout.readline() == "building\n"
         child.send_signal(getattr(signal, name))
         output, errors = child.communicate(timeout=60)

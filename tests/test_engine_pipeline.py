@@ -4,32 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from support import small_config
 from tensorrt_double import World, install, open_engine
 
 from clusterq_deploy import Pipeline
-from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.runtimes import tensorrt as engine
 
-SETTINGS = {
-    "model": "digits",
-    "limit": 40,
-    "bits": ["w8a8"],
-    "device": "cpu",
-    "synthesis": {
-        "images": 40,
-        "generator": {"steps": 4, "warmup_steps": 2, "batch_size": 20, "samples_per_class": 2, "width": 8},
-        "refine": {"steps": 2, "batch_size": 40},
-    },
-    "finetune": {"steps": 2, "batch_size": 16, "checkpoints": 1},
-    "benchmark": {"batches": [1, 2], "min_seconds": 0, "min_runs": 3, "warmup_ms": 0, "rounds": 1},
-}
+SETTINGS = {"limit": 40, "bits": ["w8a8"], "device": "cpu"}
 
 
 def begin(folder: Path) -> Pipeline:
     """Return a run that has exported the float model."""
-    pipeline = Pipeline(make_config(SETTINGS), folder)
+    pipeline = Pipeline(small_config(**SETTINGS), folder)
     pipeline.write_config()
     pipeline.export("fp32")
     return pipeline
@@ -104,4 +92,4 @@ def test_benchmark_leaves_out_an_engine_that_does_not_fit_the_memory(
     assert all("the GPU's memory ran out" in reason for reason in reasons)
     world.load_error = "Serialization assertion failed"
     with pytest.raises(EngineError, match="Serialization assertion failed"):
-        Pipeline(make_config({**SETTINGS, "benchmark": {"batches": [2]}}), tmp_path / "run").benchmark()
+        Pipeline(small_config(**SETTINGS, benchmark={"batches": [2]}), tmp_path / "run").benchmark()

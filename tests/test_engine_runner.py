@@ -51,7 +51,7 @@ def test_runner_refuses_other_images_other_batches_and_any_once_closed(world: Wo
         ({"version": "10.10.0"}, "TensorRT is 10.10.0, the engine is built for 10.9.0"),
     ],
 )
-def test_an_engine_of_another_machine_is_not_loaded(
+def test_runner_refuses_an_engine_of_another_machine(
     world: World, graph: Path, change: dict[str, object], message: str
 ) -> None:
     engine = build(graph)
@@ -72,7 +72,7 @@ def test_an_engine_of_another_machine_is_not_loaded(
         ({"version_compatible": True}, {"version": "12.0.0"}, False),
     ],
 )
-def test_a_compatible_engine_is_loaded_on_another_machine_that_fits(
+def test_runner_loads_a_compatible_engine_where_it_fits(
     world: World, graph: Path, options: dict[str, object], change: dict[str, object], fits: bool
 ) -> None:
     engine = build(graph, **options)
@@ -96,7 +96,7 @@ def test_a_compatible_engine_is_loaded_on_another_machine_that_fits(
         (lambda _: None, r"cannot load .*; Serialization assertion failed"),
     ],
 )
-def test_a_damaged_engine_is_not_loaded(
+def test_runner_refuses_a_damaged_engine(
     world: World, graph: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     engine = build(graph)
@@ -107,7 +107,7 @@ def test_a_damaged_engine_is_not_loaded(
 
 
 @pytest.mark.parametrize("name", ["int8_calibrator", "set_calibration_profile", "no_such_name"])
-def test_the_double_refuses_names_that_a_release_lacks(world: World, graph: Path, name: str) -> None:
+def test_double_refuses_names_that_a_release_lacks(world: World, graph: Path, name: str) -> None:
     build(graph)
     with pytest.raises(AssertionError, match="not in every release"):
         getattr(world.options, name)

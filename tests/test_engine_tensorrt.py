@@ -1,7 +1,6 @@
 """The engine package with TensorRT itself and a GPU: a small graph, held against torch."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,13 +11,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from nets import images, make_net
-from support import seeded
+from nets import calibrated, images
+from support import python_environment
 from tensorrt_double import build
 
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.lowering import export_graph, lower, quantized_layers, to_fp16
-from clusterq_deploy.quantization import BitWidths, calibrate, make_student
 from clusterq_deploy.runtimes.runners import TorchRunner
 from clusterq_deploy.runtimes.tensorrt import (
     TensorRTRunner,
@@ -29,7 +27,6 @@ from clusterq_deploy.runtimes.tensorrt import (
 )
 
 pytestmark = pytest.mark.tensorrt
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +54,6 @@ def graph(network: torch.nn.Module, tmp_path: Path) -> Path:
     program = torch.onnx.export(
         network, (torch.zeros(2, 3, 16, 16),), dynamo=True, opset_version=21, dynamic_shapes=({0: batch},)
     )
-    assert program is not None
     program.save(path)
     return path
 
@@ -95,9 +91,8 @@ def test_layers_are_named_and_timed(graph: Path) -> None:
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-def test_a_quantized_graph_runs_in_integers_and_agrees_with_torch(tmp_path: Path, fp16: bool) -> None:
-    student = make_student(make_net("residual"), BitWidths(8, 8))
-    calibrate(student, images(), batch_size=16, rng=seeded(0))
+def test_infer_of_a_quantized_graph_in_integers_agrees_with_torch(tmp_path: Path, fp16: bool) -> None:
+    student = calibrated("residual", "w8a8")
     quantized = lower(export_graph(student, (3, 16, 16)), student, "tensorrt")
     path = tmp_path / "model.trt.onnx"
     onnx.save(to_fp16(quantized) if fp16 else quantized, path)
@@ -135,10 +130,8 @@ for number in range(1000):
 
 def test_build_is_cancelled_by_a_signal_and_leaves_nothing(graph: Path) -> None:
     command = [sys.executable, "-c", BUILDS, str(graph)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
-        assert process.stdout is not None
+    with subprocess.Popen(command, **pipes, text=True, env=python_environment()) as process:
         process.stdout.readline()  # TensorRT has started, and builds once more
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)

@@ -37,8 +37,6 @@ def test_measure_times_copies_and_computation_apart(world: World, engine: Path, 
         assert 0 < call.enqueue_ms < 1000
     assert world.replays == (7 if cuda_graph else 0)
     record = summarize_engine("tensorrt", 3, times)
-    assert record.compute is not None
-    assert record.host_to_device is not None
     assert record.enqueue is not None
     assert record.compute.median_ms == world.tick_ms + world.execute_ms
     assert record.compute.coefficient_of_variation == pytest.approx(0)
@@ -157,11 +155,8 @@ def test_gpu_monitor_samples_while_the_context_is_open(world: World, monkeypatch
     gpu = telemetry()
     assert gpu.reason is None
     assert gpu.samples >= 2
-    assert gpu.sm_clock_mhz is not None
     assert (gpu.sm_clock_mhz.highest, gpu.sm_clock_limit_mhz) == (1500, 1980)
-    assert gpu.memory_clock_mhz is not None
     assert (gpu.memory_clock_mhz.mean, gpu.memory_clock_limit_mhz) == (2619, 2619)
-    assert gpu.power_watts is not None
     assert (gpu.power_watts.mean, gpu.power_limit_watts) == (pytest.approx(250), 700)
     assert gpu.temperature_celsius is None  # this device does not tell
     assert gpu.clocks == "steady"

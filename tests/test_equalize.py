@@ -1,12 +1,12 @@
 """Cross-layer equalisation and bias correction: what they must not change, and what they must fix."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, images, make_net, twin
+from nets import calibrated, distance, images, make_net, require_same, twin
 from support import seeded
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from clusterq_deploy.quantization import (
     make_student,
     reconstruct,
 )
+from clusterq_deploy.quantization.ptq.equalize import Equalized
 from clusterq_deploy.quantization.qat.losses import feature_sites, matched_features
 from clusterq_deploy.quantization.reference import ChannelAffine
 
@@ -64,9 +65,7 @@ def test_equalize_chain_keeps_outputs(net: Callable[[], nn.Module]) -> None:
     teacher = net()
     student, pairs = equalized(teacher)
     assert len(pairs) == 1
-    fresh = images(64, seed=7)
-    with torch.no_grad(), student.in_float():
-        torch.testing.assert_close(student(fresh), teacher(fresh), rtol=1e-4, atol=1e-5)
+    require_same(student, teacher, images(64, seed=7), atol=1e-5)
 
 
 def test_equalize_depthwise_reader_evens_ranges() -> None:
@@ -88,8 +87,7 @@ def test_equalize_leaves_clipped_channels() -> None:
     before, after = teacher[0].weight, student.net.get_submodule("0").weight
     assert torch.equal(before[[0, 4]], after[[0, 4]])  # the clip binds there
     assert float(after[1].detach().norm() / before[1].norm()) > 4
-    with torch.no_grad(), student.in_float():
-        torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-4)
+    require_same(student, teacher, images())
 
 
 def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
@@ -102,18 +100,25 @@ def narrow(last: nn.Module, between: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+def shifted(
+    teacher: nn.Module, data: Tensor | None = None, bits: str = "w4a4"
+) -> tuple[Student, Equalized, dict[str, ChannelAffine]]:
+    """Return a student, its only pair that was equalized, and the maps of its channels."""
+    student = make_student(teacher, BitWidths.parse(bits), quantize_first_last=True)
+    (pair,), maps = equalize(student, images() if data is None else data, rng=seeded())
+    return student, pair, maps
+
+
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU6()])
 @pytest.mark.parametrize("last", [nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3)])
 def test_equalize_shifts_channels_far_from_zero(last: nn.Module, between: nn.Module) -> None:
     teacher = narrow(last, between)
-    student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
-    (pair,), maps = equalize(student, images(), rng=seeded())
+    student, pair, maps = shifted(teacher)
     assert pair.shifted == 8
     assert pair.error_after < 0.5 * pair.error_before
     fresh = images(64, seed=7)
     with torch.no_grad(), student.in_float():
-        wanted, found = teacher(fresh), student(fresh)
-        assert float((found - wanted).square().mean()) < 0.01 * float(wanted.var())  # what lies under the shift is cut
+        assert distance(student, teacher, fresh) < 0.01  # what is under the shift is cut
         torch.testing.assert_close(student.layers()["0"](fresh), maps["0"](teacher[0](fresh)), rtol=1e-4, atol=1e-4)
 
 
@@ -121,8 +126,7 @@ def test_equalize_shifts_channels_far_from_zero(last: nn.Module, between: nn.Mod
 def test_equalize_shifts_large_map_before_pad(seed: int) -> None:
     torch.manual_seed(seed)  # of the layer: by another draw a channel may gain nothing by it
     last = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, stride=2, groups=8))
-    student = make_student(narrow(last, nn.ReLU6()), BitWidths(4, 4), quantize_first_last=True)
-    (pair,), _ = equalize(student, torch.randn(32, 3, 96, 96, generator=seeded()), rng=seeded())
+    _, pair, _ = shifted(narrow(last, nn.ReLU6()), torch.randn(32, 3, 96, 96, generator=seeded()))
     assert pair.shifted == 8
     assert pair.error_after < 0.7 * pair.error_before
 
@@ -130,29 +134,25 @@ def test_equalize_shifts_large_map_before_pad(seed: int) -> None:
 def test_equalize_does_not_shift_mostly_padded_map() -> None:
     torch.manual_seed(0)
     last = nn.Conv2d(8, 8, 15, padding=7, groups=8)  # most of what it reads is padding
-    student = make_student(narrow(last, nn.ReLU()), BitWidths(4, 8), quantize_first_last=True)
-    (pair,), maps = equalize(student, images(), rng=seeded())
+    _, pair, maps = shifted(narrow(last, nn.ReLU()), bits="w4a8")
     assert pair.shifted == 0
     assert bool((maps["0"].shift == 0).all())
 
 
 @pytest.mark.parametrize(
-    ("side", "shifted", "between"),
+    ("side", "count", "between"),
     [
         (16, 0, (nn.Flatten(), nn.ReLU())),  # one value an image and feature: what it hardly falls below is not seen
         (8, 8, (nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten())),
     ],
 )
-def test_equalize_flattened_map_per_channel(side: int, shifted: int, between: tuple[nn.Module, ...]) -> None:
+def test_equalize_flattened_map_per_channel(side: int, count: int, between: tuple[nn.Module, ...]) -> None:
     teacher = narrow(nn.Linear(8 * side * side, 5), nn.Sequential(*between))
-    student = make_student(teacher, BitWidths(4, 4), quantize_first_last=True)
-    (pair,), maps = equalize(student, images(), rng=seeded())
-    assert pair.shifted == shifted
+    student, pair, maps = shifted(teacher)
+    assert pair.shifted == count
     assert len(maps["0"].shift) == 8
-    fresh = images(64, seed=7)
-    with torch.no_grad(), student.in_float():
-        wanted = teacher(fresh)
-        assert float((student(fresh) - wanted).square().mean()) < 0.05 * float(wanted.var())
+    with student.in_float():
+        assert distance(student, teacher, images(64, seed=7)) < 0.05
 
 
 def test_channel_affine_is_exact_in_bfloat16() -> None:
@@ -163,9 +163,7 @@ def test_channel_affine_is_exact_in_bfloat16() -> None:
 
 
 def test_equalize_does_not_shift_signed_tensors() -> None:
-    student = make_student(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)), BitWidths(4, 4), quantize_first_last=True)
-    (pair,), _ = equalize(student, images(), rng=seeded())
-    assert pair.shifted == 0
+    assert shifted(narrow(nn.Conv2d(8, 6, 1), nn.LeakyReLU(0.1)))[1].shifted == 0
 
 
 def test_reconstruct_and_correct_bias_with_maps() -> None:
@@ -177,8 +175,7 @@ def test_reconstruct_and_correct_bias_with_maps() -> None:
         extra = {"rng": seeded()} if fix is reconstruct else {}
         with torch.no_grad():
             fix(student, reference, data, **extra)
-            wanted, found = teacher(data), student(data)
-        assert float((found - wanted).square().mean()) < 0.02 * float(wanted.var())
+        assert distance(student, teacher, data) < 0.02
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile"])
@@ -220,8 +217,7 @@ def test_equalize_skips_unfit_tensors() -> None:
     teacher = uneven(Unfit())
     student, pairs = equalized(teacher)
     assert pairs == set()
-    with torch.no_grad(), student.in_float():
-        torch.testing.assert_close(student(images()), teacher(images()), rtol=1e-4, atol=1e-5)
+    require_same(student, teacher, images(), atol=1e-5)
 
 
 def test_equalize_nets_keeps_outputs() -> None:
@@ -234,20 +230,15 @@ def test_equalize_nets_keeps_outputs() -> None:
         net = make_net(name)
         student, pairs = equalized(net)
         assert pairs == known
-        with torch.no_grad(), student.in_float():
-            torch.testing.assert_close(student(images()), net(images()), rtol=1e-4, atol=1e-4)
+        require_same(student, net, images())
 
 
-def test_equalize_dead_channels_stay_finite() -> None:
+@pytest.mark.parametrize("dead", [[2], range(8)], ids=["one", "all"])
+def test_equalize_dead_channels_stay_finite(dead: Sequence[int]) -> None:
     net = chain(nn.ReLU())
     with torch.no_grad():
-        net[0].weight[2] = 0
-        net[0].bias[2] = -1
-    student, _ = equalized(net)
-    assert all(bool(p.isfinite().all()) for p in student.parameters())
-    with torch.no_grad():
-        net[0].weight.zero_()
-        net[0].bias.fill_(-1)
+        net[0].weight[list(dead)] = 0
+        net[0].bias[list(dead)] = -1
     student, _ = equalized(net)
     assert all(bool(p.isfinite().all()) for p in student.parameters())
 

@@ -158,7 +158,6 @@ def test_float_graphs_are_the_teacher(name: str) -> None:
         logits = infer(graphs.fp32, batch.numpy(), optimized=True)
         np.testing.assert_allclose(logits, net(batch).numpy(), rtol=1e-3, atol=1e-4)
     assert graphs.no_fp16 is None
-    assert graphs.fp16 is not None
     assert TensorProto.FLOAT not in types(graphs.fp16)
     assert types_at_ends(graphs.fp16) == [TensorProto.FLOAT] * 2
     np.testing.assert_allclose(infer(graphs.fp16, BATCH.numpy()), net(BATCH).numpy(), atol=0.03)
@@ -169,7 +168,6 @@ def test_float_graphs_are_the_teacher(name: str) -> None:
 def test_fp16_baseline_is_the_network_without_quantizers(name: str, graph_format: GraphFormat, fp16: bool) -> None:
     _, graph = graph_of(name, graph_format, "w8a8")
     baseline = fp16_baseline(to_fp16(graph) if fp16 else graph)
-    assert baseline is not None
     onnx.checker.check_model(baseline)
     operators, quantized = (Counter(node.op_type for node in model.graph.node) for model in (baseline, graph))
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators)
@@ -200,7 +198,6 @@ def test_fp16_baseline_converts_constant_nodes_to_the_types_that_readers_need() 
         node("Mul", ["larger", "two"], ["logits"]),
     )
     baseline = fp16_baseline(model)
-    assert baseline is not None
     batch = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
     np.testing.assert_allclose(infer(baseline, batch), infer(model, batch), atol=0.02)
     kinds = {name: tensor.data_type for name, tensor in initializers(baseline).items()}

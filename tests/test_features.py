@@ -1,7 +1,5 @@
 """The teacher's penultimate features: taken where the classifier reads them, measured, projected."""
 
-from typing import TypeVar
-
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,6 @@ from clusterq_deploy.models.digits import digits
 from clusterq_deploy.results.report import FeatureInfo
 from clusterq_deploy.runtimes.runners import Array
 
-T = TypeVar("T")
 PARTS = (np.arange(60) % 4).astype(np.int64)
 
 
@@ -36,11 +33,6 @@ def clusters(std: float, distance: float, labels: np.ndarray = PARTS, width: int
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(10, width)) * distance
     return (centres[labels] + rng.normal(size=(len(labels), width)) * std).astype(np.float32)
-
-
-def defined(value: T | None) -> T:
-    assert value is not None
-    return value
 
 
 # Where features are taken
@@ -152,7 +144,7 @@ def test_evenly_chooses_as_many_images_of_each_class() -> None:
 
 def test_separation_of_separate_mixed_and_collapsed_classes() -> None:
     apart, mixed = separation(clusters(0.05, 3), PARTS), separation(clusters(1, 0), PARTS)
-    assert defined(apart.silhouette) > 0.95
+    assert apart.silhouette > 0.95
     assert mixed.silhouette == pytest.approx(0, abs=0.1)
     assert mixed.within_class_diversity == pytest.approx(1, abs=0.1)
     assert separation(clusters(1e-3, 3), PARTS).within_class_diversity == pytest.approx(0, abs=1e-5)
@@ -186,11 +178,11 @@ def test_separation_leaves_out_a_class_of_one_image() -> None:
 def test_density_and_coverage_of_like_collapsed_and_strange_features() -> None:
     labels = (np.arange(300) % 6).astype(np.int64)
     real, like, strange = (clusters(1, 4, labels, seed=seed) for seed in range(3))
-    density, coverage = defined(density_and_coverage(real, like))
+    density, coverage = density_and_coverage(real, like)
     assert density == pytest.approx(1, abs=0.2)
     assert coverage > 0.9
     half = clusters(1, 4, labels % 3, seed=4)  # three of the six classes are missing
-    assert defined(density_and_coverage(real, half))[1] == pytest.approx(0.5, abs=0.06)
+    assert density_and_coverage(real, half)[1] == pytest.approx(0.5, abs=0.06)
     assert density_and_coverage(real, strange + 100) == (0, 0)
     assert density_and_coverage(real[:5], like) is None
 
@@ -200,14 +192,14 @@ def test_density_and_coverage_of_like_collapsed_and_strange_features() -> None:
 
 def test_project_keeps_classes_apart_and_is_the_same_again() -> None:
     features = clusters(0.3, 3)
-    places, parameters = defined(project(features, 2**32 + 5))
+    places, parameters = project(features, 2**32 + 5)
     assert parameters == {"perplexity": 59 / 3, "init": "pca", "random_state": 5, "max_iter": 500}
     assert places.shape == (60, 2)
-    assert defined(separation(places, PARTS).silhouette) > 0.7
+    assert separation(places, PARTS).silhouette > 0.7
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        again, _ = defined(project(features, 5))
+        again, _ = project(features, 5)
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(places, again)
@@ -222,7 +214,7 @@ def test_project_refuses_too_little(features: Array) -> None:
 
 @pytest.mark.parametrize("features", [*(clusters(1, 1)[:count] for count in (4, 5, 9)), clusters(0, 3)])
 def test_project_accepts_few_images_and_collapsed_classes(features: Array) -> None:
-    places, parameters = defined(project(features, 0))
+    places, parameters = project(features, 0)
     assert np.isfinite(places).all()
     assert float(parameters["perplexity"]) < len(features)
 
@@ -245,10 +237,10 @@ def test_compare_features_projects_two_sets_together() -> None:
     assert (info.width, info.notes) == (32, [])
     assert (info.synthetic.images, info.synthetic.classes) == (40, 10)
     assert info.synthetic.points.labels == [n % 10 for n in range(40)]
-    info_real = defined(info.real)
+    info_real = info.real
     assert (info_real.dataset, info_real.images, info_real.classes) == ("true", 30, 5)
     assert len(info_real.points.x) == len(info_real.points.y) == 30
-    assert defined(info.projection).parameters["perplexity"] == pytest.approx(69 / 3)
+    assert info.projection.parameters["perplexity"] == pytest.approx(69 / 3)
     features = penultimate(make_net("residual"), 10)(images(40)).numpy()
     silhouette = silhouette_samples(features, np.arange(40) % 10).mean()
     assert info.synthetic.silhouette == pytest.approx(silhouette, rel=1e-3)
@@ -270,7 +262,7 @@ def test_compare_features_notes_one_class_and_other_real_classes() -> None:
 
 def test_compare_features_of_two_images_has_no_numbers_and_no_projection() -> None:
     info = compared(labelled("made", images(2), [0, 1]), labelled("true", images(1, seed=2), [0]))
-    assert (defined(info.real).silhouette, info.coverage, info.projection) == (None, None, None)
+    assert (info.real.silhouette, info.coverage, info.projection) == (None, None, None)
     assert info.synthetic.points.x == []
     assert len(info.notes) == 4
 

@@ -3,11 +3,10 @@
 import errno
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import run_python
 
 from clusterq_deploy.errors import RunDirectoryError
 from clusterq_deploy.files import fingerprint, sha256_file, write_bytes, write_text
@@ -31,7 +30,7 @@ def test_write_bytes_on_a_full_file_system_keeps_the_old_file(tmp_path: Path) ->
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
         "write_bytes(Path(sys.argv[1]), bytes(2**21))\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    answer = run_python("-c", code, path)
     assert answer.returncode == 1
     assert f"RunDirectoryError: cannot write {path}: File too large" in answer.stderr
     assert path.read_text() == "old"

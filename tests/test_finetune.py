@@ -1,11 +1,11 @@
-"""Fine-tuning: what it brings, what it keeps, and what it does when it diverges."""
+"""Fine-tuning: what it brings, what it keeps, what it does when it diverges; and the views of images that it makes."""
 
 import importlib
 import math
 
 import pytest
 import torch
-from nets import calibrated, images, make_net, twin
+from nets import calibrated, distance, images, make_net, twin
 from support import seeded
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from clusterq_deploy.quantization import (
     post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import Quantizer
+from clusterq_deploy.quantization.qat.augment import AugmentConfig, Augmenter
 from clusterq_deploy.quantization.qat.finetune import Tuning
 from clusterq_deploy.quantization.qat.losses import distillation_loss
 
@@ -30,16 +31,11 @@ def test_finetune_brings_student_nearer_to_teacher() -> None:
     data = images(256, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     fresh = images(128, seed=9)
-
-    def distance() -> float:
-        with torch.no_grad():
-            return float((student(fresh) - net(fresh)).square().mean())
-
-    before = distance()
+    before = distance(student, net, fresh)
     config = FinetuneConfig(steps=240, batch_size=32, checkpoints=3)  # it starts near: a quarter of them
     reference = twin(student)
     tuning = finetune(student, reference, calibration, config=config, flip=False, rng=seeded(0))
-    assert distance() < 0.8 * before
+    assert distance(student, net, fresh) < 0.8 * before
     assert tuning.best_step >= 45  # not one of the early checkpoints, whose learning rate is still large
     assert tuning.losses["held_out_kl"][-1] < tuning.losses["held_out_kl"][0]
 
@@ -113,3 +109,56 @@ def test_finetune_gives_up_after_three_skipped_steps(monkeypatch: pytest.MonkeyP
         TuningError, match="fine-tuning w3a3 diverges: its loss or gradient is not finite, 3 steps in a row; try"
     ):
         tuned_with_bad_steps(monkeypatch, set(range(5, 1000)))
+
+
+# ---- views ----
+
+NOTHING = {"zoom": 0.0, "rotation": 0.0, "translation": 0.0, "jitter": 0.0, "cutmix": 0.0}
+
+
+def views(*, flip: bool = False, seed: int = 0, **changes: float) -> tuple[Tensor, Tensor]:
+    own = images(16).clamp(-2, 2)
+    rng = seeded(seed)
+    return own, Augmenter(AugmentConfig(**{**NOTHING, **changes}), own, flip=flip, rng=rng)(own)
+
+
+def test_augmenter_without_changes_returns_images() -> None:
+    own, view = views()
+    assert torch.equal(own, view)
+
+
+@pytest.mark.parametrize("change", ["zoom", "rotation", "translation", "jitter"])
+def test_augmenter_changes_each_image_within_pixel_range(change: str) -> None:
+    own, view = views(**{change: 0.3})
+    assert view.shape == own.shape
+    assert float(view.abs().max()) <= 2 + 1e-5
+    distance = (view - own).square().mean((1, 2, 3))
+    assert len(distance.unique()) == 16
+    assert float(distance.min()) > 0
+
+
+def test_augmenter_mirrors_some_images() -> None:
+    own, view = views(flip=True)
+    kept = [torch.allclose(a, b, atol=1e-4) for a, b in zip(own, view, strict=True)]
+    mirrored = [torch.allclose(a.flip(-1), b, atol=1e-4) for a, b in zip(own, view, strict=True)]
+    assert all(k != m for k, m in zip(kept, mirrored, strict=True))
+    assert any(kept)
+    assert any(mirrored)
+
+
+def test_augmenter_cutmix_pastes_from_batch() -> None:
+    own, view = views(cutmix=1.0, seed=2)
+    changed = (view != own).any(1)
+    assert 0 < int(changed.sum()) < changed.numel()
+    rows, columns = changed.any(0).any(1).nonzero(), changed.any(0).any(0).nonzero()
+    top, bottom, left, right = int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+    pool = own[:, :, top:bottom, left:right].flatten(1)
+    for patch in view[:, :, top:bottom, left:right].flatten(1):
+        assert any(torch.equal(patch, other) for other in pool)
+
+
+def test_augmenter_repeats_views_by_seed() -> None:
+    settings = {"zoom": 0.2, "rotation": 0.2, "translation": 0.1, "jitter": 0.3, "cutmix": 0.5}
+    first, again, other = (views(flip=True, seed=seed, **settings)[1] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

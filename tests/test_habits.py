@@ -8,14 +8,12 @@ from pathlib import Path
 import click
 import pytest
 import tomli_w
-from support import call, error_line, run_python, write_settings
+from support import call, error_line, run_python
 
 from cli import options
 from cli.main import main
 from clusterq_deploy.config.run_config import RunConfig, make_config
 from clusterq_deploy.config.toml import PLACES, put, read_settings
-from clusterq_deploy.errors import ConfigError
-from clusterq_deploy.quantization import BitWidths
 
 
 @pytest.fixture
@@ -30,7 +28,7 @@ def config_of(*arguments: object) -> RunConfig:
         return options.config_of(context, context.params["config_file"])
 
 
-def test_a_misspelled_name_is_answered_with_a_near_one(file: Path) -> None:
+def test_commands_offer_near_matches_of_misspelled_names(file: Path) -> None:
     file.write_text("[finetune]\nstep = 3\n")
     assert "Did you mean 'benchmark'?" in error_line("bench")
     assert "id you mean" not in error_line("zzzzzz")
@@ -41,13 +39,13 @@ def test_a_misspelled_name_is_answered_with_a_near_one(file: Path) -> None:
     assert "'standard'" in error_line("run", "digits", "--effort", "standart")
 
 
-def test_a_wrong_option_of_the_tool_itself_is_one_line() -> None:
+def test_main_refuses_unknown_options_in_one_line() -> None:
     assert error_line("--bogus").startswith("Error: No such option '--bogus'")
     assert "'--verbose'" in error_line("--verbos", "models")
     assert error_line("-x", "models").startswith("Error: No such option '-x'")
 
 
-def test_an_option_of_the_tool_behind_a_command_says_where_it_goes() -> None:
+def test_run_says_where_options_of_the_tool_go() -> None:
     for name in ("--quiet", "-q", "--verbose", "--version"):
         said = f"No such option '{name}' of run: it comes before the command, clusterq {name} run "
         assert said in error_line("run", "digits", name)
@@ -56,7 +54,7 @@ def test_an_option_of_the_tool_behind_a_command_says_where_it_goes() -> None:
 
 @pytest.mark.parametrize("forms", [("--csv", "--markdown"), ("--json", "--csv"), ("--markdown", "--json")])
 @pytest.mark.parametrize("more", [(), ("--compare",)])
-def test_two_forms_of_a_report_exclude_each_other(forms: tuple[str, str], more: tuple[str, ...]) -> None:
+def test_report_refuses_two_forms(forms: tuple[str, str], more: tuple[str, ...]) -> None:
     line = error_line("report", "run", *more, *forms)
     assert "exclude each other" in line
     assert all(form in line for form in forms)
@@ -71,7 +69,7 @@ def test_two_forms_of_a_report_exclude_each_other(forms: tuple[str, str], more: 
         (RuntimeError("shapes do not fit"), None),
     ],
 )
-def test_memory_that_is_not_enough_is_one_line_and_an_unknown_failure_is_raised(
+def test_main_reports_lack_of_memory_in_one_line_and_raises_unknown_errors(
     failure: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -86,7 +84,7 @@ def test_memory_that_is_not_enough_is_one_line_and_an_unknown_failure_is_raised(
         assert line.endswith(f"({said})")
 
 
-def test_a_plain_pickle_as_weights_is_one_line(tmp_path: Path) -> None:
+def test_run_refuses_a_plain_pickle_in_one_line(tmp_path: Path) -> None:
     weights = tmp_path / "evil.pth"
     weights.write_bytes(pickle.dumps({"x": Path()}, protocol=4))
     done = run_python("-m", "cli", "run", "digits", "--weights", weights, "--out", tmp_path / "out")
@@ -95,24 +93,8 @@ def test_a_plain_pickle_as_weights_is_one_line(tmp_path: Path) -> None:
     assert line.startswith("Error: refused to load ")
 
 
-@pytest.mark.parametrize(
-    ("text", "meant"), [("int4", "w4a4"), ("W8-A8", "w8a8"), ("a8w4", "w4a8"), ("w4", "w4a4"), ("4/8", "w4a8")]
-)
-def test_bits_that_were_perhaps_meant(text: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"did you mean {meant}\\?"):
-        BitWidths.parse(text)
-
-
-@pytest.mark.parametrize("text", ["fp32", "wXaY", "w4a4a4", "int16"])
-def test_bits_that_are_like_no_setting_get_no_guess(text: str) -> None:
-    with pytest.raises(ConfigError, match="name it like") as raised:
-        BitWidths.parse(text)
-    assert "did you mean" not in str(raised.value)
-
-
 @pytest.mark.slow
-def test_a_pipe_gets_only_the_json_and_plain_tables(tmp_path: Path) -> None:
-    settings = write_settings(tmp_path / "small.toml")
+def test_output_in_a_pipe_is_only_json_and_plain_tables(settings: Path, tmp_path: Path) -> None:
     arguments = ("synthesize", "digits", "--config", settings, "--out", tmp_path / "out", "--json")
     done = run_python("-m", "cli", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
@@ -126,13 +108,13 @@ def test_a_pipe_gets_only_the_json_and_plain_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_colours_are_switched_off_and_on_by_the_environment() -> None:
+def test_doctor_colours_follow_force_color_and_no_color() -> None:
     coloured = re.compile(r"\x1b\[[\d;]*3\dm")
     assert coloured.search(run_python("-m", "cli", "doctor", FORCE_COLOR="1").stdout)
     assert not coloured.search(run_python("-m", "cli", "doctor", FORCE_COLOR="1", NO_COLOR="1").stdout)
 
 
-def test_every_option_with_a_value_says_its_default() -> None:
+def test_help_has_the_default_of_every_option_with_a_value() -> None:
     """A file's settings stand under the options, so that click knows of none: the help text says them."""
     without = {"config_file", "keep", "input_size", "mean", "std"}
     for command in main.commands.values():
@@ -141,7 +123,7 @@ def test_every_option_with_a_value_says_its_default() -> None:
                 assert "[default: " in str(param.help), (command.name, param.name)
 
 
-def test_defaults_in_the_help_are_those_of_the_configuration() -> None:
+def test_help_has_the_defaults_of_run_config() -> None:
     settings: dict[str, object] = {"model": "digits"}
     for param in main.commands["run"].params:
         default = re.search(r"\[default: (\S+|w8a8, w4a4)\]", getattr(param, "help", None) or "")
@@ -183,7 +165,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_config_has_the_names_of_the_options(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_settings_accepts_the_names_of_options(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words, written = GIVEN[name]
     asked, file = config_of("digits", f"--{name.replace('_', '-')}", *words), Path("some.toml")
@@ -195,7 +177,7 @@ def test_a_config_has_the_names_of_the_options(name: str, tmp_path: Path, monkey
             assert make_config(read_settings(file)) == asked
 
 
-def test_every_setting_that_is_an_option_is_tried() -> None:
+def test_given_has_every_option_that_is_a_setting() -> None:
     params = {param.name for command in main.commands.values() for param in command.params}
     assert {"model", *GIVEN} == set(PLACES) <= params
 
@@ -222,12 +204,12 @@ def test_every_setting_that_is_an_option_is_tried() -> None:
         ("effort = 'fast'\nrecipe = 'paper'", "{}: the recipe paper has the published schedule: it takes no effort"),
     ],
 )
-def test_a_wrong_setting_in_a_file_is_refused_in_the_words_of_toml(text: str, said: str, file: Path) -> None:
+def test_run_refuses_wrong_settings_of_a_file_in_words_of_toml(text: str, said: str, file: Path) -> None:
     file.write_text(f"model = 'digits'\n{text}\n")
     assert said.format(file) in error_line("run", "--config", file)
 
 
-def test_a_wrong_option_above_a_file_is_not_blamed_on_the_file(file: Path) -> None:
+def test_run_blames_a_wrong_option_and_not_the_file(file: Path) -> None:
     file.write_text("model = 'digits'\nbatches = [1]\n")
     said = error_line("run", "--config", file, "--batches", "1,2000000000")
     assert said.startswith("Error: --batches: Input should be less than or equal to 65536")
@@ -252,7 +234,7 @@ def test_effort_fills_in_only_what_a_file_does_not_set(
     assert (config.synthesis.recipe, config.synthesis.images, config.finetune.steps) == (recipe, images, steps)
 
 
-def test_another_effort_replaces_what_the_one_in_run_toml_stands_for(tmp_path: Path) -> None:
+def test_effort_option_replaces_the_effort_of_run_toml(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     text = make_config({"model": "digits", "effort": "fast", "seed": 0}).to_toml()
     assert text == 'model = "digits"\nseed = 0\neffort = "fast"\n'

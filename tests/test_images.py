@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
-from support import small_config
+from support import json_of, output_of, small_config
 from test_data import contents, failure, paint
 
 from calib.support.progress import SILENT
-from cli.main import main
 from clusterq_deploy.errors import DataError, UnreadableImageError
 from clusterq_deploy.evaluation.accuracy import predictions, score
 from clusterq_deploy.evaluation.data import load_evaluation
@@ -162,7 +160,6 @@ def test_batches_leave_out_unreadable_images_with_their_labels(
         assert contents(data, batch_size=7) == expected
         assert contents(data, batch_size=200) == expected
     assert (len(data), len(data.readable), len(data.unreadable)) == (200, 198, 2)
-    assert data.labels is not None
     assert data.labels[data.readable].tolist() == expected[1]
     (message,) = caplog.messages
     assert "2 of the 200 images" in message
@@ -220,7 +217,6 @@ def test_score_counts_what_was_read(tmp_path: Path, colour: LoadedModel) -> None
         again = load_evaluation(tmp_path, colour)
         readable = predictions(runner, again, 2, SILENT)
     np.testing.assert_array_equal(readable, every[[0, 2, 3]])
-    assert data.labels is not None
     right = 100 * float((every[[0, 2, 3], 0] == data.labels[[0, 2, 3]]).mean())
     assert score("torch", readable, readable, again).top1 == pytest.approx(right)
     with pytest.raises(DataError, match="do not fit"):
@@ -261,17 +257,12 @@ def test_run_reports_what_it_could_not_read(tmp_path: Path) -> None:
     assert "truncated" in note.reason
     assert read_report(tmp_path / "out/report.json") == report
     for accuracy in (accuracy for variant in report.variants for accuracy in variant.accuracy):
-        assert accuracy.top1 is not None
         assert accuracy.top1 * 19 / 100 == pytest.approx(round(accuracy.top1 * 19 / 100))  # a share of 19 images
     for page in ("report.md", "report.html"):
         assert "1 of 20 images of data could not be read and are not counted: 7/17.png" in (
             tmp_path / "out" / page
         ).read_text(encoding="utf-8")
-    reported = CliRunner().invoke(main, ["report", str(tmp_path / "out")])  # its stages are finished: nothing is read
-    assert reported.exit_code == 0, reported.output
-    assert "1 of 20 images of data could not be read" in " ".join(reported.stdout.split())
-    arguments = ["evaluate", str(tmp_path / "out/fp32/model.onnx"), "--data", str(tmp_path / "data"), "--json"]
-    evaluated = CliRunner().invoke(main, arguments)
-    assert evaluated.exit_code == 0, evaluated.output
-    (row,) = json.loads(evaluated.stdout)
+    reported = output_of("report", tmp_path / "out")  # its stages are finished: nothing is read
+    assert "1 of 20 images of data could not be read" in " ".join(reported.split())
+    (row,) = json_of("evaluate", tmp_path / "out/fp32/model.onnx", "--data", tmp_path / "data")
     assert (row["images"], row["unreadable"]) == (19, 1)

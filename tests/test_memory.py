@@ -100,8 +100,6 @@ def test_features_go_on_in_smaller_batches(
 ) -> None:
     sizes = limit_batches(monkeypatch, TorchRunner, "infer", 30, lambda: torch.OutOfMemoryError(CUDA))
     features = Pipeline(small_config(limit=60), run_copy).features().result.features
-    assert features is not None
-    assert features.real is not None
     assert sizes == [50, 25, 25, 25, 5, 25, 25, 10]
     assert (features.synthetic.images, features.real.images) == (80, 60)
     assert "features: there is not enough memory; again, with batches divided by 2" in caplog.text
@@ -112,11 +110,9 @@ def test_features_that_do_not_fit_are_left_out_for_now(run_copy: Path, monkeypat
         del stages["features"]
     monkeypatch.setattr(compare, "_MOST_BYTES", 1 << 60)
     skipped = Pipeline(small_config(), run_copy).features().result.skipped
-    assert skipped is not None
     assert skipped.startswith("features: there is not enough memory for batches of 1/64 either")
     monkeypatch.undo()
     again = Pipeline(small_config(), run_copy).features().result.features
-    assert again is not None
     assert again.synthetic.images == 80
 
 

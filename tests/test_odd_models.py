@@ -46,16 +46,6 @@ def a_class_that_never_wins():
 def grey():
     return net(5, channels=1)
 """
-SETTINGS = {
-    "bits": ["w8a8", "w3a3"],
-    "synthesis": {
-        "images": 32,
-        "generator": {"steps": 6, "warmup_steps": 3, "batch_size": 16},
-        "refine": {"steps": 2, "batch_size": 32},
-    },
-    "finetune": {"steps": 8, "batch_size": 8, "checkpoints": 2},
-    "benchmark": {"batches": [1], "warmup_ms": 0, "min_seconds": 0, "min_runs": 2, "rounds": 1},
-}
 
 
 @pytest.mark.slow
@@ -63,7 +53,7 @@ SETTINGS = {
 def test_run_of_an_odd_model_writes_a_report(tmp_path: Path, name: str) -> None:
     models, data, out = tmp_path / "models.py", tmp_path / "data.npz", tmp_path / "out"
     models.write_text(MODELS)
-    settings = write_settings(tmp_path / "small.toml", **SETTINGS)
+    settings = write_settings(tmp_path / "small.toml", bits=["w8a8", "w3a3"])
     rng, channels, classes = np.random.default_rng(0), 1 if name == "grey" else 3, 1 if name == "one_class" else 5
     pictures = rng.integers(0, 255, (12, 16, 16, channels), np.uint8)
     pictures[0] = 7  # all of one value

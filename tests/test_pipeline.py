@@ -119,8 +119,6 @@ def test_report_has_histograms_of_every_quantized_layer(finished_run: Path) -> N
 def test_report_compares_synthetic_features_with_real_ones(finished_run: Path) -> None:
     report = read_report(finished_run / "report.json")
     features = report.features
-    assert features is not None
-    assert features.real is not None
     assert (features.width, features.synthetic.images, features.real.images) == (96, 80, 100)
     assert features.real.dataset == "digits, held out"
     assert report.calibration.silhouette == features.synthetic.silhouette
@@ -128,7 +126,6 @@ def test_report_compares_synthetic_features_with_real_ones(finished_run: Path) -
     assert 0.5 < (features.real.silhouette or 0) < 0.9  # a model that is right on all of them
     assert 0 < (features.real.within_class_diversity or 0) < 0.2
     assert features.coverage is not None
-    assert features.projection is not None
     assert features.projection.parameters["random_state"] == 0
     assert len(features.synthetic.points.x) == 80
     assert sorted(set(features.real.points.labels)) == list(range(10))
@@ -233,8 +230,6 @@ def test_report_leaves_out_features_that_are_missing_or_of_other_data(run_copy: 
     assert other.report().features is None
     other.features()
     features = other.report().features
-    assert features is not None
-    assert features.real is not None
     assert features.real.dataset == "noise.npz"
     assert Pipeline(small_config(), run_copy).report().features is None
     with edited_stages(run_copy) as stages:
@@ -306,7 +301,6 @@ def test_run_without_data_reports_agreement_on_held_out_synthetic_images(tmp_pat
     assert not report.evaluation.labelled
     assert "synthetic" in report.evaluation.dataset
     assert report.evaluation.images == 10
-    assert report.features is not None
     assert report.features.real is None
     assert len(report.features.synthetic.points.x) == 80
     assert "No labelled images were given" in (tmp_path / "out/report.html").read_text()

@@ -3,18 +3,12 @@
 from pathlib import Path
 
 import pytest
-from support import call, error_line, json_of, read_files, write_settings
+from support import call, error_line, json_of, read_files
 
 from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.plan import StepTimes, amounts, peak_memory, plan
 from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.run.run import Run
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Path:
-    """Return the settings of the finished run as a file."""
-    return write_settings(tmp_path / "small.toml")
 
 
 def to_do(settings: Path, out: Path, *options: object) -> set[str]:

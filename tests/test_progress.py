@@ -127,7 +127,7 @@ def test_diagnose_counts_what_it_looks_at(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("watched", [True, False])
-def test_a_download_shows_its_bar_if_somebody_watches(
+def test_pipeline_shows_a_download_if_its_progress_is_shown(
     watched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[bool] = []

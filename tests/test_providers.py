@@ -1,8 +1,5 @@
 """ONNX Runtime's GPU providers: their options, and what is said if their libraries are not there."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +10,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 import torch
+from support import run_python
 
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import ExportError
@@ -25,8 +23,6 @@ from clusterq_deploy.stages import deployables
 from clusterq_deploy.stages.deployables import left_to_others, open_provider, opened, run_graphs_on_gpu
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the providers may load where there is a GPU")
-
-ROOT = Path(__file__).parents[1]
 
 
 def graph(batch: int | str = "batch") -> onnx.ModelProto:
@@ -207,12 +203,10 @@ with OnnxRunner(graph()) as runner:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["-c", RUNS], ["-m", "cli", "doctor"]], ids=["library", "doctor"])
-def test_onnx_runtime_keeps_no_telemetry(command: list[str], tmp_path: Path) -> None:
+def test_onnx_runtime_keeps_no_telemetry(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it is on, it has a database in the user's cache."""
-    clean = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    cache = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT, env={**clean, **cache}
-    )
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    done = run_python(*command, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
     assert "9.0" in done.stdout or "Runs work here." in done.stdout
     assert not [path for path in tmp_path.rglob("*") if "microsoft" in path.name.lower()]

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -105,6 +105,7 @@ def test_quantizer_matches_runtime_weights(graph_format: GraphFormat, bits: int,
     rows=arrays(np.float32, (3, 12), elements=st.floats(-(2.0**60), 2.0**60, width=32)),
     dead=st.lists(st.integers(0, 2), max_size=3),
 )
+@example(bits=8, rows=np.ones((3, 12), np.float32), dead=[0, 1, 2])
 def test_weight_scales_are_positive_and_beat_full_range(bits: int, rows: Floats, dead: list[int]) -> None:
     rows[dead] = 0
     weight, grid = torch.from_numpy(rows), Grid(bits, signed=True)
@@ -123,12 +124,13 @@ def test_weight_scales_are_positive_and_beat_full_range(bits: int, rows: Floats,
     grid=grids,
     values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, 1e-45]), min_size=1, max_size=40),
 )
+@example(grid=Grid(8, signed=False), values=[0.0] * 10)
 def test_activation_scale_fits_quantizer(grid: Grid, values: list[float]) -> None:
     sample = torch.tensor(values)
     quantizer = Quantizer("site", grid)
-    quantizer.set_scale(activation_scale(sample, grid))
-    scale = float(quantizer.scale.detach())
-    assert 0 < scale < float("inf")
+    found = activation_scale(sample, grid)
+    quantizer.set_scale(found)
+    assert all(0 < float(scale) < float("inf") for scale in (found, quantizer.scale.detach()))
     assert bool(quantizer(sample).isfinite().all())
 
 

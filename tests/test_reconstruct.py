@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, images, make_net, twin
+from nets import calibrated, distance, images, make_net, twin
 from support import seeded
 from torch import nn
 
-from clusterq_deploy.quantization import BitWidths, Grid, Student, correct_bias, make_student, reconstruct
+from clusterq_deploy.quantization import BitWidths, Grid, correct_bias, make_student, reconstruct
 from clusterq_deploy.quantization.ptq.calibrate import weight_scales
 from clusterq_deploy.quantization.ptq.reconstruct import _round_compensated, _sample_patches
 
@@ -68,18 +68,13 @@ def test_weight_scales_follow_importance() -> None:
 def test_reconstruct_brings_student_nearer_to_teacher(name: str) -> None:
     net, data, fresh = make_net(name), images(256), images(256, seed=9)
     student, other = calibrated(net, "w3a8"), calibrated(net, "w3a8")
-
-    def distance(student: Student) -> float:
-        with torch.no_grad():
-            return float((student(fresh) - net(fresh)).square().mean())
-
-    before = distance(student)
+    before = distance(student, net, fresh)
     errors = reconstruct(student, twin(student), data, rng=seeded())
     correct_bias(other, twin(other), data)
     assert set(errors) == set(student.layers())
     assert all(after <= before * 1.05 + 1e-4 for before, after in errors.values())
-    assert distance(student) < 0.5 * before
-    assert distance(student) < 1.1 * distance(other)
+    assert distance(student, net, fresh) < 0.5 * before
+    assert distance(student, net, fresh) < 1.1 * distance(other, net, fresh)
     for layer in student.layers().values():  # the weight lies on its grid, the bias on its accumulator's
         torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=1e-4, atol=1e-6)
         assert bool((layer.weight_quantizer.scale > 0).all())

@@ -16,7 +16,7 @@ def terminal() -> tuple[LiveProgress, io.StringIO]:
     return LiveProgress(False, Console(file=shown, force_terminal=True, width=120)), shown
 
 
-def test_nested_tasks_leave_their_place_when_they_end() -> None:
+def test_live_progress_removes_nested_tasks_when_they_end() -> None:
     progress, shown = terminal()
     with progress.task("outer", 2) as advance:
         with progress.task("inner", 4) as step:
@@ -37,7 +37,7 @@ def test_nested_tasks_leave_their_place_when_they_end() -> None:
     assert "inner" not in final
 
 
-def test_tasks_end_in_another_thread_and_another_order() -> None:
+def test_live_progress_ends_tasks_in_another_thread_and_order() -> None:
     progress, shown = terminal()
     outer, inner = progress.task("outer", 1), progress.task("inner", 1)
     with progress.task("whole", 1):
@@ -53,7 +53,7 @@ def test_tasks_end_in_another_thread_and_another_order() -> None:
     assert "afterwards" in shown.getvalue()
 
 
-def test_tasks_of_several_threads_are_at_the_same_depth() -> None:
+def test_live_progress_counts_depth_by_thread() -> None:
     progress, _ = terminal()
     depths: list[int] = []
 
@@ -72,14 +72,14 @@ def test_tasks_of_several_threads_are_at_the_same_depth() -> None:
     assert depths == [1, 2, 1, 2]
 
 
-def test_an_exception_ends_the_bars() -> None:
+def test_live_progress_ends_its_bars_after_an_exception() -> None:
     progress, _ = terminal()
     with pytest.raises(KeyboardInterrupt), progress.task("outer", 1), progress.task("inner", 1):
         raise KeyboardInterrupt
     assert progress._bars is None
 
 
-def test_nothing_is_shown_without_a_terminal() -> None:
+def test_live_progress_shows_nothing_without_a_terminal() -> None:
     shown = io.StringIO()
     with LiveProgress(False, Console(file=shown)).task("outer", 1) as advance:
         advance()

@@ -105,14 +105,14 @@ def test_pages_have_the_numbers_of_engines(render: Callable[[Report], str]) -> N
         assert text in page, text
 
 
-def test_layers_are_counted_by_type() -> None:
+def test_markdown_counts_layers_by_type() -> None:
     (line,) = [line for line in to_markdown(report(timed())).splitlines() if "1 of 21" in line]
     assert re.split(r"\s*\|\s*", line)[1:-1] == [
         "w8a8", "model.engine", "30", "20", "4", "1", "1", "3", "12.5 %", "1 of 21",
     ]  # fmt: skip
 
 
-def test_bars_of_layers_are_grey_without_int8() -> None:
+def test_html_bars_of_layers_without_int8_are_grey() -> None:
     page = to_html(report(timed()))
     (chart,) = re.findall(r'<svg class="chart"[^>]*aria-label="The 2 slowest layers.*?</svg>', page, re.DOTALL)
     assert re.findall(r'<rect [^>]*style="fill: (var\(--[a-z]+\))', chart) == ["var(--accent)", "var(--muted)"]
@@ -163,12 +163,12 @@ def test_engine_notes_warn_only_of_what_was_measured(changes: dict[str, object],
     assert not any(words in note for note in engine_notes(report(timed())))
 
 
-def test_an_engine_is_unsteady_if_its_computation_is() -> None:
+def test_latency_rows_of_an_engine_are_unsteady_if_its_computation_is() -> None:
     calm, shaky = timed(coefficient_of_variation=0.2), timed(compute=part(1.25, 0.03))
     assert [row.unsteady for row in latency_rows(report(calm, shaky))] == [False, True]
 
 
-def test_an_engine_without_details_has_dashes_and_a_note() -> None:
+def test_pages_of_an_engine_without_details_have_dashes_and_a_note() -> None:
     note = "The engine has only the names of its layers."
     unknown = EngineInspection(
         engine="w8a8/model.engine", batch=1, detailed=False, layers=12, quantized_layers=21, notes=[note]
@@ -203,7 +203,7 @@ def test_compute_speedup_is_over_the_first_engine_of_fp32_at_the_same_batch() ->
     assert re.findall(rf"(\S+){TIMES} ", table) == ["1.00", "1.00", "2.00", "4.00"]
 
 
-def test_a_long_list_of_missed_layers_is_cut() -> None:
+def test_engine_notes_cut_a_long_list_of_missed_layers() -> None:
     missed = [MissedLayer(layer=f"conv{index}", weight="w", reason="reads FP32") for index in range(13)]
     own = report(inspections=(INSPECTED.model_copy(update={"missed": missed}),))
     (note,) = [note for note in engine_notes(own) if "(conv0)" in note]
@@ -211,7 +211,7 @@ def test_a_long_list_of_missed_layers_is_cut() -> None:
     assert "conv10" not in note
 
 
-def test_closing_table_has_the_time_of_the_runtime_that_was_scored() -> None:
+def test_report_table_has_the_time_of_the_runtime_that_was_scored() -> None:
     graph, milliseconds = "w8a8/model.ort.onnx", {"onnxruntime-cpu": 3.0, "onnxruntime-cuda": 7.0}
     latencies = [
         timed(runtime=name, batch=1, graph=graph, median_ms=ms, **dict.fromkeys(PARTS))

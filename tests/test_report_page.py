@@ -140,10 +140,8 @@ def test_page_does_not_scroll_sideways(page: Page) -> None:
 @pytest.mark.parametrize("page", [(390, "light"), (1280, "light")], indirect=True, ids=["phone", "desk"])
 def test_preview_names_are_above_their_columns(page: Page) -> None:
     picture = page.locator(".sheet img").bounding_box()
-    assert picture is not None
     for column in (1, 10):
         name = page.locator(f".sheet li:nth-child({column})").bounding_box()
-        assert name is not None
         assert name["x"] == pytest.approx(picture["x"] + (column - 1) * picture["width"] / 10, abs=1.5)
         assert name["width"] == pytest.approx(picture["width"] / 10, abs=1)
 

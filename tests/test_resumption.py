@@ -89,8 +89,6 @@ class Shell:
         self._process = process
 
     def _exit_code(self, *request: object) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
@@ -138,7 +136,6 @@ def shell() -> Iterator[Shell]:
         text=True,
     ) as process:
         yield Shell(process)
-        assert process.stdin is not None
         process.stdin.close()
 
 

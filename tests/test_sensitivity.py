@@ -1,24 +1,19 @@
 """What layers cost, and mixed precision: by hand, and as few layers as a bound allows."""
 
-import json
 from functools import cache
 from pathlib import Path
 
 import pytest
-import tomli_w
 import torch
-from click.testing import CliRunner
-from nets import calibrated, images, make_net
+from nets import calibrated, digits, images, make_net
 from onnx import TensorProto
-from support import SMALL, seeded
+from support import error_line, json_of, output_of, seeded
 from torch import Tensor
 
-from cli.main import main
 from clusterq_deploy import read_report
 from clusterq_deploy.errors import GraphError
 from clusterq_deploy.evaluation.data import load_evaluation
 from clusterq_deploy.lowering import check_tensorrt, export_graph, lower, target_of, verify
-from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import (
     BitWidths,
     PrecisionPlan,
@@ -35,33 +30,30 @@ NARROW = BitWidths(2, 3)
 
 
 @cache
-def digits() -> tuple[LoadedModel, Tensor]:
-    """Return the bundled model, and 96 images that it answers for."""
-    model = load_model("digits", device=torch.device("cpu"))
-    data = load_evaluation(None, model, 96)
-    return model, torch.cat([torch.as_tensor(batch) for batch, _ in data.batches(96)])
+def batch() -> Tensor:
+    """Return 96 images that the bundled model answers for."""
+    data = load_evaluation(None, digits(), 96)
+    return torch.cat([torch.as_tensor(images) for images, _ in data.batches(96)])
 
 
 @cache
 def costs(bits: BitWidths = NARROW) -> list[Sensitivity]:
-    model, batch = digits()
-    student = make_student(model.module, bits)
-    found = sensitivities(student, batch, judged=batch, batch_size=48, rng=seeded())
+    student = make_student(digits().module, bits)
+    found = sensitivities(student, batch(), judged=batch(), batch_size=48, rng=seeded())
     assert all(quantizer.enabled for quantizer in student.quantizers().values())
     return found
 
 
 def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
-    model, batch = digits()
     return plan_precision(
-        model.module,
+        digits().module,
         NARROW,
         costs=costs(),
         max_drop=max_drop,
         quantize_first_last=False,
         layer_bits=keep or {},
-        images=batch,
-        judged=(batch + batch.flip(0)) / 2,  # of two digits at once the model is unsure
+        images=batch(),
+        judged=(batch() + batch().flip(0)) / 2,  # of two digits at once the model is unsure
         batch_size=48,
         rng=seeded(),
     )
@@ -150,17 +142,10 @@ def test_plan_precision_keeps_given_layer_bits() -> None:
     assert plan(1e-9, {layer: 3}).layer_bits[layer] == 3
 
 
-def call(*args: object) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 @pytest.mark.slow
-def test_commands_raise_layers_and_report_shows_them(tmp_path: Path) -> None:
-    settings, out = tmp_path / "small.toml", tmp_path / "out"
-    settings.write_text(tomli_w.dumps({"limit": 60, **SMALL}))
-    call("run", "digits", "--config", settings, "--out", out, "--bits", "w2a8", "--max-drop", "1e-6")
+def test_commands_raise_layers_and_report_shows_them(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output_of("run", "digits", "--config", settings, "--out", out, "--bits", "w2a8", "--max-drop", "1e-6")
     report = read_report(out / "report.json")
     variant = report.variants[1]
     assert len(variant.sensitivities) == variant.quantized_layers
@@ -172,11 +157,10 @@ def test_commands_raise_layers_and_report_shows_them(tmp_path: Path) -> None:
     assert "Sensitivity of layers" in page
     assert "layers with other bits, for an expected drop" in page
     assert "## Sensitivity of layers" in (out / "report.md").read_text()
-    rows = json.loads(call("sensitivity", out, "--bits", "w2a8", "--json"))
+    rows = json_of("sensitivity", out, "--bits", "w2a8")
     assert [row["layer"] for row in rows] == [own.layer for own in variant.sensitivities]
     layer = next(iter(variant.keep))
-    rows = json.loads(call("quantize", out, "--bits", "w4a4", "--keep", f"{layer}=8", "--json"))
-    assert rows[0]["layers_of_other_bits"] >= 1
-    assert "no quantized layer" in CliRunner().invoke(main, ["quantize", str(out), "--keep", "nothing=8"]).stderr
-    assert "is not of the form layer=bits" in CliRunner().invoke(main, ["quantize", str(out), "--keep", "stem"]).stderr
-    assert "less than or equal to 8" in CliRunner().invoke(main, ["quantize", str(out), "--keep", f"{layer}=9"]).stderr
+    assert json_of("quantize", out, "--bits", "w4a4", "--keep", f"{layer}=8")[0]["layers_of_other_bits"] >= 1
+    assert "no quantized layer" in error_line("quantize", out, "--keep", "nothing=8")
+    assert "is not of the form layer=bits" in error_line("quantize", out, "--keep", "stem")
+    assert "less than or equal to 8" in error_line("quantize", out, "--keep", f"{layer}=9")

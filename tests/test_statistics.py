@@ -52,7 +52,6 @@ def test_moments_have_the_gradient_of_their_formulas() -> None:
     torch.testing.assert_close(gradient, expected)
     half = x.detach().bfloat16().requires_grad_()
     Moments.of(half).var.sum().backward()
-    assert half.grad is not None
     assert half.grad.dtype == torch.bfloat16
 
 
@@ -188,5 +187,4 @@ def test_image_variance_loss_is_large_for_images_that_are_alike_and_small_for_va
         assert float(image_variance_loss(tap, 1e-4, 1e-4)) < 0.05 * shortfall
         net(varied.requires_grad_())
         image_variance_loss(tap, 10.0, 10.0).backward()
-    assert varied.grad is not None
     assert float(varied.grad.abs().sum()) > 0

@@ -39,7 +39,6 @@ def at_work(out: Path) -> Iterator["subprocess.Popen[str]"]:
     """Start a process that is in the middle of its second stage."""
     command = [sys.executable, "-c", HOLDER, str(out)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "at work\n"
         try:
             yield process
@@ -80,7 +79,6 @@ def test_command_reports_that_the_folder_is_in_use(run_copy: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", hold, run_copy / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
-        assert holder.stdout is not None
         holder.stdout.readline()
         refused = run_python(*QUANTIZE, run_copy, "--bits", "w3a3")
         holder.kill()

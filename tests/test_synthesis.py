@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import images, make_net, synthesis
+from nets import digits, images, make_net, synthesis
 from pydantic import ValidationError
 from support import seeded
 from torch import Tensor, nn
@@ -24,15 +24,9 @@ from calib.refine import natural_noise, refine, shift_images, survives_flip
 from calib.support.amp import FiniteSteps
 from calib.synthesis import Synthesis
 from calib.training import GeneratorTrainer
-from clusterq_deploy.models import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 TERMS = ("ce_weight", "bns_weight", "sfda_weight", "icv_weight")
-
-
-@cache
-def digits() -> LoadedModel:
-    return load_model("digits", device=CPU)
 
 
 def options() -> dict[str, Any]:
@@ -295,9 +289,7 @@ class SharedNorm(nn.Module):
 
 @pytest.mark.parametrize("make", [SharedNorm, lambda: make_net("mobile")], ids=["shared", "mobile"])
 def test_synthesize_handles_other_uses_of_batchnorm(make: Callable[[], nn.Module]) -> None:
-    net, config = make().eval().requires_grad_(False), SynthesisConfig.model_validate(SMALL)
-    size, mean, std = (3, 16, 16), (0.5,) * 3, (0.25,) * 3
-    result = synthesize(net, classes=10, size=size, mean=mean, std=std, config=config, device=CPU, rng=seeded())
+    result = synthesis(SMALL, net=make().eval().requires_grad_(False))
     assert len(result.calibration) == 30
     assert set(result.losses) >= {"generator.ce", "generator.bns", "generator.sfda", "refine.bns"}
 

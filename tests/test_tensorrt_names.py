@@ -24,7 +24,7 @@ def test_engine_package_uses_only_names_of_every_release() -> None:
     assert problems == []
 
 
-def test_only_the_engine_package_asks_tensorrt_for_names() -> None:
+def test_only_the_engine_package_uses_names_of_tensorrt() -> None:
     """It imports it in one place, and calls it `trt` everywhere; others import it for what its import does."""
     root = PACKAGE.parents[2]
     importing = set()
@@ -40,7 +40,7 @@ def test_only_the_engine_package_asks_tensorrt_for_names() -> None:
     assert importing & set(TEXTS) == {PACKAGE / "gpu.py"}
 
 
-def test_the_check_sees_the_names_that_it_is_for() -> None:
+def test_asked_names_finds_every_kind_of_name() -> None:
     asked = {name for text in TEXTS.values() for _, name in asked_names(ast.parse(text))}
     assert {
         "BuilderFlag.VERSION_COMPATIBLE",
@@ -77,7 +77,7 @@ def test_the_check_sees_the_names_that_it_is_for() -> None:
         ("def f(parser: trt.OnnxParser):\n  def g():\n    parser.supports_model", "OnnxParser.supports_model"),
     ],
 )
-def test_a_removed_name_is_found(code: str, name: str) -> None:
+def test_name_problems_names_a_removed_name(code: str, name: str) -> None:
     problems = name_problems(code)
     assert len(problems) == 1
     assert name in problems[0]
@@ -91,12 +91,12 @@ def test_a_removed_name_is_found(code: str, name: str) -> None:
         "def f(builder: trt.Builder): builder.create_network(0).add_input",
     ],
 )
-def test_what_tensorrt_returns_needs_an_annotation(code: str) -> None:
+def test_name_problems_requires_annotations_of_results(code: str) -> None:
     assert any("annotation" in problem for problem in name_problems(code))
 
 
 @pytest.mark.tensorrt
-def test_the_installed_release_has_every_name() -> None:
+def test_installed_release_has_every_name() -> None:
     trt = pytest.importorskip("tensorrt", reason="tensorrt is not installed", exc_type=ImportError)
     for text in TEXTS.values():
         for _, name in asked_names(ast.parse(text)):

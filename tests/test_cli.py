@@ -222,7 +222,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(settings: Path, tm
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     *warnings, line = done.stderr.strip().splitlines()
-    assert all(warning.startswith("no checkpoint was kept: cannot write") for warning in warnings)
+    assert all(warning.startswith("no checkpoint was written: cannot write") for warning in warnings)
     assert line.startswith("Error: cannot write")
     files = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {".lock", "manifest.json", "run.toml"}

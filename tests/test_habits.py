@@ -219,7 +219,7 @@ def test_every_setting_that_is_an_option_is_tried() -> None:
         ("fp16 = 1", "fp16 in {}: expected true or false, got 1"),
         ("bits = 'w8a8'", "bits in {}: expected a list, such as [1, 2], got 'w8a8'"),
         ("keep = ['conv1=8']", "keep in {}: expected a table, got ['conv1=8']"),
-        ("effort = 'fast'\nrecipe = 'paper'", "{}: the recipe paper has the published schedule: it takes no effort"),
+        ("effort = 'fast'\nrecipe = 'paper'", "{}: the recipe paper has the published schedule: it accepts no effort"),
     ],
 )
 def test_a_wrong_setting_in_a_file_is_refused_in_the_words_of_toml(text: str, said: str, file: Path) -> None:

@@ -1,7 +1,7 @@
-"""What each part of ClusterQ does: the recipe `paper` with one part left out at a time, over seeds.
+"""The effect of each part of ClusterQ: the recipe `paper` without one part at a time, over seeds.
 
-The recipe's schedule is the published one, 400 epochs, each of 1,024 images in batches of 64. Five rows of it by three
-seeds are most of a day on a CPU: `--scale` shortens it, the warm-up in proportion.
+The recipe's schedule is the published one, 400 epochs, each of 1,024 images in batches of 64. Five rows by three seeds
+take most of a day on a CPU: `--scale` shortens them, with the warm-up in proportion.
 
     python benchmarks/ablation.py --models-file models.py --data-dir data --scale 0.125
     python benchmarks/accuracy.py --table
@@ -41,7 +41,7 @@ def cells(
     effort: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> list[Cell]:
-    """Return every row for every seed, all layers at the same bits as in the paper; `settings` come on top."""
+    """Return every row for every seed, with `settings`; all layers have the same bits, as in the paper."""
     steps = max(2, round(scale * STEPS))
     schedule = {"steps": steps, "warmup_steps": min(steps - 1, max(1, round(scale * WARMUP_STEPS)))}
     return [
@@ -73,7 +73,7 @@ def section(results: Results) -> str:
               help="Share of the published schedule.")  # fmt: skip
 @add_options(RESULTS)
 def main(model: str, bits: str, seeds: tuple[int, ...], scale: float, options: Options) -> None:
-    """Measure what is not among the results yet, and print the table; exit code 1 if a cell failed."""
+    """Measure the cells without results, and print the table; exit code 1 if a cell failed."""
     failures = carry_out(MODELS, cells(model, bits, seeds, scale, options.effort, options.settings), options)
     print(section(options.results))
     raise SystemExit(1 if failures else 0)

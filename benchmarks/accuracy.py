@@ -1,6 +1,6 @@
 """The table of accuracies, model x bits x recipe x seed, and docs/accuracy.md from it.
 
-What is among the results is not measured again, so that the same command goes on where it stopped.
+Cells with results are not measured again, so that the same command continues after an interruption.
 
     python benchmarks/accuracy.py --models-file models.py --data-dir data
     python benchmarks/accuracy.py --table
@@ -84,7 +84,7 @@ def planned(
     effort: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> list[Cell]:
-    """Return the cells of the matrix, in the order of the tables; what is empty does not restrict them."""
+    """Return the cells of the matrix, in the order of the tables; an empty argument is no restriction."""
     return [
         Cell(model, width, first_last, recipe, effort, seed, settings=settings or {})
         for model, kinds in MATRIX.items()
@@ -119,7 +119,7 @@ def main(
     page_file: Path,
     options: Options,
 ) -> None:
-    """Measure what is not among the results yet, and write the page; exit code 1 if a cell failed."""
+    """Measure the cells without results, and write the page; exit code 1 if a cell failed."""
     failures = 0
     if not table:
         cells = planned(names, bits, seeds or (), recipe, options.effort, options.settings)

@@ -1,4 +1,4 @@
-"""What a table consists of: models, cells, the command that makes a cell, and what its report says about it."""
+"""Models and cells of a table, the commands that make a cell, and its record from their report."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 _ENVIRONMENT = ("python", "torch", "onnx", "onnxruntime", "cpu", "cpu_int8", "cores", "memory_bytes", "gpu")
 _NOT_SETTINGS = ("model", "data", "bits", "first_last", "seed", "build", "benchmark")
-"""What a run's configuration holds that identifies the cell, or does not change accuracy."""
+"""Parts of a run's configuration that identify the cell, or do not change accuracy."""
 
 Record = dict[str, Any]
 
@@ -34,8 +34,8 @@ class Cell:
         bits: such as w4a4.
         first_last: whether the first and last layers have those bits too, not 8.
         recipe, effort, seed: as for `clusterq run`; an effort of None is not passed on.
-        label: the row's name, if settings make it another row.
-        settings: of `RunConfig`, on top of the recipe's.
+        label: the row's name, if it has its own settings.
+        settings: of `RunConfig`, which replace the recipe's.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What identifies the cell among the results; the row's name is no part of it."""
+        """What identifies the cell in the results, independent of the row's name."""
         return digest({name: value for name, value in asdict(self).items() if name != "label"})
 
     @property
@@ -59,7 +59,7 @@ class Cell:
 
     @property
     def synthesis(self) -> str:
-        """What is the same for cells that share their images."""
+        """The name of the images, which cells may share."""
         settings = digest(self.settings)[:8] if self.settings else None
         parts = [self.model, self.recipe, self.effort, f"s{self.seed}", settings]
         return "-".join(part for part in parts if part)
@@ -73,14 +73,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested settings, later ones on top."""
-    result: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            inner = isinstance(value, Mapping)
-            result[key] = merged(result.get(key, {}), value) if inner else value
-    return result
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two nested settings as one; those of `above` replace those of `below`."""
+    inner = {key: merged(below.get(key, {}), value) for key, value in above.items() if isinstance(value, Mapping)}
+    return {**below, **above, **inner}
 
 
 def arguments(cell: Cell, verb: str, model: str, data: str | None, settings: Path, out: Path) -> list[str]:
@@ -95,7 +91,7 @@ def arguments(cell: Cell, verb: str, model: str, data: str | None, settings: Pat
 
 
 def read_cell(report: Record, cell: Cell) -> tuple[Record, Record]:
-    """Read what a report says about a cell (percentages, seconds), and the settings that it was made with."""
+    """Return the record of a cell from its report (percentages, seconds), and the settings of the run."""
     variants = {variant["name"]: variant for variant in report["variants"]}
     executed = {entry["graph"]: entry for name in ("fp32", cell.bits) for entry in variants[name]["accuracy"]}
     fp32 = executed["fp32/model.onnx"]

@@ -84,7 +84,7 @@ def measure(name: str, bits: BitWidths, images: int) -> dict[str, Any]:
 
 
 def _reasons(skipped: dict[str, str]) -> list[str]:
-    """Return why layers stay in float, each reason with the first of its layers and how many more there are."""
+    """Return the reasons why layers stay in float, each with its first layer and the number of others."""
     layers: dict[str, list[str]] = {}
     for layer, reason in skipped.items():
         layers.setdefault(reason, []).append(layer)
@@ -122,7 +122,7 @@ def page(results: dict[str, Any]) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 @click.option("--table", "write_table", is_flag=True, help="Write docs/coverage.md and measure nothing.")
 def main(models: tuple[str, ...], bits: str, images: int, out: Path, write_table: bool) -> None:
-    """Measure the models that have not been measured with these sources, and keep the results."""
+    """Measure the models without results of these sources, and save their records."""
     results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     if write_table:
         write(PAGE, page(results))

@@ -1,6 +1,6 @@
-"""What the intra-class variance term (6) does: within-class diversity of the generator's images.
+"""The effect of the intra-class variance term (6) on the within-class diversity of the generator's images.
 
-Trains a generator without the term, with its literal noise (`class`) and with noise that a sample can follow
+Trains a generator without the term, with the published noise (`class`) and with noise of each sample's latent
 (`latent`), and measures the within-class share of variance at the teacher's last BatchNorm input.
 
     python benchmarks/diversity.py digits --out benchmarks/results/diversity.json
@@ -63,7 +63,7 @@ def make_trainer(model: LoadedModel, config: GeneratorConfig, device: torch.devi
 
 
 def write_results(path: Path, device: torch.device, results: dict[str, Any]) -> None:
-    """Write results with the versions and the machine of their measurement as JSON."""
+    """Write results as JSON, with the machine and the versions."""
     environment = collect_environment(device).model_dump(mode="json")
     path.write_text(json.dumps({**results, "environment": environment}, indent=2) + "\n")
 

@@ -1,8 +1,7 @@
-"""Measures cells of a table: each by the product's own commands, in processes of their own.
+"""Measures the cells of a table by the product's commands, each in a separate process.
 
-A cell is a model at a bit width, by a recipe, from a seed. `clusterq synthesize` makes the images once for all cells
-that share them, then `clusterq run` makes each cell in the same run directory, so that wall time and peak memory are
-those of a process that did only this.
+A cell is a model at a bit width, by a recipe, from a seed. `clusterq synthesize` generates the images once for all
+cells that share them, then `clusterq run` does each cell in the same run directory.
 """
 
 import functools
@@ -25,15 +24,14 @@ import tomli_w
 from cells import ROOT, Cell, Model, Record, arguments, digest, merged, read_cell
 from store import Results, write
 
-# Nothing of the product is imported here: Linux counts the memory of the process that starts a child into the
-# child's peak, so the starting one has to be small compared to torch.
+# The product is not imported here: Linux counts the memory of the process that starts a child into the child's peak.
 
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "cli")
 TIMING = {"benchmark": {"batches": [1], "min_seconds": 0.1, "min_runs": 3, "rounds": 1}}
-"""Latency is no part of these tables: its stage is kept short."""
+"""Latency is not in these tables: its stage is kept short."""
 
 _MEASURED = {"calib": (), "clusterq_deploy": ("report",)}
-"""Packages whose sources decide the numbers, and the folders in them that do not."""
+"""Packages whose sources determine the numbers, and the folders in them that do not."""
 
 
 class CommandError(Exception):
@@ -41,11 +39,11 @@ class CommandError(Exception):
 
 
 class SourcesChangedError(Exception):
-    """The package is not the same as when the measurement began."""
+    """The package changed during the measurement."""
 
 
 def code_digest() -> str:
-    """Identify the sources that decide the numbers: after changes of docs or reports nothing is measured again."""
+    """Return the digest of the sources that determine the numbers, without docs and reports."""
     digests = {}
     for package, excluded in _MEASURED.items():
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -70,7 +68,7 @@ def _git(*args: str) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """A command that was run, without the paths of this machine, and what it took."""
+    """A command, without the paths of this machine, and its cost."""
 
     command: str
     wall_seconds: float
@@ -79,7 +77,7 @@ class Measured:
 
 
 def run_measured(arguments: list[str], log: Path, shown: Iterable[str] = ()) -> Measured:
-    """Run `clusterq` in a process of its own, and measure it. `shown` are the arguments to note in place of these.
+    """Run `clusterq` in a separate process, and measure it; `shown` are the arguments to record in place of these.
 
     Raises:
         CommandError: it ended with an error.
@@ -113,48 +111,48 @@ def run_measured(arguments: list[str], log: Path, shown: Iterable[str] = ()) -> 
     return Measured(command, wall_seconds, usage.ru_utime + usage.ru_stime, peak_memory_bytes)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options that every table's script has."""
+
+    models_file: Path | None
+    data_dir: Path | None
+    effort: str | None
+    settings: dict[str, Any]
+    out: Path
+    results: Results
+    again: bool
+    keep_old: bool
+
+
 class Harness:
-    """Measures cells and keeps their results.
+    """Measures cells of `models`, and saves their results."""
 
-    Args:
-        models: those that cells name.
-        results: where records go.
-        workdir: folder of the runs.
-        models_file, data_dir: the models' factories and their evaluation data, if another than the bundled model is
-            measured.
-    """
-
-    def __init__(
-        self, models: Iterable[Model], results: Results, workdir: Path, models_file: Path | None, data_dir: Path | None
-    ) -> None:
+    def __init__(self, models: Iterable[Model], options: Options) -> None:
         self.models = {model.name: model for model in models}
-        self.results, self.workdir = results, workdir.resolve()
-        self.models_file, self.data_dir = models_file and models_file.resolve(), data_dir and data_dir.resolve()
+        self.results, self.options, self.workdir = options.results, options, options.out.resolve()
+        self.models_file = options.models_file and options.models_file.resolve()
+        self.data_dir = options.data_dir and options.data_dir.resolve()
         self.code, self.commit = code_digest(), commit()
 
-    def measure(self, cells: Iterable[Cell], *, again: bool = False, keep_old: bool = False) -> int:
-        """Measure the cells that are not among the results. Return the number of those that failed.
-
-        Args:
-            cells: what to measure.
-            again: measure all of them.
-            keep_old: results of other sources of the package count too.
+    def measure(self, cells: Iterable[Cell]) -> int:
+        """Measure the cells that have no results. Return the number of those that failed.
 
         Raises:
-            SourcesChangedError: the package's sources changed meanwhile; what was measured before is kept.
+            SourcesChangedError: the package's sources changed meanwhile; earlier results are saved.
         """
         groups: dict[str, list[Cell]] = {}
         for cell in cells:
-            if not again and self.results.has(cell.key, None if keep_old else self.code):
+            if not self.options.again and self.results.has(cell.key, None if self.options.keep_old else self.code):
                 print(f"already measured: {cell}", flush=True)
             else:
                 groups.setdefault(cell.synthesis, []).append(cell)
-        return sum(self._measure_group(group, again) for group in groups.values())
+        return sum(self._measure_group(group) for group in groups.values())
 
-    def _measure_group(self, cells: list[Cell], again: bool) -> int:
+    def _measure_group(self, cells: list[Cell]) -> int:
         """Measure cells that share their images. Return the number of those that failed."""
         folder = self.workdir / f"{cells[0].synthesis}-{self.code[:8]}"
-        if again:
+        if self.options.again:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             synthesis = self._synthesize(cells[0], folder)
@@ -189,22 +187,22 @@ class Harness:
         return text
 
     def _synthesize(self, cell: Cell, folder: Path) -> Measured:
-        """Make the calibration set of a group of cells, with the settings of one of them, once."""
+        """Generate the calibration set of a group of cells once, with the settings of one of them."""
         figures = folder / "synthesize.json"
         if figures.is_file():
             return Measured(**json.loads(figures.read_text()))
-        shutil.rmtree(folder, ignore_errors=True)  # made in part, or made and not measured
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted command
         write(folder / "settings.toml", tomli_w.dumps(merged(TIMING, cell.settings)))
         measured = self._command(cell, "synthesize", folder)
         write(figures, json.dumps(asdict(measured)))
         return measured
 
     def _run(self, cell: Cell, folder: Path, synthesis: Measured) -> tuple[Record, Record]:
-        """Make one cell from the calibration set, without what an earlier attempt left. Return record and settings."""
+        """Run one cell, without the files of an earlier attempt. Return record and settings."""
         shutil.rmtree(folder / "run" / cell.bits, ignore_errors=True)
         run = self._command(cell, "run", folder)
         text = (folder / "run" / "report.json").read_text(encoding="utf-8")
-        write(folder / "reports" / f"{cell.slug}.json", text)  # the next cell's run overwrites its own
+        write(folder / "reports" / f"{cell.slug}.json", text)  # the next cell's run overwrites its file
         record, config = read_cell(json.loads(text), cell)
         costs = {
             "wall_seconds": synthesis.wall_seconds + run.wall_seconds,
@@ -235,22 +233,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options that every table's script has."""
-
-    models_file: Path | None
-    data_dir: Path | None
-    effort: str | None
-    settings: dict[str, Any]
-    out: Path
-    results: Results
-    again: bool
-    keep_old: bool
-
-
 def add_options(results: Path) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command with the `Options`, which it gets as `options`; `results` is its JSON file."""
+    """Return a decorator that adds the `Options` to a command, as `options`; `results` is its JSON file."""
     folder, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
     existing = click.Path(path_type=Path, dir_okay=False, exists=True)
     shared = [
@@ -280,7 +264,7 @@ def add_options(results: Path) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def carry_out(models: Iterable[Model], cells: list[Cell], options: Options) -> int:
-    """Measure cells as a script does. Return the number of failures; a child is ended with the script.
+    """Measure cells; end a child with the script. Return the number of failures.
 
     Raises:
         click.UsageError: a file or folder that the cells need is not given, or does not exist.
@@ -293,10 +277,9 @@ def carry_out(models: Iterable[Model], cells: list[Cell], options: Options) -> i
             raise click.UsageError(f"give {option}: all models except digits need it; or choose --model digits")
         if not path.exists():
             raise click.UsageError(f"{option}: {path} does not exist")
-    harness = Harness(models, options.results, options.out, options.models_file, options.data_dir)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return harness.measure(cells, again=options.again, keep_old=options.keep_old)
+        return Harness(models, options).measure(cells)
     except SourcesChangedError as error:
         raise click.ClickException(str(error)) from error
     finally:

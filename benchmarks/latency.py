@@ -1,7 +1,6 @@
-"""How fast ONNX Runtime's graphs are on this CPU, compared with FP32 and with what its own `quantize_static` makes.
+"""The speed of ONNX Runtime's graphs on this CPU, relative to FP32 and to graphs of its own `quantize_static`.
 
-All graphs of a net are timed in one process, in turn, and only ratios of such times are compared: a machine that does
-something else meanwhile slows all of them, though not equally.
+All graphs of a net are timed in one process, in turn, and only ratios of such times are compared.
 
     python benchmarks/latency.py                  # all, resumable; results in benchmarks/results/latency.json
     python benchmarks/latency.py --model resnet18
@@ -52,7 +51,7 @@ Runtime's CPU provider runs on integers in W8A8's graph, of those that were quan
 
 
 class _Images:
-    """A CalibrationDataReader of ONNX Runtime: hands `quantize_static` one batch after another."""
+    """A CalibrationDataReader of ONNX Runtime: returns one batch after another."""
 
     def __init__(self, images: Array) -> None:
         self._batches = iter(np.array_split(images, max(1, len(images) // 8)))
@@ -130,7 +129,7 @@ def section() -> str:
 @click.option("--seconds", default=3.0, show_default=True, help="At least, per graph and batch size.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(models: tuple[str, ...], seconds: float, out: Path) -> None:
-    """Time the models that have not been timed with these sources, and keep the results."""
+    """Time the models without results of these sources, and save their records."""
     results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     config = BenchmarkConfig(threads=_THREADS, min_seconds=seconds)
     code = code_digest()

@@ -11,7 +11,7 @@ GENIE = "Genie, CVPR 2023"
 
 @dataclass(frozen=True)
 class Published:
-    """A published number, and in words what it can be compared with; what the paper does not state is None.
+    """A published number, and how far it is comparable; None is not published.
 
     `stated_drop` is for papers without both FP32 and top-1.
     """

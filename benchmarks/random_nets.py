@@ -1,7 +1,7 @@
-"""torchvision's classifiers with random weights, for what does not need trained ones: no network, and no licence.
+"""torchvision's classifiers with random weights, which need no download and no licence.
 
-BatchNorm statistics are those of natural noise, and the last layer is fitted to tell groups of it apart, so that logits
-are as far from each other as a trained model's.
+BatchNorm statistics are those of natural noise, and the last layer is fitted to groups of it, so that logits differ as
+much as a trained model's.
 """
 
 import torch
@@ -45,7 +45,7 @@ def groups_of_noise(count: int, size: tuple[int, int, int], rng: torch.Generator
 
 
 def settle(model: nn.Module, size: tuple[int, int, int], rng: torch.Generator) -> None:
-    """Set statistics and a last layer of a random model as a trained one might have them, in place."""
+    """Set the statistics and the last layer of a random model, in place, similar to a trained one's."""
     images, labels = groups_of_noise(_FITTED, size, rng)
     for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
         nn.init.uniform_(norm.weight, 0.5, 1.5, generator=rng)
@@ -75,7 +75,7 @@ def settled(name: str, images: int) -> tuple[LoadedModel, Tensor]:
     """Make a random model with statistics, and images (N, C, H, W) for it."""
     rng = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
-    has_factory = name == leaky_resnet18.__name__  # which makes random weights
+    has_factory = name == leaky_resnet18.__name__  # its weights are random
     source, weights = (f"{__file__}:{name}", None) if has_factory else (name, "none")
     model = load_model(source, weights=weights, device=torch.device("cpu"))
     settle(model.module, model.input.size, rng)

@@ -1,4 +1,4 @@
-"""The results of a table in a JSON file: records by key, merged one at a time."""
+"""The results of a table in a JSON file: records by key, added one at a time."""
 
 import json
 import os
@@ -11,7 +11,7 @@ _ORDER = ("model", "recipe", "effort", "label", "first_last", "bits", "seed", "k
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file as one step: a reader finds the old text or the new."""
+    """Write a file in one atomic step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> None:
 
 
 class Content(TypedDict):
-    """Cells that were measured, failed ones, and the configurations of the runs by their digest."""
+    """Measured cells, failed ones, and the configurations of the runs by their digest."""
 
     schema: int
     cells: list[Record]
@@ -30,19 +30,13 @@ class Content(TypedDict):
 
 
 class Results:
-    """The results of a table, in a file.
-
-    It is read and written for every change, so that it is complete whenever the script ends.
-
-    Args:
-        path: the JSON file; made when the first record comes.
-    """
+    """The results of a table in the JSON file `path`, which is read and written for every change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> Content:
-        """Return what the file holds."""
+        """Return the content of the file."""
         if not self.path.is_file():
             return {"schema": 1, "cells": [], "failed": [], "configs": {}}
         content: Content = json.loads(self.path.read_text(encoding="utf-8"))
@@ -63,7 +57,7 @@ class Results:
         return any(cell["key"] == key and code in (None, cell["code"]) for cell in self.cells)
 
     def add(self, record: Record, config: Record) -> None:
-        """Replace a cell by what was measured, and note the settings behind its `config_digest`."""
+        """Add a cell in place of an earlier one, and the settings of its `config_digest`."""
         content = self.read()
         content["cells"] = _replace(content["cells"], record)
         content["failed"] = [cell for cell in content["failed"] if cell["key"] != record["key"]]
@@ -73,7 +67,7 @@ class Results:
         write(self.path, json.dumps(content, indent=1) + "\n")
 
     def fail(self, record: Record) -> None:
-        """Note that a cell failed; an earlier result of it stays."""
+        """Record that a cell failed, next to an earlier result."""
         content = self.read()
         content["failed"] = _replace(content["failed"], record)
         write(self.path, json.dumps(content, indent=1) + "\n")

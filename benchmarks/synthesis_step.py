@@ -1,6 +1,6 @@
-"""What aligning costs: one synthesis step against a plain forward and backward of the teacher and the generator.
+"""The cost of alignment: a synthesis step, relative to a plain pass of the generator and the teacher and back.
 
-Both in one process, in turn, on the same batch size, at the same precision; medians and their ratio.
+Both are timed in turn, with the same batch size and precision.
 
     python benchmarks/synthesis_step.py resnet18 --weights none --steps 15 --out benchmarks/results/synthesis_step.json
 """
@@ -9,8 +9,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -23,22 +23,6 @@ from clusterq_deploy.models import load_model
 from clusterq_deploy.run.run import resolve_device
 
 _WARMUP = 3
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Medians of a plain pass and of a synthesis step, taken in turn, and the median and range of their ratios."""
-
-    model: str
-    batch_size: int
-    input_size: tuple[int, int, int]
-    precision: str
-    threads: int
-    plain_ms: float
-    step_ms: float
-    ratio: float
-    ratio_range: tuple[float, float]
-    machine: str
 
 
 @click.command()
@@ -54,13 +38,13 @@ def main(
     """Time MODELS, print a line each, and write the results."""
     rows = [measure(name, weights, batch_size, steps, resolve_device(device)) for name in models]
     for row in rows:
-        print(f"{row.model}: plain {row.plain_ms:.1f} ms, step {row.step_ms:.1f} ms, ratio {row.ratio:.2f}")
+        print("{model}: plain {plain_ms:.1f} ms, step {step_ms:.1f} ms, ratio {ratio:.2f}".format_map(row))
     if out:
-        write_results(out, resolve_device(device), {"rows": [asdict(row) for row in rows]})
+        write_results(out, resolve_device(device), {"rows": rows})
 
 
-def measure(name: str, weights: str | None, batch_size: int, steps: int, device: torch.device) -> StepTimes:
-    """Time a plain pass and a synthesis step of one model."""
+def measure(name: str, weights: str | None, batch_size: int, steps: int, device: torch.device) -> dict[str, Any]:
+    """Return medians of a plain pass and of a synthesis step of one model, and the median and range of their ratio."""
     model = load_model(name, weights=weights, device=device)
     trainer = make_trainer(model, GeneratorConfig(batch_size=batch_size), device, seed=0)
     trainer.initialize_centroids()
@@ -84,18 +68,18 @@ def measure(name: str, weights: str | None, batch_size: int, steps: int, device:
     times = [(time_ms(plain), time_ms(lambda: trainer.step(warmup=False))) for _ in range(steps + _WARMUP)][_WARMUP:]
     ratios = [step_ms / plain_ms for plain_ms, step_ms in times]
     plain_ms, step_ms = (statistics.median(kind) for kind in zip(*times, strict=True))
-    return StepTimes(
-        model=name.rpartition(":")[2],
-        batch_size=batch_size,
-        input_size=model.input.size,
-        precision="bfloat16" if has_fast_bfloat16(device) else "float32",
-        threads=torch.get_num_threads(),
-        plain_ms=plain_ms,
-        step_ms=step_ms,
-        ratio=statistics.median(ratios),
-        ratio_range=(min(ratios), max(ratios)),
-        machine=platform.machine(),
-    )
+    return {
+        "model": name.rpartition(":")[2],
+        "batch_size": batch_size,
+        "input_size": model.input.size,
+        "precision": "bfloat16" if has_fast_bfloat16(device) else "float32",
+        "threads": torch.get_num_threads(),
+        "plain_ms": plain_ms,
+        "step_ms": step_ms,
+        "ratio": statistics.median(ratios),
+        "ratio_range": (min(ratios), max(ratios)),
+        "machine": platform.machine(),
+    }
 
 
 if __name__ == "__main__":

@@ -19,15 +19,10 @@ def mean_and_std(values: Sequence[float], digits: int = 2) -> str:
 
 
 def standard_error(drop: float, agreement: float, images: int) -> float:
-    """Return how far a drop on some images is at most from that on all images, as one standard deviation, in points.
+    """Return an upper bound of the standard error of a drop on some images, in points.
 
-    An image adds -1, 0 or 1 to the drop, and 0 if both models agree, so that the variance of one image is at most the
-    share of disagreement less the square of the drop.
-
-    Args:
-        drop: in points.
-        agreement: percent of images with the same prediction.
-        images: their number.
+    An image adds -1, 0 or 1 to the drop, and 0 if both models agree, so that its variance is at most the share of
+    disagreement less the square of the drop. `agreement` is the percentage of images with the same prediction.
     """
     variance = (1 - agreement / 100) - (drop / 100) ** 2
     return 100 * math.sqrt(max(0.0, variance) / images)
@@ -64,7 +59,7 @@ def _recipe(record: Record) -> str:
 
 
 def _group(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Group records by the values of these fields, in the order in which they come."""
+    """Group records by the values of these fields, in their order."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
@@ -140,7 +135,7 @@ def ablation_section(planned: Sequence[Cell], cells: Sequence[Record], failed: S
 
 
 def _failures(failed: Sequence[Record]) -> str:
-    """Write what failed when it was last tried, as a list."""
+    """Write a list of the cells whose last attempt failed."""
     items = []
     for record in failed:
         label = f" {record['label']}" if record["label"] else ""
@@ -150,7 +145,7 @@ def _failures(failed: Sequence[Record]) -> str:
 
 
 def _by_commit(record: Record, others: Iterable[Record]) -> str:
-    """Write a clause that names a record's commit, if others of the same setting are by another one."""
+    """Write a record's commit in parentheses, if others of the same setting are by another one."""
     return f" (commit {record['commit']})" if len({other["code"] for other in others}) > 1 else ""
 
 
@@ -175,7 +170,7 @@ def _machine(record: Record) -> str:
 
 
 def _published_row(entry: Published) -> list[str]:
-    """Write a published number as a row; what the paper does not state is a dash."""
+    """Write a published number as a row; unpublished values are dashes."""
     fp32, top1, drop = (_DASH if value is None else f"{value:.2f}" for value in (entry.fp32, entry.top1, entry.drop))
     accuracy = _DASH if entry.top1 is None and entry.fp32 is None else f"{fp32} → {top1}"
     network = f"{entry.network} {_setting(entry.bits, entry.first_last)}"

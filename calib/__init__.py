@@ -1,6 +1,6 @@
-"""Data-free synthesis: images with labels, made against a pretrained classifier's BatchNorm statistics.
+"""Data-free synthesis of labelled images from a pretrained classifier's BatchNorm statistics.
 
-The method is ClusterQ (arXiv 2205.00179). Nothing here knows of quantization.
+The method is ClusterQ (arXiv 2205.00179). The package is independent of quantization.
 """
 
 from calib.calibration_set import CalibrationSet

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of BatchNorm layers: of a batch, of its classes, and the classes' moving centroids."""
+"""Statistics of the inputs of BatchNorm layers, of batches and classes, and the moving centroids of the classes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from calib.kernels import TappedNorm
 from calib.support.errors import NoBatchNormError
 
-_VARIANCE_FLOOR = 1e-8  # keeps the gradient of sqrt finite if a channel is constant
+_VARIANCE_FLOOR = 1e-8  # for a finite gradient of sqrt if a channel is constant
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ class Moments:
         return cls(mean, var)
 
     def pool(self, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (K, C) of K groups of samples.
-
-        Args:
-            shares: (K, N) float, the samples' shares in a group per row, summing to one.
-        """
+        """Return mean and standard deviation (K, C) of K groups, by the samples' `shares` in each, (K, N) float."""
         mean = shares @ self.mean
         square = shares @ (self.var + self.mean.square())
         return mean, (square - mean.square()).clamp_min(_VARIANCE_FLOOR).sqrt()
@@ -77,7 +73,7 @@ def batchnorm_layers(teacher: nn.Module) -> list[_BatchNorm]:
 
 
 def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (C,) that a layer of `batchnorm_layers` saw in training."""
+    """Return mean and standard deviation (C,) of training in a layer of `batchnorm_layers`."""
     return cast(Tensor, layer.running_mean), (cast(Tensor, layer.running_var) + layer.eps).sqrt()
 
 
@@ -90,7 +86,7 @@ class Tap:
 
     @property
     def stds(self) -> list[Tensor]:
-        """The standard deviations (C,) that the layers saw in training."""
+        """The layers' standard deviations (C,) of training."""
         return [running_statistics(layer)[1] for layer in self.layers]
 
     def from_depth(self, share: float) -> "Tap":
@@ -104,7 +100,7 @@ class Tap:
         self.moments.append(moments)
 
     def clear(self) -> None:
-        """Forget the last forward pass."""
+        """Remove the record of the last forward pass."""
         self.layers.clear()
         self.moments.clear()
 
@@ -113,8 +109,8 @@ class Tap:
 def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
     """Record `Moments` of every BatchNorm input while the context is open.
 
-    Each forward pass starts a new record. The moments carry gradients to the images; a layer whose forward is torch's
-    gives its parameters none.
+    Each forward pass starts a new record. The moments have gradients to the images; the parameters of torch's own
+    layers have none.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
@@ -144,19 +140,17 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
 
 
 def class_averaging_matrix(labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the classes of the samples that count, and the samples' shares in their classes.
+    """Return the classes of the counted samples, and the samples' shares in them, for `Moments.pool`.
 
     Args:
         labels: (N,) int64.
         counted: (N,) bool.
 
     Returns:
-        The classes that have a sample, (K,) int64 ascending, and shares (K, N) float32, rows summing to one, for
-        `Moments.pool`.
+        The classes that have a sample, (K,) int64 ascending, and shares (K, N) float32, whose rows sum to one.
     """
     present = labels[counted].unique()
-    member = (labels.unsqueeze(0) == present.unsqueeze(1)) & counted.unsqueeze(0)
-    shares = member.float()
+    shares = ((labels.unsqueeze(0) == present.unsqueeze(1)) & counted.unsqueeze(0)).float()
     return present, shares / shares.sum(1, keepdim=True)
 
 
@@ -165,7 +159,7 @@ class Centroids:
 
     Attributes:
         mean, std: one tensor per semantic layer, (classes, C) float32.
-        seen: (classes,) bool, True once a class has had a correctly classified sample.
+        seen: (classes,) bool, whether a class has had a correctly classified sample.
     """
 
     def __init__(self, classes: int, device: torch.device) -> None:
@@ -177,8 +171,7 @@ class Centroids:
     def update(self, moments: list[Moments], present: Tensor, shares: Tensor, beta: float) -> None:
         """Move the centroids of the classes `present` towards this batch's statistics by beta, equation (5).
 
-        A class that is seen for the first time takes the statistics as they are. `present` and `shares` are from
-        `class_averaging_matrix`.
+        The first statistics of a class are its centroid. `present` and `shares` are from `class_averaging_matrix`.
         """
         if not self.mean:
             self.mean = [moment.mean.new_zeros(len(self.seen), moment.mean.shape[1]) for moment in moments]
@@ -192,12 +185,7 @@ class Centroids:
 
 
 def within_class_diversity(features: Tensor, labels: Tensor) -> float:
-    """Return the share of the features' variance within classes, in [0, 1]; 0 is a full collapse of every class.
-
-    Args:
-        features: (N, F) float.
-        labels: (N,) int64.
-    """
+    """Return the share of the variance of features (N, F) within classes, labels (N,) int64; 0 is a full collapse."""
     total = features.var(0, correction=0).sum()
     present, shares = class_averaging_matrix(labels, torch.ones_like(labels, dtype=torch.bool))
     centre = shares @ features

@@ -1,4 +1,4 @@
-"""The calibration set: synthetic images with their labels and where they came from."""
+"""The calibration set: synthetic images with their labels and provenance."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, ValueError) as error:
-        raise SynthesisError(f"{path} is no calibration set: {error}") from error
+        raise SynthesisError(f"{path} is not a calibration set: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class CalibrationSet:
     """Synthetic images for calibration and fine-tuning.
 
     Attributes:
-        images: (N, C, H, W) float32, normalized as the teacher expects; on disk as float16, whose step is far below
-            that of an 8-bit pixel.
-        labels: (N,) int64, the class that each image was made for.
-        provenance: how the images were made (recipe, seed, versions, teacher), JSON values only.
+        images: (N, C, H, W) float32, normalized as the teacher expects; float16 on disk, which is far more precise than
+            an 8-bit pixel.
+        labels: (N,) int64, the class that each image was generated for.
+        provenance: how the images were generated (recipe, seed, versions, teacher), JSON values only.
     """
 
     images: Tensor
@@ -71,7 +71,7 @@ class CalibrationSet:
         """Read what `to_bytes` wrote.
 
         Raises:
-            SynthesisError: the file cannot be read, or is no calibration set.
+            SynthesisError: the file cannot be read, or is not a calibration set.
         """
         with _open(path) as file:
             images, labels = file.get_tensor("images").float(), file.get_tensor("labels")
@@ -83,7 +83,7 @@ class CalibrationSet:
         """Read only the labels (N,) int64 of what `to_bytes` wrote; its images may be gigabytes.
 
         Raises:
-            SynthesisError: the file cannot be read, or is no calibration set.
+            SynthesisError: the file cannot be read, or is not a calibration set.
         """
         with _open(path) as file:
             labels: Tensor = file.get_tensor("labels")
@@ -92,7 +92,7 @@ class CalibrationSet:
     def split(self, held_out: float) -> tuple["CalibrationSet", "CalibrationSet"]:
         """Split into images to tune on and a share `held_out` to select by, at least one image each.
 
-        Images come in rounds through the classes, so every eighth, for example, covers the classes as evenly.
+        The classes of images are in turn, so that every eighth image, for example, is of each class equally often.
         """
         every = max(2, round(1 / held_out))
         index = torch.arange(len(self))
@@ -103,13 +103,7 @@ class CalibrationSet:
     def preview(
         self, mean: tuple[float, ...], std: tuple[float, ...], columns: int = PREVIEWED, rows: int = 8
     ) -> Image.Image:
-        """Draw a grid of images as photographs would look, one class per column.
-
-        Args:
-            mean, std: the normalization to undo.
-            columns: at most this many classes, those of `previewed_classes`.
-            rows: at most this many images of each.
-        """
+        """Return a grid of images, without their normalization: a column for each of `previewed_classes`."""
         from torchvision.utils import make_grid
 
         classes = previewed_classes(self.labels, columns)

@@ -13,7 +13,7 @@ _MAX_WIDTH = 256
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """BatchNorm whose scale and shift are looked up by class; x (N, C, H, W), labels (N,) int64."""
+    """BatchNorm with a scale and shift per class; x (N, C, H, W), labels (N,) int64."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class ConditionalBatchNorm2d(nn.Module):
 class Generator(nn.Module):
     """G(z | y): latents and classes to images.
 
-    A seed map of at most 8x8 is doubled until it has the size to draw at; every convolution is followed by a
-    class-conditional BatchNorm. Larger images are upsampled from that, bilinearly. Pixels are in [0, 1] before the
-    teacher's normalization is applied, so every image is one that a camera could have written.
+    A seed map of at most 8x8 is doubled up to the image's size or `largest`, from which larger images are upsampled
+    bilinearly. Each convolution has a class-conditional BatchNorm. Pixels are in [0, 1] before the teacher's
+    normalization, as in a photograph.
 
     Args:
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization, one value per channel.
         latent: length of z.
-        width: channels of the largest map, doubled with every halving down to the seed, up to 256.
-        largest: the largest side to draw at; 0 draws at any image's own size.
+        width: channels of the largest map; each smaller one has twice as many, up to 256.
+        largest: the largest side of a map; 0 is any.
     """
 
     mean: Tensor
@@ -85,14 +85,14 @@ class Generator(nn.Module):
         x = self.last(x)
         if list(x.shape[-2:]) != self.size:
             x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
-        return (torch.sigmoid(2 * x.contiguous()) - self.mean) / self.std  # in the layout that teachers expect
+        return (torch.sigmoid(2 * x.contiguous()) - self.mean) / self.std  # not channels last, as teachers expect
 
 
 def upsample_and_convolve(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
     """Apply a 3x3 convolution to x (N, C, H, W), upsampled to `size` by its nearest pixels.
 
-    If that is twice the size, one transposed convolution does it: neighbours that are the same pixel share a sum of
-    weights, and the pass takes 16 products per pixel of x instead of 36.
+    Twice the size is one transposed convolution: the weights of equal neighbours are summed, so that there are 16
+    products per pixel of x instead of 36.
     """
     if list(size) == [2 * side for side in x.shape[-2:]]:
         weight = conv.weight.transpose(0, 1).flip(2, 3)
@@ -105,11 +105,7 @@ def upsample_and_convolve(x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> 
 
 
 class ClassSampler:
-    """Labels for batches that cover all classes evenly: a shuffled round through the classes, then the next.
-
-    Attributes:
-        queue: what is left of the round, (n,) int64.
-    """
+    """Draws labels evenly, in shuffled rounds through the classes; `queue` is the rest of a round, (n,) int64."""
 
     def __init__(self, classes: int, rng: torch.Generator) -> None:
         self._classes, self._rng = classes, rng

@@ -1,7 +1,7 @@
 """The loss terms, by the equations of ClusterQ (arXiv 2205.00179).
 
-Every squared norm is a mean over channels: a weight then means the same for a layer of 16 channels and for one of
-2,048. For the same reason sums over classes and samples are means.
+Every squared norm is a mean over channels, so that weights do not depend on a layer's width. For the same reason sums
+over classes and samples are means.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def bns_loss(tap: Tap, first: float = 1.0, last: float = 1.0, *, relative: bool 
     Args:
         tap: the teacher's last forward pass.
         first, last: weights of the first and of the last BatchNorm layer, linear by depth in between.
-        relative: measure each channel in its own deviation. The deviations of a model's channels differ by factors
-            of ten and more, above all in depthwise layers, and absolute distances see only the widest ones.
+        relative: measure each channel in its own deviation. Deviations of channels differ by factors of ten and more,
+            above all in depthwise layers, and dominate absolute distances.
     """
     total = torch.zeros((), device=tap.moments[0].mean.device)
     for index, (layer, moment) in enumerate(zip(tap.layers, tap.moments, strict=True)):
@@ -69,9 +69,8 @@ def icv_loss(
 ) -> Tensor:
     """Return the intra-class variance: statistics to noisy centroids of their class, equation (6), ().
 
-    The targets are draws from N(mu_C, lambda_mean) and N(sigma_C, lambda_std), where the noise is relative to each
-    channel's deviation, so that it fits every layer's scale. The deviation is the teacher's: that of a centroid grows
-    with the noise that it scales, and leads the statistics away from the BatchNorm buffers.
+    The targets are draws from N(mu_C, lambda_mean) and N(sigma_C, lambda_std), with noise relative to each channel's
+    deviation in the teacher: that of a centroid would grow with the noise.
 
     Args:
         statistics: means and deviations (R, C) of R classes or R samples, one pair per semantic layer.
@@ -93,16 +92,16 @@ def icv_loss(
 
 
 def image_variance_loss(tap: Tap, least_mean: float, least_std: float) -> Tensor:
-    """Return by how much images are too similar: a hinge on the variance between them, at every BatchNorm layer, ().
+    """Return a penalty on images that are too similar: a hinge on the variance between them, at every layer, ().
 
-    BatchNorm statistics constrain a batch, not its images: (9) is met as well by images that all have the batch's mean
-    and deviation, while each photograph has its own. This is the purpose of (6) in arXiv 2205.00179 at every depth.
-    It is the mean shortfall in shares of what is required, summed over both statistics and all layers.
+    BatchNorm statistics constrain a batch, not its images: (9) allows that all images have the batch's mean and
+    deviation, unlike photographs. It has the purpose of (6) in arXiv 2205.00179 at every depth. The relative shortfalls
+    are averaged over channels, and summed over both statistics and all layers.
 
     Args:
         tap: the teacher's last forward pass.
-        least_mean, least_std: the variance between images of a channel's mean and of its deviation over space that
-            costs nothing, relative to the variance in the BatchNorm buffers.
+        least_mean, least_std: the required variance between images of a channel's mean and of its deviation over
+            space, relative to the variance in the BatchNorm buffers.
     """
     total = torch.zeros((), device=tap.moments[0].mean.device)
     for moment, layer_std in zip(tap.moments, tap.stds, strict=True):

@@ -1,4 +1,4 @@
-"""Refinement of the generator's images, pixel by pixel, against the teacher's BatchNorm statistics."""
+"""Refinement of the generator's pixels by the teacher's BatchNorm statistics."""
 
 import math
 
@@ -22,21 +22,19 @@ _SHARED_NOISE = 0.8  # of the noise's variance
 
 
 class RefineConfig(StageConfig):
-    """How images are refined. `steps = 0` leaves them as the generator made them.
+    """How images are refined; `steps = 0` skips it.
 
     Attributes:
         steps: optimizer steps per batch, by Adam with cosine decay from `learning_rate`.
         batch_size: images that share one set of batch statistics.
-        noise: share of noise blended into the generator's images at the start. Its power falls with frequency as
-            that of photographs does, so that each image starts with its own layout.
-        bns_weight: weight of L_BNS (9), in channel deviations; its layers weigh `shallow_weight` to `deep_weight`,
-            linearly by depth: early statistics constrain an image only loosely.
-        ce_weight: weight of L_CE (8), for images that the teacher is less sure of than `confident`.
+        noise: share of `natural_noise` blended into the generator's images, so that each has its own layout.
+        bns_weight: weight of L_BNS (9), in channel deviations; the weights of its layers are `shallow_weight` to
+            `deep_weight`, linearly by depth: early statistics constrain an image only loosely.
+        ce_weight: weight of L_CE (8), for images with a probability of their class below `confident`.
         variation_weight: weight of the total variation.
-        spread_weight: weight of `image_variance_loss`, which holds images apart.
-        spread_mean, spread_std: the least variance between images of a channel's mean and of its deviation, relative
-            to the variance in the BatchNorm buffers.
-        shift: images are shifted by up to this many pixels between steps, so that no pixel is fitted by itself.
+        spread_weight: weight of `image_variance_loss`.
+        spread_mean, spread_std: its required variances.
+        shift: the largest random shift of images between steps, in pixels: against overfitting of single pixels.
     """
 
     steps: int = Field(60, ge=0)
@@ -69,7 +67,7 @@ def natural_noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
     """Draw Gaussian noise (N, C, H, W) float32 of unit variance whose amplitude falls as 1/f, as in photographs.
 
     Field, Relations between the statistics of natural images and the response properties of cortical cells, JOSA A
-    1987. Channels share most of it, as those of photographs do.
+    1987. Channels share most of it, as in photographs.
     """
     count, channels, height, width = shape
     rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
@@ -83,10 +81,10 @@ def natural_noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def survives_flip(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> bool:
-    """Return whether mirrored images keep their class: true for photographs, false for digits and letters.
+    """Return whether mirrored images have the same class: true for photographs, false for digits and letters.
 
-    The teacher decides, on the images (N, C, H, W) that it classifies as their labels (N,). Synthetic images are less
-    robust than photographs: half of them must keep their class and twice as many as upside down, or four fifths.
+    This is decided by the teacher, on the images (N, C, H, W) that it classifies as their labels (N,). Of these, at
+    least half have to have the same class when mirrored, and twice as many as upside down; or at least four fifths.
     """
     recognized = mirrored = upside_down = 0
     for batch, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
@@ -122,7 +120,7 @@ def refine(
         The refined images, rounded to half precision, and each loss term by step, averaged over batches.
 
     Raises:
-        SynthesisError: the loss of a batch or its gradient is not finite, three steps in a row.
+        SynthesisError: the loss of a batch or its gradient is not finite three times in a row.
     """
     history: History = {name: [0.0] * config.steps for name in _TERMS}
     batches = list(zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True))
@@ -154,12 +152,7 @@ def refine(
 
 
 class _Batch:
-    """Images that are refined together: they share one set of batch statistics.
-
-    Attributes:
-        pixels: (N, C, H, W) float32, normalized.
-        losses: the value of each loss term, for each step that was taken.
-    """
+    """Images that share one set of batch statistics: `pixels` (N, C, H, W), and the terms of each step in `losses`."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, config: RefineConfig, limits: tuple[Tensor, Tensor], rng: torch.Generator
@@ -177,7 +170,7 @@ class _Batch:
         )
 
     def step(self, teacher: nn.Module, flip: bool) -> bool:
-        """Take an optimizer step. Return False if it was skipped, as its loss or gradient is not finite."""
+        """Take an optimizer step. Return False if it was skipped because its loss or gradient is not finite."""
         config, pixels, rng = self._config, self.pixels, self._rng
         move = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng, device=rng.device).tolist()
         mirror = bool(torch.randint(2, (), generator=rng, device=rng.device))
@@ -199,7 +192,7 @@ class _Batch:
         return True
 
     def state_dict(self) -> State:
-        """Return all that refinement of this batch resumes from."""
+        """Return the state of the refinement of this batch."""
         return {
             "losses": self.losses,
             "pixels": self.pixels.detach(),
@@ -209,7 +202,7 @@ class _Batch:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Resume from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.losses = state["losses"]
         self.pixels.data.copy_(state["pixels"])
         self._optimizer.load_state_dict(state["optimizer"])

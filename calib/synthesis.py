@@ -19,19 +19,18 @@ from calib.support.errors import SynthesisError
 from calib.support.progress import SILENT, Progress
 from calib.training import GeneratorConfig, GeneratorTrainer, History
 
-# recipe `paper`: the weights of the equations are the defaults; only (6) differs, and is published like this
+# recipe `paper`: the published settings that are not the defaults
 _PAPER = {"icv_noise": "class", "distance": "absolute", "lambda_mean": 0.5, "lambda_std": 1.0, "largest": 0}
-_PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # an epoch makes as many images as the set has
+_PAPER_EPOCHS, _PAPER_WARMUP_EPOCHS = 400, 50  # of as many images as the set has
 
 
 class SynthesisConfig(StageConfig):
-    """How the calibration set is made.
+    """How the calibration set is generated.
 
     Attributes:
         recipe: `default`, or `paper`: only the generator, by the equations with their published weights and schedule
-            of 400 epochs, 50 of them warm-up, each as long as the set that is made.
+            of 400 epochs, 50 of them warm-up, each of as many images as the set has.
         images: size of the set.
-        generator, refine: settings of the two parts.
     """
 
     recipe: Literal["default", "paper"] = "default"
@@ -73,7 +72,7 @@ class Synthesis:
         teacher_top1: share (percent) of images that the teacher classifies as their label.
         within_class_diversity: share of the variance of the teacher's last BatchNorm inputs that is within classes;
             None if no class has two images.
-        flip: whether images keep their class when mirrored.
+        flip: whether mirrored images have the same class.
         losses: each term by step.
     """
 
@@ -97,14 +96,13 @@ def synthesize(
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> Synthesis:
-    """Make a calibration set for a teacher, without data.
+    """Generate a calibration set for a teacher, without data.
 
     Args:
         teacher: a classifier with BatchNorm, in eval mode, on `device`; images (N, C, H, W) to logits (N, classes).
         size: (channels, height, width) of an image.
         mean, std: the teacher's normalization of pixels in [0, 1], one value per channel.
-        checkpoint: on a CPU, work that resumes from it ends with the same images as without the interruption; on a
-            GPU the order in which some gradients are summed varies.
+        checkpoint: on a CPU, an interruption does not change the images; on a GPU the order of some sums varies.
 
     Raises:
         NoBatchNormError: the teacher has no BatchNorm statistics.
@@ -132,11 +130,11 @@ def synthesize(
             checkpoint=checkpoint,
         )
         losses |= {f"refine.{name}": values for name, values in history.items()}
-        # a generator's images may be too poor to decide; refined without flips, photographs survive one all the same
+        # the generator's images may be too poor to decide
         flip = flip or survives_flip(teacher, images, labels, config.generator.batch_size)
     images = images.half().float()  # the precision in which they are stored
     if not bool(images.isfinite().all()):
-        raise SynthesisError("synthesis diverged: the images hold values that are not finite; lower the learning rates")
+        raise SynthesisError("synthesis diverged: the images have values that are not finite; lower the learning rates")
     top1, diversity = _judge(teacher, images, labels, config.generator.batch_size)
     calibration = CalibrationSet(images.cpu(), labels.cpu())
     return Synthesis(calibration, top1, diversity, flip, losses)
@@ -144,9 +142,9 @@ def synthesize(
 
 @torch.no_grad()
 def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
-    """Return a copy of the teacher that runs channels last: on CPUs and GPUs a pass takes down to half the time.
+    """Return a copy of the teacher in the layout channels last, which takes down to half the time.
 
-    A teacher that applies `view` to a map that has none in this layout is returned as it is.
+    A teacher that fails in this layout, because it applies `view` to a map, is returned unchanged.
     """
     changed = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
     try:

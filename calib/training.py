@@ -28,20 +28,19 @@ class GeneratorConfig(StageConfig):
     """How the generator is trained. A weight of 0 switches its term off.
 
     Attributes:
-        steps, warmup_steps: optimizer steps in all, and how many of them use only L_CE + a1 L_BNS (7).
+        steps, warmup_steps: optimizer steps, and how many of them use only L_CE + a1 L_BNS (7).
         batch_size: images per step: `samples_per_class` of each of `batch_size / samples_per_class` classes.
         ce_weight, bns_weight, sfda_weight, icv_weight: 1, a1, a2, a3 of (10).
-        ema_beta: beta of (5); 0 keeps the centroids as the warmed-up generator set them.
+        ema_beta: beta of (5); with 0 the centroids are those of the warmed-up generator.
         lambda_mean, lambda_std: of (6), relative to the channel's deviation in the BatchNorm buffers.
-        icv_noise: where the noise of (6) comes from. `class`: class statistics aim at one fresh draw, as the equation
-            is written; its gradient is, on average, that of (4). `latent`: each sample aims at a draw of its own,
-            made from its latent, so that the generator can know the target; the draw mixes the deviations of the
-            warmed-up generator's images, so that images can reach it.
-        distance: of the statistics in (4), (6) and (9): `absolute`, as the equations are written, or `relative` to
-            each channel's deviation in the BatchNorm buffers, so that a model's wide channels do not drown the others.
+        icv_noise: source of the noise of (6). `class`: one draw for the statistics of a class, as published; on average
+            its gradient is that of (4). `latent`: one draw per sample, from its latent, so that the generator can learn
+            it, as a mixture of deviations of the warmed-up generator's images, so that images can reach it.
+        distance: of the statistics in (4), (6) and (9): `absolute`, as published, or `relative` to each channel's
+            deviation in the BatchNorm buffers, so that large ones do not dominate.
         width: channels of the generator's largest map.
-        largest: the largest side that the generator draws at, 0 for any. Larger images are upsampled from it,
-            bilinearly: drawing at 224 pixels costs more than the teacher, and refinement works at the full size.
+        largest: the largest side of the generator's maps, 0 for any; larger images are upsampled, as a generator at 224
+            pixels would cost more than the teacher, and refinement is at the full size.
         semantic_start: the first semantic layer, as a share of the BatchNorm layers.
     """
 
@@ -73,31 +72,18 @@ class GeneratorConfig(StageConfig):
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch that went through the generator and the teacher.
+    """A batch after the generator and the teacher."""
 
-    Attributes:
-        labels, z: (N,) int64 and (N, latent) float32.
-        logits: the teacher's, (N, classes) float32.
-        correct: (N,) bool, whether the teacher predicts the label, with finite logits.
-        tap, semantic: the statistics of all its BatchNorm inputs, and those of the semantic layers.
-    """
-
-    labels: Tensor
-    z: Tensor
-    logits: Tensor
-    correct: Tensor
+    labels: Tensor  # (N,) int64
+    z: Tensor  # (N, latent) float32
+    logits: Tensor  # of the teacher, (N, classes) float32
+    correct: Tensor  # (N,) bool, whether the teacher predicts the label, with finite logits
     tap: Tap
-    semantic: Tap
+    semantic: Tap  # of the semantic layers only
 
 
 class GeneratorTrainer:
-    """The generator, its optimizer and the class centroids.
-
-    Args:
-        teacher: frozen, in eval mode, on `device`.
-        size: (channels, height, width) of an image.
-        mean, std: the teacher's normalization.
-    """
+    """The generator, its optimizer and the class centroids; arguments are those of `calib.synthesis.synthesize`."""
 
     def __init__(
         self,
@@ -129,7 +115,7 @@ class GeneratorTrainer:
         )
 
     def state_dict(self) -> State:
-        """Return all that training resumes from."""
+        """Return the state of the training."""
         return {
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -141,7 +127,7 @@ class GeneratorTrainer:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Resume from what `state_dict` returned, on any device."""
+        """Restore what `state_dict` returned, on any device."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         centroids = state["centroids"]
@@ -160,7 +146,7 @@ class GeneratorTrainer:
         return self._normal(count, self.config.latent)
 
     def batch_labels(self) -> Tensor:
-        """Draw labels of one batch, (batch_size,) int64: whole groups of one class, classes in turn."""
+        """Draw labels of one batch, (batch_size,) int64: a group for each class, classes in turn."""
         per_class = min(self.config.samples_per_class, self.config.batch_size)
         groups = math.ceil(self.config.batch_size / per_class)
         labels = self._sampler.draw(groups).repeat_interleave(per_class)
@@ -176,11 +162,11 @@ class GeneratorTrainer:
         return _Batch(labels, z, logits, correct, tap, tap.from_depth(self.config.semantic_start))
 
     def step(self, *, warmup: bool) -> dict[str, float]:
-        """Take one optimizer step. Return the value of each loss term that took part.
+        """Take one optimizer step. Return the value of each loss term in use.
 
         Raises:
             NoBatchNormError: the teacher has no BatchNorm statistics.
-            SynthesisError: the loss or its gradient is not finite, three steps in a row.
+            SynthesisError: the loss or its gradient is not finite three times in a row.
         """
         config, batch = self.config, self._forward()
         relative = config.distance == "relative"
@@ -217,11 +203,11 @@ class GeneratorTrainer:
 
     @torch.no_grad()
     def initialize_centroids(self) -> None:
-        """Set the first centroid of every class, from batches of the warmed-up generator.
+        """Set the first centroids of classes and the deviations of their images, from the warmed-up generator.
 
-        This uses at most as many batches as training has steps. If these are too few (a thousand classes on a CPU), a
-        class that is left gets its centroid at the first step that makes a correctly classified image of it. The
-        deviations of images from their class, which the noise of (6) mixes, are collected here too.
+        There are at most as many batches as training has steps. If that is too few (a thousand classes on a CPU), the
+        other centroids are set at the first correctly classified image. Deviations are those that the noise of (6)
+        mixes.
         """
         batches = math.ceil(len(self.centroids.seen) * self.config.samples_per_class / self.config.batch_size)
         rows: list[list[list[Tensor]]] = []  # by batch, layer and statistic (n, C)
@@ -245,13 +231,13 @@ class GeneratorTrainer:
         self._mixing = self._normal(latent, count) / math.sqrt(latent * count)
 
     def train(self, progress: Progress = SILENT, checkpoint: Checkpoint = NOWHERE) -> History:
-        """Run all steps that a checkpoint does not have. Return each loss term by step, from the first that has it."""
+        """Run the steps after those of the checkpoint. Return each loss term by step, from the first step with it."""
         config = self.config
         history: History = {"ce": [], "bns": [], "sfda": [], "icv": []}
         if (state := checkpoint.load("generator")) is not None:
             history = state["history"]
             self.load_state_dict(state)
-            del state
+            del state  # its memory
         done = len(history["ce"])
         with progress.task("Generator", config.steps) as advance:
             advance(done)
@@ -263,7 +249,7 @@ class GeneratorTrainer:
                     if name in losses:
                         values.append(losses[name])
                     elif values:
-                        values.append(values[-1])  # no image of this batch is classified correctly
+                        values.append(values[-1])  # the batch has no correctly classified image
                 advance(1, **losses)
                 last = index == config.steps - 1
                 checkpoint.save("generator", lambda: {**self.state_dict(), "history": history}, at_once=last)
@@ -273,10 +259,8 @@ class GeneratorTrainer:
     def sample(self, labels: Tensor) -> Tensor:
         """Draw images (N, C, H, W) float32, normalized, of labels (N,) int64, in batches of `batch_size`."""
         self.generator.eval()
-        images = [
-            self.generator(self.latents(len(batch)), batch.to(self.device))
-            for batch in labels.split(self.config.batch_size)
-        ]
+        batches = labels.to(self.device).split(self.config.batch_size)
+        images = [self.generator(self.latents(len(batch)), batch) for batch in batches]
         self.generator.train()
         return torch.cat(images)
 

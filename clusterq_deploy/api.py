@@ -1,4 +1,4 @@
-"""Quantize a model that is at hand, without a run directory: images, a student, a graph, each by one call.
+"""Quantize a model in memory, without a run directory: images, a student and a graph, by one call each.
 
     images = clusterq_deploy.synthesize(model, InputSpec(size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3))
     student = clusterq_deploy.quantize(model, images, "w4a4")
@@ -27,12 +27,7 @@ from clusterq_deploy.lowering import GraphFormat
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.loading import count_classes, require_batchnorm
 from clusterq_deploy.oom import retry_on_oom
-from clusterq_deploy.quantization import (
-    BitWidths,
-    FinetuneConfig,
-    Student,
-    make_student,
-)
+from clusterq_deploy.quantization import BitWidths, FinetuneConfig, Student, make_student
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import TorchRunner
 from clusterq_deploy.stages.quantize import in_smaller_batches, tune
@@ -55,11 +50,9 @@ def synthesize(
         model: in eval mode, with BatchNorm; images (N, C, H, W) float32, normalized, to logits (N, classes); unchanged.
         spec: the size of an image, and the mean and standard deviation of pixels in [0, 1] that it is normalized by.
         config: how many images, from how many steps; the standard schedule by default.
-        seed: of all randomness.
-        progress: shows how far it is.
 
     Returns:
-        Images (N, C, H, W) float32, normalized, on the CPU, and the classes (N,) int64 that they were made for.
+        Images (N, C, H, W) float32, normalized, on the CPU, and their classes (N,) int64.
 
     Raises:
         ModelError: the model is in training mode, or does not map such images to logits.
@@ -93,15 +86,12 @@ def quantize(
 
     Args:
         model: in eval mode; images (N, C, H, W) float32, normalized, to logits (N, classes); unchanged.
-        images: those of `synthesize`; or any unlabelled images (N, C, H, W) float32, normalized, whose classes are the
-            model's answers.
+        images: of `synthesize`; or any images (N, C, H, W) float32, normalized, labelled by the model's predictions.
         bits: of weights and activations, such as "w4a4"; 2 to 8 each.
         config: how long to tune; `FinetuneConfig(steps=0)` only calibrates and corrects.
         first_last: whether the first and last layer have those widths too, not 8 bits.
         keep: bits of single layers, by name.
         cpu: the CPUs that the graph for ONNX Runtime is for; see `Student.target_cpu`.
-        seed: of all randomness.
-        progress: shows how far it is.
 
     Returns:
         A student on the model's device, which computes what its graphs compute.
@@ -117,8 +107,8 @@ def quantize(
     settings = (config or FinetuneConfig()).scaled_to(widths)
     if isinstance(images, Tensor):
         unlabelled = EvaluationSet.from_images("images", images.cpu().numpy())
-        answers = predictions(TorchRunner(model), unlabelled, settings.batch_size)
-        images = CalibrationSet(images.cpu(), torch.from_numpy(answers[:, 0]))
+        classes = predictions(TorchRunner(model), unlabelled, settings.batch_size)[:, 0]
+        images = CalibrationSet(images.cpu(), torch.from_numpy(classes))
     calibration = images
 
     def attempt(divisor: int) -> Student:
@@ -151,19 +141,17 @@ def export(
 
     Args:
         student: of `quantize`.
-        path: the file to write.
         images: some of those that the student was tuned on, (N, C, H, W) float32; graph and student are compared on
             the first 64.
         target: "onnxruntime" (quantized operators for its CPU kernels), "tensorrt" (INT8 Q/DQ), or "int4" (weights
             of up to four bits, two to a byte, for storage).
         fp16: whether TensorRT's graph computes in FP16 what is not quantized.
-        progress: shows how far it is.
 
     Returns:
-        The path.
+        `path`.
 
     Raises:
-        ExportError: the graph cannot be written, or "int4" is asked for wider weights.
+        ExportError: the graph cannot be written, or "int4" was requested for wider weights.
         VerificationError: it computes something else, or TensorRT would refuse it.
     """
     batch = images.images if isinstance(images, CalibrationSet) else images
@@ -180,11 +168,7 @@ def export(
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Return where a model's parameters are.
-
-    Raises:
-        ModelError: it is in training mode.
-    """
+    """Return the device of a model's parameters; raise a ModelError if it is in training mode."""
     if model.training:
         raise ModelError(f"{type(model).__name__} is in training mode; call .eval() first")
     return next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""What machine and what versions measured: a number without them cannot be compared with another."""
+"""The machine and the versions that a measurement belongs to."""
 
 import importlib
 import os
@@ -19,10 +19,7 @@ _KERNEL_CPUINFO = Path("/proc/cpuinfo")
 
 
 def collect_environment(device: torch.device) -> Environment:
-    """Describe this machine. The GPU is `device`, or for a run on the CPU the one that engines run on.
-
-    What cannot be found out is None.
-    """
+    """Describe this machine; unknown values are None. The GPU is `device`, or on the CPU the one that runs engines."""
     cpu, cpu_int8 = describe_cpu()
     on_gpu = torch.cuda.is_available()
     return Environment(
@@ -44,7 +41,7 @@ def collect_environment(device: torch.device) -> Environment:
 
 
 def _version(module: str) -> str | None:
-    """Return the version of a module that imports: a wheel whose libraries do not load counts as absent."""
+    """Return the version of a module; None if it cannot be imported, such as a wheel whose libraries do not load."""
     try:
         return str(importlib.import_module(module).__version__)
     except (ImportError, OSError, RuntimeError, AttributeError):
@@ -59,12 +56,12 @@ def describe_cpu() -> tuple[str, list[str] | None]:
         processor = ""
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor.splitlines())}
     name, flags = fields.get("model name"), fields.get("flags", "").split()
-    if not name or not flags:  # not x86, or not Linux: py-cpuinfo knows more, but takes a second
+    if not name or not flags:  # not x86, or not Linux: py-cpuinfo supports more, but takes a second
         try:
-            known = cpuinfo.get_cpu_info()
-        except Exception:  # it raises bare exceptions on processors that it does not know
-            known = {}
-        name, flags = known.get("brand_raw"), known.get("flags", [])
+            info = cpuinfo.get_cpu_info()
+        except Exception:  # it raises bare exceptions on unknown processors
+            info = {}
+        name, flags = info.get("brand_raw"), info.get("flags", [])
     name = name or platform.processor() or platform.machine() or "unknown"
     return name, [flag for flag in _INT8_FLAGS if flag in flags] if flags else None
 
@@ -85,10 +82,10 @@ def available_cores() -> int:
 
 @cache
 def driver_version() -> str | None:
-    """Return the NVIDIA driver's version, asked of nvidia-smi once: it takes a second; torch has no public call."""
+    """Return the NVIDIA driver's version by nvidia-smi, which takes a second: torch has no public call for it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # it is not there, or fails
+    except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(answer.stdout.split()), None)

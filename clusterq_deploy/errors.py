@@ -7,12 +7,12 @@
     │   └── WeightsError       the weights cannot be read, or do not fit the model
     ├── NoBatchNormError       the model has no BatchNorm to align to
     ├── GraphError             the model cannot be traced or quantized
-    ├── FeatureError           the model's penultimate features cannot be taken
+    ├── FeatureError           the model's penultimate features cannot be computed
     ├── DataError              the evaluation data cannot be used
     │   └── UnreadableImageError  one image of it cannot be read: it is left out
     ├── RunDirectoryError      the run directory cannot be used or written
     ├── ReportError            a report.json cannot be read
-    ├── SynthesisError         no usable calibration set came out
+    ├── SynthesisError         synthesis made no usable calibration set
     ├── TuningError            fine-tuning diverges
     ├── OutOfMemoryError       there is not enough memory for the smallest batches
     ├── ExportError            a graph could not be written
@@ -20,7 +20,7 @@
     └── EngineError            a TensorRT engine cannot be built, loaded or run
         └── TensorRTMissing    there is no TensorRT or no NVIDIA GPU
 
-The message of each is one line for a person: what was received, what was expected, what to do.
+Each message is one line for a person: what was received, what was expected, what to do.
 """
 
 from calib.support.errors import ClusterQError, NoBatchNormError, SynthesisError
@@ -77,7 +77,7 @@ class OutOfMemoryError(ClusterQError):
 
 
 class FeatureError(ClusterQError, ValueError):
-    """The model's penultimate features cannot be taken."""
+    """The model's penultimate features cannot be computed."""
 
 
 class DataError(ClusterQError, ValueError):
@@ -85,12 +85,7 @@ class DataError(ClusterQError, ValueError):
 
 
 class UnreadableImageError(DataError):
-    """One image of the evaluation data cannot be read: it is left out and counted, up to a limit.
-
-    Args:
-        file: the image's name in its set.
-        reason: what is wrong with it.
-    """
+    """One image of the evaluation data, `file`, cannot be read: it is left out and counted, up to a limit."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"cannot read {file!r} as an image ({reason}); replace it or leave it out")
@@ -102,7 +97,7 @@ class RunDirectoryError(ClusterQError, OSError):
 
 
 class ReportError(ClusterQError, ValueError):
-    """A report.json cannot be read, or is no report of a schema that this version knows."""
+    """A report.json cannot be read, or is not a report of a supported schema."""
 
 
 class ExportError(ClusterQError, RuntimeError):

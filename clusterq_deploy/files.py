@@ -13,17 +13,17 @@ from google.protobuf.message import DecodeError
 from clusterq_deploy.errors import ExportError, RunDirectoryError
 
 TEMPORARY = ".*.tmp"
-"""The pattern of files' names while they are written."""
+"""The pattern of file names during a write."""
 
 
 def write_bytes(path: Path, *data: bytes | memoryview) -> None:
-    """Write `data`, one after the other, to `path` in one atomic step; missing parent directories are made.
+    """Write the parts of `data` to `path` in one atomic step; create missing parent directories.
 
-    The data goes to a temporary file next to `path`, reaches the disk, and is renamed to `path`. On any failure `path`
-    is left as it was, and the temporary file is gone.
+    The data is written to a temporary file next to `path`, flushed to the disk, and renamed. On any failure `path` is
+    unchanged and the temporary file is removed.
 
     Raises:
-        RunDirectoryError: the file system refuses: it is full or read-only, or access is denied.
+        RunDirectoryError: the disk is full or read-only, or access is denied.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -40,13 +40,8 @@ def write_bytes(path: Path, *data: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, its line ends unchanged, by `write_bytes`; the errors are the same."""
-    write_bytes(path, text.encode())
-
-
 def is_utf8(path: Path) -> bool:
-    """Return whether a path can be written to a file of UTF-8; on Linux it may be any bytes."""
+    """Return whether a path can be encoded in UTF-8; on Linux it may be any bytes."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -68,9 +63,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a file's content, or of the names, sizes and times of the files in a folder.
-
-    Links are followed, to folders too: data sets are often made of them.
+    """Return a digest of a file's content, or of the names, sizes and times of the files in a folder, through links.
 
     Raises:
         RunDirectoryError: something cannot be read.
@@ -88,7 +81,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files below a folder, through links, except for folders that contain themselves or may not be read."""
+    """Yield the files below a folder, through links, except in folders that contain themselves or are not readable."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -107,14 +100,14 @@ def read_graph(path: Path) -> onnx.ModelProto:
     """Read an ONNX file, with the weights that may be next to it.
 
     Raises:
-        ExportError: it cannot be read, or is no ONNX.
+        ExportError: it cannot be read, or is not ONNX.
     """
     try:
         model = onnx.load(path)
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
     except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"{path} is not an ONNX file: {str(error).splitlines()[0]}") from error
     if not model.HasField("graph"):
-        raise ExportError(f"{path} is no ONNX file: it holds no graph")
+        raise ExportError(f"{path} is not an ONNX file: it has no graph")
     return model

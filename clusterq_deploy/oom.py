@@ -1,4 +1,4 @@
-"""Work whose batches do not fit the memory is done again in smaller ones."""
+"""Retry work with smaller batches if they do not fit the memory."""
 
 import logging
 import re
@@ -14,8 +14,7 @@ from clusterq_deploy.errors import OutOfMemoryError
 logger = logging.getLogger(__name__)
 
 _LARGEST_DIVISOR = 64
-# of torch and of oneDNN on a CPU, where they have no class of their own, of CUDA, and of runtimes, whose errors have
-# the library's classes
+# errors without a class for it: of torch and oneDNN on a CPU, of CUDA, and of runtimes
 _MESSAGE = re.compile(
     r"memory: you tried to allocate|out of memory|OutOfMemory|bad_alloc|STATUS_ALLOC_FAILED|failed to allocate memory"
     r"|memory ran out|cannot allocate memory|resource temporarily unavailable|can't start new thread"
@@ -27,16 +26,15 @@ _Array = npt.NDArray[np.float32]
 
 
 def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tuple[_T, int]:
-    """Return the result of `work(divisor)`, and the divisor of its batches for which the memory was enough: 1, 2, 4...
+    """Return the result of `work(divisor)` and its divisor: the first of 1, 2, 4... whose batches fit the memory.
 
-    Work starts over with each, or goes on if it was interrupted at the same one, so that its result is the same as if
-    such batches had been asked for.
+    Work starts again with each divisor, so that its result is the same as with that batch size from the start.
 
     Args:
-        work: raises what torch, Python or a runtime raises if there is not enough memory; what it leaves behind then
-            belongs to that divisor only.
-        what: what messages call it.
-        first: the divisor to begin with, a power of two.
+        work: raises the error of torch, Python or a runtime if there is not enough memory; state that it saves belongs
+            to that divisor.
+        what: its name in messages.
+        first: the first divisor, a power of two.
 
     Raises:
         OutOfMemoryError: a sixty-fourth of the batch does not fit either.
@@ -49,10 +47,9 @@ def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tup
             if not is_out_of_memory(error):
                 raise
             if divisor >= _LARGEST_DIVISOR:
-                elsewhere = ", or give --device cpu" if "CUDA" in str(error) else ""
+                advice = "end what else uses it" + (", or give --device cpu" if "CUDA" in str(error) else "")
                 raise OutOfMemoryError(
-                    f"{what}: there is not enough memory for batches of 1/{divisor} either; end what else uses it"
-                    f"{elsewhere}"
+                    f"{what}: there is not enough memory for batches of 1/{divisor} either; {advice}"
                 ) from error
         divisor *= 2
         torch.cuda.empty_cache()  # outside of the handler: the error's traceback holds tensors
@@ -60,13 +57,10 @@ def retry_on_oom(work: Callable[[int], _T], what: str, *, first: int = 1) -> tup
 
 
 def split_on_oom(work: Callable[[_Array], _T], what: str) -> Callable[[_Array], list[_T]]:
-    """Return `work` on a batch (N, C, H, W) in as many parts as fit the memory: what it returns for each, in order.
+    """Return a function that applies `work` to parts of a batch (N, C, H, W) that fit the memory: the results in order.
 
-    A batch after one that had to be divided is divided likewise from the start.
-
-    Args:
-        work: of a part of a batch; what it does to one image has to depend on that image only.
-        what: as for `retry_on_oom`, whose errors it raises.
+    A batch after one that had to be divided is divided by the same number from the start. Each image's result has to
+    depend on that image only. Errors and `what` are those of `retry_on_oom`.
     """
     divisor = 1
 
@@ -87,7 +81,7 @@ def infer_split_on_oom(infer: Callable[[_Array], _Array], what: str) -> Callable
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error, of whatever class, says that the memory was not enough."""
+    """Return whether an error of any class reports a lack of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None
     )

@@ -27,7 +27,7 @@ def stages(config: RunConfig) -> list[AnyStage]:
     """Return every stage of a run but the report, in order."""
     bits, variants = config.bits, [FP32, *config.bits]
     return [
-        Stage(export, FP32),  # model -> fp32/model.onnx, model.fp16.onnx; first: it may be impossible
+        Stage(export, FP32),  # model -> fp32/model.onnx, model.fp16.onnx; first, because it may fail
         Stage(synthesize),  # model -> calibration/images.safetensors, preview.png
         *(Stage(quantize, width) for width in bits),  # model, images -> V/quantized.safetensors
         *(Stage(export, width) for width in bits),  # student -> V/model.ort.onnx, model.trt.onnx, model.int4.onnx
@@ -44,7 +44,7 @@ def unavailable(stage: AnyStage) -> str | None:
 
 
 class Pipeline(Run):
-    """A run, and the stages that fill its directory; each is done at most once for the same inputs."""
+    """A run with its stages; each is done at most once for the same inputs."""
 
     def run(self) -> Report:
         """Do every stage in order, and write the report."""
@@ -61,7 +61,7 @@ class Pipeline(Run):
         return self.do(Stage(synthesize))
 
     def sensitivity(self, bits: BitWidths) -> Finished[results.SensitivityResult]:
-        """Measure what the quantization of each layer alone costs, on synthetic images."""
+        """Measure on synthetic images what the quantization of each single layer costs."""
         return self.do(Stage(sensitivity, str(bits)))
 
     def quantize(self, bits: BitWidths) -> Finished[results.QuantizeResult]:

@@ -1,7 +1,4 @@
-"""What a run would do, and roughly how long it would take, without doing it.
-
-The time is that of the model's forward passes, at the speed at which one layer is computed on this machine.
-"""
+"""What a run would do, and roughly how long: by the model's forward passes, at the speed of one layer here."""
 
 import copy
 import math
@@ -31,18 +28,18 @@ from clusterq_deploy.run.stage import AnyStage
 State = Literal["finished", "to do", "skipped"]
 
 UNCERTAIN = 3.0
-"""By what factor an estimate may be off; for a depthwise model the synthesis takes longer."""
+"""The factor by which an estimate may be wrong; the synthesis for a depthwise model takes longer."""
 
 # forward passes of one image that one image of a step costs
 _GENERATOR_STEP, _REFINE_STEP, _TUNING_STEP = 8.0, 6.0, 4.0
 _CALIBRATION = 3000.0  # passes of one image, for the search of scales
 _RECONSTRUCTION = 25.0  # passes of each image, for weights of fewer than eight bits
 _GEOMETRY = 4.0  # seconds of a comparison of features, for t-SNE
-_TENSORS_OF_RECONSTRUCTION = 5  # of the widest layer's values, alive at a time
+_TENSORS_OF_RECONSTRUCTION = 5  # of the widest layer's values, in memory at a time
 _COPIES_OF_IMAGES = 2  # before and after refinement
-_GRADIENTS = 1.5  # what a backward pass holds, relative to what the forward pass saved for it
-_CHANNELS, _SIDE, _IMAGES = 64, 28, 8  # of the layer that is timed
-_FEWEST, _TIMED = 3, 0.3  # runs and seconds of it at least; the fastest run counts
+_GRADIENTS = 1.5  # memory of a backward pass, relative to what the forward pass saved for it
+_CHANNELS, _SIDE, _IMAGES = 64, 28, 8  # of the timed layer
+_MIN_RUNS, _MIN_SECONDS = 3, 0.3  # of it; the fastest run counts
 
 _AMOUNTS = (
     "synthesis.images",
@@ -64,7 +61,7 @@ class PlannedStage:
         stage: its name, such as quantize/w8a8.
         state: `finished` stages are not done again; `skipped` ones cannot be done here.
         work: what it does, or why it is skipped.
-        seconds: roughly how long it would take; None if that is not estimated, 0 if nothing is done.
+        seconds: a rough estimate; None if there is none, 0 if nothing is done.
     """
 
     stage: str
@@ -78,12 +75,11 @@ class Plan:
     """What a run would do.
 
     Attributes:
-        model, device: what is quantized, and where.
-        settings: those that decide how much work there is, as the run would use them.
-        scaled: of those, the ones that are smaller because of the model's size on a CPU: the values asked for.
+        settings: those that determine the amount of work, as the run would use them.
+        scaled: the requested values of settings that are reduced because of the model's size on a CPU.
         stages: in order.
-        seconds: of all stages whose time is estimated.
-        memory_bytes: roughly the most memory in use at a time; None if nothing is to be done.
+        seconds: of all stages with an estimate.
+        memory_bytes: a rough estimate of the peak memory; None if nothing is to be done.
     """
 
     model: str
@@ -96,10 +92,9 @@ class Plan:
 
 
 def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT) -> Plan:
-    """Look at every stage, and estimate the time of those that are to be done: in seconds, for any model.
+    """Determine the state of every stage, and estimate the time of those that are to be done.
 
-    Nothing is done and nothing is written. As long as there is no run yet, a model without a file of weights is loaded
-    as shapes only.
+    It takes seconds, and writes nothing. If there is no run yet, a model without a file of weights is loaded as shapes.
 
     Raises:
         GraphError: the model cannot be traced.
@@ -119,12 +114,12 @@ def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT) -> Plan:
         )
         for stage, state in states.items()
     ]
-    asked, done = amounts(config), amounts(run.config)
+    requested, settings = amounts(config), amounts(run.config)
     return Plan(
         model=run.model.name,
         device=run.device.type,
-        settings=done,
-        scaled={name: number for name, number in asked.items() if number != done[name]},
+        settings=settings,
+        scaled={name: number for name, number in requested.items() if number != settings[name]},
         stages=planned,
         seconds=sum(stage.seconds or 0.0 for stage in planned),
         memory_bytes=peak_memory(run, [b for b in run.config.widths if f"quantize/{b}" in to_do]) if to_do else None,
@@ -148,7 +143,7 @@ def _states(run: Run) -> dict[AnyStage, State]:
 
 
 def amounts(config: RunConfig) -> dict[str, int]:
-    """Return the settings that decide how much work there is, by their place in `run.toml`."""
+    """Return the settings that determine the amount of work, by their place in `run.toml`."""
     return {name: attrgetter(name)(config) for name in _AMOUNTS}
 
 
@@ -165,13 +160,7 @@ class StepTimes:
     forward_mixed: float
 
     def seconds(self, stage: str, config: RunConfig, evaluated: int) -> float | None:
-        """Return how long a stage takes; None for those that are not estimated: exports, engines.
-
-        Args:
-            stage: its name, such as quantize/w8a8.
-            config: the run's, scaled to the model.
-            evaluated: number of images that accuracy is measured on.
-        """
+        """Return an estimate of a stage's time on `evaluated` images; None for exports and engines, which have none."""
         kind, _, variant = stage.partition("/")
         synthesis, tuning, timing = config.synthesis, config.finetune, config.benchmark
         if kind == "synthesize":
@@ -196,7 +185,7 @@ class StepTimes:
 
 
 def time_steps(run: Run) -> StepTimes:
-    """Return the times of the run's model on its device, by timing one layer there for a second at most."""
+    """Return the times of the run's model on its device, by timing one layer there for at most a second."""
     forward = _seconds_per_operation(run.device, nullcontext()) * run.pass_cost
     if not has_fast_bfloat16(run.device):
         return StepTimes(forward, forward)
@@ -211,7 +200,7 @@ def _seconds_per_operation(device: torch.device, precision: AbstractContextManag
     images = torch.zeros(_IMAGES, *shape, device=device).to(memory_format=torch.channels_last)
     times: list[float] = []
     with torch.no_grad(), precision:
-        while len(times) < _FEWEST or sum(times) < _TIMED:
+        while len(times) < _MIN_RUNS or sum(times) < _MIN_SECONDS:
             start = time.perf_counter()
             layer(images).float().sum().item()  # waits for a GPU, too
             times.append(time.perf_counter() - start)
@@ -219,18 +208,18 @@ def _seconds_per_operation(device: torch.device, precision: AbstractContextManag
 
 
 def peak_memory(run: Run, variants: Sequence[BitWidths]) -> int:
-    """Return the most bytes that the process, or the GPU, is expected to hold.
+    """Return the expected peak memory of the process, or of the GPU, in bytes.
 
-    These are the calibration set and the larger of a pass with its gradient and a reconstructed layer. On a CPU what
-    the process holds already is counted too: most of it are libraries.
+    It is that of the calibration set and the larger of a pass with its gradient and a reconstructed layer. On a CPU the
+    memory that the process has already counts too: most of it is libraries.
 
     Args:
-        run: its model (shapes are enough), device and settings. No pass of a torchvision model is computed. Other
-            models may hold tensors that are not registered and do not go to the meta device: a pass of two images is.
+        run: its model may have shapes only. A torchvision model is moved to the meta device. Other models may hold
+            tensors that are not registered and would stay behind: two images are passed through them.
         variants: those to be quantized.
     """
-    synthesis, tuning, size = run.config.synthesis, run.config.finetune, run.model.input.size
-    module = run.model.module
+    synthesis, tuning = run.config.synthesis, run.config.finetune
+    module, size = run.model.module, run.model.input.size
     if run.model.source == "torchvision":
         module = copy.deepcopy(module).to("meta")
     saved, widest = _pass_memory(module, size)

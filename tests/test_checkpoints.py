@@ -1,4 +1,4 @@
-"""Work that is interrupted goes on from its checkpoint, and ends as it would have ended."""
+"""Interrupted work resumes from its checkpoint, with the result of uninterrupted work."""
 
 import copy
 import math
@@ -230,7 +230,7 @@ def test_load_ignores_states_of_other_work_and_altered_ones(tmp_path: Path) -> N
 def test_save_to_an_unwritable_place_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     FileCheckpoint(tmp_path / "file", "work").save("phase", dict)
-    assert [r.message.partition(": ")[0] for r in caplog.records] == ["no checkpoint was kept"]
+    assert [r.message.partition(": ")[0] for r in caplog.records] == ["no checkpoint was written"]
 
 
 def test_save_keeps_a_state_after_a_while_and_less_often_if_writing_is_slow(

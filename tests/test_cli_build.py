@@ -132,7 +132,7 @@ def test_benchmark_of_a_file_leaves_out_engines_that_cannot_be_measured(
     timed = json_of("benchmark", graph, "--batches", "2", "--threads", "1")
     assert [row["runtime"] for row in timed] == ["onnxruntime-cpu"]
     assert "foreign.engine is skipped: cannot read" in caplog.text
-    assert f"{graph.with_suffix('.engine')} is skipped: batch is 2; the engine takes 1 to 1 images" in caplog.text
+    assert f"{graph.with_suffix('.engine')} is skipped: batch is 2; the engine accepts 1 to 1 images" in caplog.text
     assert call("benchmark", graph.with_suffix(".engine"), "--batches", "2").exit_code == 2
 
 
@@ -151,7 +151,7 @@ def test_build_ignores_batch_sizes_for_a_graph_that_fixes_its_batch(
 ) -> None:
     world.input_shape = (4, 3, 4, 4)
     output_of("build", graph, "--batch", "1:2:16")
-    assert f"{graph} fixes the batch at 4; the batch sizes (1, 2, 16) do not count" in caplog.text
+    assert f"{graph} fixes the batch at 4; the batch sizes (1, 2, 16) are ignored" in caplog.text
     assert engine.read_sidecar(graph.with_suffix(".engine")).options.batch == (4, 4, 4)
     assert world.profiles == {}
     caplog.clear()
@@ -188,8 +188,8 @@ def test_build_reads_sizes_with_units(world: World, graph: Path, size: str, expe
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--workspace", "4GB", "'4GB' is no size such as 4GiB, 512MiB or 512, in MiB"),
-        ("--workspace", "0", "is no size"),
+        ("--workspace", "4GB", "'4GB' is not a size such as 4GiB, 512MiB or 512, in MiB"),
+        ("--workspace", "0", "is not a size"),
         ("--batch", "8", "'8' is not of the form min:opt:max, such as 1:8:32"),
         ("--batch", "1:x:3", "is not of the form min:opt:max"),
         ("--batch", "8:4:32", "batch is (8, 4, 32); expected (min, opt, max) with min <= opt <= max"),

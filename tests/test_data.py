@@ -154,7 +154,7 @@ def test_load_evaluation_refuses_paths_without_data(tmp_path: Path, colour: Load
     (tmp_path / "0").mkdir()
     assert "no images were found" in failure(tmp_path, colour)
     (tmp_path / "data.zip").write_bytes(b"")
-    assert "no known format" in failure(tmp_path / "data.zip", colour)
+    assert "unknown format" in failure(tmp_path / "data.zip", colour)
     for name in ("cat", "dog"):
         paint(tmp_path / "pets" / name / "x.png", 0)
     assert "has 2 class folders, but the model has 3 classes" in failure(tmp_path / "pets", colour)
@@ -218,7 +218,7 @@ LABELS = np.array([0, 1])
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "has no images"),
         ({"images": IMAGES, "labels": LABELS + 98}, "labels up to 99, but the model has 3 classes"),
         ({"images": IMAGES, "labels": np.full(2, 2**64 - 1, np.uint64)}, "labels up to 18446744073709551615"),
-        ({"images": IMAGES[..., :1], "labels": LABELS}, "1 channels, but the model takes 3"),
+        ({"images": IMAGES[..., :1], "labels": LABELS}, "1 channels, but the model has 3"),
         ({"images": np.array([{}, {}], object), "labels": LABELS}, "allow_pickle=False"),
     ],
 )

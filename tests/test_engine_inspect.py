@@ -145,7 +145,11 @@ def test_parse_layers_accepts_an_engine_that_tells_nothing(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("Layers:", "gave no JSON"), ('["a"]', "expected an object"), ('{"Layers": "none"}', "expected an object")],
+    [
+        ("Layers:", "returned invalid JSON"),
+        ('["a"]', "expected an object"),
+        ('{"Layers": "none"}', "expected an object"),
+    ],
 )
 def test_parse_layers_refuses_anything_else(text: str, message: str) -> None:
     with pytest.raises(EngineError, match=message):
@@ -287,6 +291,6 @@ def test_inspect_engine_notes_what_cannot_be_inspected(world: World, engine: Pat
     inspection, text = inspect(engine)
     assert text == "not available"
     assert inspection.notes == [
-        "The engine could not be inspected: the engine inspector gave no JSON: "
+        "The engine could not be inspected: the engine inspector returned invalid JSON: "
         "Expecting value: line 1 column 1 (char 0)."
     ]

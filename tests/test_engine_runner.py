@@ -33,10 +33,10 @@ def test_infer_pads_to_a_fixed_batch(world: World, graph: Path) -> None:
 
 def test_runner_refuses_other_images_other_batches_and_any_once_closed(world: World, graph: Path) -> None:
     with open_engine(build(graph)) as runner:
-        with pytest.raises(EngineError, match=r"\(1, 3, 8, 8\); the engine takes \(N, 3, 4, 4\)"):
+        with pytest.raises(EngineError, match=r"\(1, 3, 8, 8\); the engine accepts \(N, 3, 4, 4\)"):
             runner.infer(np.zeros((1, 3, 8, 8), np.float32))
         for method in (runner.measure, runner.layer_information, runner.layer_times):
-            with pytest.raises(EngineError, match="batch is 33; the engine takes 1 to 32"):
+            with pytest.raises(EngineError, match="batch is 33; the engine accepts 1 to 32"):
                 method(33)
     with pytest.raises(EngineError, match="closed"):
         runner.infer(np.zeros((1, 3, 4, 4), np.float32))
@@ -91,8 +91,8 @@ def test_runner_loads_a_compatible_engine_where_it_fits(
         (lambda engine: engine.write_bytes(b"something else"), "not the file that its sidecar describes"),
         (lambda engine: engine.unlink(), "cannot read .*engine: No such file"),
         (lambda engine: sidecar_path(engine).unlink(), "needs its sidecar"),
-        (lambda engine: sidecar_path(engine).write_text("{"), "no sidecar: the file"),
-        (lambda engine: sidecar_path(engine).write_text('{"built_on": {}}'), r"no sidecar: built_on\.gpu"),
+        (lambda engine: sidecar_path(engine).write_text("{"), "not a sidecar: the file"),
+        (lambda engine: sidecar_path(engine).write_text('{"built_on": {}}'), r"not a sidecar: built_on\.gpu"),
         (lambda _: None, r"cannot load .*; Serialization assertion failed"),
     ],
 )

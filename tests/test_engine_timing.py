@@ -170,7 +170,7 @@ def test_gpu_monitor_has_the_reason_if_nvml_does_not_know_the_device(
     nvml.known = False
     with gpu_monitor("cuda") as telemetry:
         pass
-    assert "NVML does not know the device: Not Found" in (telemetry().reason or "")
+    assert "NVML does not have the device: Not Found" in (telemetry().reason or "")
     assert nvml.shut_down == 1
 
 

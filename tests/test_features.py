@@ -116,7 +116,7 @@ def test_capture_keeps_the_order_and_the_teacher() -> None:
 def test_capture_refuses_features_that_are_not_finite() -> None:
     x = images(4)
     x[2] = torch.inf
-    with pytest.raises(FeatureError, match="features of broken hold values that are not finite"):
+    with pytest.raises(FeatureError, match="features of broken have values that are not finite"):
         capture(penultimate(make_net("residual"), 10), EvaluationSet.from_images("broken", x.numpy()))
 
 
@@ -255,7 +255,7 @@ def test_compare_features_projects_two_sets_together() -> None:
 def test_compare_features_notes_one_class_and_other_real_classes() -> None:
     info = compared(labelled("made", images(6), [4] * 6), labelled("true", images(6, seed=2), [1] * 6))
     assert (info.synthetic.silhouette, info.synthetic.within_class_diversity, info.real) == (None, None, None)
-    assert any("No image of true is of a class that is compared" in note for note in info.notes)
+    assert any("No image of true is of a compared class" in note for note in info.notes)
     assert any("No silhouette and no diversity of synthetic images" in note for note in info.notes)
     assert len(info.synthetic.points.labels) == 6
 

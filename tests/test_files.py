@@ -9,13 +9,13 @@ import pytest
 from support import run_python
 
 from clusterq_deploy.errors import RunDirectoryError
-from clusterq_deploy.files import fingerprint, sha256_file, write_bytes, write_text
+from clusterq_deploy.files import fingerprint, sha256_file, write_bytes
 
 
-def test_write_bytes_and_write_text_replace_a_file(tmp_path: Path) -> None:
+def test_write_bytes_replaces_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     write_bytes(path, memoryview(b"first"))
-    write_text(path, "zweite Übung\n")
+    write_bytes(path, b"zweite ", "Übung\n".encode())
     assert path.read_bytes() == "zweite Übung\n".encode()
     assert names(path.parent) == ["file"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
@@ -38,31 +38,31 @@ def test_write_bytes_on_a_full_file_system_keeps_the_old_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_write_text_names_the_path_and_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_write_bytes_names_the_path_and_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(RunDirectoryError) as caught:
-        write_text(tmp_path / "file", "text")
+        write_bytes(tmp_path / "file", b"text")
     assert str(caught.value) == f"cannot write {tmp_path / 'file'}: {os.strerror(code)}"
     assert names(tmp_path) == []
 
 
-def test_write_text_leaves_nothing_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_bytes_leaves_nothing_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_text(tmp_path / "file", "text")
+        write_bytes(tmp_path / "file", b"text")
     assert names(tmp_path) == []
 
 
-def test_write_text_refuses_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
+def test_write_bytes_refuses_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunDirectoryError, match=r"cannot write .*run/file: "):
-        write_text(tmp_path / "run" / "file", "text")
+        write_bytes(tmp_path / "run" / "file", b"text")
 
 
 def test_sha256_file(tmp_path: Path) -> None:

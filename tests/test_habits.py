@@ -201,7 +201,7 @@ def test_given_has_every_option_that_is_a_setting() -> None:
         ("fp16 = 1", "fp16 in {}: expected true or false, got 1"),
         ("bits = 'w8a8'", "bits in {}: expected a list, such as [1, 2], got 'w8a8'"),
         ("keep = ['conv1=8']", "keep in {}: expected a table, got ['conv1=8']"),
-        ("effort = 'fast'\nrecipe = 'paper'", "{}: the recipe paper has the published schedule: it takes no effort"),
+        ("effort = 'fast'\nrecipe = 'paper'", "{}: the recipe paper has the published schedule: it accepts no effort"),
     ],
 )
 def test_run_refuses_wrong_settings_of_a_file_in_words_of_toml(text: str, said: str, file: Path) -> None:

@@ -49,8 +49,8 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 UNREADABLE: dict[str, tuple[bytes, str]] = {
-    "text.png": (b"not an image", "no image of these formats"),
-    "empty.jpg": (b"", "no image of these formats"),
+    "text.png": (b"not an image", "not an image of these formats"),
+    "empty.jpg": (b"", "not an image of these formats"),
     "header.png": (encoded("PNG")[:60], "OSError"),
     "cut.png": (encoded("PNG")[:-4000], "truncated"),
     "cut.jpg": (encoded("JPEG")[:-800], "truncated"),
@@ -59,7 +59,7 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "cut.webp": (encoded("WEBP")[:-800], ""),
     "warned.png": (huge_png(10_000, 9_000), "decompression bomb"),  # Pillow only warns of it
     "refused.png": (huge_png(20_000, 9_000), "decompression bomb"),
-    "ghostscript.png": (encoded("EPS"), "no image of these formats"),
+    "ghostscript.png": (encoded("EPS"), "not an image of these formats"),
     "thread.png": (huge_png(1, 12_000), "would be resized to"),
 }
 

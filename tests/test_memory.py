@@ -108,7 +108,7 @@ def test_features_go_on_in_smaller_batches(
 def test_features_that_do_not_fit_are_left_out_for_now(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with edited_stages(run_copy) as stages:
         del stages["features"]
-    monkeypatch.setattr(compare, "_MOST_BYTES", 1 << 60)
+    monkeypatch.setattr(compare, "_MAX_BYTES", 1 << 60)
     skipped = Pipeline(small_config(), run_copy).features().result.skipped
     assert skipped.startswith("features: there is not enough memory for batches of 1/64 either")
     monkeypatch.undo()
@@ -130,7 +130,7 @@ def test_compare_features_frees_the_room_that_it_reserved(monkeypatch: pytest.Mo
     compare.compare_features(make_net("residual"), data, None, classes=10, seed=0)
     tracemalloc.stop()
     assert sizes
-    assert max(sizes) < compare._MOST_BYTES
+    assert max(sizes) < compare._MAX_BYTES
 
 
 def test_benchmark_that_lacked_memory_is_done_again_by_another_process(

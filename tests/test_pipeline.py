@@ -331,10 +331,10 @@ def test_pipeline_refuses_a_folder_of_another_model_or_of_other_files(finished_r
     with pytest.raises(RunDirectoryError, match=r"holds a run of digits .*choose another folder"):
         Pipeline(small_config(weights="none"), finished_run)
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(RunDirectoryError, match="holds files that are no run's"):
+    with pytest.raises(RunDirectoryError, match="holds files of no run"):
         Pipeline(small_config(), tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match=r"is no manifest of a run \(schema: Field required\)"):
+    with pytest.raises(RunDirectoryError, match=r"is not the manifest of a run \(schema: Field required\)"):
         RunDirectory(tmp_path, {})
 
 
@@ -401,7 +401,7 @@ def test_run_on_the_gpu(tmp_path: Path) -> None:
         ({"synthesis": {"imges": 3}}, "unknown setting 'synthesis.imges'.*did you mean 'images'"),
         ({"finetune": {"steps": -1}}, "finetune.steps in the options"),
         ({"bits": ["w9a4"]}, "from 2 to 8"),
-        ({"effort": "thorough", "synthesis": {"recipe": "paper"}}, "takes no effort, got 'thorough'"),
+        ({"effort": "thorough", "synthesis": {"recipe": "paper"}}, "accepts no effort, got 'thorough'"),
     ],
 )
 def test_make_config_names_a_wrong_setting(settings: dict[str, object], message: str) -> None:

@@ -247,10 +247,10 @@ def test_synthesis_and_quantization_that_are_killed_end_with_the_same_files(shel
     for command, checkpoints in zip(commands("run"), phases, strict=True):
         for checkpoint in checkpoints:
             shell.end(tmp_path, *command, before=f".checkpoints/{checkpoint}", nth=2, often=True)
-        assert "goes on from its checkpoint" in shell.run(tmp_path, *command)
+        assert "resuming from the checkpoint" in shell.run(tmp_path, *command)
     assert not (tmp_path / "run" / ".checkpoints").exists()
     for command in commands("whole"):
-        assert "goes on from its checkpoint" not in shell.run(tmp_path, *command)
+        assert "resuming from the checkpoint" not in shell.run(tmp_path, *command)
     for stage in ("synthesize", "sensitivity/w4a4", "quantize/w4a4"):
         resumed, uninterrupted = (read_stages(tmp_path / folder)[stage] for folder in ("run", "whole"))
         assert resumed.files == uninterrupted.files
@@ -264,10 +264,10 @@ def test_evaluation_that_is_killed_goes_on_after_the_runtimes_that_are_done(
     for file in ("torch", "onnxruntime-cpu-w8a8-model.trt.onnx"):
         shell.end(folder, *command, before=f"w8a8/batches-by-1/{file}")
     log = shell.run(folder, *command)
-    resumed = [Path(line.split()[-1]).name for line in log.splitlines() if "goes on from its checkpoint" in line]
+    resumed = [Path(line.split()[-1]).name for line in log.splitlines() if "resuming from the checkpoint" in line]
     assert resumed == ["teacher", "torch", "onnxruntime-cpu-w8a8-model.ort.onnx"]
     again = Path(shutil.copytree(whole, tmp_path / "again"))
-    assert "goes on from its checkpoint" not in shell.run(again, *command)
+    assert "resuming from the checkpoint" not in shell.run(again, *command)
     results = [read_stages(path / "run")["evaluate/w8a8"].result for path in (folder, again)]
     assert results[0] == results[1]
 

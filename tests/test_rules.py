@@ -335,7 +335,7 @@ def test_check_command_refuses_invalid_onnx_in_one_line(tmp_path: Path) -> None:
 def test_read_graph_refuses_other_files_in_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.onnx"
     path.write_bytes(content)
-    with pytest.raises(ExportError, match="is no ONNX file"):
+    with pytest.raises(ExportError, match="is not an ONNX file"):
         read_graph(path)
     assert "is no ONNX file" in error_line("check", path)
     assert "cannot read" in error_line("check", tmp_path / "none.onnx")

@@ -56,7 +56,7 @@ def test_require_finished_tells_a_result_that_does_not_fit_in_one_line(tmp_path:
     run.directory.perform("synthesize", {}, lambda: ({"images": "many"}, []))
     for read in (run.finished, run.require_finished):
         with pytest.raises(
-            RunDirectoryError, match=r"is no manifest of a run \(stages\.synthesize\.result\."
+            RunDirectoryError, match=r"is not the manifest of a run \(stages\.synthesize\.result\."
         ) as caught:
             read(Stage(synthesize))
         assert "\n" not in str(caught.value)

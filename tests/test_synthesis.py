@@ -251,7 +251,7 @@ def test_calibration_set_is_read_back_from_its_file(tmp_path: Path) -> None:
     assert again.provenance == {"seed": 1}
     path.write_bytes(b"x" * 100)
     for read in (CalibrationSet.load, CalibrationSet.read_labels):
-        with pytest.raises(SynthesisError, match="no calibration set"):
+        with pytest.raises(SynthesisError, match="not a calibration set"):
             read(path)
 
 

@@ -194,7 +194,7 @@ def test_read_settings_keeps_paths_in_the_files_folder(
     (folder / "circle").symlink_to(folder / "circle")
     allow(ConfigError, lambda: read("circle"))
     file.write_text(PATHS[name].replace("'", '"').format("\\u0000"))
-    with pytest.raises(ConfigError, match="is no path"):
+    with pytest.raises(ConfigError, match="is not a path"):
         read_settings(file)
 
 
@@ -240,7 +240,7 @@ def test_run_directory_refuses_a_stage_that_builds_on_itself(tmp_path: Path) -> 
     open_all(tmp_path)
     circle = replaced(MANIFEST, ("stages", "synthesize", "upstream"), {"quantize/w4a4": ""})
     (tmp_path / "manifest.json").write_text(json.dumps(circle))
-    with pytest.raises(RunDirectoryError, match="is no manifest of a run"):
+    with pytest.raises(RunDirectoryError, match="is not the manifest of a run"):
         open_all(tmp_path)
 
 
@@ -249,7 +249,7 @@ def test_run_directory_does_not_count_an_altered_result_as_finished(tmp_path: Pa
     run.perform("evaluate", {}, lambda: ({"top1": {1: 70.0, 10: 90.0}}, []))
     again = RunDirectory(tmp_path, MODEL)
     assert again.finished("evaluate") is not None
-    assert again.made_by == ["clusterq", "run"]
+    assert again.last_command == ["clusterq", "run"]
     with edited_stages(tmp_path) as stages:
         stages["evaluate"]["result"]["top1"]["1"] = 99.0
     assert RunDirectory(tmp_path, MODEL).finished("evaluate") is None

@@ -1,4 +1,4 @@
-"""Numerical safety and speed of training loops: bfloat16 where it is fast, and steps only along finite gradients."""
+"""Numerical safety and speed of training loops: bfloat16 if it is fast, and only steps with finite gradients."""
 
 import logging
 import math
@@ -30,11 +30,11 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 
 class FiniteSteps:
-    """Takes optimizer steps, skips those without a finite gradient, and gives up after three skipped in a row.
+    """Takes optimizer steps, skips those without a finite gradient, and raises an error after three in a row.
 
     Args:
-        what: what messages call the optimization, such as `fine-tuning w4a4`.
-        error: the error to raise when it gives up.
+        what: the name of the optimization in messages, such as `fine-tuning w4a4`.
+        error: the class of the error.
         advice: what to do then, for the error's message.
     """
 
@@ -46,7 +46,7 @@ class FiniteSteps:
         """Take a step down the gradient of `loss` (). Return False if the loss or the gradient is not finite.
 
         Raises:
-            ClusterQError: of the given type, if the two steps before were skipped too.
+            ClusterQError: `error`, if the two steps before were skipped too.
         """
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,4 +1,4 @@
-"""How long-running work saves its progress, without knowing where."""
+"""The interface by which long-running work saves its progress."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,11 +11,11 @@ class Checkpoint(Protocol):
     """Saves the newest state of each phase of some work, to continue it after an interruption."""
 
     def load(self, phase: str) -> State | None:
-        """Return the state that a phase was left in, its tensors on the CPU; None if it has not begun."""
+        """Return the last state of a phase, its tensors on the CPU; None if it has not begun."""
         ...
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        """Save the state of a phase if it is time to, or `at_once`, as at the end of a phase that others follow."""
+        """Save the state of a phase, from time to time or `at_once`, such as at its end."""
         ...
 
 
@@ -32,18 +32,18 @@ NOWHERE: Checkpoint = _Nowhere()
 
 
 class ScopedCheckpoint:
-    """The checkpoint of one of several turns of work that have the same phases; only the newest turn's are kept.
+    """The checkpoint of one of several turns of work with the same phases; only those of the newest turn are saved.
 
     Args:
         checkpoint: where to save, under phase names that begin with `scope`.
-        number: which turn it is.
+        number: of the turn.
     """
 
     def __init__(self, checkpoint: Checkpoint, scope: str, number: int) -> None:
         self._checkpoint, self._scope, self._number = checkpoint, scope, number
 
     def load(self, phase: str) -> State | None:
-        """Return the state that a phase of this turn was left in; None if it has not begun."""
+        """Return the last state of a phase of this turn; None if it has not begun."""
         saved = self._checkpoint.load(f"{self._scope}-{phase}")
         return saved["state"] if saved and saved["turn"] == self._number else None
 

@@ -18,13 +18,13 @@ class StageConfig(BaseModel):
     @classmethod
     def _check_type(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
-        if not any(isinstance(item, BeforeValidator) for item in field.metadata):  # which may accept a text
+        if not any(isinstance(item, BeforeValidator) for item in field.metadata):  # it may accept a text
             _require_type(value, _types(field.annotation))
         return value
 
 
 def _types(annotation: Any) -> set[Any]:
-    """Return the types that an annotation is made of."""
+    """Return the types in an annotation."""
     if get_origin(annotation) is Annotated:
         return _types(annotation.__origin__)
     inner = get_args(annotation)
@@ -32,7 +32,7 @@ def _types(annotation: Any) -> set[Any]:
 
 
 def _require_type(value: Any, types: set[Any]) -> None:
-    """Raise a ValueError if pydantic would make a number or a bool of a value of another type, or of one in a list."""
+    """Raise a ValueError if pydantic would convert a value, or one in a list, to a number or a bool."""
     if isinstance(value, list | tuple):
         for item in value:
             _require_type(item, types)

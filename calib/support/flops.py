@@ -1,4 +1,4 @@
-"""What a pass through a model costs, from the model only: the same on every machine."""
+"""The cost of a pass through a model, independent of the machine."""
 
 from contextlib import ExitStack
 
@@ -6,18 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-_OPERATIONS_PER_VALUE = 100  # a value written, normalized and read again takes as long on a CPU as these multiply-adds
+_OPERATIONS_PER_VALUE = 100  # multiply-adds that take as long on a CPU as writing, normalizing and reading a value
 
 
 def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
     """Return the cost of a forward pass of one image, in multiply-adds.
 
-    It counts those of convolutions and matrix products, and 100 for each value that such a layer writes: layers with
-    few channels are bound by memory, not by arithmetic.
-
-    Args:
-        model: images (1, C, H, W) float32 to logits.
-        size: (channels, height, width) of an image.
+    It counts those of convolutions and matrix products, and 100 for each value that such a layer writes, since layers
+    with few channels are bound by memory. `size` is (channels, height, width) of an image.
     """
     written = 0
 

@@ -1,18 +1,18 @@
-"""How long-running library functions report progress, without knowing who shows it."""
+"""The interface by which long-running functions report progress."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[..., None]
-"""`advance(n=1, **figures)`: n more units are done; figures (a loss, a count) describe the newest state."""
+"""`advance(n=1, **figures)`: n more units are done; figures are of the newest state, such as a loss."""
 
 
 class Progress(Protocol):
-    """Shows how far a task is. The library accepts one; `cli` renders it, `SILENT` ignores it."""
+    """Shows the progress of tasks; `cli` renders it, `SILENT` ignores it."""
 
     def task(self, description: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a task of `total` units, also while another one runs and in any thread; yield what advances it."""
+        """Open a task of `total` units, in any thread, also within another one; yield the function that advances it."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a run, what `--recipe` and `--effort` stand for, and `run.toml`."""
+"""The configuration of a run, the presets of `--recipe` and `--effort`, and `run.toml`."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -26,21 +26,21 @@ _Part = TypeVar("_Part", bound=StageConfig)
 Effort = Literal["fast", "standard", "thorough"]
 
 _EFFORTS: Mapping[str, Settings] = {
-    # equalization, scales, reconstruction and bias correction on few images: nothing is learned by gradients
+    # equalization, scales, reconstruction and bias correction on few images, without fine-tuning
     "fast": {
         "synthesis": {"images": 256, "generator": {"steps": 60, "warmup_steps": 15}, "refine": {"steps": 40}},
         "finetune": {"steps": 0},
     },
     "standard": {},
-    # for a GPU: a generator trained to the end, more images, refined longer, and ten times the fine-tuning
+    # for a GPU: a longer training of the generator, more images, refined longer, and ten times the fine-tuning
     "thorough": {
         "synthesis": {"images": 5120, "generator": {"steps": 3000, "warmup_steps": 500}, "refine": {"steps": 500}},
         "finetune": {"steps": 12_000},
     },
 }
 
-# (11) with gamma = 1 and no temperature, as it is written, on the images as they are: its labels fit no mixed ones.
-# What synthesis does otherwise is in calib.synthesis.
+# (11) with gamma = 1 and no temperature, as published, on images without augmentation: its labels fit no mixed ones.
+# The settings of synthesis are in calib.synthesis.
 _PAPER: Settings = {
     "finetune": {
         "ce_weight": 1.0,
@@ -52,16 +52,16 @@ _PAPER: Settings = {
 }
 
 _STANDARD_COST = 2e8
-_LEAST_SHARE = 0.25
-_LEAST_GENERATOR_SHARE = {"standard": 0.75}  # its steps are no more than a small model needs already
+_MIN_SHARE = 0.25
+_MIN_GENERATOR_SHARE = {"standard": 0.75}  # its steps are few already
 
 OPTIONS = "the options"
-"""The origin of settings that are in no file, for messages."""
+"""The origin of settings that are not in a file, for messages."""
 
 _REASONS = dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "expected a table") | {
     "tuple_type": "expected a list, such as [1, 2]"
 }
-"""Reasons for types that pydantic and TOML call by different names."""
+"""Reasons for types that pydantic and TOML name differently."""
 
 _SHOWN = 300  # characters of a wrong value that a message quotes
 
@@ -72,20 +72,18 @@ class RunConfig(StageConfig):
     Attributes:
         model: `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`.
         weights: None for the model's own, `none` for random ones, else a file.
-        input_size, mean, std: how an input is made, if the model does not say.
+        input_size, mean, std: of the model's input, if the model does not define them.
         bits: the variants, such as w8a8.
         first_last: whether the first and last layers have the variant's bits too, not 8.
         keep: bits of single layers, by name: of their weights, and of the activations that they read.
         max_drop: raise the most sensitive layers to 8 bits until the expected drop in top-1 before fine-tuning, in
             points, is at most this; None raises none.
-        cpu: the CPUs that ONNX Runtime's graph is made for: `any`, or `vnni` for those that add products of integers
-            in 32 bits, so that its weights can have their full range.
-        fp16: whether what is not quantized is FP16 in the graph for TensorRT, which computes in the types of its graph.
-        data: evaluation data; None evaluates on the model's own or on held-out synthetic images.
-        limit: the most images to evaluate on.
-        seed: source of all randomness.
-        device: where to compute.
-        effort: how much work goes into synthesis and fine-tuning; fills in their settings that were not given.
+        cpu: the CPUs that ONNX Runtime's graph is for: `any`, or `vnni` for those that add products of integers in 32
+            bits, so that its weights can have their full range.
+        fp16: whether the graph for TensorRT has FP16 in place of float32.
+        data: evaluation data; None evaluates on the bundled model's data or on held-out synthetic images.
+        limit: the largest number of images to evaluate on.
+        effort: preset of the settings of synthesis and fine-tuning that were not given.
     """
 
     model: str
@@ -112,14 +110,14 @@ class RunConfig(StageConfig):
     @model_validator(mode="wrap")
     @classmethod
     def _apply_presets(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Fill in what the recipe and the effort stand for, below the settings that were given."""
+        """Fill in the presets of the recipe and the effort, below the settings that were given."""
         if not isinstance(values, dict):
             return handler(values)
         synthesis, effort = values.get("synthesis"), str(values.get("effort", "standard"))
         preset = _EFFORTS.get(effort, {})
         if isinstance(synthesis, dict) and synthesis.get("recipe") == "paper":
             if effort != "standard":
-                raise ValueError(f"the recipe paper has the published schedule: it takes no effort, got {effort!r}")
+                raise ValueError(f"the recipe paper has the published schedule: it accepts no effort, got {effort!r}")
             preset = _PAPER
         config = handler(merged(preset, values))
         _mark_given(config, values)
@@ -145,27 +143,26 @@ class RunConfig(StageConfig):
         return [BitWidths.parse(text) for text in self.bits]
 
     def scaled_to(self, cost: float) -> "RunConfig":
-        """Return the settings for a model on a CPU whose forward pass costs this (`calib.support.flops.pass_cost`).
+        """Return the settings for a CPU and a model whose forward pass has this `calib.support.flops.pass_cost`.
 
-        The standard work is meant for models of up to 200 million multiply-adds. Larger ones get proportionally
-        fewer images and steps, but at least a quarter, and of the standard generator's steps three quarters. Settings
-        that differ from the defaults stay, and so does the recipe `paper`: its schedule is the published one.
+        The presets are for models of up to 200 million multiply-adds. Larger ones get proportionally fewer images and
+        steps, but at least a quarter, and of the standard generator's steps three quarters. Settings that differ from
+        the presets and the recipe `paper`, which has the published schedule, are unchanged.
         """
         if self.synthesis.recipe == "paper":
             return self
         standard = _standard(self)
-        share = max(_LEAST_SHARE, min(1.0, _STANDARD_COST / cost))
-        generator_share = max(share, _LEAST_GENERATOR_SHARE.get(self.effort, 0))
+        share = max(_MIN_SHARE, min(1.0, _STANDARD_COST / cost))
+        generator_share = max(share, _MIN_GENERATOR_SHARE.get(self.effort, 0))
         parts = (self.synthesis.generator, standard.synthesis.generator)
         generator = _scaled(*parts, generator_share, "steps", "warmup_steps")
-        synthesis = _scaled(self.synthesis, standard.synthesis, share, "images").model_copy(
-            update={"generator": generator}
-        )
+        synthesis = _scaled(self.synthesis, standard.synthesis, share, "images")
+        synthesis = synthesis.model_copy(update={"generator": generator})
         finetune = _scaled(self.finetune, standard.finetune, share, "steps")
         return self.model_copy(update={"synthesis": synthesis, "finetune": finetune})
 
     def to_toml(self) -> str:
-        """Return the text of `run.toml`: the settings that were given, with absolute paths: it holds from any folder.
+        """Return the text of `run.toml`: the settings that were given, with absolute paths.
 
         Raises:
             ConfigError: a path is not UTF-8, as TOML is.
@@ -175,7 +172,7 @@ class RunConfig(StageConfig):
 
 
 def _mark_given(config: StageConfig, values: Mapping[str, Any]) -> None:
-    """Let the fields that count as set be those of `values`, without those that presets filled in."""
+    """Remove from the fields that count as set those that presets filled in: they are not in `values`."""
     config.model_fields_set.intersection_update(values)
     for name in config.model_fields_set:
         if isinstance(part := getattr(config, name), StageConfig) and isinstance(values[name], Mapping):
@@ -183,19 +180,19 @@ def _mark_given(config: StageConfig, values: Mapping[str, Any]) -> None:
 
 
 def _standard(config: RunConfig) -> RunConfig:
-    """Return what the recipe and the effort of a configuration stand for, with nothing else given."""
+    """Return the presets of a configuration's recipe and effort."""
     synthesis = {"recipe": config.synthesis.recipe}
     return RunConfig.model_validate({"model": "", "effort": config.effort, "synthesis": synthesis})
 
 
 def _scaled(part: _Part, standard: _Part, share: float, *names: str) -> _Part:
-    """Return settings in which those of these names that have their standard value are this share of it."""
+    """Return settings in which those of these names that have their standard value are reduced to a share of it."""
     values = {name: getattr(part, name) for name in names if getattr(part, name) == getattr(standard, name)}
     return part.model_copy(update={name: math.ceil(share * value) for name, value in values.items()})
 
 
 def _absolute(name: str, path: Path) -> Path:
-    """Return the absolute path, if a file of UTF-8 can hold it."""
+    """Return the absolute path, if it can be encoded in UTF-8."""
     path = path.absolute()
     if not is_utf8(path):
         raise ConfigError(f"{name}: the path {str(path)!r} is not UTF-8, so that run.toml cannot hold it; rename it")
@@ -203,11 +200,7 @@ def _absolute(name: str, path: Path) -> Path:
 
 
 def make_config(values: dict[str, Any], *, origin: str = OPTIONS) -> RunConfig:
-    """Check a nested dictionary of settings, with names as in `RunConfig`, and return the configuration.
-
-    Args:
-        values: the settings.
-        origin: where they come from, for messages.
+    """Return the configuration of nested settings, with names as in `RunConfig`; messages name their `origin`.
 
     Raises:
         ConfigError: a name is unknown (with near matches), or a value is wrong.
@@ -241,7 +234,7 @@ def _explain(error: ErrorDetails, origin: str) -> str:
         near = _near(path[:-1], path[-1].replace("-", "_"))
         return f"unknown setting {'.'.join(path)!r} in {origin}" + (f"; did you mean {near!r}?" if near else "")
     reason = _REASONS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
-    if not path:  # settings that do not go together
+    if not path:  # settings that exclude each other
         return f"{origin}: {reason}"
     options = [name.replace("_", "-") for name, place in PLACES.items() if place == path[: len(place)]]
     setting = f"--{options[0]}" if options and origin == OPTIONS else f"{'.'.join(path)} in {origin}"
@@ -249,7 +242,7 @@ def _explain(error: ErrorDetails, origin: str) -> str:
 
 
 def _near(table: tuple[str, ...], name: str) -> str | None:
-    """Return the setting that was perhaps meant: an option's, by its name, else of the same table, else of another."""
+    """Return the nearest name of a setting: of an option, else of the same table, else of another."""
     options = {option: ".".join(place) for option, place in PLACES.items()}
     places = list(_places(RunConfig))
     siblings = {place[-1]: place[-1] for place in places if place[:-1] == table}

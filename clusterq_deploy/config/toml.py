@@ -1,4 +1,4 @@
-"""Settings as nested tables, as a file has them, before they are a configuration."""
+"""Settings as nested tables, before they are checked: read from a file, merged, with their paths."""
 
 import tomllib
 from collections.abc import Callable, Mapping
@@ -26,12 +26,11 @@ PLACES: dict[str, tuple[str, ...]] = {
 def read_settings(path: Path) -> Settings:
     """Return the settings of a TOML file for `make_config`. Only names and paths are checked.
 
-    A setting may have its option's name, with dashes or underscores, at the top or in its table. Paths start at the
-    file's folder and stay in it. Only the `run.toml` of a run may have absolute paths, which it was written with.
+    A setting may have its option's name, with dashes or underscores, at the top or in its table. Paths are relative to
+    the file's folder and stay in it; only the `run.toml` of a run has absolute ones.
 
     Raises:
-        ConfigError: it cannot be read, is no TOML, has one setting under two names, or has a path that leads out of its
-            folder: by `..`, through a link, or as an absolute one.
+        ConfigError: it cannot be read, is not TOML, has one setting under two names, or has a path out of its folder.
     """
     try:
         with path.open("rb") as file:
@@ -39,7 +38,7 @@ def read_settings(path: Path) -> Settings:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # the parser recurses into nested arrays
-        raise ConfigError(f"{path} is no TOML: {error}") from error
+        raise ConfigError(f"{path} is not TOML: {error}") from error
 
     of_run = path.name == CONFIG and (path.parent / MANIFEST).is_file()
 
@@ -48,10 +47,10 @@ def read_settings(path: Path) -> Settings:
             return value
         target = path.parent / value
         try:
-            leaves = not target.resolve().is_relative_to(path.parent.resolve())
+            outside = not target.resolve().is_relative_to(path.parent.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
-            raise ConfigError(f"{name} in {path}: {str(value)!r} is no path: {error}") from error
-        if leaves:
+            raise ConfigError(f"{name} in {path}: {str(value)!r} is not a path: {error}") from error
+        if outside:
             raise ConfigError(
                 f"{name} in {path}: {str(value)!r} leads out of the file's folder; give it on the command line"
             )
@@ -61,10 +60,10 @@ def read_settings(path: Path) -> Settings:
 
 
 def _with_options_placed(settings: Settings, path: Path) -> Settings:
-    """Return a file's settings with those that have an option's name moved to the place of that setting."""
+    """Return a file's settings, with those that have an option's name moved to that option's place."""
     tables = {name: settings[name] for name in _OPTIONS if name in settings}
     if not all(isinstance(table, dict) for table in tables.values()):
-        return settings  # the check of the types reports it
+        return settings  # `make_config` reports it
     items: dict[tuple[str, ...], Any] = {(key,): value for key, value in settings.items() if key not in tables}
     items |= {(name, key): value for name, table in tables.items() for key, value in table.items()}
     placed: Settings = {}
@@ -89,17 +88,13 @@ def put(settings: Settings, place: tuple[str, ...], value: Any) -> None:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
-    """Return two nested tables as one, with the values of `above` where both have one."""
-    result = dict(below)
-    for key, value in above.items():
-        other = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(other, Mapping)
-        result[key] = merged(other or {}, value) if both else value
-    return result
+    """Return two nested tables as one; values of `above` replace those of `below`."""
+    tables = [key for key in above if isinstance(above[key], Mapping) and isinstance(below.get(key), Mapping)]
+    return {**below, **above, **{key: merged(below[key], above[key]) for key in tables}}
 
 
 def with_paths(settings: Settings, change: Callable[[str, Path], Path]) -> Settings:
-    """Return nested settings in which `change` of its name and value replaced each path."""
+    """Return nested settings with each path replaced by `change(name, path)`."""
     changed = dict(settings)
     if isinstance(model := settings.get("model"), str):
         file, colon, factory = model.rpartition(":")

@@ -1,4 +1,4 @@
-"""Accuracy, as a runtime executes the model."""
+"""Accuracy of a model in a runtime."""
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ def predictions(
 
     Raises:
         DataError: too many images cannot be read.
-        OutOfMemoryError: there is not enough memory for the smallest parts either.
+        OutOfMemoryError: the smallest parts do not fit the memory.
     """
     infer, ranked = infer_split_on_oom(runner.infer, f"evaluation on {runner.runtime}"), []
     if saved := checkpoint.load(phase):
@@ -55,7 +55,7 @@ def predictions(
 
 
 def predictions_state(ranked: Predictions, data: EvaluationSet) -> State:
-    """Return the state that `predictions` continues from, for the first images of the set."""
+    """Return the checkpoint's state of `predictions` of the first images of the set."""
     return {"found": torch.from_numpy(ranked), "unreadable": data.unreadable.rows()}
 
 
@@ -65,9 +65,8 @@ def score(
     """Return the accuracy of a model, in percent, and its agreement with the teacher on the readable images.
 
     Args:
-        runtime: what executed the model.
         predicted, teacher: (N, 5) from `predictions`, on the same images.
-        graph: the file that was executed.
+        graph: the executed file.
 
     Raises:
         DataError: the counts differ.

@@ -1,4 +1,4 @@
-"""Labelled images to measure accuracy on, decoded as they are needed."""
+"""Labelled images to measure accuracy on, decoded when they are read."""
 
 import csv
 import os
@@ -27,7 +27,7 @@ _DECODERS = min(8, os.cpu_count() or 1)
 
 
 class Classifier(Protocol):
-    """What evaluation data must know about a model, such as a `LoadedModel`."""
+    """The attributes of a model, such as a `LoadedModel`, that evaluation data depends on."""
 
     @property
     def name(self) -> str: ...
@@ -43,15 +43,15 @@ class Classifier(Protocol):
 class EvaluationSet:
     """Images in a fixed order, with their labels if they have any.
 
-    Images are found to be unreadable only when they are read. Batches leave them out; `readable` has the others.
+    Reading an image may show that it is unreadable. Batches leave such images out; `readable` has the others.
 
     Attributes:
-        name: what the report calls it.
+        name: in the report.
         rows: (N,) int64, the images' rows in the whole set, if this one is a subset.
         labels: (N,) int64, or None.
-        read: returns the image of a row, (C, H, W) float32, normalized, or raises an `UnreadableImageError`. Called
-            from several threads at once.
-        unreadable: the rows that have been found unreadable so far.
+        read: returns the image of a row, (C, H, W) float32, normalized, or raises an `UnreadableImageError`. It is
+            called from several threads.
+        unreadable: the unreadable rows so far.
     """
 
     name: str
@@ -62,7 +62,7 @@ class EvaluationSet:
 
     @classmethod
     def of(cls, name: str, count: int, labels: Labels | None, read: Callable[[int], Images]) -> Self:
-        """Make a set of `count` images, of which none was read yet."""
+        """Make a set of `count` images; none is read yet."""
         return cls(name, np.arange(count, dtype=np.int64), labels, read, Unreadable(name, count))
 
     @classmethod
@@ -71,10 +71,10 @@ class EvaluationSet:
         if images.ndim != 4 or not len(images):
             raise DataError(f"{name}: images have shape {images.shape}; expected (N, C, H, W) with N > 0")
         images = np.ascontiguousarray(images, dtype=np.float32)
-        checked = None if labels is None else np.asarray(labels, dtype=np.int64)
-        if checked is not None and checked.shape != (len(images),):
-            raise DataError(f"{name}: labels have shape {checked.shape}; expected ({len(images)},)")
-        return cls.of(name, len(images), checked, lambda row: images[row])
+        classes = None if labels is None else np.asarray(labels, dtype=np.int64)
+        if classes is not None and classes.shape != (len(images),):
+            raise DataError(f"{name}: labels have shape {classes.shape}; expected ({len(images)},)")
+        return cls.of(name, len(images), classes, lambda row: images[row])
 
     @property
     def labelled(self) -> bool:
@@ -86,11 +86,11 @@ class EvaluationSet:
 
     @property
     def readable(self) -> Rows:
-        """The indices (M,) int64 of the images that have not been found unreadable, which at first are all."""
+        """The indices (M,) int64 of the images that are not known to be unreadable: at first of all."""
         return np.array([i for i, row in enumerate(self.rows) if int(row) not in self.unreadable], dtype=np.int64)
 
     def subset(self, indices: Rows) -> "EvaluationSet":
-        """Return the images of the given indices (M,) int64, in that order; none is read yet."""
+        """Return the set of the images of the given indices (M,) int64, in that order."""
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=self.rows[indices], labels=labels)
 
@@ -100,7 +100,7 @@ class EvaluationSet:
         An unreadable image makes its batch smaller, in every pass, so that all passes have the same batches.
 
         Args:
-            done: how many images an earlier pass yielded, in whole batches of that size; they are left out.
+            done: number of images that an earlier pass yielded, in batches of the same size; they are skipped.
 
         Raises:
             DataError: more images cannot be read than `unreadable` allows.
@@ -110,24 +110,18 @@ class EvaluationSet:
         first = -(-(int(self.readable[done - 1]) + 1) // batch_size) * batch_size if done else 0
         with ThreadPoolExecutor(_DECODERS) as pool:
             for start in range(first, len(self), batch_size):
-                indices = range(start, min(start + batch_size, len(self)))
-                readable = [index for index in indices if int(self.rows[index]) not in self.unreadable]
+                rows = dict(enumerate(map(int, self.rows[start : start + batch_size]), start))
+                reads = {i: pool.submit(self.read, row) for i, row in rows.items() if row not in self.unreadable}
                 images = {}
-                for index, image in zip(readable, pool.map(self._read, readable), strict=True):
-                    if isinstance(image, UnreadableImageError):
-                        self.unreadable.add(int(self.rows[index]), image)
-                    else:
-                        images[index] = image
+                for index, reading in reads.items():
+                    try:
+                        images[index] = reading.result()
+                    except UnreadableImageError as error:
+                        self.unreadable.add(rows[index], error)
                 if images:
                     labels = None if self.labels is None else self.labels[list(images)]
                     yield np.stack(list(images.values())), labels
         self.unreadable.log()
-
-    def _read(self, index: int) -> Images | UnreadableImageError:
-        try:
-            return self.read(int(self.rows[index]))
-        except UnreadableImageError as error:
-            return error
 
 
 def load_evaluation(path: Path | None, model: Classifier, limit: int | None = None) -> EvaluationSet:
@@ -137,11 +131,11 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
         path: a directory of class folders, a directory with labels.csv, or an .npz with `images` (N, H, W, C)
             or (N, H, W) uint8 and `labels` (N,). Class folders whose names are class numbers are labelled by
             them; any others are the classes in sorted order. None: the bundled model's held-out images.
-        model: says how images are preprocessed, and which labels there are.
+        model: its input and its classes.
         limit: the largest number of images, evenly spaced over the set.
 
     Raises:
-        DataError: the data is missing, in another form, or of another task than the model's.
+        DataError: the data is missing, of another format, or for another task than the model's.
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit is {limit} images; expected at least 1")
@@ -154,7 +148,7 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
     if not path.exists():
         raise DataError(f"evaluation data {str(path)!r} does not exist; expected {_FORMATS}")
     if path.suffix != ".npz":
-        raise DataError(f"evaluation data {str(path)!r} is of no known format; expected {_FORMATS}")
+        raise DataError(f"evaluation data {str(path)!r} has an unknown format; expected {_FORMATS}")
     return _from_npz(path, path.name, model, limit)
 
 
@@ -208,7 +202,7 @@ def _read_labels_file(path: Path) -> list[tuple[Path, int]]:
         where, label = f"{str(table)!r} row {number}", _label(row)
         if label is None:
             raise DataError(f"{where} is {','.join(row)!r}; expected file,label with a whole number as label")
-        # Parsed as Windows does it, a path shows either system's ways out of the folder.
+        # Windows' rules find an absolute path and `..` in the syntax of both systems
         windows = PureWindowsPath(row[0])
         if windows.anchor or ".." in windows.parts:
             raise DataError(f"{where} names {row[0]!r}, outside of the folder; expected a path below it")
@@ -224,12 +218,12 @@ def _read_labels_file(path: Path) -> list[tuple[Path, int]]:
 def _is_file(file: Path) -> bool:
     try:
         return file.is_file()
-    except (OSError, ValueError):  # no file can have this name: it is too long, or has a NUL
+    except (OSError, ValueError):  # an impossible name: too long, or with a NUL
         return False
 
 
 def _label(row: list[str]) -> int | None:
-    """Return the label of a row of file,label; None if it has none."""
+    """Return the label of a row of file,label, or None."""
     try:
         return int(row[1]) if len(row) == 2 else None
     except ValueError:
@@ -243,7 +237,7 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
             images, labels = archive["images"], archive["labels"]
     except KeyError as error:
         raise DataError(f"{str(path)!r} has no {str(error.args[0]).split()[0]}; {expected}") from error
-    except Exception as error:  # damage shows wherever the parser meets it
+    except Exception as error:  # a damaged file can raise anything
         raise DataError(f"cannot read {str(path)!r} ({first_line(error)}); {expected}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(f"{str(path)!r} has images {images.shape} {images.dtype}; {expected}")
@@ -254,7 +248,7 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
     channels = images.shape[3] if images.ndim == 4 else 1
     if channels != model.input.size[0]:
         raise DataError(
-            f"{str(path)!r} has images of {channels} channels, but the model takes {model.input.size[0]}; "
+            f"{str(path)!r} has images of {channels} channels, but the model has {model.input.size[0]}; "
             "convert the images, or choose other data"
         )
     labels = _check_labels(path, labels, model.classes)
@@ -279,6 +273,6 @@ def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> Labels:
 
 
 def _evenly_spaced(count: int, limit: int | None) -> Rows:
-    """Return the indices of at most `limit` of `count` images, evenly spaced: sets are often sorted by class."""
+    """Return the indices of at most `limit` of `count` images, evenly spaced, as sets are often sorted by class."""
     chosen = count if limit is None else min(limit, count)
     return np.arange(chosen, dtype=np.int64) * count // chosen

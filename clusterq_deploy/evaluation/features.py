@@ -16,16 +16,15 @@ from clusterq_deploy.quantization.graph.trace import module_of, trace
 from clusterq_deploy.results.report import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.runtimes.runners import Array, TorchRunner
 
-BATCH = 50
 NEIGHBOURS = 5
 """k of density and coverage, as in arXiv 2002.09797."""
-_MOST_IMAGES, _MOST_CLASSES = 2000, 100
+_MAX_IMAGES, _MAX_CLASSES = 2000, 100
 _SHOWN_IMAGES, _SHOWN_CLASSES = 1000, 10
-_MOST_BYTES = 2**28  # that the comparison needs, roughly
+_MAX_BYTES = 2**28  # that the comparison needs, roughly
 _PERPLEXITY = 30.0
-_STEPS = 500  # half of the usual: for 950 features of digits a divergence of 0.47 instead of 0.45, in half the time
-_FEWEST_POINTS = 4
-_SAME = 1e-6  # features that vary by less than this share of their size differ by rounding only
+_STEPS = 500  # half of the default: for 950 features of digits a divergence of 0.47 instead of 0.45, in half the time
+_MIN_POINTS = 4
+_ROUNDING = 1e-6  # of the features' size: smaller differences are rounding
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"}
 
 
@@ -36,38 +35,38 @@ def compare_features(
     *,
     classes: int,
     seed: int,
-    batch_size: int = BATCH,
+    batch_size: int = 50,
     progress: Progress = SILENT,
 ) -> FeatureInfo:
     """Measure and project the teacher's penultimate features of two sets of images.
 
-    At most 2,000 images of each count, of the 100 classes with the most synthetic ones; 1,000 images of 10 classes are
-    projected. The choice depends on the labels only. Undefined values are None, and `notes` has the reasons.
+    At most 2,000 images of each are used, of the 100 classes with the most synthetic ones; 1,000 images of 10 classes
+    are projected. The choice depends on the labels only. Undefined values are None, and `notes` has the reasons.
 
     Args:
         teacher: in eval mode; images (N, C, H, W) to logits (N, classes).
-        synthetic: images with the labels that they were made for.
-        real: images with their true labels, or None if there are none.
+        synthetic: images with the labels that they were generated for.
+        real: images with their true labels, or None.
         classes: the width of the logits.
         seed: of the projection.
 
     Raises:
-        FeatureError: the teacher's features cannot be taken.
+        FeatureError: the teacher's features cannot be computed.
         MemoryError: there is not enough memory.
         DataError: too many images cannot be read, or a set has no labels.
     """
-    np.empty(_MOST_BYTES, np.uint8)  # and freed: OpenBLAS would wait forever for memory that it does not get
-    network, compared = penultimate(teacher, classes), most_frequent(_labels(synthetic), _MOST_CLASSES)
+    np.empty(_MAX_BYTES, np.uint8)  # and freed: OpenBLAS would wait forever for memory that it does not get
+    network, compared = penultimate(teacher, classes), most_frequent(_labels(synthetic), _MAX_CLASSES)
     sets, notes = {"synthetic": synthetic}, []
     if real is None:
         notes.append("No labelled images were given: there are no real ones to compare with.")
     elif not np.isin(_labels(real), compared).any():
-        notes.append(f"No image of {real.name} is of a class that is compared.")
+        notes.append(f"No image of {real.name} is of a compared class.")
     else:
         sets["real"] = real
     features, labels = {}, {}
     for name, data in sets.items():
-        chosen = data.subset(evenly(_labels(data), compared, _MOST_IMAGES))
+        chosen = data.subset(evenly(_labels(data), compared, _MAX_IMAGES))
         features[name] = capture(network, chosen, batch_size=batch_size, progress=progress)
         labels[name] = _labels(chosen)[chosen.readable]
     separations, overlap = {}, None
@@ -119,10 +118,9 @@ def _labels(data: EvaluationSet) -> Labels:
 
 
 def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
-    """Return a copy of the teacher that ends in front of its classifier, with features (N, F) float32.
+    """Return a copy of the teacher without its classifier, with features (N, F) float32, averaged over positions.
 
-    The classifier is the last Linear or Conv2d of the traced graph, and as wide as the logits (N, classes). Features
-    are averaged over space or positions.
+    The classifier is the last Linear or Conv2d of the traced graph, and as wide as the logits (N, classes).
 
     Raises:
         GraphError: the teacher cannot be traced.
@@ -139,7 +137,7 @@ def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
         last = str(layer or weighted[-1].target) if weighted else "none"
         raise FeatureError(
             f"the last layer of {type(teacher).__name__} is {last}; "
-            f"features are taken in front of a Linear or Conv2d of {classes} outputs"
+            f"features are the input of a Linear or Conv2d of {classes} outputs"
         )
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     with traced.graph.inserting_before(weighted[-1]):
@@ -151,7 +149,7 @@ def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
 
 
 def _multiplies(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a node could be a classifier: a layer, or a product that the forward writes out."""
+    """Return whether a node could be a classifier: a layer, or a product in the forward."""
     if node.op == "call_module":
         return isinstance(module_of(traced, node), nn.Linear | nn.Conv2d)
     return node.op in ("call_function", "call_method") and node.target in _PRODUCTS
@@ -167,11 +165,11 @@ def _over_space(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def capture(network: nn.Module, data: EvaluationSet, *, batch_size: int = BATCH, progress: Progress = SILENT) -> Array:
-    """Return features (N, F) float32, by a network of `penultimate`, of all images that can be read, in their order.
+def capture(network: nn.Module, data: EvaluationSet, *, batch_size: int = 50, progress: Progress = SILENT) -> Array:
+    """Return features (N, F) float32 of all readable images, in order, by a network of `penultimate`.
 
     Raises:
-        FeatureError: there are values that are not finite, or no image can be read.
+        FeatureError: a value is not finite, or no image can be read.
         DataError: more images cannot be read than the set allows.
     """
     batches = []
@@ -180,25 +178,22 @@ def capture(network: nn.Module, data: EvaluationSet, *, batch_size: int = BATCH,
             batches.append(runner.infer(images))
             advance(len(images))
     if not batches:
-        raise FeatureError(f"none of the {len(data)} images of {data.name} that are compared can be read")
+        raise FeatureError(f"none of the {len(data)} compared images of {data.name} can be read")
     features = np.concatenate(batches)
     if not np.isfinite(features).all():
-        raise FeatureError(f"the teacher's features of {data.name} hold values that are not finite")
+        raise FeatureError(f"the teacher's features of {data.name} have values that are not finite")
     return features
 
 
 def most_frequent(labels: Labels, limit: int) -> Labels:
-    """Return at most `limit` classes, those with the most images: (K,) int64, ascending.
-
-    If several classes have equally many images and not all fit, those that do are evenly spaced.
-    """
+    """Return the at most `limit` classes with the most images, (K,) int64, ascending; ties are evenly spaced."""
     present, counts = np.unique(labels, return_counts=True)
     if len(present) <= limit:
         return present
     least = np.sort(counts)[-limit]
     chosen, tied = present[counts > least], present[counts == least]
-    room = limit - len(chosen)
-    return np.sort(np.concatenate([chosen, tied[np.arange(room) * len(tied) // room]]))
+    missing = limit - len(chosen)
+    return np.sort(np.concatenate([chosen, tied[np.arange(missing) * len(tied) // missing]]))
 
 
 def evenly(labels: Labels, classes: Labels, limit: int) -> Rows:
@@ -211,11 +206,11 @@ def evenly(labels: Labels, classes: Labels, limit: int) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How features are separated by class; `reason` says why the numbers are None.
+    """How features are separated by class; `reason` explains numbers that are None.
 
     Attributes:
         silhouette: mean silhouette coefficient (Rousseeuw 1987), in [-1, 1]: 1 if every image is far nearer to its
-            own class than to the next one, 0 if it is between the two.
+            class than to the next one, 0 if it is between the two.
         within_class_diversity: share of the variance that is within classes, in [0, 1].
     """
 
@@ -225,10 +220,7 @@ class Separation:
 
 
 def separation(features: Array, labels: Labels) -> Separation:
-    """Return silhouette and diversity of features (N, F) float32, finite, by class, labels (N,) int64.
-
-    A class of a single image has no distance within: it counts in neither.
-    """
+    """Return silhouette and diversity of features (N, F) float32, finite, labels (N,) int64, without single images."""
     from sklearn.metrics import silhouette_score  # scikit-learn takes more than a second to import
 
     _, class_index, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -245,9 +237,9 @@ def separation(features: Array, labels: Labels) -> Separation:
 def density_and_coverage(real: Array, synthetic: Array) -> tuple[float, float] | None:
     """Return density and coverage of synthetic features by Naeem et al., arXiv 2002.09797, with k = 5.
 
-    A real image's ball reaches to its fifth nearest real neighbour. Density is how many balls a synthetic image is
-    in, on average, over k: about 1 if both sets are alike. Coverage is the share of balls in which a synthetic
-    image is, in [0, 1]. Features are (N, F) and (M, F) float32. None unless there are more than five real images.
+    A real image's ball extends to its fifth nearest real neighbour. Density is the mean number of balls that contain a
+    synthetic image, over k: about 1 for similar sets. Coverage is the share of balls that contain one, in [0, 1].
+    Features are (N, F) and (M, F) float32. Return None unless there are more than five real images.
     """
     from sklearn.metrics import pairwise_distances
 
@@ -259,17 +251,16 @@ def density_and_coverage(real: Array, synthetic: Array) -> tuple[float, float] |
 
 
 def project(features: Array, seed: int) -> tuple[Array, dict[str, float | int | str]] | None:
-    """Project features (N, F) float32, finite, to the plane by t-SNE (van der Maaten and Hinton 2008).
+    """Return the places (N, 2) float32 of features (N, F) float32, finite, by t-SNE, and its parameters.
 
-    It starts from the principal components, and runs in one thread: with more, sums are in another order and the
-    picture differs. Return places (N, 2) float32, and the parameters; None for fewer than 4 images, for fewer than 2
-    features, and if all images have the same features.
+    Van der Maaten and Hinton 2008. It starts from the principal components, and runs in one thread to be reproducible.
+    Return None for fewer than 4 images or 2 features, and if all images have the same features.
     """
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     count, width = features.shape
-    if count < _FEWEST_POINTS or width < 2 or _same(features):
+    if count < _MIN_POINTS or width < 2 or _same(features):
         return None
     parameters: dict[str, float | int | str] = {
         "perplexity": min(_PERPLEXITY, (count - 1) / 3),
@@ -283,7 +274,7 @@ def project(features: Array, seed: int) -> tuple[Array, dict[str, float | int | 
 
 
 def _project_together(features: list[Array], labels: list[Labels], seed: int) -> tuple[Projection | None, list[Points]]:
-    """Return one projection of all sets, and the places of the images that are shown of each."""
+    """Return one projection of all sets, and the places of the shown images of each."""
     classes = most_frequent(np.concatenate(labels), _SHOWN_CLASSES)
     shown = [evenly(part, classes, _SHOWN_IMAGES // len(labels)) for part in labels]
     projected = project(np.concatenate([part[rows] for part, rows in zip(features, shown, strict=True)]), seed)
@@ -297,5 +288,5 @@ def _project_together(features: list[Array], labels: list[Labels], seed: int) ->
 
 
 def _same(features: Array) -> bool:
-    """Return whether the rows differ by nothing but rounding."""
-    return float(np.ptp(features, axis=0).max()) <= _SAME * float(np.abs(features).max())
+    """Return whether the rows are equal up to rounding."""
+    return float(np.ptp(features, axis=0).max()) <= _ROUNDING * float(np.abs(features).max())

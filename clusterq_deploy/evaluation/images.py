@@ -1,7 +1,7 @@
-"""Image files of unknown origin: decoded within bounds, and what cannot be read counted and named.
+"""Decode image files of unknown origin within bounds, and record those that cannot be read.
 
-Only the formats that evaluation data may have are decoded: Pillow hands PostScript to Ghostscript, which runs it. What
-Pillow warns of or refuses as a decompression bomb is not decoded.
+Only some formats are decoded: Pillow passes PostScript to Ghostscript, which executes it. Files that Pillow warns of or
+refuses as decompression bombs are not decoded.
 """
 
 import errno
@@ -30,40 +30,40 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 MAX_UNREADABLE = 0.01
 """The share of a set that may be unreadable; of a small set one image, of a single image none."""
 _NAMED = 5
-_PROCESS_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no file is at fault
+_PROCESS_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # not the file's fault
 _OPENING = threading.Lock()
-"""Filters of warnings belong to the process: one thread at a time opens a file, any number decode."""
+"""One thread at a time opens a file, as warning filters belong to the process; any number decode."""
 
 
 def read_image(file: Path, name: str, spec: InputSpec) -> Images:
     """Decode an image file of any size and mode to (C, H, W) float32, normalized; errors and the report call it `name`.
 
     Raises:
-        UnreadableImageError: it is missing, truncated, too large, no image, or of a mode that has no meaning as pixels.
+        UnreadableImageError: it is missing, truncated, too large, not an image, or of an unsupported mode.
     """
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe would wait for its writer
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for its writer
             raise ValueError("it is not a plain file")
-        with _OPENING, warnings.catch_warnings():  # a size of which Pillow would warn is refused like one it refuses
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=_formats())
         with image:
             return spec.preprocess(image)
     except MemoryError:
         raise
-    except Exception as error:  # damage shows wherever the parser meets it
+    except Exception as error:  # a damaged file can raise anything
         if isinstance(error, OSError) and error.errno in _PROCESS_ERRORS:
             raise
         raise UnreadableImageError(name, _reason(error)) from error
 
 
 def printable(name: str) -> str:
-    """Return a file's name as one line for a terminal and JSON, with escapes for what does not print."""
+    """Return a file's name in one line, with escapes for characters that are not printable."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 class Unreadable:
-    """Images of a set of `total` that cannot be read: one record for it and its subsets, filled as it is read."""
+    """Images of a set of `total` that cannot be read; its subsets share the record."""
 
     def __init__(self, dataset: str, total: int) -> None:
         self.dataset, self.total = dataset, total
@@ -91,27 +91,23 @@ class Unreadable:
             ) from error
 
     def rows(self) -> list[tuple[int, str, str]]:
-        """Return row, file and reason of each image found so far."""
+        """Return row, file and reason of each image so far."""
         return [(row, error.file, error.reason) for row, error in self._errors.items()]
 
     def restore(self, rows: Iterable[tuple[int, str, str]]) -> None:
-        """Add what `rows` returned in an earlier pass over the same set.
-
-        Raises:
-            DataError: as for `add`.
-        """
+        """Add the `rows` of an earlier pass over the same set; raise as `add` does."""
         for row, file, reason in rows:
             self.add(row, UnreadableImageError(file, reason))
 
     def log(self) -> None:
-        """Log how many there are, with the first names, if there are more than were logged last."""
+        """Log the number of images and the first names, if there are new ones since the last call."""
         if len(self) > self._logged:
             message = "%d of the %d images of %r cannot be read and are left out: %s"
             logger.warning(message, len(self), self.total, self.dataset, self._listed())
         self._logged = len(self)
 
     def summary(self) -> dict[str, Any]:
-        """Return JSON values for a stage's record: the counts, and the first in the set's order with reasons."""
+        """Return JSON values for a stage's record: the counts, and the first files with reasons."""
         files = [{"file": error.file, "reason": error.reason} for error in self._first()]
         return {"count": len(self), "total": self.total, "files": files}
 
@@ -124,13 +120,13 @@ class Unreadable:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong, without the file's path, which the report has too."""
+    """Return the problem, without the file's path."""
     if isinstance(error, UnidentifiedImageError):
-        return f"no image of these formats: {', '.join(_formats())}"
+        return f"not an image of these formats: {', '.join(_formats())}"
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that have these suffixes."""
+    """Return Pillow's names of the formats with these suffixes."""
     return tuple(sorted({name for suffix, name in Image.registered_extensions().items() if suffix in SUFFIXES}))

@@ -17,10 +17,10 @@ from clusterq_deploy.results.report import Latency
 from clusterq_deploy.runtimes.runners import Array, Runner
 from clusterq_deploy.runtimes.tensorrt.timing import EngineTimes
 
-_QUICK = 0.25  # the quantile of a turn's calls that counts for its speed
-_FEWEST_TURNS = 6  # for which the extremes of all ratios are an interval of 95 %: 1 - 2 * 0.5**6
+_QUANTILE = 0.25  # of a turn's calls, its speed
+_MIN_TURNS = 6  # for which the extremes of all ratios are an interval of 95 %: 1 - 2 * 0.5**6
 SESSIONS_DIFFER = 0.02
-"""How much two sessions of the same graph can differ in speed permanently: each keeps its place in memory."""
+"""How much two sessions of the same graph can differ in speed permanently, by their place in memory."""
 
 
 class BenchmarkConfig(StageConfig):
@@ -29,10 +29,9 @@ class BenchmarkConfig(StageConfig):
     Attributes:
         batches: batch sizes.
         threads: threads of CPU runtimes; None is one for each core that the process may use.
-        warmup_ms: each runtime runs this long before anything counts.
+        warmup_ms: each runtime runs this long before the first measurement.
         min_runs, min_seconds: each measurement has at least both.
-        rounds: the runtimes take this many turns, so that a machine that slows down slows all of them; fewer if each
-            has had its runs and seconds before.
+        rounds: the largest number of turns per runtime; they take turns, so that a slower machine slows all of them.
     """
 
     batches: tuple[Annotated[int, Field(gt=0, le=65_536)], ...] = Field((1, 32), min_length=1)
@@ -44,13 +43,13 @@ class BenchmarkConfig(StageConfig):
 
     @property
     def cpu_threads(self) -> int:
-        """The number of threads, counted if it was not given."""
+        """The number of threads; by default that of the cores."""
         return self.threads or available_cores()
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One latency record per batch size for each name, and a line for each batch size that was left out."""
+    """One latency record per batch size for each name, and a line for each batch size that was skipped."""
 
     latencies: dict[str, list[Latency]]
     skipped: list[str]
@@ -63,14 +62,14 @@ def benchmark(
     progress: Progress = SILENT,
     baselines: Mapping[str, str] | None = None,
 ) -> BenchmarkResult:
-    """Time `infer`, host to host, of several runtimes in turn, in another order each time.
+    """Time `infer`, host to host, of several runtimes in turns of random order.
 
-    The records can be compared with each other. A batch size that does not fit a runtime's memory is left out for it.
+    A batch size that does not fit a runtime's memory is skipped for it.
 
     Args:
         runners: by any name.
         size: (channels, height, width) of an image.
-        baselines: the name over which to measure the speed-up of another, by the latter.
+        baselines: the name of the runner to which the speed of another is compared, by the latter's.
     """
     latencies: dict[str, list[Latency]] = {name: [] for name in runners}
     skipped = []
@@ -102,20 +101,19 @@ def benchmark(
 
 
 def paired_speedup(baseline: Sequence[Sequence[float]], timed: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Return how many times as fast as a baseline something ran that took turns with it: `speedup` fields of `Latency`.
+    """Return the speed relative to a baseline that was timed in the same turns: the `speedup` fields of `Latency`.
 
-    A turn counts by the first quartile of its calls: other load on the machine makes some calls slow, but hardly ever
-    that many. The speed-up is the median over turns of the ratio of two such quartiles, both of one turn. Its interval
-    of 95 % is that of order statistics, which assumes nothing about the ratios' distribution, widened by how much two
-    sessions of the same graph can differ. Fewer than six turns have no interval.
+    The time of a turn is the first quartile of its calls, since other load on the machine slows down some of them. The
+    speed-up is the median ratio of two such times of one turn. Its interval of 95 % is that of order statistics, which
+    requires no distribution, widened by `SESSIONS_DIFFER`. Fewer than six turns have no interval.
 
     Args:
-        baseline, timed: the times of each turn's calls, in milliseconds; equally many turns of both.
+        baseline, timed: the times of each turn's calls, in milliseconds, of equally many turns.
     """
     pairs = zip(baseline, timed, strict=True)
-    ratios = [float(np.quantile(first, _QUICK) / np.quantile(second, _QUICK)) for first, second in pairs]
+    ratios = [float(np.quantile(first, _QUANTILE) / np.quantile(second, _QUANTILE)) for first, second in pairs]
     speedup = float(np.median(ratios))
-    if len(ratios) < _FEWEST_TURNS:
+    if len(ratios) < _MIN_TURNS:
         return {"speedup": speedup}
     from scipy.stats import quantile_test  # its import takes a second
 
@@ -125,7 +123,7 @@ def paired_speedup(baseline: Sequence[Sequence[float]], timed: Sequence[Sequence
 
 
 def _time_turn(runner: Runner, images: Array, config: BenchmarkConfig, *, first: bool) -> list[float]:
-    """Return the milliseconds of each call in one turn of a runtime, which warms up in its first."""
+    """Return the milliseconds of each call in one turn of a runtime, after a warm-up in the first turn."""
     if first:
         runner.infer(images)  # ONNX Runtime's TensorRT provider builds an engine here
         _time_calls(runner, images, config.warmup_ms / 1000, 0)
@@ -133,9 +131,9 @@ def _time_turn(runner: Runner, images: Array, config: BenchmarkConfig, *, first:
 
 
 def _is_enough(turns: Sequence[Sequence[float]], config: BenchmarkConfig) -> bool:
-    """Return whether a runtime has had its runs and seconds, in enough turns for an interval."""
+    """Return whether a runtime has its runs and seconds, in enough turns for an interval."""
     runs, seconds = sum(map(len, turns)), sum(map(sum, turns)) / 1000
-    return len(turns) >= _FEWEST_TURNS and runs >= config.min_runs and seconds >= config.min_seconds
+    return len(turns) >= _MIN_TURNS and runs >= config.min_runs and seconds >= config.min_seconds
 
 
 def _time_calls(runner: Runner, images: Array, seconds: float, runs: int) -> list[float]:
@@ -150,7 +148,7 @@ def _time_calls(runner: Runner, images: Array, seconds: float, runs: int) -> lis
 
 
 def summarize(runtime: str, batch: int, times_ms: Sequence[float]) -> Latency:
-    """Return the record of calls' times, in milliseconds, with their 21 quantiles from 0 to 1."""
+    """Return the record of the times of calls, in milliseconds, with their 21 quantiles from 0 to 1."""
     stats = latency_stats(times_ms)
     return Latency(
         runtime=runtime,
@@ -163,19 +161,20 @@ def summarize(runtime: str, batch: int, times_ms: Sequence[float]) -> Latency:
 
 
 def summarize_engine(runtime: str, batch: int, times: EngineTimes) -> Latency:
-    """Return the record of an engine's measurement: the latency that trtexec defines, its parts, and the GPU meanwhile.
+    """Return the record of an engine's measurement: the latency as trtexec defines it, its parts, and the GPU's state.
 
-    Throughput is by the time of the whole loop on the host: copies run next to the computation.
+    Throughput is by the time of the whole loop on the host: copies run in parallel with the computation.
     """
     calls = times.calls
-    stats = {
-        part: latency_stats([getattr(call, f"{part}_ms") for call in calls])
-        for part in ("host_to_device", "compute", "device_to_host", "enqueue")
+    fields = {
+        "images_per_second": batch * len(calls) / times.wall_seconds,
+        "wall_seconds": times.wall_seconds,
+        "cuda_graph": times.cuda_graph,
+        "gpu": times.gpu,
     }
-    throughput = batch * len(calls) / times.wall_seconds
-    loop = {"cuda_graph": times.cuda_graph, "wall_seconds": times.wall_seconds, "gpu": times.gpu}
-    record = summarize(runtime, batch, [call.latency_ms for call in calls])
-    return record.model_copy(update={"images_per_second": throughput, **stats, **loop})
+    for part in ("host_to_device", "compute", "device_to_host", "enqueue"):
+        fields[part] = latency_stats([getattr(call, f"{part}_ms") for call in calls])
+    return summarize(runtime, batch, [call.latency_ms for call in calls]).model_copy(update=fields)
 
 
 def latency_stats(times_ms: Sequence[float]) -> LatencyStats:

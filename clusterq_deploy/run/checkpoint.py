@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in its run directory: what a killed process had reached, for the same command."""
+"""Checkpoints of a stage in its run directory, from which the same command resumes after its process was killed."""
 
 import hashlib
 import io
@@ -17,20 +17,20 @@ from clusterq_deploy.files import write_bytes
 logger = logging.getLogger(__name__)
 
 _EVERY = 30.0
-"""Seconds. With the step that a process is killed in and the time to read a checkpoint, less than a minute is lost."""
+"""Seconds. With the interrupted step and the time to read a checkpoint, a killed process loses less than a minute."""
 
 _LARGEST_SHARE = 0.1
-"""Of the time, for writing: if that takes long, it is done less often."""
+"""Of the time, for writing: slow writes happen less often."""
 
 
 class FileCheckpoint:
-    """Keeps states in files, one per phase: the digest of the rest, then torch's format.
+    """Saves states in files, one per phase: the digest of the rest, then torch's format.
 
-    Files of other work, of another state than they were written in, or that cannot be read count as none. A state that
-    cannot be written, as the disk or the memory is full, is logged and costs nothing but itself.
+    Files of other work and files that are damaged or unreadable are ignored. If a state cannot be written, because the
+    disk or the memory is full, a warning is logged.
 
     Args:
-        folder: where the files are; made when something is first saved.
+        folder: where the files are; created when something is first saved.
         key: identifies the work: everything that its result depends on.
     """
 
@@ -39,7 +39,7 @@ class FileCheckpoint:
         self._due = time.monotonic() + _EVERY
 
     def load(self, phase: str) -> State | None:
-        """Return the state of a phase, or None: see `calib.support.checkpoint.Checkpoint`; reading runs no code."""
+        """Return the state of a phase, or None; reading a file executes no code from it."""
         try:
             with (self._folder / phase).open("rb") as file:
                 digest, content = file.read(hashlib.sha256().digest_size), io.BytesIO(file.read())
@@ -50,12 +50,12 @@ class FileCheckpoint:
             return None
         if saved["key"] != self._key:
             return None
-        logger.info("goes on from its checkpoint in %s", self._folder / phase)
+        logger.info("resuming from the checkpoint %s", self._folder / phase)
         state: State = saved["state"]
         return state
 
     def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        """Save the state of a phase at once or if it is time to, as it is every 30 seconds."""
+        """Save the state of a phase, every 30 seconds or `at_once`."""
         start = time.monotonic()
         if start < self._due and not at_once:
             return
@@ -65,6 +65,6 @@ class FileCheckpoint:
             content = buffer.getbuffer()
             write_bytes(self._folder / phase, hashlib.sha256(content).digest(), content)
         except (RunDirectoryError, MemoryError) as error:
-            logger.warning("no checkpoint was kept: %s", error or "there is not enough memory")
+            logger.warning("no checkpoint was written: %s", error or "there is not enough memory")
         end = time.monotonic()
         self._due = end + max(_EVERY, (end - start) / _LARGEST_SHARE)

@@ -1,11 +1,11 @@
-"""The run directory: its files, its lock, and stages that are done once."""
+"""The run directory: its files, its lock, and its finished stages."""
 
 import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,22 +24,21 @@ CHECKPOINTS = ".checkpoints"
 class RunDirectory:
     """A folder that one model's run writes to.
 
-    From the first write on only this process writes to it: in others, writing is an error. The operating system
-    releases the lock of a process that dies, so that none is left behind.
+    The first write locks it: writing from another process is an error until this one ends.
 
     Args:
-        path: the folder; made when something is first written.
+        path: the folder; created when something is first written.
         model: name and weights digest of the model.
         command: the command line of this process.
-        is_outdated: of a stage's name and record, whether another version of this program did it otherwise than this
-            one does: such a stage counts as not done, and so does what builds on it.
+        is_outdated: returns from a stage's name and record whether an earlier version of this program did it in
+            another way; such a stage and those that depend on it count as not done.
 
     Attributes:
-        made_by: the command line that did the last stage that was done; empty if that is not known.
-        outdated: the names of the stages that are outdated.
+        last_command: the command line that did the last stage; empty if unknown.
+        outdated: the names of the outdated stages.
 
     Raises:
-        RunDirectoryError: the folder holds another model's run, or files that are no run's, or cannot be read.
+        RunDirectoryError: the folder has another model's run or files of no run, or cannot be read.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class RunDirectory:
         is_outdated: Callable[[str, StageRecord], bool] = lambda _name, _record: False,
     ) -> None:
         self.path = path
-        self.made_by: list[str] = []
+        self.last_command: list[str] = []
         self.outdated: list[str] = []
         self._is_outdated = is_outdated
         self._model, self._command = dict(model), list(command)
@@ -61,7 +60,7 @@ class RunDirectory:
         self._read()
 
     def _read(self) -> None:
-        """Learn from the manifest what is finished, if the folder is this model's or empty."""
+        """Read from the manifest which stages are finished."""
         path = self.path
         if not is_utf8(path):
             raise RunDirectoryError(f"{str(path)!r} is not UTF-8, which safetensors cannot read; choose another")
@@ -71,7 +70,7 @@ class RunDirectory:
                 raise RunDirectoryError(f"{path} is a file; choose a folder with --out")
             ours = {LOCK, CHECKPOINTS, *(file.name for file in path.glob(TEMPORARY))}
             if path.is_dir() and any(file.name not in ours for file in path.iterdir()):
-                raise RunDirectoryError(f"{path} holds files that are no run's; choose an empty folder with --out")
+                raise RunDirectoryError(f"{path} holds files of no run; choose an empty folder with --out")
             return
         if manifest.model != self._model:
             raise RunDirectoryError(
@@ -82,10 +81,10 @@ class RunDirectory:
         self._stages = {
             name: record for name, record in manifest.stages.items() if record.is_whole and name not in self.outdated
         }
-        self.made_by = manifest.command
+        self.last_command = manifest.command
 
     def _acquire_lock(self) -> None:
-        """Lock the folder for this process, once; another one may have worked there in the meantime."""
+        """Lock the folder for this process, once, and read the manifest again: it may have changed before the lock."""
         if self._lock is not None:
             return
         lock = FileLock(self.path / LOCK, is_singleton=True, thread_local=False)
@@ -98,15 +97,15 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunDirectoryError(f"cannot write to {self.path}: {error.strerror or error}") from error
-        if not os.access(self.path, os.W_OK):  # before the work, whose result could not be kept
+        if not os.access(self.path, os.W_OK):  # before the work, whose result could not be written
             raise RunDirectoryError(f"cannot write to {self.path}: {os.strerror(errno.EACCES)}")
         self._lock = lock
-        for file in self.path.rglob(TEMPORARY):  # left by a process that was killed as it wrote
+        for file in self.path.rglob(TEMPORARY):  # of a process that was killed during a write
             file.unlink(missing_ok=True)
         self._read()
 
     def write_config(self, config: str) -> None:
-        """Mark the folder as this run's, with its configuration, before the first stage.
+        """Write the configuration and an initial manifest, before the first stage.
 
         Raises:
             RunDirectoryError: another process is at work in it, or it cannot be written.
@@ -117,43 +116,39 @@ class RunDirectory:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The command lines that did the stages, each once, in order; the last one did the last stage."""
-        commands = [record.command for record in self._stages.values() if record.command != self.made_by]
-        distinct = dict.fromkeys(map(tuple, [*commands, self.made_by]))
+        """The distinct command lines that did the stages, in order; the last one did the last stage."""
+        commands = [record.command for record in self._stages.values() if record.command != self.last_command]
+        distinct = dict.fromkeys(map(tuple, [*commands, self.last_command]))
         return [list(command) for command in distinct if command]
 
     def finished(self, stage: str, inputs: str | None = None) -> StageRecord | None:
-        """Return the record of a finished stage, or None.
-
-        Finished means: with these inputs, all its files intact, and the stages that it built on unchanged since.
-        """
+        """Return the record of a stage whose inputs, files and upstream stages are unchanged, or None."""
         record = self._stages.get(stage)
         if record is None or (inputs is not None and record.inputs != inputs):
             return None
         if any(self._sha256(name) != sha256 for name, sha256 in record.files.items()):
             return None
-        for name, known in record.upstream.items():
+        for name, recorded in record.upstream.items():
             source = self.finished(name)
-            if source is None or source.digest != known:
+            if source is None or source.digest != recorded:
                 return None
         return record
 
     def perform(
-        self, stage: str, inputs: Json, work: Callable[[], tuple[Json, list[str]]], upstream: Iterable[str] = ()
+        self, stage: str, inputs: Json, work: Callable[[], tuple[Json, list[str]]], upstream: Sequence[str] = ()
     ) -> StageRecord:
-        """Do a stage unless it is finished with the same inputs; one that is provisional is done again, once a process.
+        """Do a stage unless it is finished with the same inputs; do a provisional one again, once per process.
 
         Args:
             stage: its name, unique in the run.
             inputs: what its result depends on.
-            work: does it; returns the result and the files that it wrote, relative to the run directory.
-            upstream: the finished stages that it builds on.
+            work: returns the result and the files that it wrote, relative to the run directory.
+            upstream: the finished stages that it reads.
 
         Raises:
             RunDirectoryError: another process is at work in the folder, or it cannot be written.
         """
         self._acquire_lock()
-        upstream = list(upstream)
         record = self.look_up(stage, inputs, upstream)
         if record is None:
             inputs_digest, sources = self._digests(inputs, upstream)
@@ -162,15 +157,15 @@ class RunDirectory:
             files = {name: sha256_file(self.path / name) for name in names}
             seconds = time.perf_counter() - start
             record = StageRecord(inputs_digest, sources, files, result, seconds, result_digest(result), self._command)
-            self._stages.pop(stage, None)  # they are in the order in which they were done
-            self._stages[stage], self.made_by = record, self._command
+            self._stages.pop(stage, None)  # the stages are in the order in which they were done
+            self._stages[stage], self.last_command = record, self._command
             self._performed.add(stage)
             self._save()
         self.remove_checkpoints(stage)
         return record
 
     def remove_checkpoints(self, stage: str = "") -> None:
-        """Remove what is left of a stage's checkpoints, or of all stages', and the folders that are empty then."""
+        """Remove the checkpoints of a stage, or of all stages, and their folders."""
         self._acquire_lock()
         checkpoints = self.path / CHECKPOINTS / stage
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -181,32 +176,27 @@ class RunDirectory:
                 folder.rmdir()
 
     def checkpoint(self, stage: str, part: str, inputs: Json, upstream: Iterable[str] = ()) -> FileCheckpoint:
-        """Return where the work of `perform` keeps what it has reached; it is removed when the stage is finished.
-
-        Args:
-            stage, inputs, upstream: as for `perform`.
-            part: the name of this way of doing it among others of the same stage.
-        """
+        """Return the checkpoint of one `part` of a stage, such as a batch size; `perform` removes it at the end."""
         return FileCheckpoint(self.path / CHECKPOINTS / stage / part, self._digests(inputs, upstream)[0])
 
     def look_up(self, stage: str, inputs: Json, upstream: Iterable[str] = ()) -> StageRecord | None:
-        """Return the record with which `perform` would do nothing; None if it would do the stage."""
+        """Return the record that `perform` would return without doing the stage; None if it would do it."""
         record = self.finished(stage, self._digests(inputs, upstream)[0])
         return None if record is None or (record.provisional and stage not in self._performed) else record
 
     def _digests(self, inputs: Json, upstream: Iterable[str]) -> tuple[str, dict[str, str]]:
-        """Return the digest of all that a stage depends on, and those of the stages among it."""
+        """Return the digest of all that a stage depends on, and those of its upstream stages."""
         sources = {name: record.digest for name in upstream if (record := self.finished(name)) is not None}
         return digest({"inputs": inputs, "upstream": sources}), sources
 
     def _sha256(self, name: str) -> str | None:
-        """Return the digest of a file of the run, None if there is none; read once for each state of the file."""
+        """Return the digest of a file of the run, or None; an unchanged file is read once."""
         path = self.path / name
         try:
             if not path.is_file():
                 return None
             state = path.stat()
-        except OSError:  # a manifest that was altered may name what no file system has
+        except OSError:  # a manifest that was altered may have an impossible name
             return None
         key = (path, state.st_mtime_ns, state.st_size)
         if key not in self._hashes:
@@ -221,7 +211,7 @@ class RunDirectory:
 
     def _save(self) -> None:
         stages = {name: vars(record) for name, record in self._stages.items()}
-        text = json.dumps({"schema": 1, "model": self._model, "command": self.made_by, "stages": stages}, indent=1)
+        text = json.dumps({"schema": 1, "model": self._model, "command": self.last_command, "stages": stages}, indent=1)
         self.write(MANIFEST, text + "\n")
 
 

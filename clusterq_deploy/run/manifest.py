@@ -1,4 +1,4 @@
-"""The manifest of a run directory: which stages are finished, and what they made."""
+"""The manifest of a run directory: its finished stages, their files and results."""
 
 import hashlib
 import json
@@ -17,16 +17,16 @@ MANIFEST, CONFIG = "manifest.json", "run.toml"
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A finished stage, as the manifest has it.
+    """A finished stage in the manifest.
 
     Attributes:
         inputs: digest of everything that its result depends on.
-        upstream: digest of each stage that it built on, by name.
+        upstream: digest of each stage that it read, by name.
         files: SHA-256 of each file that it wrote, by path relative to the run directory.
-        result: what the report needs of it: a `StageResult` as JSON.
-        seconds: how long it took; if it went on from a checkpoint, from there on.
-        result_sha256: digest of the result; None in manifests from before there was one.
-        command: the command line that did it; empty in manifests from before it was kept.
+        result: a `StageResult` as JSON.
+        seconds: its time; after an interruption, that of the resumed part.
+        result_sha256: digest of the result; None in older manifests.
+        command: the command line that did it; empty in older manifests.
     """
 
     inputs: str
@@ -39,31 +39,31 @@ class StageRecord:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the result is the one that the stage returned."""
+        """Whether the result is unchanged."""
         return self.result_sha256 in {None, result_digest(self.result)}
 
     @property
     def provisional(self) -> bool:
-        """Whether something is missing that another process may be able to do, as the memory was not enough."""
+        """Whether a part is missing for lack of memory, which another process may have."""
         return bool(self.result.get("provisional"))
 
     @property
     def digest(self) -> str:
-        """What identifies the stage's work for the stages that build on it."""
+        """What identifies the stage's work for the stages that read it."""
         return digest({"inputs": self.inputs, "files": self.files})
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` holds.
+    """The content of `manifest.json`.
 
     Attributes:
-        form: the version of its form.
-        model: name and weights digest of the model whose run it is.
+        form: the version of the format.
+        model: name and weights digest of the run's model.
         stages: the finished stages, by name.
         command: the command line that did the last of them.
 
     Raises:
-        pydantic.ValidationError: something is missing, of another type, or a stage builds on itself.
+        pydantic.ValidationError: something is missing or of another type, or a stage depends on itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,7 +74,7 @@ class Manifest(BaseModel):
     command: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _no_stage_builds_on_itself(self) -> Self:
+    def _check_for_cycles(self) -> Self:
         TopologicalSorter({name: record.upstream for name, record in self.stages.items()}).prepare()
         return self
 
@@ -85,7 +85,7 @@ def digest(value: Any) -> str:
 
 
 def result_digest(result: Json) -> str:
-    """Return the SHA-256 of a result as it comes back from the manifest, where all keys are strings."""
+    """Return the SHA-256 of a result as it is read from the manifest, where all keys are strings."""
     return digest(json.loads(json.dumps(result)))
 
 
@@ -93,7 +93,7 @@ def read_manifest(path: Path) -> Manifest | None:
     """Return the manifest of a run directory, or None if there is none.
 
     Raises:
-        RunDirectoryError: it cannot be read, or is no manifest.
+        RunDirectoryError: it cannot be read, or is not a manifest.
     """
     file = path / MANIFEST
     try:
@@ -107,8 +107,10 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def broken_manifest(path: Path, error: ValidationError, *place: str) -> RunDirectoryError:
-    """Return the error of a run directory whose manifest does not fit, at or below a place in it."""
+    """Return the error of a run directory whose manifest is invalid, at or below a place in it."""
     first = error.errors()[0]
     where = ".".join(map(str, (*place, *first["loc"])))
     reason = f"{where}: {first['msg']}" if where else first["msg"]
-    return RunDirectoryError(f"{path / MANIFEST} is no manifest of a run ({reason}); choose another folder with --out")
+    return RunDirectoryError(
+        f"{path / MANIFEST} is not the manifest of a run ({reason}); choose another folder with --out"
+    )

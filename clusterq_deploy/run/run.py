@@ -1,4 +1,4 @@
-"""What the stages of a run share."""
+"""The state that the stages of a run share."""
 
 import logging
 from functools import cached_property
@@ -48,7 +48,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the torch device of `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: `cuda` is asked for and torch sees no GPU.
+        ConfigError: `cuda` was requested and torch sees no GPU.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -60,14 +60,13 @@ class Run:
     """One run: its configuration, its model, its directory, and what several stages read.
 
     Attributes:
-        requested_config: the configuration as it was given; `config` is what is done, less for a large model on a CPU.
+        requested_config: the given configuration; `config` is the one in use, reduced for a large model on a CPU.
 
     Args:
-        config: what to do.
+        config: the given configuration.
         out: the run directory.
-        progress: shows how far things are.
         command: the command line, for the report.
-        shapes_only: as for `load_model`, of a run that is planned and not done.
+        shapes_only: see `load_model`; for a run that is only planned.
 
     Raises:
         ClusterQError: the model cannot be loaded, or the directory cannot be used.
@@ -86,10 +85,7 @@ class Run:
         self.device = resolve_device(config.device)
         self.model: LoadedModel = load_model(
             config.model,
-            weights=config.weights,
-            input_size=config.input_size,
-            mean=config.mean,
-            std=config.std,
+            **config.model_dump(include={"weights", "input_size", "mean", "std"}),
             device=self.device,
             bars=progress is not SILENT,
             shapes_only=shapes_only,
@@ -101,23 +97,21 @@ class Run:
         identity = {"name": self.model.slug, "weights_sha256": self.model.weights_sha256}
         self.directory = RunDirectory(out, identity, self.command, _is_outdated)
         if outdated := " and ".join(self.directory.outdated):
-            reason = "was made by an earlier version, whose graphs saturate on CPUs without VNNI"
-            logger.warning(
-                "%s in %s %s: it counts as not done, and so does what was made from it", outdated, out, reason
-            )
+            reason = "is of an earlier version, whose graphs saturate on CPUs without VNNI"
+            logger.warning("%s in %s %s: it counts as not done, like the stages that read it", outdated, out, reason)
         spec = self.model.input.model_dump(mode="json")
         self._identity = {**identity, "code_sha256": self.model.code_sha256, "input": spec, "version": __version__}
 
     @cached_property
     def pass_cost(self) -> float:
-        """What a forward pass of one image costs (`calib.support.flops.pass_cost`)."""
+        """The cost of a forward pass of one image (`calib.support.flops.pass_cost`)."""
         return pass_cost(self.model.module, self.model.input.size)
 
     def check(self) -> None:
-        """Find what can be found wrong with model or data before any work.
+        """Check the model and the data before any work.
 
         Raises:
-            GraphError: the model cannot be traced, or has no layer of a name that is to keep other bits.
+            GraphError: the model cannot be traced, or has no layer of a name in `keep`.
             DataError: the evaluation data does not fit.
         """
         traced = folded_teacher(self.model.module)
@@ -127,7 +121,7 @@ class Run:
             _ = self.evaluation
 
     def write_config(self) -> None:
-        """Make the run directory this run's, if `check` finds nothing wrong."""
+        """Write the configuration to the run directory, after `check`."""
         self.check()
         self.directory.write_config(self.requested_config.to_toml())
 
@@ -138,7 +132,7 @@ class Run:
 
     @cached_property
     def evaluation(self) -> EvaluationSet:
-        """The images that accuracy is measured on; nothing but `evaluate`, `features` and `report` reads them."""
+        """The images that accuracy is measured on; only `evaluate`, `features` and `report` read them."""
         if self.has_own_data:
             return load_evaluation(self.config.data, self.model, self.config.limit)
         self._require("synthesize")
@@ -159,34 +153,34 @@ class Run:
 
     @cached_property
     def data_inputs(self) -> dict[str, str | int | None]:
-        """What identifies the choice of evaluation images; a changed file counts as another one."""
-        path, name = self.config.data, self.evaluation.name  # read first, as it says what is wrong with the data
+        """What identifies the evaluation images, with the content of their file."""
+        path, name = self.config.data, self.evaluation.name  # read first, for its error messages
         return {"data": fingerprint(path) if path else name, "limit": self.config.limit}
 
     @cached_property
     def environment(self) -> Environment:
-        """What machine and what versions measure."""
+        """The machine and the versions of the measurements."""
         return collect_environment(self.device)
 
     def teacher_predictions(self, checkpoint: Checkpoint = NOWHERE) -> Predictions:
-        """Return the FP32 model's `predictions`, computed once for all stages; `checkpoint` has them afterwards."""
-        if (known := self._teacher_predictions) is not None:
-            checkpoint.save("teacher", lambda: predictions_state(known, self.evaluation), at_once=True)
-            return known
+        """Return the FP32 model's `predictions`, computed once for all stages, and save them in `checkpoint`."""
+        if (computed := self._teacher_predictions) is not None:
+            checkpoint.save("teacher", lambda: predictions_state(computed, self.evaluation), at_once=True)
+            return computed
         with TorchRunner(self.model.module) as runner:
             self._teacher_predictions = self.predictions(runner, checkpoint, "teacher")
         return self._teacher_predictions
 
     def predictions(self, runner: Runner, checkpoint: Checkpoint = NOWHERE, phase: str = "predictions") -> Predictions:
-        """Return what a runner answers on the evaluation images, (N, 5) int64; see `accuracy.predictions`."""
+        """Return a runner's predictions on the evaluation images, (N, 5) int64; see `accuracy.predictions`."""
         return predictions(runner, self.evaluation, EVALUATION_BATCH, self.progress, checkpoint, phase)
 
     def student(self, bits: BitWidths) -> Student:
-        """Return a variant as the quantize stage left it."""
+        """Return the student that the quantize stage wrote."""
         return load_student(self.directory.path / student_file(bits), self.model.module)[0].to(self.device)
 
     def do(self, stage: Stage[_R]) -> Finished[_R]:
-        """Do a stage unless it is finished with the same inputs, model, seed and kind of device; return what it found.
+        """Do a stage unless it is finished with the same inputs, model, seed and kind of device; return its result.
 
         Raises:
             RunDirectoryError: a stage that it needs is not finished.
@@ -200,27 +194,27 @@ class Run:
             result, files = stage.kind.work(self, stage)
             return result.model_dump(mode="json"), files
 
-        # TF32 keeps ten bits of a float: torch's student would not be the one that is exported
+        # TF32 has ten bits of a float's mantissa: torch would not compute what the exported graphs compute
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self._finished(
                 stage, self.directory.perform(stage.name, self._inputs(stage), work, self._upstream(needs))
             )
 
     def is_finished(self, stage: AnyStage) -> bool:
-        """Return whether `do` would do nothing; what the stage requires has to be finished."""
+        """Return whether `do` would do nothing; the stages that it requires have to be finished."""
         upstream = self._upstream(stage.kind.needs(self, stage))
         return self.directory.look_up(stage.name, self._inputs(stage), upstream) is not None
 
     def finished(self, stage: Stage[_R]) -> Finished[_R] | None:
-        """Return what a finished stage found, with whatever inputs, or None; as `require_finished` does."""
+        """Return the result of a stage that is finished with any inputs, or None; raise as `require_finished` does."""
         record = self.directory.finished(stage.name)
         return None if record is None else self._finished(stage, record)
 
     def require_finished(self, stage: Stage[_R]) -> Finished[_R]:
-        """Return what a stage found that another one builds on.
+        """Return the result of a stage that another one reads.
 
         Raises:
-            RunDirectoryError: it is not finished, its files have changed, or the manifest has no such result.
+            RunDirectoryError: it is not finished, its files have changed, or its result in the manifest is invalid.
         """
         return self._finished(stage, self._require(stage.name))
 
@@ -242,19 +236,16 @@ class Run:
         return record
 
     def _upstream(self, needs: Needs) -> list[str]:
-        """Return the stages that a stage reads: those that it requires, and the optional ones that are finished."""
+        """Return the stages that a stage reads: the required ones, and the finished optional ones."""
         return [*needs.required, *(name for name in needs.optional if self.directory.finished(name))]
 
     def _inputs(self, stage: AnyStage) -> Json:
-        """Return a stage's inputs with what every stage depends on."""
+        """Return a stage's inputs, and those of every stage."""
         common = {"model": self._identity, "seed": self.config.seed, "device": self.device.type}
         return {**stage.kind.inputs(self, stage), **common}
 
     def checkpoint(self, stage: AnyStage, divisor: int = 1, **more: Any) -> FileCheckpoint:
-        """Return where a stage's work in batches divided by `divisor` keeps what it has reached.
-
-        What it depends on besides the stage's inputs is in `more`, as JSON values.
-        """
+        """Return the checkpoint of a stage in batches divided by `divisor`; `more` are further inputs, JSON values."""
         libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
         inputs = {**self._inputs(stage), **libraries, "bfloat16": has_fast_bfloat16(self.device), **more}
         return self.directory.checkpoint(
@@ -262,18 +253,17 @@ class Run:
         )
 
     def rng(self, stage: str) -> torch.Generator:
-        """Return a generator for each stage, so that one more draw in a stage moves no other."""
-        seed = int(digest([self.config.seed, stage])[:15], 16)
-        return torch.Generator(self.device).manual_seed(seed)
+        """Return a stage's own generator, so that its draws do not depend on other stages."""
+        return torch.Generator(self.device).manual_seed(int(digest([self.config.seed, stage])[:15], 16))
 
     def provenance(self, variant: str, **more: Any) -> Json:
-        """Return what a file of a variant is to say of where it came from, and `more`."""
+        """Return the origin of a variant's file, for its metadata, and `more`."""
         common = {"variant": variant, "seed": self.config.seed, "torch": torch.__version__}
         return {**common, **self._identity, **more}
 
 
 def _is_outdated(stage: str, record: StageRecord) -> bool:
-    """Return whether a stage made a student of another form."""
+    """Return whether a stage made a student of another format."""
     return stage.startswith("quantize/") and record.result.get("format") != FORMAT
 
 

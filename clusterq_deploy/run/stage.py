@@ -1,4 +1,4 @@
-"""What a stage of a run is, and what is kept of a finished one."""
+"""The interface of a stage, and the record of a finished one."""
 
 from __future__ import annotations
 
@@ -12,24 +12,19 @@ if TYPE_CHECKING:
 
 R_co = TypeVar("R_co", bound=StageResult, covariant=True)
 Json = dict[str, Any]
-"""JSON values by name, which are hashed."""
+"""JSON values by name."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The stages that a stage reads.
-
-    Attributes:
-        required: these have to be finished.
-        optional: these are read if they are there; the stage is done again once they are made.
-    """
+    """The stages that a stage reads: `required` ones have to be finished; it is done again when `optional` ones are."""
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
 
 class Kind(Protocol[R_co]):
-    """Every module of `clusterq_deploy.stages` that is a stage."""
+    """The interface of the modules of `clusterq_deploy.stages` that are stages."""
 
     NAME: str
 
@@ -41,18 +36,18 @@ class Kind(Protocol[R_co]):
         """Return the stages that it reads."""
 
     def inputs(self, run: Run, stage: AnyStage, /) -> Json:
-        """Return what else its result depends on."""
+        """Return what else its result depends on; it is hashed."""
 
     def work(self, run: Run, stage: AnyStage, /) -> tuple[R_co, list[str]]:
         """Do it; return its result, and the files that it wrote, relative to the run directory."""
 
     def describe(self, run: Run, stage: AnyStage, /) -> str:
-        """Return in words what it does."""
+        """Return one line for `--dry-run`."""
 
 
 @dataclass(frozen=True)
 class Stage(Generic[R_co]):
-    """A stage of a run: of one of its variants, or of the whole run, without a variant."""
+    """A stage of a variant, or of the whole run, without one."""
 
     kind: Kind[R_co]
     variant: str = ""

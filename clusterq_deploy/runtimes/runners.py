@@ -1,4 +1,4 @@
-"""One way to run a model, whatever executes it: images in, logits out. Torch, and ONNX Runtime's providers."""
+"""A common interface to run a model, images to logits, in torch and in ONNX Runtime's providers."""
 
 import ctypes
 import os
@@ -6,7 +6,6 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -29,15 +28,15 @@ PROVIDERS = {
 
 _WARNING, _FATAL = 2, 4  # ONNX Runtime's logging levels; the first is its default
 
-# ONNX Runtime reads it when it is imported, which is later: nothing that runs on a client's machine is reported
+# ONNX Runtime reads it when it is imported, which is later
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class Runner(Protocol):
-    """Executes one model. Runners are context managers; leaving the context frees what they hold."""
+    """Executes one model. Runners are context managers that free their memory at the end."""
 
     runtime: str
-    """The runtime's name in the report: torch, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt or tensorrt."""
+    """The runtime's name in the report: torch, tensorrt or a key of `PROVIDERS`."""
 
     def infer(self, images: Array) -> Array:
         """Return logits (N, classes) float32 of images (N, C, H, W) float32, normalized."""
@@ -46,9 +45,7 @@ class Runner(Protocol):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
 
@@ -70,7 +67,7 @@ class TorchRunner(Runner):
 
 @dataclass(frozen=True)
 class Placement:
-    """How many of a graph's nodes a provider took, and the operators that it left to others."""
+    """How many of a graph's nodes a provider took, and the operators that it did not take."""
 
     taken: int
     nodes: int
@@ -78,16 +75,16 @@ class Placement:
 
 
 class OnnxRunner(Runner):
-    """Runs an ONNX graph in ONNX Runtime, with the session options that any user of the file has by default.
+    """Runs an ONNX graph in ONNX Runtime, with its default session options.
 
     Args:
         graph: a file, or the bytes of one.
         runtime: a key of `PROVIDERS`.
         threads: threads of the CPU provider; None leaves the choice to ONNX Runtime.
         optimized: False executes the operators as they are written, for a reference, and for TensorRT's provider.
-        write_optimized: where to write the graph that ONNX Runtime made from it, for this machine only.
-        batch: smallest, tuned-for and largest batch of an engine of TensorRT's provider; None builds another engine for
-            each size that it has not seen.
+        write_optimized: where to write ONNX Runtime's optimized graph, which is for this machine only.
+        batch: smallest, optimal and largest batch of an engine of TensorRT's provider; None builds an engine for each
+            new size.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph, or the provider's libraries.
@@ -107,12 +104,12 @@ class OnnxRunner(Runner):
 
         self.runtime = runtime
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL  # it also raises what it logs as an error; its warnings are of no use here
+        options.log_severity_level = _FATAL  # it also raises what it logs as an error
         if threads is not None:
             options.intra_op_num_threads = threads
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if runtime != "onnxruntime-cpu":  # remember which provider took which node, from ONNX Runtime 1.24 on
+        if runtime != "onnxruntime-cpu":  # record which provider takes which node, since ONNX Runtime 1.24
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if write_optimized is not None:
             options.optimized_model_filepath = str(write_optimized)
@@ -136,12 +133,12 @@ class OnnxRunner(Runner):
             raise ExportError(f"{self.runtime} cannot run the graph: {_first_line(error)}") from error
 
     def metadata(self) -> dict[str, str]:
-        """Return what the exporter wrote into the graph."""
+        """Return the exporter's entries in the graph."""
         entries: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         return entries
 
     def placement(self) -> Placement | None:
-        """Return how much of the graph this runner's provider took; None if ONNX Runtime is too old to tell."""
+        """Return how much of the graph this runner's provider took; None if ONNX Runtime is too old to report it."""
         if not hasattr(self._session, "get_provider_graph_assignment_info"):
             return None
         nodes = [
@@ -157,12 +154,12 @@ class OnnxRunner(Runner):
         """(batch, channels, height, width) of the input; the batch is None if any is accepted.
 
         Raises:
-            ExportError: more dimensions than the batch are open, or the input is no images.
+            ExportError: the input is not images with fixed channels, height and width.
         """
         shape = self._session.get_inputs()[0].shape
         if len(shape) != 4 or not all(isinstance(side, int) for side in shape[1:]):
             raise ExportError(
-                f"the input {self._input} has shape {shape}; expected images of which only the batch is open"
+                f"the input {self._input} has shape {shape}; expected images with a fixed size, except for the batch"
             )
         batch, channels, height, width = shape
         return batch if isinstance(batch, int) else None, channels, height, width
@@ -177,7 +174,7 @@ class OnnxRunner(Runner):
 
 
 def _open_session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[int, int, int] | None) -> Any:
-    """Return an InferenceSession in the runtime's provider, which ONNX Runtime may leave out without an error."""
+    """Return an InferenceSession in the runtime's provider, which ONNX Runtime may skip without an error."""
     import onnxruntime
 
     model, name = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), str(graph))
@@ -185,12 +182,12 @@ def _open_session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[
     if provider not in onnxruntime.get_available_providers():
         raise ExportError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or use the CPU")
     if runtime == "onnxruntime-tensorrt":
-        with suppress(ImportError, OSError):  # it loads the libraries that the provider looks for, and its wheel has
+        with suppress(ImportError, OSError):  # the wheel loads the libraries that the provider needs
             import tensorrt  # noqa: F401
     if on_gpu:
-        onnxruntime.set_default_logger_severity(_FATAL)  # the error already has what it would write to stderr
+        onnxruntime.set_default_logger_severity(_FATAL)  # it would write to stderr what the error says
     try:
-        # With its fallback ONNX Runtime would go on without the provider, and say so on stdout.
+        # with its fallback ONNX Runtime would continue without the provider, and print that to stdout
         providers = provider_list(runtime, graph, batch)
         session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's own exceptions have no public base
@@ -201,7 +198,7 @@ def _open_session(graph: Path | bytes, options: Any, runtime: str, batch: tuple[
         if on_gpu:
             onnxruntime.set_default_logger_severity(_WARNING)
     if provider not in session.get_providers():
-        problem = load_problem(provider) or "its libraries load, and it does not start; is there an NVIDIA GPU?"
+        problem = load_problem(provider) or "its libraries load, but it does not start; is there an NVIDIA GPU?"
         raise ExportError(f"ONNX Runtime has no working {provider} here: {problem}")
     return session
 
@@ -213,9 +210,9 @@ def _first_line(error: Exception) -> str:
 def provider_list(runtime: str, graph: Path | bytes, batch: tuple[int, int, int] | None) -> list[Provider]:
     """Return the providers of a session, as `InferenceSession` accepts them.
 
-    TensorRT's is asked for no precision, and so uses the types of the graph, as this project's engines do, with a
-    profile of (smallest, tuned-for, largest) `batch` if the graph's is dynamic. Its cache of engines is left off: it
-    cannot tell one set of weights from another. What TensorRT does not run goes to CUDA; ONNX Runtime adds the CPU.
+    TensorRT's uses the types of the graph, as this project's engines do, and a profile of (smallest, optimal, largest)
+    `batch` if the graph's is dynamic. Its cache of engines is off: it ignores a change of the weights. Nodes that
+    TensorRT does not take go to CUDA; ONNX Runtime adds the CPU.
     """
     provider = PROVIDERS[runtime]
     if runtime != "onnxruntime-tensorrt":
@@ -233,10 +230,7 @@ def provider_list(runtime: str, graph: Path | bytes, batch: tuple[int, int, int]
 
 
 def load_problem(provider: str) -> str | None:
-    """Return why the library of a provider that ONNX Runtime was built with does not load; None if it does.
-
-    For use after a session that did without it: the library expects that ONNX Runtime has begun to load it.
-    """
+    """Return why the library of a provider does not load, after a session that skipped it; None if it does."""
     import onnxruntime
 
     short = provider.removesuffix("ExecutionProvider").lower()

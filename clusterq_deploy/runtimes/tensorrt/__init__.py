@@ -1,8 +1,8 @@
 """TensorRT engines: build them from ONNX, load them, run and time them.
 
-Importing this package needs neither TensorRT nor a GPU; `unavailable_reason` says if the rest works here.
-Only names that TensorRT 10.3 to 11.4 share are used. Objects of TensorRT carry their class as an annotation,
-and a test checks every name asked of them against the lists of public members of those releases.
+Importing this package needs neither TensorRT nor a GPU; `unavailable_reason` reports if the rest works here.
+Only names that TensorRT 10.3 to 11.4 share are used: objects of TensorRT have their class as an annotation, and a test
+checks their attributes against the public members of those releases.
 """
 
 from clusterq_deploy.runtimes.tensorrt.build import build_engine

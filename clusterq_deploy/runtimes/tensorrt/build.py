@@ -19,7 +19,7 @@ from platformdirs import user_cache_path
 
 from calib.support.progress import Advance, Progress
 from clusterq_deploy.errors import EngineError, ExportError, RunDirectoryError
-from clusterq_deploy.files import read_graph, sha256_file, write_bytes, write_text
+from clusterq_deploy.files import read_graph, sha256_file, write_bytes
 from clusterq_deploy.runtimes.tensorrt.gpu import diagnose, explained, failure, require_tensorrt, tensorrt_log, trt
 from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, EngineInfo, Machine, sidecar_path, this_machine
 
@@ -35,25 +35,24 @@ def build_engine(
 ) -> EngineInfo:
     """Build an engine for the current CUDA device, and write it with its sidecar.
 
-    The network is strongly typed: every precision is the graph's own. Both files appear whole or not at all;
-    the sidecar comes last, and has the engine's digest. Ctrl-C cancels the build, and leaves nothing behind.
+    The network is strongly typed: it has the precisions of the graph. Both files are written completely or not at all.
+    Ctrl-C cancels the build.
 
     Args:
         onnx_path: the graph; of its inputs only the batch dimension may be dynamic.
-        engine_path: where the engine goes; the sidecar goes to the same name with `.json` appended.
-        config: how to build.
-        progress: shows parsing and building, and in it TensorRT's own nested phases, from several threads.
-        derived_from: the file that the graph was made from, such as a quantized one whose FP16 baseline it is; the
-            sidecar names it instead of the graph.
+        engine_path: of the engine; the sidecar has the same name with `.json` appended.
+        progress: shows parsing and building, with TensorRT's own nested phases, from several threads.
+        derived_from: the file that the graph was made from, such as a quantized one of which it is the FP16 baseline;
+            the sidecar names it instead of the graph.
 
     Raises:
         TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
-        EngineError: TensorRT cannot parse the graph, or cannot build it, or not as this GPU allows.
+        EngineError: TensorRT cannot parse or build the graph, or this GPU does not support `config`.
         RunDirectoryError: the graph cannot be read, or the engine cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed; any exception of a signal handler ends a build in the same way.
     """
     require_tensorrt()
-    started = time.perf_counter()
+    start = time.perf_counter()
     source, machine = derived_from or onnx_path, this_machine()
     if config.hardware_compatible and not machine.is_ampere_or_later:
         raise EngineError(
@@ -66,7 +65,7 @@ def build_engine(
         network: trt.INetworkDefinition = builder.create_network(
             1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         )
-        # The parser owns the weights that the network points to: it has to live until the engine is built.
+        # the parser owns the weights that the network points to: it has to exist until the engine is built
         parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
         _parse(parser, onnx_path, source)
         options: trt.IBuilderConfig
@@ -80,7 +79,7 @@ def build_engine(
         advance()
 
     if batch != config.batch and "batch" in config.model_fields_set and derived_from is None:
-        logger.warning("%s fixes the batch at %d; the batch sizes %s do not count", source, batch[0], config.batch)
+        logger.warning("%s fixes the batch at %d; the batch sizes %s are ignored", source, batch[0], config.batch)
     engine = memoryview(plan)
     info = EngineInfo(
         built_on=machine,
@@ -90,18 +89,18 @@ def build_engine(
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         size_bytes=engine.nbytes,
         options=config.model_copy(update={"batch": batch}),
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - start,
         created=datetime.now(UTC).replace(microsecond=0),
     )
     sidecar_path(engine_path).unlink(missing_ok=True)  # of an earlier engine
     write_bytes(engine_path, engine)
     try:
-        write_text(sidecar_path(engine_path), info.model_dump_json(indent=2) + "\n")
+        write_bytes(sidecar_path(engine_path), f"{info.model_dump_json(indent=2)}\n".encode())
     except BaseException:
         engine_path.unlink(missing_ok=True)
         raise
     if cache_path:
-        keep_timing_cache(options, cache, cache_path)
+        save_timing_cache(options, cache, cache_path)
     return info
 
 
@@ -109,15 +108,14 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
     """Parse the graph into the parser's network.
 
     Raises:
-        EngineError: TensorRT cannot; the message has every problem with its node, its operator and the node's doc
-            string, such as its place in the source, and what to do about `source`, the file that the user knows.
+        EngineError: TensorRT cannot; the message has every problem with its node, operator and doc string, and a hint
+            about `source`, the user's file.
     """
-    parsed: bool = parser.parse_from_file(str(onnx_path))
-    if parsed:
+    if parser.parse_from_file(str(onnx_path)):
         return
     try:
         docs = {node.name: " ".join(node.doc_string.split()) for node in read_graph(onnx_path).graph.node if node.name}
-    except ExportError:  # TensorRT's own message says what is wrong with the file
+    except ExportError:  # TensorRT's own message describes the problem of the file
         docs = {}
     problems, descriptions = [], []
     for index in range(parser.num_errors):
@@ -130,7 +128,7 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
         descriptions.append(" ".join(description.split()))
         problems.append(f"{name or 'unnamed node'} ({place}): {descriptions[-1]}")
     diagnosis = diagnose(descriptions)
-    hint = f"clusterq check {source} says which of TensorRT's rules the graph breaks"
+    hint = f"clusterq check {source} lists the rules of TensorRT that the graph breaks"
     raise EngineError(
         f"TensorRT cannot parse {source}: {'; '.join(problems) or 'no reason given'}; "
         f"{diagnosis.advice if diagnosis else hint}"
@@ -140,10 +138,9 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
 def _configure(
     builder: trt.Builder, network: trt.INetworkDefinition, config: BuildConfig, source: Path
 ) -> tuple[trt.IBuilderConfig, tuple[int, int, int]]:
-    """Return TensorRT's own configuration for ours, and the batch sizes that the engine accepts.
+    """Return TensorRT's configuration for `config`, and the batch sizes that the engine accepts.
 
-    Every input with a dynamic batch gets its smallest, tuned-for and largest shape; a graph with a fixed batch has no
-    profile.
+    Every input with a dynamic batch gets its smallest, optimal and largest shape; a fixed batch has no profile.
     """
     options: trt.IBuilderConfig = builder.create_builder_config()
     options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
@@ -178,16 +175,15 @@ def _configure(
 def _build(
     builder: trt.Builder, network: trt.INetworkDefinition, options: trt.IBuilderConfig, progress: Progress
 ) -> trt.IHostMemory | None:
-    """Return the serialized engine, None if TensorRT gives up; an exception of a signal handler cancels the build.
+    """Return the serialized engine, None if TensorRT fails; an exception of a signal handler cancels the build.
 
-    The build runs in a thread while this one waits: Python runs signal handlers in the main thread, between its own
-    instructions, so that a long call into a library there would hold back Ctrl-C until it returns; a wait does not.
+    The build runs in a thread: Python runs signal handlers in the main thread, and only between its own instructions.
     """
     cancelled = threading.Event()
     device = torch.cuda.current_device()
 
     def work() -> trt.IHostMemory | None:
-        torch.cuda.set_device(device)  # each thread has a current device of its own
+        torch.cuda.set_device(device)  # each thread has its own current device
         return builder.build_serialized_network(network, options)
 
     with _progress_monitor(progress, cancelled) as monitor, ThreadPoolExecutor(1, "build") as pool:
@@ -204,10 +200,9 @@ def _build(
 
 @contextmanager
 def _progress_monitor(progress: Progress, cancelled: threading.Event) -> Iterator[trt.IProgressMonitor]:
-    """Yield what shows TensorRT's phases as tasks of `progress`, and ends the build once `cancelled` is set.
+    """Yield a monitor that shows TensorRT's phases as tasks of `progress`, and ends the build once `cancelled` is set.
 
-    TensorRT names the phases and calls from several threads; a name is free again once its phase has finished. A phase
-    may finish before all its steps are done; those that are open at the end of the context are closed.
+    TensorRT calls it from several threads, and may use a phase's name again, or finish a phase before its last step.
     """
     lock = threading.Lock()
     phases: dict[str, tuple[ExitStack, Advance, int]] = {}
@@ -247,10 +242,7 @@ def _progress_monitor(progress: Progress, cancelled: threading.Event) -> Iterato
 
 
 def timing_cache_path(config: BuildConfig, machine: Machine) -> Path | None:
-    """Return the file of the timing cache that a build on `machine` uses; None if it uses none.
-
-    By default there is one file per GPU model, CUDA and TensorRT release, because measurements are bound to them.
-    """
+    """Return the file of the timing cache for a build, or None; by default there is one per GPU, CUDA and TensorRT."""
     if config.timing_cache == "none" or config.optimization_level == 0:  # level 0 measures nothing
         return None
     if config.timing_cache is not None:
@@ -261,33 +253,30 @@ def timing_cache_path(config: BuildConfig, machine: Machine) -> Path | None:
 
 
 def use_timing_cache(options: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
-    """Let the builder use, and add to, what is kept at `path`; if that is for another machine or damaged, nothing."""
+    """Let the builder use and extend the cache at `path`, or an empty one if it is for another machine or damaged."""
     cache: trt.ITimingCache | None = options.create_timing_cache(_read_cache(path))
     if cache is not None and options.set_timing_cache(cache, False):
         return cache
-    logger.warning("the timing cache %s is of another machine or damaged: it is started afresh", path)
+    logger.warning("the timing cache %s is of another machine or damaged: a new one is started", path)
     tensorrt_log().errors.clear()
     empty: trt.ITimingCache = options.create_timing_cache(b"")
     options.set_timing_cache(empty, False)
     return empty
 
 
-def keep_timing_cache(options: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> None:
-    """Write the cache to `path`, together with what other builds have written there meanwhile.
-
-    A failure is a warning: the engine is complete, and the cache only saves time.
-    """
+def save_timing_cache(options: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> None:
+    """Write the cache to `path`, merged with that of other builds since; a failure is a warning: it costs only time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
             others: trt.ITimingCache | None = options.create_timing_cache(_read_cache(path))
             if others is not None:
-                cache.combine(others, False)  # leaves out what is for another machine, or measured by both
+                cache.combine(others, False)  # ignores entries of another machine, and those of both
             serialized: trt.IHostMemory | None = cache.serialize()
             if serialized is not None:
                 write_bytes(path, memoryview(serialized))
     except (OSError, NotImplementedError, RunDirectoryError) as error:  # filelock: a file system without locks
-        logger.warning("the timing cache %s is not kept: %s", path, error)
+        logger.warning("the timing cache %s is not saved: %s", path, error)
 
 
 def _read_cache(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""TensorRT and the GPU: the module itself, whether both work here, and what it means when they fail."""
+"""TensorRT and the GPU: the module itself, whether both work here, and diagnoses of their errors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class _Module:
 
 
 trt: Any = _Module()
-"""TensorRT, as the whole package uses it: this is the only place that imports it."""
+"""TensorRT; the rest of the package imports this name."""
 
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """A failure that is recognized by what TensorRT, CUDA or torch says.
+    """A failure that is recognized by a message of TensorRT, CUDA or torch.
 
     Attributes:
         pattern: regular expression, searched for in a message, ignoring case.
@@ -69,7 +69,7 @@ KNOWN_FAILURES = {
         "the computer's memory ran out",
         "close other programs, or give a container more",
     ),
-    # before "no implementation": a layer that lacked memory has no implementation either, and memory is the cause
+    # before "no implementation": for lack of memory TensorRT reports that too
     "GPU memory": KnownFailure(
         r"out of memory|OutOfMemory|MemoryAllocation\b|allocating \d+-byte buffer"
         r"|CUDA initialization failure with error:? 2\b",
@@ -79,8 +79,8 @@ KNOWN_FAILURES = {
     "no implementation": KnownFailure(
         r"could not find any implementation for node (?P<what>.+?)[.)\s]*$",
         "it has no kernel for the layer {what}",
-        "raise --workspace, end what else uses the GPU's memory, or install a newer TensorRT; clusterq check says "
-        "which of its rules the graph breaks",
+        "raise --workspace, end what else uses the GPU's memory, or install a newer TensorRT; clusterq check lists "
+        "the rules that the graph breaks",
     ),
     "no operator": KnownFailure(
         r"plugin not found|could not find plugin|no importer registered for op",
@@ -98,7 +98,7 @@ KNOWN_FAILURES = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A recognized failure: its cause and remedy as one clause, and the message that it was recognized by."""
+    """A recognized failure: its cause and remedy as one clause, and the message that matched."""
 
     advice: str
     message: str
@@ -106,20 +106,19 @@ class Diagnosis:
 
 def diagnose(messages: Sequence[str]) -> Diagnosis | None:
     """Return the known failure that one of the messages describes, or None."""
-    for known in KNOWN_FAILURES.values():
+    for failure in KNOWN_FAILURES.values():
         for message in messages:
-            if match := re.search(known.pattern, message, re.IGNORECASE):
-                cause = known.cause.format(**match.groupdict())
-                return Diagnosis(f"{cause}: {known.remedy}", message)
+            if match := re.search(failure.pattern, message, re.IGNORECASE):
+                return Diagnosis(f"{failure.cause.format(**match.groupdict())}: {failure.remedy}", message)
     return None
 
 
 @cache
 def tensorrt_log() -> trt.ILogger:
-    """Return the one logger that all of TensorRT's objects share: TensorRT keeps the first that it gets, process-wide.
+    """Return the logger that all of TensorRT's objects share: TensorRT uses the first one for the whole process.
 
-    Errors and warnings are logged as such, information at debug level, and verbose messages are dropped.
-    `errors` holds the newest error messages. TensorRT calls the logger from its own threads.
+    Errors and warnings are logged as such, information at debug level, and verbose messages are dropped. `errors` has
+    the last error messages. TensorRT calls the logger from its own threads.
     """
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.ERROR,
@@ -146,9 +145,7 @@ def tensorrt_log() -> trt.ILogger:
 def failure(message: str, *details: str) -> EngineError:
     """Return an EngineError of one line: what failed, why, and what to do if that is known.
 
-    Args:
-        message: what failed.
-        details: messages about it, in addition to the errors that TensorRT logged since `explained` began.
+    `details` are messages in addition to the errors that TensorRT logged since `explained` began.
     """
     lines = [" ".join(text.split()) for text in (*details, *tensorrt_log().errors)]
     if diagnosis := diagnose(lines):
@@ -158,16 +155,13 @@ def failure(message: str, *details: str) -> EngineError:
 
 @contextmanager
 def explained(action: str) -> Iterator[None]:
-    """Forget earlier errors, and turn what TensorRT's bindings raise in the block into an EngineError.
+    """Clear earlier errors, and turn what TensorRT's bindings raise in the block into an EngineError.
 
     The bindings raise TypeError if an object cannot be created, MemoryError for C++'s bad_alloc, and ValueError or
-    RuntimeError otherwise.
-
-    Args:
-        action: what the block does, for the message: `start the builder`.
+    RuntimeError otherwise. `action` is what the block does, for the message: `start the builder`.
 
     Raises:
-        EngineError: the block raised one of these; the project's own errors pass unchanged.
+        EngineError: the block raised one of these; a `ClusterQError` is unchanged.
     """
     tensorrt_log().errors.clear()
     try:
@@ -179,28 +173,24 @@ def explained(action: str) -> Iterator[None]:
 
 
 def unavailable_reason() -> str | None:
-    """Return one line with everything that keeps engines from being built and run here; None if nothing does."""
+    """Return one line with everything that prevents building and running engines here, or None."""
     return "; ".join(filter(None, (gpu_problem(), tensorrt_problem()))) or None
 
 
 def require_tensorrt() -> None:
-    """Return if engines can be built and run here.
-
-    Raises:
-        TensorRTMissing: they cannot; the message is that of `unavailable_reason`.
-    """
+    """Raise TensorRTMissing if engines cannot be built and run here, with the message of `unavailable_reason`."""
     if reason := unavailable_reason():
         raise TensorRTMissing(reason)
 
 
 def gpu_problem() -> str | None:
-    """Return one line with what keeps torch from an NVIDIA GPU, and how to fix it; None if nothing does."""
+    """Return one line with the reason why torch cannot use an NVIDIA GPU, and a remedy; None if it can."""
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a build for the CUDA that nvidia-smi shows"
     try:
-        torch.cuda.init()  # unlike is_available, it says why not
+        torch.cuda.init()  # unlike is_available, it reports the reason
     except RuntimeError as error:
         if diagnosis := diagnose([str(error)]):
             return diagnosis.advice
@@ -209,7 +199,7 @@ def gpu_problem() -> str | None:
 
 
 def tensorrt_problem() -> str | None:
-    """Return one line with what keeps TensorRT from being imported; None if nothing does."""
+    """Return one line with the reason why TensorRT cannot be imported; None if it can."""
     try:
         version = str(trt.__version__)
     except (ImportError, OSError, RuntimeError) as error:  # a shared library is missing, or is for another CUDA
@@ -222,9 +212,7 @@ def tensorrt_problem() -> str | None:
 
 
 def start_builder() -> None:
-    """Start TensorRT's builder, which loads its libraries and uses the GPU, and end it.
-
-    A TensorRT that does not fit the driver may crash the process here.
+    """Start TensorRT's builder, which loads its libraries and uses the GPU; a wrong driver may crash the process.
 
     Raises:
         EngineError: it does not start.

@@ -1,4 +1,4 @@
-"""Inspect what TensorRT made of a graph: read the layers from its JSON, and summarize types, times and missed INT8."""
+"""Inspect an engine: read the layers from TensorRT's JSON, and summarize types, times and missed INT8."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _SHORT = {"HALF": "FP16", "FLOAT": "FP32", "BFLOAT16": "BF16"}
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^|\]\x1e\x1f]+)")
 _FUSION = re.compile(r" \+ | \|\| |[\x1e\x1f]")
 _COPY = "Reformatting CopyNode"
-_HOLDING = {"constant", "noop", "signal", "wait"}
+_IDLE = {"constant", "noop", "signal", "wait"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Layer:
 
     Attributes:
         name: the name that the profiler uses too.
-        kind: TensorRT's type of layer, such as `CaskConvolution`, `Reformat` or `kgen`; None if only names are known.
-        precision: the type of its input, such as `INT8`, `FP16` or `FP32`; None if the engine does not tell.
-        nodes: names of the ONNX nodes that it is made of.
-        origin: why a reformat is there: `QDQ` for a quantizer; None if the engine does not tell.
+        kind: TensorRT's type of layer, such as `CaskConvolution`, `Reformat` or `kgen`; None if unknown.
+        precision: the type of its input, such as `INT8`, `FP16` or `FP32`; None if unknown.
+        nodes: names of the ONNX nodes that are fused in it.
+        origin: the reason for a reformat: `QDQ` for a quantizer; None if unknown.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Layer:
 
     @property
     def is_reformat(self) -> bool:
-        """Whether it changes a layout or a type, and is no quantizer of the graph."""
+        """Whether it changes a layout or a type, and is not a quantizer of the graph."""
         return self._copies and self.origin != "QDQ"
 
     @property
     def computes(self) -> bool:
-        """Whether it does more than hold, copy or wait for something."""
-        return not self._copies and (self.kind or "").lower() not in _HOLDING
+        """Whether it does more than store, copy or wait for something."""
+        return not self._copies and (self.kind or "").lower() not in _IDLE
 
     @property
     def _copies(self) -> bool:
@@ -60,23 +60,25 @@ class Layer:
 def parse_layers(text: str) -> tuple[Layer, ...]:
     """Return the layers in the JSON of `EngineInspector.get_engine_information`, in order.
 
-    An engine that is built with detailed profiling verbosity has an object per layer, any other a name, or nothing at
-    all. Types are written in words (`Row major Int8 format`, TensorRT 8 and later), as one word (`Half`, layers that
-    TensorRT 10 and later compile themselves), or in a field of their own (TensorRT 11). `Metadata` names the ONNX nodes
-    from TensorRT 8.6 on; before that only the layer's own name does.
+    An engine that is built with detailed profiling verbosity has an object per layer, any other a name, or nothing.
+    Types are in a text (`Row major Int8 format`, TensorRT 8 and later), a word (`Half`, layers that TensorRT 10 and
+    later compile), or a separate field (TensorRT 11). `Metadata` names the ONNX nodes since TensorRT 8.6; before that
+    only the layer's own name does.
 
     Raises:
-        EngineError: it is no JSON, or lists no layers.
+        EngineError: it is not JSON, or lists no layers.
     """
     if not text.strip():
         return ()
     try:
         content = json.loads(text, strict=False)  # metadata is separated by control characters
     except ValueError as error:
-        raise EngineError(f"the engine inspector gave no JSON: {error}") from error
+        raise EngineError(f"the engine inspector returned invalid JSON: {error}") from error
     entries = content.get("Layers") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise EngineError(f'the engine inspector gave {text.strip()[:60]!r}; expected an object with a list "Layers"')
+        raise EngineError(
+            f'the engine inspector returned {text.strip()[:60]!r}; expected an object with a list "Layers"'
+        )
     return tuple(_layer(entry) for entry in entries)
 
 
@@ -89,8 +91,7 @@ def type_in(description: str) -> str | None:
 def _layer(entry: Any) -> Layer:
     """Return the layer of the inspector's entry: an object, or a name.
 
-    Its nodes are in its metadata and in its name, which joins those that were fused. The parser shortens long metadata,
-    and layers that TensorRT compiles itself have their own names: both count.
+    Its nodes are in its metadata, which the parser shortens, and in its name, unless TensorRT compiles it: both count.
     """
     if not isinstance(entry, dict):
         entry = {"Name": entry}
@@ -106,10 +107,7 @@ def _layer(entry: Any) -> Layer:
 
 
 def _precision(entry: dict[str, Any]) -> str | None:
-    """Return the type of a layer's first input, or else of its weights (formats of dynamic shapes have no type).
-
-    A tensor's type is written with its format in TensorRT 10, in a field of its own in 11.
-    """
+    """Return the type of a layer's first input, else of its weights or output: dynamic shapes have no type."""
     tensors = [*entry.get("Inputs", [])[:1], entry.get("Weights"), *entry.get("Outputs", [])[:1]]
     keys = "DataType", "Datatype", "Format/Datatype", "Type"
     descriptions = (str(tensor.get(key, "")) for tensor in tensors if isinstance(tensor, dict) for key in keys)
@@ -122,11 +120,9 @@ def summarize_layers(
     """Count an engine's layers by type, find the slowest, and name what is quantized and does not run in INT8.
 
     Args:
-        layers: the engine's layers.
         times_ms: mean milliseconds of each layer in a call, by name.
         quantized: the graph's quantized nodes, with the names of their weights; each should run in INT8.
-        engine: the engine's path, for the record.
-        batch: images per call, when it was profiled.
+        engine, batch: the engine's path and the profiled images per call, for the record.
     """
     detailed = any(layer.kind is not None for layer in layers)
     by_name = {layer.name: layer for layer in layers}
@@ -137,22 +133,22 @@ def summarize_layers(
         layer = by_name.get(name, Layer(name))
         share = ms / total_ms if total_ms else 0.0
         slowest.append(EngineLayer(name=name, kind=layer.kind, precision=layer.precision, mean_ms=ms, share=share))
-    missed, silent = [], []
+    missed, unknown = [], []
     for node, weight in quantized.items() if detailed else ():
-        made_of = [layer for layer in computing if node in layer.nodes]
-        precisions = {layer.precision for layer in made_of}
-        if not made_of:
+        executing = [layer for layer in computing if node in layer.nodes]
+        precisions = {layer.precision for layer in executing}
+        if not executing:
             missed.append(MissedLayer(layer=node, weight=weight, reason="is named by no layer of the engine"))
         elif precisions == {None}:
-            silent.append(node)
+            unknown.append(node)
         elif not precisions & {"INT8", None}:
-            reason = f"reads {made_of[0].precision} in {made_of[0].name} ({made_of[0].kind})"
+            reason = f"reads {executing[0].precision} in {executing[0].name} ({executing[0].kind})"
             missed.append(MissedLayer(layer=node, weight=weight, reason=reason))
-    notes = [f"The engine does not report the type of these layers: {', '.join(silent)}."] if silent else []
+    notes = [f"The engine does not report the type of these layers: {', '.join(unknown)}."] if unknown else []
     if not detailed:
-        known = "only the names of its layers" if layers else "no information about its layers"
-        unknown = "which of them run in INT8" if quantized else "in which types they run"
-        notes = [f"The engine has {known}: build it with detailed profiling verbosity to see {unknown}."]
+        content = "only the names of its layers" if layers else "no information about its layers"
+        missing = "which of them run in INT8" if quantized else "in which types they run"
+        notes = [f"The engine has {content}: build it with detailed profiling verbosity to see {missing}."]
     return EngineInspection(
         engine=engine,
         batch=batch,

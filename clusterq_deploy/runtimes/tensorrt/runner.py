@@ -7,7 +7,6 @@ import logging
 import shlex
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ _PROFILE_WARMUP_RUNS = 10
 class TensorRTRunner(Runner):
     """Runs an engine with one input (N, C, H, W) and one output (N, classes).
 
-    Batches of any size are accepted: above the engine's largest they are split, below its smallest padded. One
-    pair of buffers of the largest batch lives as long as the runner, so that addresses never change.
+    Batches of any size are accepted: above the engine's largest they are split, below its smallest padded. The buffers
+    are those of the largest batch, so that their addresses never change.
 
     Attributes:
         info: the engine's sidecar.
@@ -37,7 +36,7 @@ class TensorRTRunner(Runner):
     runtime = "tensorrt"
 
     def __init__(self, engine_path: Path, device: str = "cuda") -> None:
-        """Load the engine at `engine_path` onto a CUDA device, once its sidecar says that it can run there.
+        """Load the engine at `engine_path` onto a CUDA device, if it can run there according to its sidecar.
 
         Raises:
             TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
@@ -74,13 +73,13 @@ class TensorRTRunner(Runner):
         self._require_open()
         if images.shape[1:] != self._input.shape[1:]:
             expected = ", ".join(map(str, self._input.shape[1:]))
-            raise EngineError(f"images have shape {images.shape}; the engine takes (N, {expected})")
+            raise EngineError(f"images have shape {images.shape}; the engine accepts (N, {expected})")
         logits = np.empty((len(images), *self._output.shape[1:]), dtype=np.float32)
         smallest, largest = self.batch_range
         with torch.cuda.stream(self._stream), explained("run the engine"):
             for first in range(0, len(images), largest):
                 chunk = images[first : first + largest]
-                # Rows of a padded batch beyond the chunk hold an earlier batch; their logits are not read.
+                # rows of a padded batch beyond the chunk are of an earlier batch; their logits are not read
                 self._set_batch(self._context, max(len(chunk), smallest))
                 self._input[: len(chunk)].copy_(torch.from_numpy(np.require(chunk, np.float32, ["C", "W"])))
                 self._enqueue(self._context)
@@ -90,17 +89,16 @@ class TensorRTRunner(Runner):
     def measure(
         self, batch: int, warmup_ms: float = 200, min_runs: int = 10, min_seconds: float = 3, cuda_graph: bool = False
     ) -> EngineTimes:
-        """Time many calls of `batch` random images as trtexec does: copies, computation and enqueuing apart.
+        """Time many calls of `batch` random images as trtexec does, with separate times of copies and computation.
 
-        The next call is enqueued before the last has ended, and copies run next to the computation, so that the GPU
-        waits for neither.
+        The next call is enqueued before the last has ended, and copies run in parallel with the computation.
 
         Args:
             batch: images per call, within `batch_range`.
             warmup_ms: time to run before the first measurement.
-            min_runs, min_seconds: least number of measurements, and least time to measure for.
-            cuda_graph: replay a CUDA graph instead of enqueuing. If none can be captured, a warning is logged
-                and the engine is enqueued; the result's `cuda_graph` says which it was.
+            min_runs, min_seconds: the least number of measurements and the least time.
+            cuda_graph: replay a CUDA graph instead of enqueuing. If none can be captured, a warning is logged, the
+                engine is enqueued, and the result's `cuda_graph` is False.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
@@ -118,19 +116,15 @@ class TensorRTRunner(Runner):
     def trtexec_command(
         self, engine: str, batch: int, *, warmup_ms: float, min_runs: int, min_seconds: float, cuda_graph: bool
     ) -> str:
-        """Return the shell command that repeats `measure` with `trtexec`, NVIDIA's own tool.
+        """Return the shell command that repeats `measure` on the path `engine` with `trtexec`, NVIDIA's own tool.
 
-        trtexec 11 copies nothing and replays a CUDA graph unless it is told otherwise; 10 does the opposite, and does
-        not know the flags of 11. It accepts shapes only for engines that leave the batch open, and loads the runtime
-        that a version-compatible engine carries only if it is told to.
-
-        Args:
-            engine: the engine's path, as the command is to have it.
-            batch, warmup_ms, min_runs, min_seconds, cuda_graph: as for `measure`.
+        By default trtexec 11 copies nothing and replays a CUDA graph; 10 does the opposite, and refuses the flags of
+        11. It accepts shapes only for engines with a dynamic batch, and requires a flag to load the runtime in a
+        version-compatible engine.
         """
         if int(trt.__version__.partition(".")[0]) >= 11:
             mode = ["--includeDataTransfers", *([] if cuda_graph else ["--noCudaGraph"])]
-        else:  # torch's events are waited for without sleep
+        else:  # torch waits for events without sleep
             mode = ["--useSpinWait", *(["--useCudaGraph"] if cuda_graph else [])]
         shape = "x".join(map(str, (batch, *self._input.shape[1:])))
         command = [
@@ -147,7 +141,7 @@ class TensorRTRunner(Runner):
         return shlex.join(command)
 
     def layer_information(self, batch: int) -> str:
-        """Return what TensorRT's engine inspector says about the layers, in JSON, for calls of `batch` images.
+        """Return the JSON of TensorRT's engine inspector about the layers, for calls of `batch` images.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot inspect the engine.
@@ -156,15 +150,15 @@ class TensorRTRunner(Runner):
         with explained("inspect the engine"):
             self._set_batch(self._context, batch)
             inspector: trt.EngineInspector = self._engine.create_engine_inspector()
-            inspector.execution_context = self._context  # with its shapes, formats are known too
+            inspector.execution_context = self._context  # its shapes determine formats
             information: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
             return information
 
     def layer_times(self, batch: int, runs: int = 50) -> dict[str, float]:
         """Return mean milliseconds of each layer in a call of `batch` images, in order, by TensorRT's profiler.
 
-        The profiler slows the engine down: it has an execution context of its own, and the sum of the layers is more
-        than the time of a call. There is no CUDA graph. The mean is over `runs` calls, after a few to warm up.
+        The profiler slows the engine down: it has a separate execution context, and the sum of the layers is more than
+        the time of a call. There is no CUDA graph. The mean is over `runs` calls, after a few to warm up.
 
         Raises:
             EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
@@ -194,29 +188,21 @@ class TensorRTRunner(Runner):
                 self._stream.synchronize()
         return {name: total / runs for name, total in times_ms.items()}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
-            with (
-                nullcontext() if kind is None else suppress(RuntimeError)
-            ):  # CUDA repeats an error that is being raised
+            with suppress(RuntimeError) if error[0] else nullcontext():  # CUDA repeats an error
                 self._stream.synchronize()
         finally:
             self._context = self._engine = None
             self._input = self._output = torch.empty(0)
 
     def _require_open(self, batch: int | None = None) -> None:
-        """Return if the runner is open, and accepts a call of `batch` images.
-
-        Raises:
-            EngineError: the runner is closed, or the batch is outside `batch_range`.
-        """
+        """Raise an EngineError if the runner is closed, or the batch is outside `batch_range`."""
         if self._context is None:
             raise EngineError("the runner is closed; open the engine again")
         smallest, largest = self.batch_range
         if batch is not None and not smallest <= batch <= largest:
-            raise EngineError(f"batch is {batch}; the engine takes {smallest} to {largest} images per call")
+            raise EngineError(f"batch is {batch}; the engine accepts {smallest} to {largest} images per call")
 
     def _set_batch(self, context: trt.IExecutionContext, batch: int) -> tuple[int, ...]:
         """Shape a context's next call for `batch` images; return the shape of its output."""
@@ -237,7 +223,7 @@ class TensorRTRunner(Runner):
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """Return one call as a CUDA graph; None if TensorRT cannot be captured."""
-        self._enqueue(self._context)  # TensorRT settles what depends on the shapes at the first call after they are set
+        self._enqueue(self._context)  # the first call after a change of the shapes prepares for them
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -245,7 +231,7 @@ class TensorRTRunner(Runner):
                 self._enqueue(self._context)
         except RuntimeError as error:
             logger.warning("no CUDA graph can be captured, each call is enqueued: %s", error)
-            tensorrt_log().errors.clear()  # they must not explain a later failure
+            tensorrt_log().errors.clear()  # not of a later failure
             return None
         return graph
 
@@ -258,7 +244,7 @@ def _deserialize(engine_path: Path, info: EngineInfo) -> trt.ICudaEngine:
     if hashlib.sha256(plan).hexdigest() != info.engine_sha256:
         raise EngineError(f"{engine_path} is not the file that its sidecar describes; build it again")
     runtime: trt.Runtime = trt.Runtime(tensorrt_log())
-    # A version-compatible engine carries a runtime of its own, as host code.
+    # a version-compatible engine has its own runtime, as host code
     runtime.engine_host_code_allowed = info.options.version_compatible
     engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -276,11 +262,7 @@ def _input_and_output(engine: trt.ICudaEngine) -> tuple[str, str]:
 
 
 def _torch_dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:
-    dtypes = {
-        trt.DataType.FLOAT: torch.float32,
-        trt.DataType.HALF: torch.float16,
-        trt.DataType.BF16: torch.bfloat16,
-    }
+    dtypes = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
     dtype: trt.DataType = engine.get_tensor_dtype(name)
     if dtype not in dtypes:
         raise EngineError(f"tensor {name} of the engine is {dtype}; expected a floating-point type")

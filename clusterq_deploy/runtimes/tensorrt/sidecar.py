@@ -1,4 +1,4 @@
-"""How an engine is built, and its sidecar `model.engine.json`: where, from what and how it was built."""
+"""The settings of a build, and an engine's sidecar `model.engine.json`: where, from what and how it was built."""
 
 import logging
 import re
@@ -20,16 +20,16 @@ _UNITS = {"": 2**20, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def memory_size(value: object) -> object:
-    """Return the bytes of a size such as `4GiB`, `512MiB` or `512`, which is in MiB; a number is returned as it is.
+    """Return the bytes of a text such as `4GiB`, `512MiB` or `512`, which is in MiB; a number is unchanged.
 
     Raises:
-        ValueError: the text is no size.
+        ValueError: the text is not a size.
     """
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([1-9]\d*)\s*([KMG]iB)?", value, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"{value!r} is no size such as 4GiB, 512MiB or 512, in MiB")
+        raise ValueError(f"{value!r} is not a size such as 4GiB, 512MiB or 512, in MiB")
     return int(match[1]) * _UNITS[(match[2] or "").lower()]
 
 
@@ -41,19 +41,18 @@ class BuildConfig(StageConfig):
     """
 
     batch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 32)
-    """Smallest, tuned-for and largest batch size of a graph with a dynamic batch dimension."""
+    """Smallest, optimal and largest batch size of a graph with a dynamic batch dimension."""
 
     workspace_bytes: Annotated[int, Field(ge=2**10, strict=True), BeforeValidator(memory_size)] = 4 * 2**30
-    """Most scratch memory on the GPU that a layer may use: a number of bytes, at least 1,024, or a `memory_size`."""
+    """The largest scratch memory of a layer on the GPU: a number of bytes, at least 1,024, or a `memory_size`."""
 
     optimization_level: int = Field(default=3, ge=0, le=5)
-    """How long the builder searches: 0 uses the first implementation that works, 5 compares the most."""
+    """How long the builder searches: 0 uses the first implementation that works, 5 compares the most of them."""
 
     timing_cache: Literal["none"] | Path | None = None
-    """File that keeps the builder's measurements from one build to the next; created if it does not exist.
+    """File of the builder's measurements for later builds; created if it does not exist.
 
-    None is one file per GPU and release of TensorRT in the user's cache directory, `none` is no file. Level 0
-    measures nothing and uses none.
+    None is one file per GPU and release of TensorRT in the user's cache directory, `none` is no file. Level 0 has none.
     """
 
     version_compatible: bool = False
@@ -70,7 +69,7 @@ class BuildConfig(StageConfig):
 
 
 class Machine(BaseModel):
-    """What an engine is bound to. `cuda` is what torch is built for; `driver` is None if unknown."""
+    """The machine that an engine is for. `cuda` is torch's release of it; `driver` is None if unknown."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -92,10 +91,7 @@ class Machine(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    """Content of the sidecar. Digests are SHA-256.
-
-    `source` is the file name of the ONNX graph; if `derived`, of the one that the engine's graph was made from.
-    """
+    """Content of the sidecar. `source` is the ONNX file, or if `derived` the one that its graph was made from."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -131,7 +127,7 @@ def read_sidecar(engine_path: Path) -> EngineInfo:
     """Read the sidecar of the engine at `engine_path`.
 
     Raises:
-        EngineError: the sidecar is missing, or is not one that this version of the library can read.
+        EngineError: the sidecar is missing, or is invalid for this version of the library.
     """
     path = sidecar_path(engine_path)
     try:
@@ -143,15 +139,11 @@ def read_sidecar(engine_path: Path) -> EngineInfo:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise EngineError(f"{path} is no sidecar: {place}: {first['msg']}; build the engine again") from error
+        raise EngineError(f"{path} is not a sidecar: {place}: {first['msg']}; build the engine again") from error
 
 
 def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
-    """Return if the engine that `info` describes can run on `here`. Another driver or CUDA is a warning.
-
-    Raises:
-        EngineError: it cannot; the message names everything that differs.
-    """
+    """Raise an EngineError if an engine cannot run on `here`; log a warning about another driver or CUDA."""
     built, options = info.built_on, info.options
     ampere = options.hardware_compatible and here.is_ampere_or_later
     later = options.version_compatible and _is_supported_later(built.tensorrt, here.tensorrt)

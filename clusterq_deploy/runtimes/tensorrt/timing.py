@@ -1,4 +1,4 @@
-"""Time an engine as trtexec does: copies and computation apart, by CUDA events, while NVML is asked about the GPU."""
+"""Time an engine as trtexec does: copies and computation by CUDA events, with NVML's readings of the GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 
 from clusterq_deploy.results.engines import GpuTelemetry, Reading
 
-_UNDER_WAY = 2  # calls on the GPU at a time: the next is there when one ends
+_IN_FLIGHT = 2  # calls on the GPU at a time: the next is enqueued before one ends
 _INTERVAL_S = 0.1
 _THROTTLING = {
     "SwPowerCap": "power limit",
@@ -25,7 +25,7 @@ _THROTTLING = {
     "HwThermalSlowdown": "temperature (hardware)",
     "HwPowerBrakeSlowdown": "external power brake",
 }
-"""NVML's reasons for clocks that are lower than requested, and what the report calls them."""
+"""NVML's reasons for reduced clocks, and their names in the report."""
 
 _Query = Callable[[Any, Any], float]
 _Sample = Mapping[str, float | None]
@@ -46,7 +46,7 @@ _LIMITS: dict[str, _Query] = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Milliseconds of one call: the copy to the GPU, the computation, the copy back, and the host's for starting it."""
+    """Milliseconds of one call: the copy to the GPU, the computation, the copy back, and the enqueuing on the host."""
 
     host_to_device_ms: float
     compute_ms: float
@@ -55,13 +55,13 @@ class Call:
 
     @property
     def latency_ms(self) -> float:
-        """What trtexec calls the latency: the sum of the three parts on the GPU."""
+        """The latency as trtexec defines it: the sum of the three parts on the GPU."""
         return self.host_to_device_ms + self.compute_ms + self.device_to_host_ms
 
 
 @dataclass(frozen=True, slots=True)
 class EngineTimes:
-    """A measurement: the calls in order, the seconds from the first to the end of the last, and the GPU meanwhile."""
+    """A measurement: the calls in order, the seconds from the first to the last, and the GPU's readings."""
 
     calls: list[Call]
     wall_seconds: float
@@ -70,16 +70,14 @@ class EngineTimes:
 
 
 class CallTimer:
-    """Sends calls with one batch of random images to the GPU, and waits for each when the next is under way.
+    """Enqueues calls with one batch of random images on the GPU, and waits for each after enqueuing the next.
 
-    Copies have their own streams, so that the next batch arrives while this one is computed. Every call carries the
-    same images: a copy into a buffer that is still read changes nothing in it. The host's memory is pinned if there is
-    a GPU to copy to, so that copies do not wait for it.
+    Copies have their own streams and pinned memory, so that the next batch is copied during the computation. All calls
+    have the same images: a copy into a buffer that is still read does not change it.
 
     Args:
         launch: starts the computation on the current stream, from `device_input` (N, C, H, W) to `device_output`.
-        device_input, device_output: the batch's memory.
-        stream: the stream of the computation, which is the current one.
+        stream: the current stream.
     """
 
     def __init__(
@@ -98,12 +96,12 @@ class CallTimer:
         self._host_input.normal_(generator=torch.Generator().manual_seed(0))
         self._upload = torch.cuda.Stream(device_input.device)  # type: ignore[no-untyped-call,unused-ignore]
         self._download = torch.cuda.Stream(device_input.device)  # type: ignore[no-untyped-call,unused-ignore]
-        self._events = cycle([[_event() for _ in range(6)] for _ in range(_UNDER_WAY)])  # creating them takes time
+        self._events = cycle([[_event() for _ in range(6)] for _ in range(_IN_FLIGHT)])  # creating them takes time
 
     def measure(self, *, warmup_ms: float, min_runs: int, min_seconds: float, cuda_graph: bool) -> EngineTimes:
         """Run for `warmup_ms`, then until both `min_runs` calls are done and `min_seconds` have passed.
 
-        The result says that `launch` replays a CUDA graph if `cuda_graph` does.
+        `cuda_graph` records in the result whether `launch` replays a CUDA graph.
         """
         self._run(0, warmup_ms / 1000)
         with gpu_monitor(self._device_input.device) as telemetry:
@@ -118,12 +116,12 @@ class CallTimer:
         end = time.perf_counter() + seconds
         while len(calls) + len(running) < min_runs or time.perf_counter() < end:
             running.append(self._start())
-            if len(running) == _UNDER_WAY:
+            if len(running) == _IN_FLIGHT:
                 calls.append(running.popleft()())
         return calls + [finish() for finish in running]
 
     def _start(self) -> Callable[[], Call]:
-        """Enqueue a call; return what waits until the GPU has finished it, and returns its times."""
+        """Enqueue a call; return a function that waits for its end and returns its times."""
         upload, uploaded, compute, computed, download, downloaded = next(self._events)
         with torch.cuda.stream(self._upload):
             upload.record(self._upload)
@@ -159,10 +157,10 @@ def _event() -> torch.cuda.Event:
 
 @contextmanager
 def gpu_monitor(device: torch.device | str) -> Iterator[Callable[[], GpuTelemetry]]:
-    """Ask NVML about a CUDA device every 100 ms, in a thread, while the context is open; no setting is changed.
+    """Read NVML's values of a CUDA device every 100 ms, in a thread, while the context is open.
 
     Yields:
-        What returns the record of the time until then. If NVML cannot be asked, it says why; nothing is raised.
+        A function that returns the record so far, or the reason why NVML is not available.
     """
     gpu, problem = _nvml_device(device)
     if problem:
@@ -174,11 +172,11 @@ def gpu_monitor(device: torch.device | str) -> Iterator[Callable[[], GpuTelemetr
     stop = threading.Event()
 
     def watch() -> None:
-        samples.append(_ask(gpu, _SAMPLED))
+        samples.append(_read(gpu, _SAMPLED))
         while not stop.wait(_INTERVAL_S):
-            samples.append(_ask(gpu, _SAMPLED))
+            samples.append(_read(gpu, _SAMPLED))
 
-    limits = _ask(gpu, _LIMITS)
+    limits = _read(gpu, _LIMITS)
     thread = threading.Thread(target=watch, name="gpu_monitor", daemon=True)
     thread.start()
     try:
@@ -190,7 +188,7 @@ def gpu_monitor(device: torch.device | str) -> Iterator[Callable[[], GpuTelemetr
 
 
 def _nvml_device(device: torch.device | str) -> tuple[Any, str | None]:
-    """Start NVML; return its handle of a device, or why there is none."""
+    """Start NVML; return its handle of a device, or the reason why there is none."""
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -204,24 +202,22 @@ def _nvml_device(device: torch.device | str) -> tuple[Any, str | None]:
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), None
     except pynvml.NVMLError as error:
         pynvml.nvmlShutdown()
-        return None, f"NVML does not know the device: {error}"
+        return None, f"NVML does not have the device: {error}"
 
 
-def _ask(gpu: Any, queries: Mapping[str, _Query]) -> dict[str, float | None]:
-    """Return NVML's answers; None for what the device or the driver does not tell."""
+def _read(gpu: Any, queries: Mapping[str, _Query]) -> _Sample:
+    """Return NVML's values; None for those that the device or the driver does not support."""
     import pynvml
 
-    answers: dict[str, float | None] = {}
+    values: dict[str, float | None] = dict.fromkeys(queries)
     for name, query in queries.items():
-        try:
-            answers[name] = query(pynvml, gpu)
-        except pynvml.NVMLError:
-            answers[name] = None
-    return answers
+        with suppress(pynvml.NVMLError):
+            values[name] = query(pynvml, gpu)
+    return values
 
 
 def summarize_samples(samples: Sequence[_Sample], limits: _Sample) -> GpuTelemetry:
-    """Return the record of NVML's answers: samples over a measurement, and the device's limits."""
+    """Return the record of NVML's values: samples over a measurement, and the device's limits."""
     import pynvml
 
     readings = {name: _reading(samples, name) for name in _SAMPLED if name != "reasons"}

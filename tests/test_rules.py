@@ -337,5 +337,5 @@ def test_read_graph_refuses_other_files_in_one_line(content: bytes, tmp_path: Pa
     path.write_bytes(content)
     with pytest.raises(ExportError, match="is not an ONNX file"):
         read_graph(path)
-    assert "is no ONNX file" in error_line("check", path)
+    assert "is not an ONNX file" in error_line("check", path)
     assert "cannot read" in error_line("check", tmp_path / "none.onnx")

@@ -1,6 +1,7 @@
 """TensorRT's rules: the project's graphs keep them all, and each break is found where it was made."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cli.main import main
 from clusterq_deploy.errors import ExportError, VerificationError
 from clusterq_deploy.files import read_graph
-from clusterq_deploy.lowering import RULES, check_tensorrt, require_tensorrt
+from clusterq_deploy.lowering import RULES, check_saturation, check_tensorrt, require_tensorrt
 
 Mutation = Callable[[onnx.ModelProto], str]
 """Breaks one rule in a graph, and returns the name of the node that is to be blamed ("" for the whole file)."""
@@ -514,6 +515,46 @@ def test_check_command_is_quiet_about_numbers_that_are_none(value: float, tmp_pa
     result = CliRunner().invoke(main, ["check", str(tmp_path / "file.onnx"), "--json"])
     assert (result.exit_code, result.stderr) == (1, "")
     assert {row["rule"] for row in json.loads(result.stdout)} == {"scale"}
+
+
+def damage(graph: onnx.GraphProto, rng: random.Random) -> None:
+    """Change one thing in a graph of `one_layer`, so that it may be no valid ONNX."""
+    node, tensor = rng.choice(graph.node), rng.choice(graph.initializer)
+    match rng.randrange(7):
+        case 0:
+            node.input[rng.randrange(len(node.input))] = rng.choice(["", *(t.name for t in graph.initializer)])
+        case 1:
+            node.input.pop()
+        case 2:
+            node.op_type = rng.choice(
+                ["Clip", "Relu", "MaxPool", "Concat", "Gemm", "MatMul", "QLinearConv", "Identity"]
+            )
+        case 3:
+            options = ["axis", "block_size", "transB", "group", "output_dtype"]
+            node.attribute.append(helper.make_attribute(rng.choice(options), rng.choice([0, -9, 2, 1000])))
+        case 4:
+            tensor.data_type = rng.randrange(24)
+        case 5:
+            tensor.dims.append(rng.choice([0, 1, 2]))
+        case 6:
+            shape, value = rng.choice([(), (0,), (6,), (1, 1)]), rng.choice([0, np.nan, np.inf, -1, 1e-45, 1e30])
+            tensor.CopyFrom(numpy_helper.from_array(np.full(shape, value, np.float32), tensor.name))
+
+
+def test_checks_of_damaged_graphs_end_in_a_result_or_one_line() -> None:
+    rng, refusals, checked = random.Random(0), [], 0
+    for _ in range(2000):
+        graph = one_layer(rng.choice(["Conv", "ConvTranspose"]), rng.randrange(-1, 4), opset=rng.choice([10, 13, 21]))
+        for _ in range(rng.randrange(1, 3)):
+            damage(graph.graph, rng)
+        try:
+            check_tensorrt(graph)
+            check_saturation(graph)
+            checked += 1
+        except ExportError as error:
+            refusals.append(str(error))
+    assert min(len(refusals), checked) > 200
+    assert all(len(line.splitlines()) == 1 for line in refusals)
 
 
 def test_check_command_refuses_invalid_onnx_in_one_line(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from clusterq_deploy.errors import ExportError
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
+_NOT_REAL = {ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}
 _INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ir.serde.SerdeError)
 
 
@@ -58,7 +59,11 @@ def parse(model: onnx.ModelProto, *, checked: bool = True) -> ir.Model:
             onnx.checker.check_model(model)
         return ir.from_proto(model)
     except (*_INVALID, ValueError, TypeError, RuntimeError) as error:
-        raise ExportError(f"the graph is no valid ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"the graph is no valid ONNX: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def all_nodes(model: ir.Model) -> list[ir.Node]:
@@ -105,11 +110,19 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def constant(node: ir.Node, index: int) -> npt.NDArray[np.float64] | None:
-    """Return the values of a node's input, float64 of its shape; None if it is left out or no constant of numbers."""
+    """Return the values of a node's input, float64 of its shape; None if it is left out or no constant of real numbers.
+
+    Raises:
+        ExportError: what is stored does not fit the tensor's shape and type.
+    """
     tensor = _stored(operand(node, index))
-    if tensor is None or tensor.dtype is ir.DataType.STRING:
+    if tensor is None or tensor.dtype in _NOT_REAL:
         return None
-    return tensor.numpy().astype(np.float64)
+    try:
+        with np.errstate(invalid="ignore"):  # of NaN in types of eight bits
+            return tensor.numpy().astype(np.float64)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ExportError(f"the graph is no valid ONNX: tensor {tensor.name}: {_first_line(error)}") from error
 
 
 def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -139,7 +152,8 @@ def integer_type(quantizer: ir.Node) -> ir.DataType | None:
         return next((value.dtype for value in (integers, zero) if value is not None and value.dtype is not None), None)
     if zero is not None:
         return zero.dtype
-    return ir.DataType(quantizer.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
+    number = quantizer.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8
+    return next((kind for kind in ir.DataType if kind == number), None)
 
 
 def dequantized(value: ir.Value | None) -> Dequantized | None:
@@ -162,19 +176,17 @@ def stored_integers(node: ir.Node) -> npt.NDArray[np.float64] | None:
     if quantizer is None:
         return constant(node, 0)
     numbers, scale, zero = constant(quantizer, 0), constant(quantizer, 1), zero_point(quantizer)
-    if numbers is None or scale is None or zero is None or scale.ndim > 1 or not (scale > 0).all():
+    if numbers is None or scale is None or zero is None or scale.ndim > 1 or zero.size not in {1, scale.size}:
         return None
+    if not ((scale > 0) & np.isfinite(scale)).all():
+        return None
+    shape = [1] * numbers.ndim
     if scale.size != 1:
         axis = quantizer.attributes.get_int("axis", 1)
-        if (
-            not -numbers.ndim <= axis < numbers.ndim
-            or scale.size != numbers.shape[axis]
-            or zero.size not in {1, scale.size}
-        ):
+        if not -numbers.ndim <= axis < numbers.ndim or scale.size != numbers.shape[axis]:
             return None
-        shape = [1] * numbers.ndim
         shape[axis] = -1
-        scale, zero = scale.reshape(shape), np.broadcast_to(zero.ravel(), scale.shape).reshape(shape)
+    scale, zero = scale.reshape(shape), np.broadcast_to(zero.ravel(), scale.size).reshape(shape)
     low, high = (-128, 127) if integer_type(quantizer) is ir.DataType.INT8 else (0, 255)
     integers = np.clip(np.rint(numbers / scale) + zero, low, high)
     return integers if np.isfinite(integers).all() else None

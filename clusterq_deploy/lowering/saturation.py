@@ -104,7 +104,7 @@ def _pair_sum(node: ir.Node) -> PairSum | None:
     if operands is None:
         return None
     (low, high), weight, name = operands
-    if weight.size == 0:
+    if weight.size == 0 or weight.ndim == 0:
         return None
     rows, depthwise = _rows(node, weight)
     products = np.sort(np.stack([rows * low, rows * high]), axis=0)  # the smallest and the largest of each weight
@@ -170,7 +170,7 @@ def _rows(node: ir.Node, weight: Integers) -> tuple[Integers, bool]:
     """Return a weight's values by output channel, (O, K), and whether its layer is depthwise."""
     if "Conv" in node.op_type:
         groups = node.attributes.get_int("group", 1)
-        return weight.reshape(len(weight), -1), groups > 1 and groups == len(weight) and weight.shape[1] == 1
+        return weight.reshape(len(weight), -1), groups > 1 and groups == len(weight) and weight.shape[1:2] == (1,)
     if weight.ndim < 2:
         return weight.reshape(1, -1), False
     by_row = node.op_type in {"Gemm", "QGemm"} and node.attributes.get_int("transB", 0) == 1
@@ -188,7 +188,8 @@ def _range(value: ir.Value | None, kind: ir.DataType | None) -> Range:
         ranges += _clip_ends(node, (1.0, 0)), _range(node.inputs[0], kind)
     elif node is not None and node.op_type in MOVING - {"Pad"}:
         ranges.append(_hull([_range(source, kind) for source in _moved(node)]))
-    return max(low for low, _ in ranges), min(high for _, high in ranges)
+    least, most = ranges[0]
+    return min(max(low for low, _ in ranges), most), max(min(high for _, high in ranges), least)
 
 
 def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
@@ -211,7 +212,9 @@ def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
 def _grid(quantizer: ir.Node) -> tuple[float, int] | None:
     """Return a quantizer's scale and zero-point; None if they are not constants of one number."""
     scale, zero = qdq.constant(quantizer, 1), qdq.zero_point(quantizer)
-    if scale is None or zero is None or scale.size != 1 or zero.size != 1 or not 0 < scale.item() < math.inf:
+    if scale is None or zero is None or scale.size != 1 or zero.size != 1:
+        return None
+    if not (0 < scale.item() < math.inf and math.isfinite(zero.item())):
         return None
     return float(scale.item()), int(zero.item())
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
-from graphs import SIZE, graph_of, infer, reference, stored
+from graphs import SIZE, graph_of, infer, reference, stored, with_stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NETS, calibrated, images, make_net
@@ -107,6 +107,33 @@ LAYERS = {
 """Graphs of one layer, and whether it saturates without VNNI."""
 
 
+def behind(operator: str, graph: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
+    """Put a node between a tensor and what reads it; a Clip bounds it to 15."""
+    for node in graph.graph.node:
+        node.input[:] = ["changed" if name == tensor else name for name in node.input]
+    bounds = ["least", "most"] if operator == "Clip" else []
+    values = zip(["least", "most"], [0, 15], strict=True)
+    graph.graph.initializer.extend(numpy_helper.from_array(np.float32(value), name) for name, value in values)
+    place = next((i + 1 for i, node in enumerate(graph.graph.node) if tensor in node.output), 0)
+    graph.graph.node.insert(place, helper.make_node(operator, [tensor, *bounds], ["changed"]))
+    return graph
+
+
+FULL = np.full((8, 8, 3, 3), 127, np.int8)
+BOUNDED = {
+    "conv": behind("Clip", quantized_layer(FULL, kind=np.int8), "x"),
+    "gemm": behind("Clip", quantized_layer(FULL[..., 0, 0], operator="Gemm", kind=np.int8), "x"),
+    "matmul": behind("Clip", quantized_layer(FULL[..., 0, 0], operator="MatMul", kind=np.int8), "x"),
+}
+"""Graphs of one layer whose data, INT8 of a type that the file does not state, is 0 to 15: 128 to 143 in the kernel."""
+
+IN_FLOAT = {
+    "Relu": behind("Relu", quantized_layer(HEAVY, kind=np.int8), "y"),
+    "Sigmoid": behind("Sigmoid", quantized_layer(HEAVY), "y"),
+}
+"""Graphs of a convolution that ONNX Runtime computes in float, as its quantizer cannot follow directly."""
+
+
 def test_pair_limit_by_hand() -> None:
     eight, seven, four = (Grid(bits, signed=True) for bits in (8, 7, 4))
     assert pair_limit(eight, Grid(8, signed=False)) == 128  # 128 * 255 = 32,640
@@ -196,6 +223,29 @@ def test_pair_sums_of_integer_operators(operator: str, inputs: str, domain: str)
     x = helper.make_tensor_value_info("x", TensorProto.UINT8, shape)
     (pair,) = pair_sums(model([node], x, helper.make_empty_tensor_value_info("y"), constants))
     assert pair.largest == 2 * 90 * 255
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_pair_sums_of_bounded_int8_have_the_kernels_offset(name: str) -> None:
+    (pair,) = pair_sums(BOUNDED[name])
+    assert pair.largest == 2 * 127 * (128 + 15)
+    assert [warning.node for warning in check_saturation(BOUNDED[name])] == ["layer"]
+
+
+@pytest.mark.parametrize("name", IN_FLOAT)
+def test_check_saturation_leaves_out_convolutions_in_float(name: str) -> None:
+    assert not pair_sums(IN_FLOAT[name])[0].fits
+    assert check_saturation(IN_FLOAT[name]) == []
+
+
+def test_pair_sums_read_weights_that_are_stored_in_float() -> None:
+    graph = quantized_layer(HEAVY)
+    graph.graph.initializer.append(numpy_helper.from_array(HEAVY.astype(np.float32), "floats"))
+    place = next(i for i, node in enumerate(graph.graph.node) if "w" in node.input)
+    graph.graph.node[place].input[0] = "wq"
+    graph.graph.node.insert(place, helper.make_node("QuantizeLinear", ["floats", "step", "wz"], ["wq"]))
+    (pair,) = pair_sums(graph)
+    assert (pair.weight, pair.largest) == ("floats", 2 * 100 * 255)
 
 
 def test_pair_sums_keep_bounds_through_what_only_moves_values() -> None:
@@ -364,6 +414,17 @@ def test_plain_session_without_vnni_computes_the_graph(name: str, avx2: dict[str
     apart = np.abs(executed(graph, batch, avx2, tmp_path) - exact).max(1)
     assert np.median(apart) <= 1e-5 * exact.std()
     assert (apart <= 0.1 * exact.std()).all()  # a value at a tie
+
+
+@pytest.mark.parametrize("graph", [*BOUNDED.values(), *IN_FLOAT.values()], ids=[*BOUNDED, *IN_FLOAT])
+def test_kernels_without_vnni_saturate_behind_a_clip_and_not_in_float(
+    graph: onnx.ModelProto, avx2: dict[str, str], tmp_path: Path
+) -> None:
+    shape = [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim]
+    batch = np.full(shape, 127, np.float32)
+    fine = with_stored(graph, "wide", np.array(256, np.float32))  # steps that show the lost part of a sum
+    same = bool((executed(fine, batch, avx2, tmp_path) == infer(fine, batch)).all())
+    assert same == (not check_saturation(graph))
 
 
 @pytest.mark.parametrize("name", LAYERS)

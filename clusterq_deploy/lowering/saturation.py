@@ -6,6 +6,7 @@ INT8 weights; INT8 activations are turned into UINT8 first, by adding 128. UINT8
 are multiplied in 16 and added in 32 bits. This was measured with ONNX Runtime 1.31.1, with AVX2 and with AVX-512.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from clusterq_deploy.errors import ExportError, VerificationError
+from clusterq_deploy.errors import VerificationError
 from clusterq_deploy.lowering import qdq
 from clusterq_deploy.lowering.lower import MOVING
 from clusterq_deploy.lowering.trt_rules import Break
@@ -34,7 +35,9 @@ class PairSum:
     """The largest sum of two products of a layer, by magnitude, and the output channel that has it.
 
     `node` and `weight` are names; a layer without a weight has its second input's. In a `depthwise` layer each output
-    channel reads one input channel of its own, and ONNX Runtime adds in 32 bits.
+    channel reads one input channel of its own, and ONNX Runtime adds in 32 bits. A layer that is not `fused`, a
+    convolution without a quantizer behind it, or behind a Relu that its zero-point does not stand for, is computed in
+    float by ONNX Runtime.
     """
 
     node: str
@@ -42,6 +45,7 @@ class PairSum:
     channel: int
     largest: int
     depthwise: bool
+    fused: bool
 
     @property
     def fits(self) -> bool:
@@ -69,16 +73,13 @@ def pair_sums(model: onnx.ModelProto) -> list[PairSum]:
     Raises:
         ExportError: it is no valid ONNX.
     """
-    try:
-        nodes = qdq.all_nodes(ir.from_proto(model))
-    except (ir.serde.SerdeError, ValueError, TypeError) as error:
-        raise ExportError(f"the graph is no valid ONNX: {str(error).strip().splitlines()[0]}") from error
+    nodes = qdq.all_nodes(qdq.parse(model, checked=False))
     return [pair for node in nodes if (pair := _pair_sum(node)) is not None]
 
 
 def check_saturation(model: onnx.ModelProto) -> list[Break]:
     """Return a warning for each layer of `pair_sums` that saturates on x86 CPUs without VNNI in ONNX Runtime."""
-    saturating = (pair for pair in pair_sums(model) if not pair.fits and not pair.depthwise)
+    saturating = (pair for pair in pair_sums(model) if pair.fused and not pair.fits and not pair.depthwise)
     return [Break("saturation", "warning", pair.node, pair.message) for pair in saturating]
 
 
@@ -103,9 +104,9 @@ def _pair_sum(node: ir.Node) -> PairSum | None:
     if operands is None:
         return None
     (low, high), weight, name = operands
-    rows, depthwise = _rows(node, weight)
-    if rows.size == 0:
+    if weight.size == 0 or weight.ndim == 0:
         return None
+    rows, depthwise = _rows(node, weight)
     products = np.sort(np.stack([rows * low, rows * high]), axis=0)  # the smallest and the largest of each weight
     pair = min(2, rows.shape[1])
     least = np.partition(products[0], pair - 1, axis=1)[:, :pair]
@@ -114,7 +115,26 @@ def _pair_sum(node: ir.Node) -> PairSum | None:
     bottom, top = np.minimum(least.sum(1), least.min(1)), np.maximum(most.sum(1), most.max(1))
     channel = int(np.maximum(-bottom, top).argmax())
     largest = int(top[channel] if top[channel] >= -bottom[channel] else bottom[channel])
-    return PairSum(qdq.name_of(node), name, channel, largest, depthwise)
+    fused = node.op_type != "Conv" or _is_quantized(node.outputs[0])
+    return PairSum(qdq.name_of(node), name, channel, largest, depthwise, fused)
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Return whether a quantizer reads a tensor, directly or behind a Relu or Clip that its range makes needless."""
+    readers = [use.node for use in value.uses()]
+    behind = [(n.outputs[0], use.node) for n in readers if n.op_type in {"Relu", "Clip"} for use in n.outputs[0].uses()]
+    return any(node.op_type == "QuantizeLinear" for node in readers) or any(
+        node.op_type == "QuantizeLinear" and _keeps_all_integers(bounded, node) for bounded, node in behind
+    )
+
+
+def _keeps_all_integers(bounded: ir.Value, quantizer: ir.Node) -> bool:
+    """Return whether the bounds of a tensor leave out no integer of the quantizer that reads it."""
+    grid = _grid(quantizer)
+    if grid is None:
+        return False
+    (low, high), (least, most) = _range_of_numbers(bounded, grid), _range(None, qdq.integer_type(quantizer))
+    return low <= least and most <= high
 
 
 def _operands(node: ir.Node) -> tuple[Range, Integers, str] | None:
@@ -123,29 +143,34 @@ def _operands(node: ir.Node) -> tuple[Range, Integers, str] | None:
     None if it is no layer on integers, or one with UINT8 weights, which are multiplied in 16 bits.
     """
     if node.op_type in {"Conv", "Gemm", "MatMul"} and not node.domain:
-        quantized = [qdq.producer(value, "DequantizeLinear") for value in node.inputs[:2]]
+        quantized = [qdq.producer(qdq.operand(node, index), "DequantizeLinear") for index in range(2)]
         data, second = (qdq.operand(maker, 0) if maker is not None else None for maker in quantized)
+        source = qdq.dequantized(qdq.operand(node, 1))
         weight = qdq.stored_integers(quantized[1]) if quantized[1] is not None else None
+        kind = qdq.integer_type(quantized[0]) if quantized[0] is not None else None
     elif node.op_type in _WEIGHT_INDEX and node.domain in {"", "com.microsoft"}:
         index = _WEIGHT_INDEX[node.op_type]
         data, second, weight = qdq.operand(node, 0), qdq.operand(node, index), qdq.constant(node, index)
+        source, zero = None, qdq.operand(node, 2)
+        kind = data.dtype if data is not None and data.dtype is not None else zero.dtype if zero is not None else None
     else:
         return None
     if data is None or second is None or second.dtype is not ir.DataType.INT8:
         return None
-    low, high = _range(data, data.dtype)
-    offset = _OFFSET if data.dtype is ir.DataType.INT8 else 0
+    kinds = [kind] if kind is not None else [ir.DataType.INT8, ir.DataType.UINT8]  # behind an unknown operator
+    bounds = [end + (_OFFSET if kind is ir.DataType.INT8 else 0) for kind in kinds for end in _range(data, kind)]
     if weight is None:  # computed while the graph runs: two of its smallest and two of its largest integers
         ends = np.repeat(_range(second, second.dtype), 2)
         weight = ends[None] if "Conv" in node.op_type else ends[:, None]
-    return (low + offset, high + offset), weight.astype(np.int64), str(second.name).removesuffix(".integers")
+    name = str((source.source if source is not None and source.constant else second).name)
+    return (min(bounds), max(bounds)), weight.astype(np.int64), name.removesuffix(".integers")
 
 
 def _rows(node: ir.Node, weight: Integers) -> tuple[Integers, bool]:
     """Return a weight's values by output channel, (O, K), and whether its layer is depthwise."""
     if "Conv" in node.op_type:
         groups = node.attributes.get_int("group", 1)
-        return weight.reshape(len(weight), -1), groups > 1 and groups == len(weight) and weight.shape[1] == 1
+        return weight.reshape(len(weight), -1), groups > 1 and groups == len(weight) and weight.shape[1:2] == (1,)
     if weight.ndim < 2:
         return weight.reshape(1, -1), False
     by_row = node.op_type in {"Gemm", "QGemm"} and node.attributes.get_int("transB", 0) == 1
@@ -163,7 +188,8 @@ def _range(value: ir.Value | None, kind: ir.DataType | None) -> Range:
         ranges += _clip_ends(node, (1.0, 0)), _range(node.inputs[0], kind)
     elif node is not None and node.op_type in MOVING - {"Pad"}:
         ranges.append(_hull([_range(source, kind) for source in _moved(node)]))
-    return max(low for low, _ in ranges), min(high for _, high in ranges)
+    least, most = ranges[0]
+    return min(max(low for low, _ in ranges), most), max(min(high for _, high in ranges), least)
 
 
 def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
@@ -188,6 +214,8 @@ def _grid(quantizer: ir.Node) -> tuple[float, int] | None:
     scale, zero = qdq.constant(quantizer, 1), qdq.zero_point(quantizer)
     if scale is None or zero is None or scale.size != 1 or zero.size != 1:
         return None
+    if not (0 < scale.item() < math.inf and math.isfinite(zero.item())):
+        return None
     return float(scale.item()), int(zero.item())
 
 
@@ -198,11 +226,15 @@ def _moved(node: ir.Node) -> list[ir.Value | None]:
 
 def _clip_ends(clip: ir.Node, grid: tuple[float, int]) -> Range:
     """Return the ends of a Clip in integers of a grid: its scale and zero-point."""
-    low, high, (scale, zero) = qdq.constant(clip, 1), qdq.constant(clip, 2), grid
-    return (
-        _ANY[0] if low is None else round(float(low.item()) / scale) + zero,
-        _ANY[1] if high is None else round(float(high.item()) / scale) + zero,
-    )
+    low, high = (_clip_end(qdq.constant(clip, index), grid) for index in (1, 2))
+    return _ANY[0] if low is None else low, _ANY[1] if high is None else high
+
+
+def _clip_end(end: npt.NDArray[np.float64] | None, grid: tuple[float, int]) -> int | None:
+    """Return a bound of one number in integers of a grid, None if it is none."""
+    if end is None or end.size != 1 or not math.isfinite(steps := float(end.item()) / grid[0]):
+        return None
+    return round(steps) + grid[1]
 
 
 def _hull(ranges: list[Range]) -> Range:

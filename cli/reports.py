@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clusterq_deploy.report.compare import Comparison
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--compare", is_flag=True, help="Lay the reports of several runs side by side; write nothing.")
 @options.json_option

@@ -1,6 +1,8 @@
 """Options that commands share, and how they become a configuration."""
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -13,6 +15,19 @@ if TYPE_CHECKING:
     from clusterq_deploy.config.run_config import RunConfig
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Command(click.Command):
+    """A command with stdout to itself: what a model's own code prints while it runs goes to stderr."""
+
+    STDOUT = "cli.stdout"
+    """The key of stdout in the context's `meta`, where `cli.render` finds it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        ctx.meta[self.STDOUT] = sys.stdout
+        with redirect_stdout(sys.stderr):
+            return super().invoke(ctx)
 
 
 class Parsed(click.ParamType[Any]):
@@ -94,7 +109,11 @@ def _all(*decorators: Decorator) -> Decorator:
 
 
 model_options = _all(
-    click.option("--weights", metavar="FILE|none", help="Weights to load; `none`: random.  [default: the model's]"),
+    click.option(
+        "--weights",
+        metavar="FILE[:KEY]|none",
+        help="Weights to load; KEY is one of several states in FILE; `none` for random ones.  [default: the model's]",
+    ),
     click.option("--input-size", type=_INTEGERS, metavar="C,H,W", help="Input size, if the model does not say."),
     click.option("--mean", type=_NUMBERS, metavar="M,...", help="Mean of pixels in [0, 1], one per channel."),
     click.option("--std", type=_NUMBERS, metavar="S,...", help="Standard deviation, one per channel."),
@@ -217,6 +236,6 @@ def command(*decorators: Decorator) -> Callable[[Callable[..., Any]], click.Comm
 
                 render.show(rows, values["as_json"])
 
-        return click.command()(_all(*decorators, json_option)(click.pass_context(call)))
+        return click.command(cls=Command)(_all(*decorators, json_option)(click.pass_context(call)))
 
     return make

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
+
+from cli.options import Command
 
 if TYPE_CHECKING:
     from calib.support.progress import Advance
@@ -81,9 +84,16 @@ class LiveProgress:
                     self._bars = None
 
 
+def _stdout() -> TextIO:
+    """Return the stdout of the command that runs, while `sys.stdout` is for a model's own code."""
+    ctx = click.get_current_context(silent=True)
+    stream: TextIO = (ctx.meta.get(Command.STDOUT) if ctx else None) or sys.stdout
+    return stream
+
+
 def print_text(text: str) -> None:
     """Print text byte for byte."""
-    sys.stdout.write(text)
+    _stdout().write(text)
 
 
 def print_json(value: Any) -> None:
@@ -93,12 +103,13 @@ def print_json(value: Any) -> None:
 
 def print_line(text: str) -> None:
     """Print a line without wrapping it."""
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+    Console(file=_stdout(), soft_wrap=True, highlight=False, markup=False).print(text)
 
 
 def print_table(table: Table) -> None:
     """Print a table, in 160 columns if stdout is no terminal."""
-    Console(width=None if Console().is_terminal else 160).print(table)
+    file = _stdout()
+    Console(file=file, width=None if Console(file=file).is_terminal else 160).print(table)
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -93,6 +93,48 @@ def test_run_refuses_a_plain_pickle_in_one_line(tmp_path: Path) -> None:
     assert line.startswith("Error: refused to load ")
 
 
+PRINTING = """
+import torch
+from torch import nn
+
+print("at import")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        print("in the forward pass")
+        return self.fc(self.bn(self.conv(x)).mean((2, 3)))
+
+def make():
+    print("in the factory")
+    return Net()
+
+if __name__ == "__main__":
+    torch.save({"state_dict": {f"model.{key}": value for key, value in Net().state_dict().items()}}, "net.pth")
+"""
+
+
+def test_stdout_is_the_commands_own_and_stderr_says_which_weights_were_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "my models, all: 2"
+    folder.mkdir()
+    (folder / "net.py").write_text(PRINTING)
+    run_python("net.py", cwd=folder)
+    named = ("--input-size", "3,8,8", "--mean", "0.5,0.5,0.5", "--std", "1,1,1", "--weights", "net.pth:state_dict")
+    arguments = ("-m", "cli", "run", "net.py:make", *named, "--out", "a run, and: more", "--dry-run")
+    done = run_python(*arguments, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == "a run, and: more"
+    for said in ("at import", "in the factory", "in the forward pass"):
+        assert said in done.stderr
+    assert "Weights in net.pth: took state_dict; stripped model." in done.stderr.splitlines()
+    table = run_python(*arguments, cwd=folder)
+    assert "nothing was done or written" in table.stdout
+    assert "in the factory" not in table.stdout
+
+
 @pytest.mark.slow
 def test_output_in_a_pipe_is_only_json_and_plain_tables(settings: Path, tmp_path: Path) -> None:
     arguments = ("synthesize", "digits", "--config", settings, "--out", tmp_path / "out", "--json")

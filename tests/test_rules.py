@@ -510,7 +510,7 @@ def test_check_command_is_quiet_about_numbers_that_are_none(value: float, tmp_pa
     insert(graph, 0, helper.make_node("Clip", ["x", "s", "s"], ["bounded"]))
     graph.graph.node[1].input[0] = "bounded"
     onnx.save(graph, tmp_path / "file.onnx")
-    result = CliRunner().invoke(main, ["check", str(tmp_path / "file.onnx"), "--json"])
+    result = call("check", tmp_path / "file.onnx", "--json")
     assert (result.exit_code, result.stderr) == (1, "")
     assert {row["rule"] for row in json.loads(result.stdout)} == {"scale"}
 

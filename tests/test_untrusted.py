@@ -1,9 +1,14 @@
 """Files of unknown origin: whatever is in them, the result is valid or one of our own errors."""
 
+import argparse
 import functools
+import io
 import json
 import math
+import pickle
+import struct
 import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,8 @@ from clusterq_deploy.config.run_config import RunConfig, make_config
 from clusterq_deploy.config.toml import read_settings
 from clusterq_deploy.errors import ConfigError, DataError, ModelError, ReportError, RunDirectoryError, WeightsError
 from clusterq_deploy.evaluation.data import load_evaluation
-from clusterq_deploy.models import InputSpec, load_model
+from clusterq_deploy.models import InputSpec, load_model, torch_files
+from clusterq_deploy.models.checkpoints import read_weights
 from clusterq_deploy.report import Report, read_report, to_html, to_markdown
 from clusterq_deploy.report.compare import compare, read_reports
 from clusterq_deploy.run.directory import RunDirectory
@@ -198,6 +204,19 @@ def test_read_settings_keeps_paths_in_the_files_folder(
         read_settings(file)
 
 
+def test_read_settings_keeps_a_file_of_several_weights_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.pth").touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.pth").symlink_to(tmp_path / "secret.pth")
+    file = folder / "run.toml"
+    file.write_text("model = 'resnet18'\nweights = 'link.pth:ema'")
+    with pytest.raises(ConfigError, match="leads out of the file's folder"):
+        read_settings(file)
+    file.write_text("model = 'resnet18'\nweights = 'inside.pth:ema'")
+    assert read_settings(file)["weights"] == f"{folder}/inside.pth:ema"
+
+
 def test_run_toml_means_the_same_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -348,6 +367,123 @@ def test_tables_of_a_report_with_one_value_changed(tmp_path: Path, content: Any)
 @given(content=changes(REPORT))
 def test_to_html_of_a_report_with_one_value_changed(tmp_path: Path, content: Any) -> None:
     make_from(content, tmp_path / "report.json", to_html)
+
+
+# ---- weights ----
+
+LEGACY_HEAD = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+LEGACY_TAIL = pickle.dumps([], protocol=2)
+TARGET = {"weight": torch.zeros(2, 2)}
+
+
+def pickle_of(command: str) -> dict[str, bytes]:
+    """Return pickles that run a command or change torch, one for each instruction that could do it."""
+    text = pickle.BINUNICODE + struct.pack("<I", len(command)) + command.encode()
+    reduced = b"cos\nsystem\n" + text + b"\x85R"
+    return {
+        "reduce": b"\x80\x02" + reduced + b".",
+        "by a name on the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + text + b"\x85R.",
+        "instance": b"(" + text + b"ios\nsystem\n.",
+        "object": b"(cos\nsystem\n" + text + b"o.",
+        "new object": b"\x80\x02csubprocess\nPopen\n" + text + b"\x85\x81.",
+        "eval": b"cbuiltins\neval\n" + text + b"\x85R.",
+        "a dotted name": b"\x80\x04\x8c\x0bcollections\x8c\x1fOrderedDict.__init__.__globals__\x93.",
+        "attribute of an attribute": b"cbuiltins\ngetattr\n(cos\n__dict__\n" + text + b"tR(tR.",
+        "state of a function": b"ctorch._utils\n_rebuild_tensor_v2\n(N}(V__code__\nI1\nV__doc__\nI1\nutb.",
+        "state of a class": b"ccollections\nOrderedDict\n(N}(V__len__\nI1\nutb.",
+        "nested loading": b"ctorch.storage\n_load_from_bytes\n" + text + b"\x85R.",
+        "as a tensor's subclass": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN" + text + b"\x85NtR.",
+        "many": b"(lp0\n(" + reduced + b"cpickle\nloads\n" + text + b"\x85Rl.",
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("attack", pickle_of(""))
+def test_read_weights_runs_nothing_and_changes_nothing(attack: str, zipped: bool, tmp_path: Path) -> None:
+    trace, file = tmp_path / "executed", tmp_path / "net.pth"
+    content = pickle_of(f"touch {trace}")[attack]
+    if zipped:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3\n")
+    else:
+        file.write_bytes(LEGACY_HEAD + content + LEGACY_TAIL)
+    before = [dict(vars(thing)) for thing in (torch_files._tensor, torch_files.Inert, torch._utils._rebuild_tensor_v2)]
+    documentation = torch_files._tensor.__doc__
+    with pytest.raises(WeightsError):
+        read_weights(str(file), TARGET)
+    assert not trace.exists()
+    after = [dict(vars(thing)) for thing in (torch_files._tensor, torch_files.Inert, torch._utils._rebuild_tensor_v2)]
+    assert after == before
+    assert torch_files._tensor.__doc__ == documentation
+    assert not torch_files.Inert.is_module
+    if attack in ("reduce", "by a name on the stack", "instance", "object"):
+        pickle.loads(content)
+        assert trace.exists(), "the attack must work if nothing stops it"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["zip", "legacy"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return a file that torch's own reader refuses."""
+    file = tmp_path_factory.mktemp("checkpoint") / "net.pth"
+    content = {"state_dict": {"weight": torch.ones(2, 2)}, "args": argparse.Namespace(a=np.float64(1)), "list": [1]}
+    torch.save(content, file, _use_new_zipfile_serialization=request.param)
+    return file.read_bytes()
+
+
+@quick
+@given(data=st.data())
+def test_read_weights_of_any_bytes(tmp_path: Path, checkpoint: bytes, data: st.DataObject) -> None:
+    (tmp_path / "net.pth").write_bytes(data.draw(bytes_near(checkpoint)))
+    allow(WeightsError, lambda: read_weights(str(tmp_path / "net.pth"), TARGET))
+
+
+@quick
+@given(data=st.data())
+def test_read_weights_of_any_pickle_in_an_archive(tmp_path: Path, checkpoint: bytes, data: st.DataObject) -> None:
+    if not checkpoint.startswith(b"PK"):
+        return
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as whole, zipfile.ZipFile(tmp_path / "net.pth", "w") as archive:
+        for name in whole.namelist():
+            content = whole.read(name)
+            archive.writestr(name, data.draw(bytes_near(content)) if name.endswith("data.pkl") else content)
+    allow(WeightsError, lambda: read_weights(str(tmp_path / "net.pth"), TARGET))
+
+
+values = st.recursive(
+    scalars | st.just(torch.ones(2, 2)) | st.just(torch.ones(3)),
+    lambda item: (
+        st.lists(item, max_size=3) | st.dictionaries(text | st.sampled_from(["weight", "ema"]), item, max_size=3)
+    ),
+)
+
+
+@quick
+@given(content=values)
+def test_read_weights_of_any_content(tmp_path: Path, content: Any) -> None:
+    try:
+        torch.save(content, tmp_path / "net.pth")
+    except UnicodeEncodeError:
+        return
+    allow(WeightsError, lambda: read_weights(str(tmp_path / "net.pth"), TARGET))
+
+
+def test_read_weights_shows_no_control_characters(tmp_path: Path) -> None:
+    file = tmp_path / "net.pth"
+    torch.save({"\x1b[31m\n": TARGET, "\ud800": {"weight": torch.ones(2, 2)}}, file)
+    with pytest.raises(WeightsError) as caught:
+        read_weights(str(file), TARGET)
+    assert str(caught.value).isprintable()
+    torch.save({"\x1b[31m\n": TARGET}, file)
+    assert read_weights(str(file), TARGET)[1].isprintable()
+
+
+def test_read_weights_of_a_circle(tmp_path: Path) -> None:
+    circle: dict[str, Any] = {"weight": torch.ones(2, 2), "list": []}
+    circle["list"] += [circle, circle["list"]]
+    torch.save(circle, tmp_path / "net.pth")
+    state, _ = read_weights(str(tmp_path / "net.pth"), TARGET)
+    assert torch.equal(state["weight"], torch.ones(2, 2))
 
 
 # ---- code ----

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def read_settings(path: Path) -> Settings:
         if of_run and value.is_absolute():
             return value
         target = path.parent / value
+        parts = accumulate(str(target).split(":"), "{}:{}".format)  # weights may be FILE:KEY
         try:
-            outside = not target.resolve().is_relative_to(path.parent.resolve())
+            outside = not all(Path(part).resolve().is_relative_to(path.parent.resolve()) for part in parts)
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
             raise ConfigError(f"{name} in {path}: {str(value)!r} is not a path: {error}") from error
         if outside:

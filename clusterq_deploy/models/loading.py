@@ -15,9 +15,10 @@ from calib.support.errors import NoBatchNormError
 from clusterq_deploy.errors import ModelError, UnknownModelError, WeightsError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import digits, sources
+from clusterq_deploy.models.checkpoints import read_weights
 from clusterq_deploy.models.inputs import InputSpec, input_spec, label_names
 from clusterq_deploy.models.registry import BUNDLED, torchvision_names
-from clusterq_deploy.models.weights import State, digest, first_line, fit_state, read_state
+from clusterq_deploy.models.weights import digest, expected_tensors, first_line, fit_state
 
 _TIMM = "timm:"
 _RANDOM = "none"
@@ -78,7 +79,8 @@ def load_model(
 
     Args:
         name: `digits`, a torchvision classifier, `timm:NAME`, or `path/to/module.py:factory`.
-        weights: None for the model's own; "none" for random ones, the same every time; else a file.
+        weights: None for the model's own; "none" for random ones, the same every time; else a file, or
+            `FILE:KEY` for one of several that it holds.
         input_size, mean, std: how the input is made, if the model does not say or says otherwise:
             (channels, height, width), and values per channel for pixels in [0, 1].
         bars: whether to show the progress of downloading a torchvision model's weights on stderr.
@@ -148,15 +150,13 @@ def _fill(name: str, draft: sources.Draft, weights: str | None) -> str:
     """Copy weights into the draft's module and return what they are."""
     if weights == _RANDOM:
         return f"random (seed {_RANDOM_SEED})"
+    rename = sources.rename_torchvision if draft.source == "torchvision" else dict
     if weights is not None:
-        state: State = read_state(Path(weights))
+        state, origin = read_weights(weights, expected_tensors(draft.module), rename)
     elif draft.pretrained is not None:
-        state = draft.pretrained()
+        state, origin = rename(draft.pretrained()), draft.weights
     else:
         return draft.weights
-    if draft.source == "torchvision":
-        state = sources.rename_torchvision(state)
-    origin = draft.weights if weights is None else weights
     fit_state(draft.module, state, name=name, origin=origin)
     return origin
 

@@ -1,57 +1,49 @@
-"""Weights from a file into a model, without running code from the file."""
+"""Weights into a model, if every name and shape agrees."""
 
 import hashlib
-import pickle
-import re
 import textwrap
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clusterq_deploy.errors import WeightsError
 
 State = Mapping[str, Tensor]
 
-_WRAPPERS = ("state_dict", "model")
-_PARALLEL = "module."
-"""What DataParallel puts before every key."""
 _COUNTER = "num_batches_tracked"
 """A BatchNorm buffer that older files lack and inference never reads."""
+_IGNORED = ("total_ops", "total_params", "n_averaged", _COUNTER)
+"""Buffers next to weights that count: thop's, those of torch's AveragedModel, and BatchNorm's."""
 _SHOWN = 3
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, or of a torch file with `weights_only=True`, onto the CPU.
+def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model's state_dict, which are its own."""
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
-    A torch file may wrap its state_dict as {"state_dict": ...} or {"model": ...}, and may be from DataParallel.
 
-    Raises:
-        WeightsError: the file is missing, damaged, not a state_dict, or a pickle that would run code.
-    """
-    if not path.is_file():
-        raise WeightsError(f"there is no weights file {str(path)!r}; expected a .safetensors or a torch file")
-    try:
-        if path.suffix == ".safetensors":
-            loaded = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the protocol of a pickle, which torch then refuses
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        request = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"its pickle asks for {request[1]}" if request else "it is not a plain torch file"
-        raise WeightsError(
-            f"refused to load {str(path)!r}: {what}, but only tensors are read; save the state_dict as safetensors"
-        ) from error
-    except Exception as error:  # damage shows wherever the parser meets it
-        raise WeightsError(
-            f"cannot read the weights in {str(path)!r} ({first_line(error)}); expected a .safetensors or a torch file"
-        ) from error
-    return _unwrap(loaded, path)
+def is_required(key: str) -> bool:
+    """Return whether weights without this tensor of the model do not fit."""
+    return not key.endswith(_COUNTER)
+
+
+def differences(target: State, state: State) -> list[str]:
+    """Return in words how names and shapes of `state` differ from those of `target`; nothing if they fit."""
+    found = {
+        "missing": [key for key in target if key not in state and is_required(key)],
+        "unexpected": [key for key in state if key not in target and key.rpartition(".")[2] not in _IGNORED],
+        "of another shape": [
+            f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in target.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    return [
+        f"{len(keys)} {kind} ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
+        for kind, keys in found.items()
+        if keys
+    ]
 
 
 def fit_state(model: nn.Module, state: State, *, name: str, origin: str) -> None:
@@ -60,24 +52,10 @@ def fit_state(model: nn.Module, state: State, *, name: str, origin: str) -> None
     Raises:
         WeightsError: the names or shapes do not agree; the model is then unchanged.
     """
-    target = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    differences = {
-        "missing": [key for key in target if key not in state and not key.endswith(_COUNTER)],
-        "unexpected": [key for key in state if key not in target],
-        "of another shape": [
-            f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in target.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    listed = [
-        f"{len(keys)} {kind} ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
-        for kind, keys in differences.items()
-        if keys
-    ]
-    if listed:
+    target = expected_tensors(model)
+    if listed := differences(target, state):
         raise WeightsError(
-            f"the weights in {origin!r} do not fit {name!r}: {', '.join(listed)}; "
+            f"the weights in {origin!r} do not fit {name!r}: {printable(', '.join(listed))}; "
             "a changed architecture, such as another number of classes, loads as path/to/module.py:factory"
         )
     with torch.no_grad():
@@ -96,19 +74,12 @@ def digest(model: nn.Module) -> str:
     return sha256.hexdigest()
 
 
+def printable(text: str) -> str:
+    """Return text of a file as it may be shown: without line breaks and control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def first_line(error: BaseException) -> str:
     """Return the message of another library's error, short enough to quote."""
     message = (str(error).strip().splitlines() or ["no message"])[0]
     return f"{type(error).__name__}: {textwrap.shorten(message, 160, placeholder=' ...')}"
-
-
-def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), loaded)
-        if inner and all(isinstance(key, str) and isinstance(inner[key], Tensor) for key in inner):
-            prefix = _PARALLEL if all(key.startswith(_PARALLEL) for key in inner) else ""
-            return {key.removeprefix(prefix): value for key, value in inner.items()}
-    raise WeightsError(
-        f"{str(path)!r} holds a {type(loaded).__name__} that is no state_dict; "
-        "expected names and tensors, plain or under 'state_dict' or 'model'"
-    )

@@ -29,8 +29,13 @@ class Moments:
     var: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> "Moments":
-        """Compute the moments of x, (N, C, ...) float of any precision."""
+    def of(cls, x: Tensor, samples: int | None = None) -> "Moments":
+        """Compute the moments of x, (N, C, ...) float of any precision.
+
+        Of more rows than `samples`, (N * L, C, ...), a sample has L in a row: tokens, or parts of its map.
+        """
+        if samples is not None and len(x) != samples:
+            x = x.unflatten(0, (samples, -1)).transpose(1, 2).flatten(2)
         if x.dim() == 2:
             return cls(x.float(), torch.zeros_like(x, dtype=torch.float32))
         _, mean, var = TappedNorm.apply(x, None)
@@ -72,6 +77,14 @@ def batchnorm_layers(teacher: nn.Module) -> list[_BatchNorm]:
     return layers
 
 
+def never_trained(teacher: nn.Module) -> bool:
+    """Return whether all BatchNorm statistics are those of new layers, mean 0 and variance 1."""
+    return all(
+        bool((cast(Tensor, layer.running_mean) == 0).all() and (cast(Tensor, layer.running_var) == 1).all())
+        for layer in batchnorm_layers(teacher)
+    )
+
+
 def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (C,) of training in a layer of `batchnorm_layers`."""
     return cast(Tensor, layer.running_mean), (cast(Tensor, layer.running_var) + layer.eps).sqrt()
@@ -83,6 +96,7 @@ class Tap:
 
     layers: list[_BatchNorm] = field(default_factory=list)
     moments: list[Moments] = field(default_factory=list)
+    samples: int = 0
 
     @property
     def stds(self) -> list[Tensor]:
@@ -99,10 +113,11 @@ class Tap:
         self.layers.append(layer)
         self.moments.append(moments)
 
-    def clear(self) -> None:
-        """Remove the record of the last forward pass."""
+    def start(self, samples: int) -> None:
+        """Remove the record of the last forward pass; the next one is of `samples` images."""
         self.layers.clear()
         self.moments.clear()
+        self.samples = samples
 
 
 @contextmanager
@@ -118,18 +133,18 @@ def tap_batchnorm(teacher: nn.Module) -> Iterator[Tap]:
     tap = Tap()
 
     def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        tap.add(cast(_BatchNorm, layer), Moments.of(args[0]))
+        tap.add(cast(_BatchNorm, layer), Moments.of(args[0], tap.samples))
 
     def normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            tap.add(layer, Moments.of(x))
+        if x.dim() == 2 or len(x) != tap.samples:
+            tap.add(layer, Moments.of(x, tap.samples))
             return type(layer).forward(layer, x)
         y, mean, var = TappedNorm.apply(x, layer)
         tap.add(layer, Moments(mean, var))
         return cast(Tensor, y)
 
     with ExitStack() as undo:
-        undo.enter_context(teacher.register_forward_pre_hook(lambda *_: tap.clear()))
+        undo.enter_context(teacher.register_forward_pre_hook(lambda _, args: tap.start(len(args[0]))))
         for layer in batchnorm_layers(teacher):
             if type(layer).forward is _BatchNorm.forward and not layer.training:
                 vars(layer)["forward"] = partial(normalize, layer)  # only of this instance

@@ -44,8 +44,9 @@ def run(
 ) -> None:
     """Do everything: synthesize, quantize, export, build, evaluate, features, benchmark, report.
 
-    MODEL is `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`. The same command resumes
-    an interrupted run; with the same --out a changed option redoes the stages that depend on it.
+    MODEL is `digits`, a torchvision classifier, `timm:NAME`, `path/to/module.py:factory` or `path/to/program.pt2`.
+    The same command resumes an interrupted run; with the same --out a changed option redoes the stages that depend on
+    it.
     """
     from cli import render
     from clusterq_deploy.plan import plan

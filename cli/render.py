@@ -187,7 +187,7 @@ def print_plan(plan: "Plan") -> None:
 def models_table(entries: list["ModelEntry"]) -> Table:
     """Return the known models; those without BatchNorm are marked."""
     numbers = (Column(name, justify="right") for name in ("parameters", "top-1 %"))
-    caption = "Also: timm:NAME and path/to/module.py:factory"
+    caption = "Also: timm:NAME, path/to/module.py:factory and path/to/program.pt2"
     table = Table("model", "source", "input", *numbers, "BatchNorm", caption=caption, caption_justify="left")
     for entry in entries:
         table.add_row(

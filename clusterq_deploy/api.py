@@ -23,8 +23,9 @@ from clusterq_deploy.errors import ExportError, ModelError
 from clusterq_deploy.evaluation.accuracy import predictions
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.files import write_bytes
-from clusterq_deploy.lowering import GraphFormat
+from clusterq_deploy.lowering import VERIFIED_IMAGES, GraphFormat
 from clusterq_deploy.models import InputSpec
+from clusterq_deploy.models.capture import capture, require_same
 from clusterq_deploy.models.loading import count_classes, require_batchnorm
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import BitWidths, FinetuneConfig, Student, make_student
@@ -57,14 +58,20 @@ def synthesize(
     Raises:
         ModelError: the model is in training mode, or does not map such images to logits.
         NoBatchNormError: it has no BatchNorm statistics.
+        GraphError: it cannot be captured as a graph.
         SynthesisError: the images diverge.
         OutOfMemoryError: the smallest batches do not fit the memory.
     """
     device, name, settings = _device_of(model), type(model).__name__, config or SynthesisConfig()
-    require_batchnorm(name, "nn.Module", model)
-    classes = count_classes(name, model, spec)
+    classes, teacher = count_classes(name, model, spec), capture(model, spec.size)
+    require_batchnorm(name, "nn.Module", teacher)
     synthesis, _ = synthesize_in_memory(
-        model, spec, classes, settings, rng=lambda: torch.Generator(device).manual_seed(seed), progress=progress
+        teacher,
+        spec,
+        classes,
+        settings,
+        rng=lambda: torch.Generator(device).manual_seed(seed),
+        progress=progress,
     )
     provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
     return replace(synthesis.calibration, provenance=provenance)
@@ -98,27 +105,33 @@ def quantize(
 
     Raises:
         ModelError: the model is in training mode.
-        GraphError: it cannot be traced, or has no layer of a name in `keep`.
+        GraphError: it cannot be captured as a graph, or has no layer of a name in `keep`.
         TuningError: the loss is not finite.
         OutOfMemoryError: the smallest batches do not fit the memory.
     """
     device = _device_of(model)
     widths = BitWidths.parse(bits) if isinstance(bits, str) else bits
     settings = (config or FinetuneConfig()).scaled_to(widths)
+    sample = images.images if isinstance(images, CalibrationSet) else images
+    _, channels, height, width = sample.shape
+    teacher = capture(model, (channels, height, width))
+    require_same(model, teacher, sample[:VERIFIED_IMAGES].to(device), "the captured graph")
     if isinstance(images, Tensor):
         unlabelled = EvaluationSet.from_images("images", images.cpu().numpy())
-        classes = predictions(TorchRunner(model), unlabelled, settings.batch_size)[:, 0]
+        classes = predictions(TorchRunner(teacher), unlabelled, settings.batch_size)[:, 0]
         images = CalibrationSet(images.cpu(), torch.from_numpy(classes))
     calibration = images
 
     def attempt(divisor: int) -> Student:
         rng, smaller = torch.Generator(device).manual_seed(seed), in_smaller_batches(settings, divisor)
-        student = make_student(model, widths, quantize_first_last=first_last, layer_bits=keep, cpu=cpu)
+        student = make_student(teacher, widths, quantize_first_last=first_last, layer_bits=keep, cpu=cpu)
         tune(
             student,
             calibration,
             config=smaller,
-            flip=survives_flip(model, calibration.images.to(device), calibration.labels.to(device), smaller.batch_size),
+            flip=survives_flip(
+                teacher, calibration.images.to(device), calibration.labels.to(device), smaller.batch_size
+            ),
             rng=rng,
             progress=progress,
         )
@@ -155,7 +168,7 @@ def export(
         VerificationError: it computes something else, or TensorRT would refuse it.
     """
     batch = images.images if isinstance(images, CalibrationSet) else images
-    sample = batch[: lowering.VERIFIED_IMAGES].cpu().numpy().astype(np.float32)
+    sample = batch[:VERIFIED_IMAGES].cpu().numpy().astype(np.float32)
     _, channels, height, width = sample.shape
     size, name = (channels, height, width), str(student.bits)
     graphs = list(

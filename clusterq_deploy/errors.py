@@ -6,7 +6,7 @@
     │   ├── UnknownModelError  no model has that name
     │   └── WeightsError       the weights cannot be read, or do not fit the model
     ├── NoBatchNormError       the model has no BatchNorm to align to
-    ├── GraphError             the model cannot be traced or quantized
+    ├── GraphError             the model cannot be captured or quantized
     ├── FeatureError           the model's penultimate features cannot be computed
     ├── DataError              the evaluation data cannot be used
     │   └── UnreadableImageError  one image of it cannot be read: it is left out
@@ -65,7 +65,7 @@ class WeightsError(ModelError, ValueError):
 
 
 class GraphError(ClusterQError, ValueError):
-    """The model cannot be traced or quantized."""
+    """The model cannot be captured as a graph, or quantized."""
 
 
 class TuningError(ClusterQError):

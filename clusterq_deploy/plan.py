@@ -97,7 +97,7 @@ def plan(config: RunConfig, out: Path, *, progress: Progress = SILENT) -> Plan:
     It takes seconds, and writes nothing. If there is no run yet, a model without a file of weights is loaded as shapes.
 
     Raises:
-        GraphError: the model cannot be traced.
+        GraphError: the model cannot be captured.
         DataError: the evaluation data does not fit.
     """
     run = Run(config, out, progress=progress, shapes_only=not (out / MANIFEST).exists())

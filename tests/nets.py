@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from support import seeded
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.synthesis import Synthesis, SynthesisConfig, synthesize
 from clusterq_deploy.models import LoadedModel, load_model
+from clusterq_deploy.models.capture import capture
 from clusterq_deploy.quantization import BitWidths, FloatTwin, Student, calibrate, make_student
 
 
@@ -102,9 +103,19 @@ def make_net(name: str) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+def captured(net: nn.Module | str, size: tuple[int, int, int] = (3, 16, 16)) -> fx.GraphModule:
+    """Return the graph of a net, or of one of `NETS`."""
+    return _captured(net) if isinstance(net, str) else capture(net, size)
+
+
+@cache
+def _captured(name: str) -> fx.GraphModule:
+    return capture(make_net(name), (3, 16, 16))
+
+
 def calibrated(net: nn.Module | str, bits: str = "w4a4", **options: Any) -> Student:
     """Return a student of a net, or of one of `NETS`, with its scales set and nothing else."""
-    student = make_student(make_net(net) if isinstance(net, str) else net, BitWidths.parse(bits), **options)
+    student = make_student(captured(net), BitWidths.parse(bits), **options)
     calibrate(student, images(), batch_size=16, rng=seeded())
     return student
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from nets import images, make_net, synthesis
+from nets import captured, images, make_net, synthesis
 from support import seeded
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def test_synthesize_goes_on_to_the_same_images(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("always")
 def test_post_training_quantize_goes_on_to_the_same_student(tmp_path: Path, bits: str, after: list[int]) -> None:
     net, data = make_net("mobile"), images(48, seed=3)
-    untouched = make_student(net, BitWidths.parse(bits))
+    untouched = make_student(captured(net), BitWidths.parse(bits))
 
     def work(checkpoint: Checkpoint) -> Any:
         student, rng = copy.deepcopy(untouched), seeded()
@@ -138,8 +138,10 @@ def test_sensitivities_and_plan_precision_go_on_and_do_nothing_twice(tmp_path: P
     def work(checkpoint: Checkpoint) -> tuple[list[Sensitivity], PrecisionPlan]:
         bits = BitWidths(2, 3)
         options: dict[str, Any] = {"judged": images(32, seed=4), "batch_size": 16, "checkpoint": checkpoint}
-        costs = sensitivities(make_student(net, bits, **widths), data, rng=seeded(), **options)
-        plan = plan_precision(net, bits, costs=costs, max_drop=1.5, images=data, rng=seeded(1), **widths, **options)
+        costs = sensitivities(make_student(captured(net), bits, **widths), data, rng=seeded(), **options)
+        plan = plan_precision(
+            captured(net), bits, costs=costs, max_drop=1.5, images=data, rng=seeded(1), **widths, **options
+        )
         return costs, plan
 
     counting = Counting(tmp_path)
@@ -161,7 +163,7 @@ def test_finetune_goes_on_to_the_same_student(tmp_path: Path, bits: str) -> None
     net, data = make_net("residual"), images(64, seed=3)
     calibration = CalibrationSet(data, net(data).argmax(1))
     config = FinetuneConfig(steps=150, batch_size=16, checkpoints=4)  # it starts near: a tenth of them
-    untouched = make_student(net, BitWidths.parse(bits))
+    untouched = make_student(captured(net), BitWidths.parse(bits))
     whole, rng = copy.deepcopy(untouched), seeded()
     start = post_training_quantize(whole, data, batch_size=16, rng=rng)
     start_state, rng_state = copy.deepcopy(start.state_dict(whole)), rng.get_state()

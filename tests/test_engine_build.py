@@ -277,7 +277,7 @@ if sys.argv[1] == "SIGTERM":
 with pytest.MonkeyPatch.context() as patch:
     world = install(patch)
     world.steps, world.step_seconds = 2000, 0.01
-    world.on_step = lambda: print("building", flush=True)
+    world.on_step = lambda: print("building", file=sys.__stdout__, flush=True)
     from cli.main import main
     try:
         main(["build", sys.argv[2]])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, distance, images, make_net, require_same, twin
+from nets import calibrated, captured, distance, images, make_net, require_same, twin
 from support import seeded
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ def uneven(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def equalized(net: nn.Module, bits: str = "w4a4") -> tuple[Student, set[tuple[str, str]]]:
-    student = make_student(net, BitWidths.parse(bits))
+    student = make_student(captured(net), BitWidths.parse(bits))
     found, _ = equalize(student, images(), rng=seeded(), shifts=False)
     return student, {(pair.producer, pair.consumer) for pair in found}
 
@@ -69,7 +69,7 @@ def test_equalize_chain_keeps_outputs(net: Callable[[], nn.Module]) -> None:
 
 
 def test_equalize_depthwise_reader_evens_ranges() -> None:
-    student = make_student(chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8)), BitWidths(4, 4))
+    student = make_student(captured(chain(nn.ReLU(), last=nn.Conv2d(8, 8, 3, groups=8))), BitWidths(4, 4))
     (pair,), _ = equalize(student, images(), rng=seeded(), shifts=False)
     assert pair.exponent == 1.0  # nothing speaks against it: every row of the reader has one column
     assert pair.range_ratio_after == pytest.approx(1.0)
@@ -104,7 +104,7 @@ def shifted(
     teacher: nn.Module, data: Tensor | None = None, bits: str = "w4a4"
 ) -> tuple[Student, Equalized, dict[str, ChannelAffine]]:
     """Return a student, its only pair that was equalized, and the maps of its channels."""
-    student = make_student(teacher, BitWidths.parse(bits), quantize_first_last=True)
+    student = make_student(captured(teacher), BitWidths.parse(bits), quantize_first_last=True)
     (pair,), maps = equalize(student, images() if data is None else data, rng=seeded())
     return student, pair, maps
 
@@ -169,7 +169,7 @@ def test_equalize_does_not_shift_signed_tensors() -> None:
 def test_reconstruct_and_correct_bias_with_maps() -> None:
     teacher, data = narrow(nn.Conv2d(8, 6, 1), nn.ReLU()), images(64)
     for fix in (reconstruct, correct_bias):
-        student = make_student(teacher, BitWidths(6, 6), quantize_first_last=True)
+        student = make_student(captured(teacher), BitWidths(6, 6), quantize_first_last=True)
         reference = FloatTwin(copy.deepcopy(student), equalize(student, data, rng=seeded())[1])
         calibrate(student, data, batch_size=32, rng=seeded())
         extra = {"rng": seeded()} if fix is reconstruct else {}
@@ -181,7 +181,7 @@ def test_reconstruct_and_correct_bias_with_maps() -> None:
 @pytest.mark.parametrize("name", ["residual", "mobile"])
 def test_matched_features_with_maps(name: str) -> None:
     net = uneven(make_net(name))
-    student = make_student(net, BitWidths(4, 4))
+    student = make_student(captured(net), BitWidths(4, 4))
     teacher = copy.deepcopy(student)
     found, maps = equalize(student, images(), rng=seeded(), shifts=False)
     assert any(pair.exponent > 0 for pair in found)
@@ -261,7 +261,7 @@ def test_correct_bias_removes_mean_shift(name: str) -> None:
 
 def test_correct_bias_of_one_layer_by_its_formula() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5, bias=False)).eval()
-    student, data = make_student(net.requires_grad_(False), BitWidths(2, 8)), images(16)
+    student, data = make_student(captured(net.requires_grad_(False)), BitWidths(2, 8)), images(16)
     calibrate(student, data, batch_size=16, rng=seeded())
     layer = student.layers()["0"]
     with torch.no_grad():

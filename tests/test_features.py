@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import images, make_net
+from nets import captured, images, make_net
 from sklearn.metrics import silhouette_samples
 from support import seeded
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def clusters(std: float, distance: float, labels: np.ndarray = PARTS, width: int
 def test_penultimate_agrees_with_a_forward_pass_by_hand() -> None:
     net, x = digits(), torch.randn(7, 1, 32, 32, generator=seeded(0))
     y = net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x)))))
-    features = penultimate(net, 10)(x)
+    features = penultimate(captured(net, (1, 32, 32)), 10)(x)
     assert torch.equal(features, y.mean((2, 3)))
     torch.testing.assert_close(net.fc(features), net(x))
 
@@ -52,7 +52,7 @@ def test_penultimate_agrees_with_a_forward_pass_by_hand() -> None:
 def test_penultimate_returns_what_the_classifier_turns_into_logits(name: str) -> None:
     net, x = make_net(name), images(5)
     (classifier,) = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
-    torch.testing.assert_close(classifier(penultimate(net, 10)(x)), net(x))
+    torch.testing.assert_close(classifier(penultimate(captured(net), 10)(x)), net(x))
 
 
 class Convolutional(nn.Module):
@@ -68,18 +68,19 @@ class Convolutional(nn.Module):
         return F.relu(self.first(x)).mean((2, 3))
 
 
-class Cosine(Convolutional):
-    """Its classifier is no layer: the last layer is a convolution that is as wide as the logits by chance."""
+class Prototypes(Convolutional):
+    """Its classifier is not a layer: it multiplies what it reads by what it reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) @ torch.eye(10)
+        y = super().forward(x)[:, :, None]
+        return (y @ y.transpose(1, 2)).mean(2)
 
 
 @torch.no_grad()
 def test_penultimate_accepts_a_convolution_as_classifier() -> None:
     net, x = Convolutional().eval(), images(5)
     by_hand = F.relu(net.norm(net.stem(x))).mean((2, 3))
-    torch.testing.assert_close(penultimate(net, 10)(x), by_hand)
+    torch.testing.assert_close(penultimate(captured(net), 10)(x), by_hand)
 
 
 @torch.no_grad()
@@ -93,23 +94,23 @@ def test_penultimate_accepts_a_linear_that_classifies_every_position() -> None:
             return self.linear(F.relu(self.norm(self.stem(x))).permute(0, 2, 3, 1)).mean((1, 2))
 
     net, x = Positions().eval(), images(5)
-    torch.testing.assert_close(net.linear(penultimate(net, 10)(x)), net(x))
+    torch.testing.assert_close(net.linear(penultimate(captured(net), 10)(x)), net(x))
 
 
 def test_penultimate_refuses_a_classifier_that_is_no_layer() -> None:
-    with pytest.raises(FeatureError, match=r"last layer of Cosine is .*matmul.*Linear or Conv2d of 10 outputs"):
-        penultimate(Cosine().eval(), 10)
+    with pytest.raises(FeatureError, match=r"last layer of Prototypes is .*matmul.*Linear or Conv2d of 10 outputs"):
+        penultimate(captured(Prototypes().eval()), 10)
     with pytest.raises(FeatureError, match="of 11 outputs"):
-        penultimate(make_net("residual"), 11)
+        penultimate(captured("residual"), 11)
 
 
 def test_capture_keeps_the_order_and_the_teacher() -> None:
     net = make_net("residual")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = images(120)
-    features = capture(penultimate(net, 10), EvaluationSet.from_images("x", x.numpy()))
+    features = capture(penultimate(captured(net), 10), EvaluationSet.from_images("x", x.numpy()))
     assert (features.shape, features.dtype) == ((120, 32), np.float32)
-    np.testing.assert_allclose(features, penultimate(net, 10)(x).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features, penultimate(captured(net), 10)(x).numpy(), rtol=1e-5, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -117,7 +118,7 @@ def test_capture_refuses_features_that_are_not_finite() -> None:
     x = images(4)
     x[2] = torch.inf
     with pytest.raises(FeatureError, match="features of broken have values that are not finite"):
-        capture(penultimate(make_net("residual"), 10), EvaluationSet.from_images("broken", x.numpy()))
+        capture(penultimate(captured("residual"), 10), EvaluationSet.from_images("broken", x.numpy()))
 
 
 # Which images count
@@ -227,7 +228,7 @@ def labelled(name: str, x: Tensor, labels: object) -> EvaluationSet:
 
 
 def compared(synthetic: EvaluationSet, real: EvaluationSet | None) -> FeatureInfo:
-    return compare_features(make_net("residual"), synthetic, real, classes=10, seed=0)
+    return compare_features(captured("residual"), synthetic, real, classes=10, seed=0)
 
 
 def test_compare_features_projects_two_sets_together() -> None:
@@ -241,7 +242,7 @@ def test_compare_features_projects_two_sets_together() -> None:
     assert (info_real.dataset, info_real.images, info_real.classes) == ("true", 30, 5)
     assert len(info_real.points.x) == len(info_real.points.y) == 30
     assert info.projection.parameters["perplexity"] == pytest.approx(69 / 3)
-    features = penultimate(make_net("residual"), 10)(images(40)).numpy()
+    features = penultimate(captured("residual"), 10)(images(40)).numpy()
     silhouette = silhouette_samples(features, np.arange(40) % 10).mean()
     assert info.synthetic.silhouette == pytest.approx(silhouette, rel=1e-3)
     assert info == compared(synthetic, real)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from nets import calibrated, distance, images, make_net, twin
+from nets import calibrated, captured, distance, images, make_net, twin
 from support import seeded
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def test_finetune_brings_student_nearer_to_teacher() -> None:
 
 
 def test_finetune_uses_int8_grids_and_restores_finer_ones() -> None:
-    student = make_student(make_net("residual"), BitWidths(4, 8))
+    student = make_student(captured("residual"), BitWidths(4, 8))
     quantizer = next(q for q in student.quantizers().values() if q.grid == Grid(8, signed=False))
     met: list[Grid] = []
 

@@ -4,7 +4,7 @@ from itertools import zip_longest
 
 import pytest
 import torch
-from nets import images, make_net
+from nets import captured, images
 from support import seeded
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ def lifted() -> nn.Module:
 
 
 def initialized(name: str, bits: str) -> tuple[Student, FloatTwin]:
-    student = make_student(lifted() if name == "lifted" else make_net(name), BitWidths.parse(bits))
+    student = make_student(captured(lifted() if name == "lifted" else name), BitWidths.parse(bits))
     rng = seeded(0)
     return student, equalize_and_calibrate(student, images(), batch_size=16, rng=rng).reference
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import graph_of, reference
-from nets import images, make_net
+from nets import captured, images
 from support import SMALL, edited_stages, output_of, run_python, small_config, write_settings
 from torch import nn
 
@@ -127,7 +127,7 @@ def test_compare_features_frees_the_room_that_it_reserved(monkeypatch: pytest.Mo
     monkeypatch.setattr(compare, "separation", watched)
     data = EvaluationSet.from_images("some", images(40).numpy(), [index % 4 for index in range(40)])
     tracemalloc.start()
-    compare.compare_features(make_net("residual"), data, None, classes=10, seed=0)
+    compare.compare_features(captured("residual"), data, None, classes=10, seed=0)
     tracemalloc.stop()
     assert sizes
     assert max(sizes) < compare._MAX_BYTES

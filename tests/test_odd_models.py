@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nets import images
+from nets import captured, images
 from support import output_of, seeded, write_settings
 
 from clusterq_deploy.quantization import BitWidths, calibrate, make_student
@@ -76,7 +76,7 @@ def test_calibrate_fits_a_bias_much_larger_than_the_weights_to_the_accumulator()
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear
     )
-    student = make_student(net.eval(), BitWidths.parse("w8a8"))
+    student = make_student(captured(net.eval()), BitWidths.parse("w8a8"))
     calibrate(student, images(), batch_size=16, rng=seeded())
     step = student.accumulator_steps()["4"]
     assert bool((student.layers()["4"].bias.detach().abs() / step <= 2**29 * (1 + 1e-6)).all())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nets import images, make_net
+from nets import captured, images, make_net
 from support import Counter, seeded, small_config
 from torchvision.models import resnet18
 
@@ -34,7 +34,7 @@ SIZE = (3, 16, 16)
 
 def quantized(bits: str, counter: Counter) -> Student:
     """Return a student after post-training quantization."""
-    student = make_student(make_net("residual"), BitWidths.parse(bits))
+    student = make_student(captured("residual"), BitWidths.parse(bits))
     post_training_quantize(student, images(16), batch_size=16, rng=seeded(), progress=counter)
     return student
 
@@ -64,11 +64,11 @@ def test_post_training_quantize_counts_the_layers_whose_bias_is_corrected() -> N
 def test_sensitivities_and_plan_precision_show_each_quantization(max_drop: float) -> None:
     teacher, bits, counter = make_net("residual"), BitWidths(4, 4), Counter()
     judged = {"judged": images(16), "batch_size": 16, "rng": seeded()}
-    costs = sensitivities(make_student(teacher, bits), images(16), **judged, progress=counter)  # type: ignore[arg-type]
+    costs = sensitivities(make_student(captured(teacher), bits), images(16), **judged, progress=counter)  # type: ignore[arg-type]
     assert counter.names == ["Equalisation", "Calibration", "Reconstruction", "Sensitivity w4a4"]
     counter.ended.clear()
     layers = {"quantize_first_last": False, "layer_bits": {}, "images": images(16)}
-    plan_precision(teacher, bits, costs=costs, max_drop=max_drop, **layers, **judged, progress=counter)  # type: ignore[arg-type]
+    plan_precision(captured(teacher), bits, costs=costs, max_drop=max_drop, **layers, **judged, progress=counter)  # type: ignore[arg-type]
     counter.require_whole()
     assert counter.names[-1] == "Precision w4a4"
     students = counter.names.count("Calibration")
@@ -79,7 +79,7 @@ def test_compare_features_counts_its_geometry() -> None:
     counter, batch = Counter(), images(40).numpy()
     synthetic, real = (EvaluationSet.from_images(name, batch, np.arange(40) % 4) for name in ("made", "real"))
     for other in (real, None):
-        compare_features(make_net("residual"), synthetic, other, classes=10, seed=0, progress=counter)
+        compare_features(captured("residual"), synthetic, other, classes=10, seed=0, progress=counter)
     counter.require_whole()
     assert [task for task in counter.ended if task[0].startswith("Geometry")] == [
         ("Geometry of features", 4, 4),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import calibrated, images, make_net, require_same, synthesis
+from nets import calibrated, captured, images, make_net, require_same, synthesis
 from support import seeded
 from torch import nn
 
@@ -22,9 +22,9 @@ from clusterq_deploy.quantization import (
     post_training_quantize,
 )
 from clusterq_deploy.quantization.fake_quant import Quantizer
+from clusterq_deploy.quantization.graph.fold import folded_teacher
 from clusterq_deploy.quantization.graph.ops import value_ranges
 from clusterq_deploy.quantization.graph.placement import TARGETS
-from clusterq_deploy.quantization.graph.trace import fold_batchnorm, trace
 from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
 from clusterq_deploy.quantization.qat.losses import feature_loss, tap_features
 from clusterq_deploy.quantization.student import FORMAT
@@ -155,26 +155,16 @@ def test_set_scale_respects_limit_and_floor() -> None:
 @pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
 def test_fold_batchnorm_keeps_outputs(name: str) -> None:
     net = make_net(name)
-    student = make_student(net, BitWidths(8, 8))
+    student = make_student(captured(net), BitWidths(8, 8))
     require_same(student, net, images())
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())  # the teacher is left alone
 
 
 def test_fold_batchnorm_leaves_pre_activation() -> None:
-    traced = trace(make_net("branches"))
-    fold_batchnorm(traced)
-    assert [n for n, m in traced.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["norm"]
-    student = calibrated("branches")
-    assert "norm" in student.placement.skipped
-
-
-def test_trace_refuses_control_flow_with_its_line() -> None:
-    class Branching(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if x.sum() > 0 else -x
-
-    with pytest.raises(GraphError, match=r"Branching\.forward, .*test_quantize\.py:\d+"):
-        trace(Branching())
+    folded = folded_teacher(captured("branches"))
+    assert [n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["norm"]
+    reason = calibrated("branches").placement.skipped["norm"]
+    assert reason == "BatchNorm2d: cat_1 in front of it, relu_3 behind it"
 
 
 def test_place_residual_block() -> None:
@@ -207,7 +197,7 @@ def test_place_output_of_first_layer_has_its_bits(activation: nn.Module) -> None
     body = [nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 4)]
     net = nn.Sequential(nn.Conv2d(3, 8, 3), activation, *body).eval()
     for first_last, expected in ((False, {8}), (True, {4})):
-        placement = make_student(net, BitWidths(4, 4), quantize_first_last=first_last).placement
+        placement = make_student(captured(net), BitWidths(4, 4), quantize_first_last=first_last).placement
         bits = {site.name: site.grid.bits for site in placement.activations}
         inputs = {site.layer: site.input_site for site in placement.weights}
         assert {bits[inputs["2"]]} == expected
@@ -232,7 +222,7 @@ def test_net_with_view_is_synthesized_for_and_tuned() -> None:
     net = Viewing().eval().requires_grad_(False)
     settings = {"images": 32, "generator": {"steps": 2, "warmup_steps": 1}, "refine": {"steps": 1}}
     made, rng = synthesis(settings, net=net), seeded()
-    student = make_student(net, BitWidths(4, 4))
+    student = make_student(captured(net), BitWidths(4, 4))
     started = post_training_quantize(student, made.calibration.images, batch_size=16, rng=rng)
     config = FinetuneConfig(steps=4, batch_size=8, checkpoints=1)
     finetune(student, started.reference, made.calibration, config=config, flip=False, rng=rng)
@@ -281,11 +271,10 @@ def test_value_ranges_of_sums_and_differences() -> None:
             a = nn.functional.relu6(self.norm(self.conv(x)))
             return self.last(a + a)
 
-    traced = trace(Doubled())
-    ranges = {node.name: r for node, r in value_ranges(traced).items()}
+    ranges = {node.name: r for node, r in value_ranges(captured(Doubled().eval())).items()}
     assert ranges["relu6"] == (0, 6)
     assert ranges["add"] == (0, 12)
-    ranges = {node.name: r for node, r in value_ranges(trace(Sums())).items()}
+    ranges = {node.name: r for node, r in value_ranges(captured(Sums().eval())).items()}
     assert ranges["add_1"] == (-math.inf, math.inf)
 
 
@@ -296,8 +285,8 @@ def test_place_subclasses_with_torch_forward() -> None:
     class MyNorm(nn.BatchNorm2d):
         pass
 
-    net = nn.Sequential(MyConv(3, 4, 3), MyNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)).eval()
-    placement = make_student(net, BitWidths(4, 4)).placement
+    net = nn.Sequential(MyConv(3, 4, 3), MyNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 2)).eval()
+    placement = make_student(captured(net), BitWidths(4, 4)).placement
     assert [site.layer for site in placement.weights] == ["0", "4"]
     assert not placement.skipped
 
@@ -329,7 +318,7 @@ def test_searched_scales_beat_full_range() -> None:
 
 
 def test_calibrate_refuses_infinite_values() -> None:
-    student = make_student(make_net("residual"), BitWidths(4, 4))
+    student = make_student(captured("residual"), BitWidths(4, 4))
     with pytest.raises(GraphError, match="not finite at 'relu_1'"):
         calibrate(student, images() * 7e37, batch_size=16, rng=seeded(0))
 
@@ -367,7 +356,7 @@ def test_finetune_config_scaled_to_widths() -> None:
 def test_load_student_restores_student(tmp_path: Path) -> None:
     student, path = calibrated("mobile", "w5a6", quantize_first_last=True), tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({"seed": 3}))
-    again, provenance = load_student(path, make_net("mobile"))
+    again, provenance = load_student(path, captured("mobile"))
     assert (again.bits, again.quantize_first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
     with torch.no_grad():
         assert torch.equal(again(images()), student(images()))
@@ -389,7 +378,7 @@ def test_load_student_refuses_files_that_do_not_fit(
         patch.setattr("clusterq_deploy.quantization.student.FORMAT", student_format)
         path.write_bytes(b"nothing" if name is None else calibrated(name).to_bytes({}))
     with pytest.raises(WeightsError, match=message):
-        load_student(path, make_net("residual"))
+        load_student(path, captured("residual"))
 
 
 def test_feature_loss_in_float_and_by_its_formula() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from nets import captured
 from numpy.typing import NDArray
 from torch import nn
 
@@ -46,7 +47,7 @@ def beside(draw: st.DrawFn, scale: float) -> Floats:
 def lone_layer(bits: int) -> tuple[Student, onnx.ModelProto, str]:
     """Return a net of one layer, its graph with markers, and the site in front of the layer."""
     net = nn.Sequential(nn.Conv2d(1, CHANNELS, SIDE, bias=False), nn.Flatten()).eval()
-    student = make_student(net, BitWidths(bits, 8), quantize_first_last=True)
+    student = make_student(captured(net, (1, SIDE, SIDE)), BitWidths(bits, 8), quantize_first_last=True)
     return student, export_graph(student, (1, SIDE, SIDE)), student.placement.weights[0].input_site
 
 

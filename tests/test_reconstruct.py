@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, distance, images, make_net, twin
+from nets import calibrated, captured, distance, images, make_net, twin
 from support import seeded
 from torch import nn
 
@@ -47,7 +47,7 @@ def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> 
     ],
 )
 def test_sample_patches_reproduce_layer_outputs(layer: nn.Conv2d) -> None:
-    student = make_student(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval(), BitWidths(4, 8))
+    student = make_student(captured(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval()), BitWidths(4, 8))
     quantized = student.layers()["1"]
     x = torch.randn(4, 8, 9, 9, generator=seeded())
     with torch.no_grad():

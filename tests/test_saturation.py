@@ -15,7 +15,7 @@ import torch
 from graphs import SIZE, graph_of, infer, reference, stored, with_stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, calibrated, images, make_net
+from nets import NETS, calibrated, captured, images, make_net
 from onnx import TensorProto, helper, numpy_helper
 from support import call, error_line, seeded
 
@@ -338,14 +338,14 @@ def test_fit_full_range_biases_keeps_the_mean_of_outputs(name: str) -> None:
 
 def test_finetune_keeps_the_limit_and_load_student_the_graph(tmp_path: Path) -> None:
     net, data = make_net("mobile"), images(32)
-    student, rng = make_student(net, BitWidths(8, 8)), seeded(0)
+    student, rng = make_student(captured(net), BitWidths(8, 8)), seeded(0)
     started = post_training_quantize(student, data, batch_size=16, rng=rng)
     config = FinetuneConfig(steps=6, batch_size=8, checkpoints=2, learning_rate=0.5)
     labels = torch.zeros(len(data), dtype=torch.int64)
     finetune(student, started.reference, CalibrationSet(data, labels), config=config, flip=False, rng=rng)
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({}))
-    loaded, _ = load_student(path, net)
+    loaded, _ = load_student(path, captured(net))
     assert loaded.target_cpu == "any"
     graph, again = (lower(export_graph(s, SIZE), s, "onnxruntime") for s in (student, loaded))
     assert require_no_saturation(graph, name="graph") > 20_000

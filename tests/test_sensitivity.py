@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import calibrated, digits, images, make_net
+from nets import calibrated, captured, digits, images, make_net
 from onnx import TensorProto
 from support import error_line, json_of, output_of, seeded
 from torch import Tensor
@@ -60,7 +60,7 @@ def plan(max_drop: float, keep: dict[str, int] | None = None) -> PrecisionPlan:
 
 
 def test_layer_bits_apply_to_weight_and_input() -> None:
-    student = make_student(make_net("residual"), BitWidths(4, 4), layer_bits={"a2.0": 8, "b1.0": 6})
+    student = make_student(captured("residual"), BitWidths(4, 4), layer_bits={"a2.0": 8, "b1.0": 6})
     grids = {site.layer: (site.grid.bits, site.input_site) for site in student.placement.weights}
     read = {site.name: site.grid.bits for site in student.placement.activations}
     assert {name: bits for name, (bits, _) in grids.items() if bits != 4} == {
@@ -76,7 +76,7 @@ def test_layer_bits_apply_to_weight_and_input() -> None:
 
 def test_layer_bits_refuse_unknown_layer_with_near_match() -> None:
     with pytest.raises(GraphError, match=r"no quantized layer 'a1'; did you mean 'a1\.0'"):
-        make_student(make_net("residual"), BitWidths(4, 4), layer_bits={"a1": 8})
+        make_student(captured("residual"), BitWidths(4, 4), layer_bits={"a1": 8})
 
 
 def test_layer_bits_survive_export_and_file(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_layer_bits_survive_export_and_file(tmp_path: Path) -> None:
     student = calibrated(teacher, "w4a4", layer_bits={"a1.0": 8})
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({}))
-    again = load_student(path, teacher)[0]
+    again = load_student(path, captured(teacher))[0]
     assert again.layer_bits == {"a1.0": 8}
     marked = export_graph(again, (3, 16, 16))
     batch = images(64, seed=7)

@@ -12,6 +12,7 @@ from calib.bn_statistics import (
     Tap,
     batchnorm_layers,
     class_averaging_matrix,
+    never_trained,
     tap_batchnorm,
     within_class_diversity,
 )
@@ -26,6 +27,24 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def matrix(*labels: int) -> tuple[Tensor, Tensor]:
     return class_averaging_matrix(torch.tensor(labels), torch.ones(len(labels), dtype=torch.bool))
+
+
+def test_tap_pools_the_tokens_of_a_sample() -> None:
+    """A BatchNorm over all tokens of all images, as (N * L, C), has the moments of (N, C, L)."""
+    norm, x = nn.BatchNorm1d(4).eval(), torch.randn(3, 5, 4, generator=seeded())
+    net = nn.Sequential(nn.Flatten(0, 1), norm)
+    with tap_batchnorm(net) as tap:
+        net(x)
+    expected = Moments.of(x.transpose(1, 2))
+    torch.testing.assert_close(tap.moments[0].mean, expected.mean)
+    torch.testing.assert_close(tap.moments[0].var, expected.var)
+
+
+def test_never_trained_is_true_only_for_the_statistics_of_new_layers() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2, affine=False)).eval()
+    assert never_trained(net)
+    net[1].running_mean[1] = 0.1
+    assert not never_trained(net)
 
 
 def test_pool_and_batch_equal_statistics_of_the_pixels() -> None:

@@ -70,7 +70,7 @@ class RunConfig(StageConfig):
     """All that `clusterq run` does: the model, the data, and each stage's own settings.
 
     Attributes:
-        model: `digits`, a torchvision classifier, `timm:NAME` or `path/to/module.py:factory`.
+        model: `digits`, a torchvision classifier, `timm:NAME`, `path/to/module.py:factory` or `path/to/program.pt2`.
         weights: None for the model's own, `none` for random ones, else a file.
         input_size, mean, std: of the model's input, if the model does not define them.
         bits: the variants, such as w8a8.

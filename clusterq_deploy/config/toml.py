@@ -102,6 +102,8 @@ def with_paths(settings: Settings, change: Callable[[str, Path], Path]) -> Setti
         file, colon, factory = model.rpartition(":")
         if file.endswith(".py"):
             changed["model"] = f"{change('model', Path(file))}{colon}{factory}"
+        elif model.endswith(".pt2"):
+            changed["model"] = str(change("model", Path(model)))
     if isinstance(build := settings.get("build"), dict):
         changed["build"] = dict(build)
     for table, name in ((changed, "weights"), (changed, "data"), (changed.get("build"), "timing_cache")):

@@ -1,18 +1,19 @@
 """The teacher's penultimate features of synthetic and real images, measured and projected for the report."""
 
-import operator
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from calib.bn_statistics import within_class_diversity
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import DataError, FeatureError
 from clusterq_deploy.evaluation.data import EvaluationSet, Labels, Rows
-from clusterq_deploy.quantization.graph.trace import module_of, trace
+from clusterq_deploy.models.rebuild import aten
+from clusterq_deploy.quantization.graph.fold import module_of
+from clusterq_deploy.quantization.graph.ops import operation
 from clusterq_deploy.results.report import FeatureInfo, FeatureSet, Points, Projection
 from clusterq_deploy.runtimes.runners import Array, TorchRunner
 
@@ -25,11 +26,11 @@ _PERPLEXITY = 30.0
 _STEPS = 500  # half of the default: for 950 features of digits a divergence of 0.47 instead of 0.45, in half the time
 _MIN_POINTS = 4
 _ROUNDING = 1e-6  # of the features' size: smaller differences are rounding
-_PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"}
+_PRODUCTS = {aten.linear, aten.conv2d, aten.matmul, aten.mm, aten.bmm, aten.addmm}
 
 
 def compare_features(
-    teacher: nn.Module,
+    teacher: fx.GraphModule,
     synthetic: EvaluationSet,
     real: EvaluationSet | None,
     *,
@@ -44,7 +45,7 @@ def compare_features(
     are projected. The choice depends on the labels only. Undefined values are None, and `notes` has the reasons.
 
     Args:
-        teacher: in eval mode; images (N, C, H, W) to logits (N, classes).
+        teacher: from `models.capture.capture`; images (N, C, H, W) to logits (N, classes).
         synthetic: images with the labels that they were generated for.
         real: images with their true labels, or None.
         classes: the width of the logits.
@@ -117,18 +118,17 @@ def _labels(data: EvaluationSet) -> Labels:
     return data.labels
 
 
-def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
+def penultimate(teacher: fx.GraphModule, classes: int) -> fx.GraphModule:
     """Return a copy of the teacher without its classifier, with features (N, F) float32, averaged over positions.
 
-    The classifier is the last Linear or Conv2d of the traced graph, and as wide as the logits (N, classes).
+    The classifier is the last Linear or Conv2d of the captured graph, and as wide as the logits (N, classes).
 
     Raises:
-        GraphError: the teacher cannot be traced.
         FeatureError: its classifier is neither a Linear nor a Conv2d.
     """
-    traced = trace(teacher)
-    weighted = [node for node in traced.graph.nodes if _multiplies(traced, node)]
-    layer = module_of(traced, weighted[-1]) if weighted else None
+    graph = copy.deepcopy(teacher)
+    weighted = [node for node in graph.graph.nodes if _multiplies(graph, node)]
+    layer = module_of(graph, weighted[-1]) if weighted else None
     if isinstance(layer, nn.Linear) and layer.out_features == classes:
         pool = _over_positions
     elif isinstance(layer, nn.Conv2d) and layer.out_channels == classes:
@@ -139,20 +139,20 @@ def penultimate(teacher: nn.Module, classes: int) -> fx.GraphModule:
             f"the last layer of {type(teacher).__name__} is {last}; "
             f"features are the input of a Linear or Conv2d of {classes} outputs"
         )
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    with traced.graph.inserting_before(weighted[-1]):
-        output.args = (traced.graph.call_function(pool, (weighted[-1].all_input_nodes[0],)),)
-    traced.graph.eliminate_dead_code()
-    traced.graph.lint()
-    traced.recompile()
-    return traced.eval()
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    with graph.graph.inserting_before(weighted[-1]):
+        output.args = (graph.graph.call_function(pool, (weighted[-1].all_input_nodes[0],)),)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    return graph.eval()
 
 
-def _multiplies(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _multiplies(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether a node could be a classifier: a layer, or a product in the forward."""
     if node.op == "call_module":
-        return isinstance(module_of(traced, node), nn.Linear | nn.Conv2d)
-    return node.op in ("call_function", "call_method") and node.target in _PRODUCTS
+        return isinstance(module_of(graph, node), nn.Linear | nn.Conv2d)
+    return operation(node) in _PRODUCTS
 
 
 def _over_positions(x: Tensor) -> Tensor:

@@ -31,8 +31,10 @@ _INT32_MAX = 2**31 - 1
 
 # ONNX operators that only move values: a quantized tensor stays on its grid through them
 MOVING = {
-    "Concat", "Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Pad", "ReduceMax", "Reshape", "Resize",
+    "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
+_LOWEST = -1e30  # a padding below it is for a MaxPool, which never takes it
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,16 @@ class _Lowering:
         tensors = len(node.inputs) if node.op_type == "Concat" else 1
         if len(moved) < tensors or len({self.qparams[value] for value in moved}) > 1:
             return
+        qparams = self.qparams[moved[0]]
+        if node.op_type == "Resize" and node.attributes["mode"].as_string() != "nearest":
+            return
         if node.op_type == "Pad" and operand(node, 2) is not None:
             padding = constant(node, 2)
+            if padding is not None and float(padding) <= _LOWEST:
+                self.qparams[node.outputs[0]] = qparams  # what is pooled from it is on the grid
+                return
             if padding is None or float(padding) != 0:
                 return
-        qparams = self.qparams[moved[0]]
         for output in node.outputs:
             uses = list(output.uses())
             if not uses:

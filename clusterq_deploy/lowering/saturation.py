@@ -186,7 +186,7 @@ def _range(value: ir.Value | None, kind: ir.DataType | None) -> Range:
         ranges.append(_range_of_numbers(node.inputs[0], grid))
     elif node is not None and node.op_type == "Clip":
         ranges += _clip_ends(node, (1.0, 0)), _range(node.inputs[0], kind)
-    elif node is not None and node.op_type in MOVING - {"Pad"}:
+    elif node is not None and node.op_type != "Pad" and _is_bounded_by_inputs(node):
         ranges.append(_hull([_range(source, kind) for source in _moved(node)]))
     least, most = ranges[0]
     return min(max(low for low, _ in ranges), most), max(min(high for _, high in ranges), least)
@@ -203,7 +203,7 @@ def _range_of_numbers(value: ir.Value | None, grid: tuple[float, int]) -> Range:
         return _clip_ends(node, grid)
     if node.op_type == "DequantizeLinear" and _grid(node) == grid:
         return _range(node.inputs[0], qdq.integer_type(node))
-    if node.op_type in MOVING:
+    if _is_bounded_by_inputs(node):
         padding = [(grid[1], grid[1])] if node.op_type == "Pad" else []  # constants other than 0 are not on a grid
         return _hull([*(_range_of_numbers(source, grid) for source in _moved(node)), *padding])
     return _ANY
@@ -217,6 +217,12 @@ def _grid(quantizer: ir.Node) -> tuple[float, int] | None:
     if not (0 < scale.item() < math.inf and math.isfinite(zero.item())):
         return None
     return float(scale.item()), int(zero.item())
+
+
+def _is_bounded_by_inputs(node: ir.Node) -> bool:
+    """Return whether a node's values are values of its inputs (or zeros), or between them: not those of a cubic."""
+    cubic = node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "cubic"
+    return node.op_type in MOVING and not cubic
 
 
 def _moved(node: ir.Node) -> list[ir.Value | None]:

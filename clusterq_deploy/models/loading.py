@@ -8,13 +8,14 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from calib.support.errors import NoBatchNormError
 from clusterq_deploy.errors import ModelError, UnknownModelError, WeightsError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import digits, sources
+from clusterq_deploy.models.capture import capture, device_of
 from clusterq_deploy.models.checkpoints import read_weights
 from clusterq_deploy.models.inputs import InputSpec, input_spec, label_names
 from clusterq_deploy.models.registry import BUNDLED, torchvision_names
@@ -30,7 +31,9 @@ class LoadedModel:
     """A classifier that is ready to be a teacher, by the name that the user gave.
 
     Attributes:
-        module: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen.
+        module: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen: the captured
+            graph, see `capture`.
+        original: the module that it was captured from, with the same parameters.
         source: "bundled", "torchvision", "timm" or "file".
         weights: a description of its weights.
         weights_sha256: digest over the tensors of its state_dict; empty if these have only shapes.
@@ -39,7 +42,8 @@ class LoadedModel:
     """
 
     name: str
-    module: nn.Module
+    module: fx.GraphModule
+    original: nn.Module
     input: InputSpec
     classes: int
     source: str
@@ -78,7 +82,8 @@ def load_model(
     """Load a model and check that ClusterQ can work on it, without a change to the process's global state.
 
     Args:
-        name: `digits`, a torchvision classifier, `timm:NAME`, or `path/to/module.py:factory`.
+        name: `digits`, a torchvision classifier, `timm:NAME`, `path/to/module.py:factory`, or a `.pt2` file of
+            `torch.export.save`.
         weights: None for the model's own; "none" for random ones, the same every time; else a file, or
             `FILE:KEY` for one of several that it holds.
         input_size, mean, std: how the input is made, if the model does not say or says otherwise:
@@ -92,24 +97,29 @@ def load_model(
         WeightsError: the weights cannot be read, do not fit, or are not finite.
         NoBatchNormError: the model has no BatchNorm statistics.
         ModelError: the model cannot be made, run, or fed.
+        GraphError: it cannot be captured as a graph.
     """
     with _isolated():
         draft = _make_draft(name, weights, bars, shapes_only and weights in (None, _RANDOM))
     module = draft.module.eval().float().requires_grad_(False)
-    require_batchnorm(name, draft.source, module)
+    if draft.source == "torchvision" or any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        require_batchnorm(name, draft.source, module)  # before weights are fetched; others may call it as a function
     description = _fill(name, draft, weights)
-    has_values = not next(module.buffers()).is_meta  # BatchNorm's
+    has_values = device_of(module).type != "meta"
     if has_values:
         _require_finite(name, module, description)
     spec = input_spec(name, draft.cfg, input_size=input_size, mean=mean, std=std)
+    sha256 = digest(module) if has_values else ""
+    module = module.to(device) if has_values else module
     with _isolated():
         classes = count_classes(name, module, spec)
-    sha256 = digest(module) if has_values else ""
-    code = sha256_file(Path(name.rpartition(":")[0])) if draft.source == "file" else None
+        graph = capture(module, spec.size)
+    require_batchnorm(name, draft.source, graph)
+    path = Path(name if name.endswith(".pt2") else name.rpartition(":")[0])
+    code = sha256_file(path) if draft.source == "file" else None
     same_classes = weights is None or (draft.source == "file" and weights != _RANDOM)  # a weights file may have others
     names = label_names(draft.cfg, classes) if same_classes else ()
-    module = module.to(device) if has_values else module
-    return LoadedModel(name, module, spec, classes, draft.source, description, sha256, code, names)
+    return LoadedModel(name, graph, module, spec, classes, draft.source, description, sha256, code, names)
 
 
 @contextmanager
@@ -129,6 +139,10 @@ def _make_draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -
     path, _, factory = name.rpartition(":")
     if name.startswith(_TIMM):
         return sources.timm_model(name.removeprefix(_TIMM), pretrained=weights is None)
+    if name.endswith(".pt2"):
+        if weights is not None:
+            raise ModelError(f"model {name!r} has its weights: drop --weights")
+        return sources.exported_model(Path(name))
     if path.endswith(".py"):
         if weights == _RANDOM:
             raise ModelError(f"model {name!r} makes its own weights: drop --weights none")
@@ -141,8 +155,8 @@ def _make_draft(name: str, weights: str | None, bars: bool, shapes_only: bool) -
         return sources.torchvision_model(name, bars=bars, shapes_only=shapes_only)
     near = sources.did_you_mean(get_close_matches(name.lower(), [BUNDLED, *names]))
     raise UnknownModelError(
-        f"unknown model {name!r}; {near}expected {BUNDLED}, a torchvision classifier, timm:NAME "
-        "or path/to/module.py:factory"
+        f"unknown model {name!r}; {near}expected {BUNDLED}, a torchvision classifier, timm:NAME, "
+        "path/to/module.py:factory or path/to/program.pt2"
     )
 
 
@@ -187,7 +201,7 @@ def count_classes(name: str, module: nn.Module, spec: InputSpec) -> int:
     shape = (1, *spec.size)
     try:
         with torch.no_grad():
-            logits: object = module(torch.zeros(shape, device=next(module.buffers()).device))
+            logits: object = module(torch.zeros(shape, device=device_of(module)))
     except (Exception, SystemExit) as error:  # it may be the user's code
         raise ModelError(
             f"model {name!r} fails on an input of shape {shape} ({first_line(error)}); check --input-size"

@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.models.exported import load_exported
 from clusterq_deploy.models.inputs import entry
 from clusterq_deploy.models.registry import torchvision_cfg
 from clusterq_deploy.models.weights import State, first_line
@@ -154,6 +155,16 @@ def user_model(path: Path, factory: str) -> Draft:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r}: the factory made a {type(model).__name__}; expected an nn.Module")
     return Draft(model, getattr(model, "pretrained_cfg", None), "file", "made by the factory")
+
+
+def exported_model(path: Path) -> Draft:
+    """Read a program of `torch.export.save`; its images have the size that it was exported with.
+
+    Raises:
+        ModelError: see `load_exported`.
+    """
+    module, size = load_exported(path)
+    return Draft(module, {"input_size": size}, "file", "in the program")
 
 
 def did_you_mean(near: list[str]) -> str:

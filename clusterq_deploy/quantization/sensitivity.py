@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, ScopedCheckpoint
 from calib.support.progress import SILENT, Advance, Progress
+from clusterq_deploy.models.capture import logits_only
 from clusterq_deploy.quantization.grid import BitWidths, Cpu
 from clusterq_deploy.quantization.ptq.ptq import (
     equalize_and_calibrate,
@@ -46,7 +47,8 @@ def judged_views(images: Tensor, *, flip: bool, rng: torch.Generator) -> Tensor:
 def answers(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Return the logits (N, classes) float32, on the CPU, of images (N, C, H, W)."""
     device = next(model.parameters()).device
-    return torch.cat([model(part.to(device)).float().cpu() for part in images.split(batch_size)])
+    with logits_only(model):
+        return torch.cat([model(part.to(device)).float().cpu() for part in images.split(batch_size)])
 
 
 def compare(student: Tensor, teacher: Tensor) -> Divergence:
@@ -112,7 +114,7 @@ def sensitivities(
 
 
 def plan_precision(
-    teacher: nn.Module,
+    teacher: fx.GraphModule,
     bits: BitWidths,
     *,
     costs: Sequence[Sensitivity],
@@ -133,7 +135,7 @@ def plan_precision(
     which comes later, lowers the drop further. If even all layers at eight bits are not enough, all are raised.
 
     Args:
-        teacher: in eval mode; it is copied, not changed.
+        teacher: from `models.capture.capture`; it is copied, not changed.
         bits, quantize_first_last, cpu: as for `make_student`.
         costs: from `sensitivities`.
         max_drop: the bound of `Divergence.expected_drop`, in points.

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from clusterq_deploy.errors import WeightsError
 from clusterq_deploy.quantization.fake_quant import QuantizedLayer, Quantizer, with_weight_quantizer
+from clusterq_deploy.quantization.graph.fold import folded_teacher
 from clusterq_deploy.quantization.graph.placement import Placement, Target, place
-from clusterq_deploy.quantization.graph.trace import folded_teacher
 from clusterq_deploy.quantization.grid import BitWidths, Cpu
 
 _LARGEST_BIAS = 2**29  # in steps of an INT8 accumulator; a UINT8 one has twice as many, and INT32 ends at 2**31
@@ -193,7 +193,7 @@ def _switched(quantizers: Iterable[Quantizer], switch: str, value: bool) -> Iter
 
 
 def make_student(
-    teacher: nn.Module,
+    teacher: fx.GraphModule,
     bits: BitWidths,
     *,
     quantize_first_last: bool = False,
@@ -203,12 +203,12 @@ def make_student(
     """Return a student with quantizers where the targets need them, all scales still to be set.
 
     Args:
-        teacher: in eval mode; it is copied, not changed.
+        teacher: from `models.capture.capture`; it is copied, not changed.
         bits: widths of weights and activations.
         quantize_first_last, layer_bits, cpu: as for `place`.
 
     Raises:
-        GraphError: the teacher cannot be traced, or has no such layer to quantize.
+        GraphError: the teacher has no such layer to quantize, or is not the same once BatchNorm is folded.
     """
     graph = folded_teacher(teacher)
     placement = place(graph, bits, quantize_first_last=quantize_first_last, layer_bits=layer_bits, cpu=cpu)
@@ -230,13 +230,13 @@ def make_student(
             with graph.graph.inserting_after(node):
                 quantized = graph.graph.call_module(f"quantizers.{key}")
             node.replace_all_uses_with(quantized, delete_user_cb=lambda user, only=readers: not only or user in only)
-            quantized.args = (node,)
+            quantized.args, quantized.meta = (node,), dict(node.meta)
     graph.graph.lint()
     graph.recompile()
     return Student(graph, bits, quantize_first_last, layer_bits or {}, cpu, placement).to(device).eval()
 
 
-def load_student(path: Path, teacher: nn.Module) -> tuple[Student, dict[str, Any]]:
+def load_student(path: Path, teacher: fx.GraphModule) -> tuple[Student, dict[str, Any]]:
     """Read what `Student.to_bytes` wrote, with its provenance.
 
     Args:

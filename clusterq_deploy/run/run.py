@@ -23,8 +23,8 @@ from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.files import fingerprint
 from clusterq_deploy.models import LoadedModel, load_model
 from clusterq_deploy.quantization import BitWidths, Student, load_student
+from clusterq_deploy.quantization.graph.fold import folded_teacher
 from clusterq_deploy.quantization.graph.placement import place
-from clusterq_deploy.quantization.graph.trace import folded_teacher
 from clusterq_deploy.quantization.student import FORMAT
 from clusterq_deploy.results.report import Environment
 from clusterq_deploy.results.stages import StageResult
@@ -111,12 +111,12 @@ class Run:
         """Check the model and the data before any work.
 
         Raises:
-            GraphError: the model cannot be traced, or has no layer of a name in `keep`.
+            GraphError: BatchNorm cannot be folded, or the model has no layer of a name in `keep`.
             DataError: the evaluation data does not fit.
         """
-        traced = folded_teacher(self.model.module)
+        folded = folded_teacher(self.model.module)
         for bits in self.config.widths:
-            place(traced, bits, quantize_first_last=self.config.first_last, layer_bits=self.config.keep)
+            place(folded, bits, quantize_first_last=self.config.first_last, layer_bits=self.config.keep)
         if self.has_own_data:
             _ = self.evaluation
 

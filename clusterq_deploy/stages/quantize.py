@@ -8,6 +8,7 @@ import torch
 from calib.calibration_set import CalibrationSet
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.support.progress import Progress
+from clusterq_deploy.models.capture import logits_only
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import (
     BitWidths,
@@ -140,9 +141,11 @@ def tune(
             checkpoint=checkpoint,
         )
         checkpoint.save("initialized", lambda: {"state": ptq.state_dict(student), "rng": rng.get_state()}, at_once=True)
-    tuning = finetune(
-        student, ptq.reference, calibration, config=config, flip=flip, rng=rng, progress=progress, checkpoint=checkpoint
-    )
+    reference = ptq.reference
+    with logits_only(student, reference.graph):
+        tuning = finetune(
+            student, reference, calibration, config=config, flip=flip, rng=rng, progress=progress, checkpoint=checkpoint
+        )
     fit_full_range_biases(student, calibration.images)
     return ptq, tuning
 

@@ -1,6 +1,7 @@
 """Make the calibration set: the model goes in, images and a preview of them come out."""
 
 import io
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,15 +9,20 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from calib.bn_statistics import never_trained
 from calib.support.checkpoint import NOWHERE, Checkpoint
 from calib.support.progress import Progress
 from calib.synthesis import Synthesis, SynthesisConfig
 from calib.synthesis import synthesize as make_images
+from clusterq_deploy.lowering import VERIFIED_IMAGES
 from clusterq_deploy.models import InputSpec
+from clusterq_deploy.models.capture import logits_only, require_same
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.results.stages import SynthesisResult
 from clusterq_deploy.run.run import IMAGES, PREVIEW, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs
+
+logger = logging.getLogger(__name__)
 
 NAME, RESULT = "synthesize", SynthesisResult
 
@@ -34,6 +40,12 @@ def inputs(run: Run, _: AnyStage) -> Json:
 def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
     """Make the images in batches that fit the memory."""
     settings, spec = run.config.synthesis, run.model.input
+    if run.config.weights != "none" and never_trained(run.model.module):
+        logger.warning(
+            "the BatchNorm statistics of %s are those of new layers (mean 0, variance 1): nothing was learned from "
+            "data, and the images imitate nothing; are these the trained weights?",
+            run.model.name,
+        )
     synthesis, divisor = synthesize_in_memory(
         run.model.module,
         spec,
@@ -45,6 +57,8 @@ def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
     )
     provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
     calibration = replace(synthesis.calibration, provenance=provenance)
+    sample = calibration.images[:VERIFIED_IMAGES].to(run.device)
+    require_same(run.model.original, run.model.module, sample, "the captured graph")
     preview = io.BytesIO()
     calibration.preview(spec.mean, spec.std).save(preview, "PNG")
     files = [run.directory.write(IMAGES, calibration.to_bytes()), run.directory.write(PREVIEW, preview.getvalue())]
@@ -103,4 +117,5 @@ def synthesize_in_memory(
             checkpoint=checkpoint(divisor),
         )
 
-    return retry_on_oom(attempt, "synthesis")
+    with logits_only(model):
+        return retry_on_oom(attempt, "synthesis")

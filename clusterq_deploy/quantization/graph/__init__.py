@@ -1,1 +1,1 @@
-"""Where quantizers go: the traced graph, its operations, placement."""
+"""Where quantizers go: the folded graph, its operations, placement."""

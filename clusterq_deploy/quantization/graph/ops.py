@@ -1,45 +1,36 @@
-"""What the nodes of a traced graph do to values: which ones only move them, which ones bound or scale them."""
+"""What the nodes of a captured graph do to values: which ones only move them, which ones bound or scale them."""
 
 import math
 import operator
 from enum import Enum, auto
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from clusterq_deploy.quantization.graph.trace import module_of
+from clusterq_deploy.models.rebuild import Shape, aten
 
 Range = tuple[float, float]
 _ANY: Range = (-math.inf, math.inf)
+_LOWEST = -1e30
 
-# what nodes call: types of modules, functions, and names of methods
-_RELU = {nn.ReLU, F.relu, torch.relu, "relu"}
-_RELU6 = {nn.ReLU6, F.relu6}
-_GATES = {nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", nn.Hardsigmoid, F.hardsigmoid}
-_SOFTMAX = {nn.Softmax, F.softmax}
-_MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d}
-_AVERAGE_POOLS = {nn.AvgPool2d, F.avg_pool2d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
-_MEANS = {torch.mean, "mean"}
-_IDENTITIES = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous"}
-_PADS = {F.pad, nn.ZeroPad2d, nn.ConstantPad2d}
-_SHUFFLES = {nn.PixelShuffle, F.pixel_shuffle, nn.ChannelShuffle, F.channel_shuffle, torch.channel_shuffle}
-_SPLITS = {operator.getitem, torch.chunk, "chunk", torch.split, "split"}
-_RESHAPES = {nn.Unflatten, torch.reshape, "reshape", "view", torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze"}
-_FLATTENS = {nn.Flatten, torch.flatten, "flatten"}
-_TRANSPOSES = {torch.permute, "permute", torch.transpose, "transpose"}
-_MOVES = _MAX_POOLS | _IDENTITIES | _SHUFFLES | _SPLITS | _RESHAPES | _FLATTENS | _TRANSPOSES
-_CONCATENATIONS = {torch.cat, torch.concat}
-_ADDITIONS = {operator.add, torch.add, "add", "add_"}
-_PRODUCTS = {operator.mul, torch.mul}
-_SLOPES = {nn.LeakyReLU, F.leaky_relu, nn.PReLU}
-
-_BOUNDS: dict[Any, Range] = {
-    **dict.fromkeys(_RELU, (0, math.inf)),
-    **dict.fromkeys(_RELU6, (0, 6)),
-    **dict.fromkeys(_GATES | _SOFTMAX, (0, 1)),
-}
+_RELU = {aten.relu}
+_BOUNDED = {aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min}
+_GATES = {aten.sigmoid, aten.hardsigmoid}
+_SOFTMAX = {aten.softmax, aten._softmax}
+_MAX_POOLS = {aten.max_pool2d, aten.adaptive_max_pool2d, aten.max_pool2d_with_indices}
+_AVERAGE_POOLS = {aten.avg_pool2d, aten.adaptive_avg_pool2d}
+_PADS = {aten.pad, aten.constant_pad_nd}
+_SHUFFLES = {aten.pixel_shuffle, aten.channel_shuffle}
+_SPLITS = {
+    operator.getitem, aten.chunk, aten.split, aten.split_with_sizes, aten.unbind, aten.slice, aten.select,
+    aten.index_select,
+}  # fmt: skip
+_RESHAPES = {aten.reshape, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.flatten, aten.expand}
+_TRANSPOSES = {aten.permute, aten.transpose, aten.t, aten.roll, aten.flip}
+_MAXIMA = {aten.max, aten.amax}
+_RESIZES = {aten.upsample_nearest2d}
+_MOVES = _MAX_POOLS | _SHUFFLES | _SPLITS | _RESHAPES | _TRANSPOSES | _MAXIMA | _RESIZES | {aten.cat}
+_SLOPES = {aten.leaky_relu, aten.prelu}
 
 
 class Homogeneity(Enum):
@@ -55,132 +46,172 @@ class Homogeneity(Enum):
     CLIPPED = auto()
 
 
-def _callee(traced: fx.GraphModule, node: fx.Node) -> Any:
-    """Return what a node calls: a function, a method's name, or a module's type; None if it calls nothing."""
-    module = module_of(traced, node)
-    if module is not None:
-        return type(module)
-    return node.target if node.op in {"call_function", "call_method"} else None
+def operation(node: fx.Node) -> Any:
+    """Return the ATen operation that a node calls, without its overload, or the function; None if it calls a module."""
+    return getattr(node.target, "overloadpacket", node.target) if node.op == "call_function" else None
 
 
-def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     """Return an argument of a call by its place or its name."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
-def moves_values(traced: fx.GraphModule, node: fx.Node) -> bool:
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that a node reads and that depend on the image: no constants, no sizes."""
+    sizes = {aten.sym_size, operator.mul, operator.add, operator.sub, operator.floordiv}
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and operation(n) not in sizes]
+
+
+def shape_of(node: fx.Node) -> Shape:
+    """Return the sizes of a node's output, None for one that depends on the batch; () if they are not known."""
+    shape: Shape = node.meta.get("shape", ())
+    return shape
+
+
+def moves_values(node: fx.Node) -> bool:
     """Return whether a node's output holds only values of its inputs (and zeros), so that a grid passes through it."""
-    module, callee = module_of(traced, node), _callee(traced, node)
-    if isinstance(module, nn.ConstantPad2d):
-        return bool(module.value == 0)
-    if isinstance(module, nn.Upsample):
-        return module.mode == "nearest"
-    if callee is F.pad:
-        return bool(node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value"))
-    if callee is F.interpolate:
-        return bool(node.kwargs.get("mode", "nearest") == "nearest")
-    return callee in _MOVES or callee in _CONCATENATIONS
+    called = operation(node)
+    if called in _PADS:
+        return _mode(node) != "constant" or _padding(node) == 0 or _pads_lowest(node)
+    if called in _MAXIMA:
+        return len(data_inputs(node)) == 1
+    return called in _MOVES
+
+
+def _padding(node: fx.Node) -> float:
+    """Return the value that a padding with a constant puts around a tensor."""
+    return float(argument(node, 3 if operation(node) is aten.pad else 2, "value") or 0)
+
+
+def _pads_lowest(node: fx.Node) -> bool:
+    """Return whether a padding has the lowest value, which no maximum behind it ever takes: it needs no grid."""
+    return _padding(node) <= _LOWEST and all(operation(user) in _MAX_POOLS for user in node.users)
+
+
+def _mode(node: fx.Node) -> str:
+    """Return the mode of a padding."""
+    return str(argument(node, 2, "mode", "constant")) if operation(node) is aten.pad else "constant"
 
 
 def moved_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the tensors whose values a node of `moves_values` moves, without the sizes that it may read too."""
-    if node.op == "call_function" and node.target in _CONCATENATIONS:
-        return node.all_input_nodes
-    return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else node.all_input_nodes[:1]
+    return data_inputs(node) if operation(node) is aten.cat else data_inputs(node)[:1]
 
 
 def is_addition(node: fx.Node) -> bool:
-    """Return whether a node adds two tensors."""
-    calls = node.op in {"call_function", "call_method"} and node.target in _ADDITIONS
-    scaled = node.kwargs.get("alpha", 1) != 1
-    return calls and not scaled and len(node.args) >= 2 and all(isinstance(a, fx.Node) for a in node.args[:2])
+    """Return whether a node adds two tensors that depend on the image."""
+    plain = operation(node) is aten.add and "alpha" not in node.kwargs
+    return plain and all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args[:2])
 
 
-def is_product(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a node multiplies two tensors."""
-    return _callee(traced, node) in _PRODUCTS and len(node.all_input_nodes) == 2
+def is_product(node: fx.Node) -> bool:
+    """Return whether a node multiplies two tensors that depend on the image."""
+    return operation(node) is aten.mul and len(data_inputs(node)) == 2
 
 
-def is_gate(traced: fx.GraphModule, node: fx.Node) -> bool:
+def is_gate(node: fx.Node) -> bool:
     """Return whether a node is a sigmoid or a hard sigmoid."""
-    return _callee(traced, node) in _GATES
+    return operation(node) in _GATES
 
 
-def is_rectifier(traced: fx.GraphModule, node: fx.Node) -> bool:
+def is_rectifier(node: fx.Node) -> bool:
     """Return whether a node is a ReLU or ReLU6, which a runtime fuses into the convolution in front of it."""
-    return _callee(traced, node) in _RELU | _RELU6
+    return operation(node) in _RELU or _bounds(node) == (0, 6)
 
 
-def activated(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _bounds(node: fx.Node) -> Range | None:
+    """Return between which numbers a node clips its input; None if it does not, or to a tensor's values."""
+    called = operation(node)
+    if called in _RELU:
+        return 0, math.inf
+    if called is aten.relu6:
+        return 0, 6
+    if called is aten.hardtanh:
+        return float(argument(node, 1, "min_val", -1)), float(argument(node, 2, "max_val", 1))
+    if called in {aten.clamp, aten.clamp_min}:
+        low, high = argument(node, 1, "min"), argument(node, 2, "max")
+        if not isinstance(low, fx.Node) and not isinstance(high, fx.Node):
+            return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    return None
+
+
+def activated(node: fx.Node) -> fx.Node | None:
     """Return what a node is a function of, if that is one tensor: its only input, or x if it is x * gate(x)."""
-    inputs = node.all_input_nodes
-    if is_product(traced, node):
+    inputs = data_inputs(node)
+    if is_product(node):
         for x, gate in (inputs, reversed(inputs)):
-            if is_gate(traced, gate) and gate.all_input_nodes == [x]:
+            if is_gate(gate) and gate.all_input_nodes == [x]:
                 return x
     return inputs[0] if len(inputs) == 1 else None
 
 
-def homogeneity(traced: fx.GraphModule, node: fx.Node) -> Homogeneity | None:
+def homogeneity(node: fx.Node) -> Homogeneity | None:
     """Return how a node with one tensor input passes scales of channels on; None if it does not, or is not known to."""
-    callee = _callee(traced, node)
-    if callee in _RELU | _SLOPES | _IDENTITIES:
+    called = operation(node)
+    if called in _RELU | _SLOPES:
         return Homogeneity.ELEMENTWISE
-    if callee in _MAX_POOLS | _AVERAGE_POOLS or (callee in _PADS and _pads_space(traced, node)):
+    if called in _MAX_POOLS | _AVERAGE_POOLS or (called in _PADS and _pads_space(node)) or _averages_space(node):
         return Homogeneity.SPATIAL
-    if callee in _RELU6:
+    if is_rectifier(node):
         return Homogeneity.CLIPPED
-    return Homogeneity.FLATTENING if callee in _FLATTENS and _flattens(traced, node) else None
+    return Homogeneity.FLATTENING if _flattens(node) else None
 
 
-def _pads_space(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _averages_space(node: fx.Node) -> bool:
+    """Return whether a node is the mean over height and width that keeps them as dimensions."""
+    if operation(node) is not aten.mean or len(shape_of(node)) != 4:
+        return False
+    return {d % 4 for d in argument(node, 1, "dim")} == {2, 3}
+
+
+def _pads_space(node: fx.Node) -> bool:
     """Return whether a padding puts zeros around height and width, and none around the channels."""
-    widths = _argument(node, 1, "pad", ())
-    two = node.op == "call_module" or (isinstance(widths, list | tuple) and len(widths) <= 4)
-    return two and moves_values(traced, node)
+    return len(argument(node, 1, "pad", ())) <= 4 and moves_values(node) and _mode(node) == "constant"
 
 
-def _flattens(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a node, a call of flatten, makes (N, C * H * W) of (N, C, H, W)."""
-    module = module_of(traced, node)
-    if isinstance(module, nn.Flatten):
-        return module.start_dim == 1 and module.end_dim == -1
-    return bool(_argument(node, 1, "start_dim", 0) == 1 and _argument(node, 2, "end_dim", -1) == -1)
+def _flattens(node: fx.Node) -> bool:
+    """Return whether a node makes (N, C * H * W) of (N, C, H, W)."""
+    if operation(node) not in {aten.reshape, aten.flatten}:
+        return False
+    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+    if len(before) != 4 or len(after) != 2 or None in before[1:]:
+        return False
+    return after[0] is None and after[1] == math.prod(d or 0 for d in before[1:])
 
 
-def value_ranges(traced: fx.GraphModule) -> dict[fx.Node, Range]:
+def value_ranges(graph: fx.GraphModule) -> dict[fx.Node, Range]:
     """Return the interval that each node's values must be in, by what the operations are; infinite if unknown."""
     ranges: dict[fx.Node, Range] = {}
-    for node in traced.graph.nodes:
-        if moves_values(traced, node):
+    for node in graph.graph.nodes:
+        if moves_values(node):
             sources = moved_inputs(node)
-        elif is_addition(node) or _callee(traced, node) in _PRODUCTS:
+        elif is_addition(node) or operation(node) is aten.mul:
             sources = [a for a in node.args[:2] if isinstance(a, fx.Node)]  # the same tensor may be there twice
         else:
-            sources = node.all_input_nodes
-        ranges[node] = _range(traced, node, [ranges[source] for source in sources])
+            sources = data_inputs(node)
+        ranges[node] = _range(node, [ranges.get(source, _ANY) for source in sources])
     return ranges
 
 
-def _range(traced: fx.GraphModule, node: fx.Node, inputs: list[Range]) -> Range:
+def _range(node: fx.Node, inputs: list[Range]) -> Range:
     """Return the interval of a node's values, from those of its inputs."""
     if not inputs:
         return _ANY
-    callee, module = _callee(traced, node), module_of(traced, node)
+    called = operation(node)
     lows, highs = zip(*inputs, strict=True)
-    if callee in _BOUNDS:
-        low, high = _BOUNDS[callee]
-        return low, min(high, max(highs[0], low))
-    if isinstance(module, nn.Hardtanh) and callee is nn.Hardtanh:
-        return float(module.min_val), float(module.max_val)
-    if moves_values(traced, node):
-        zero = (0,) if callee in _PADS else ()
+    if called in _GATES | _SOFTMAX:
+        return 0, 1
+    if (bounds := _bounds(node)) is not None:
+        low, high = bounds
+        return max(low, min(lows[0], high)), min(high, max(highs[0], low))
+    if moves_values(node):
+        zero = (0,) if called in _PADS and _mode(node) == "constant" and _padding(node) == 0 else ()
         return min(lows + zero), max(highs + zero)
-    if callee in _AVERAGE_POOLS | _MEANS:
+    if called in _AVERAGE_POOLS or called is aten.mean:
         return inputs[0]
     if is_addition(node):
         return sum(lows), sum(highs)
-    if callee in _PRODUCTS and len(inputs) == 2 and min(lows) >= 0:
+    if called is aten.mul and len(inputs) == 2 and min(lows) >= 0:
         high = highs[0] * highs[1]
         return 0, high if math.isfinite(high) else math.inf
     return _ANY

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from clusterq_deploy.errors import GraphError
+from clusterq_deploy.models.rebuild import Probabilities, aten
+from clusterq_deploy.quantization.graph.fold import module_of
 from clusterq_deploy.quantization.graph.ops import (
     activated,
     is_addition,
@@ -19,15 +19,19 @@ from clusterq_deploy.quantization.graph.ops import (
     is_rectifier,
     moved_inputs,
     moves_values,
+    operation,
     value_ranges,
 )
-from clusterq_deploy.quantization.graph.trace import module_of
 from clusterq_deploy.quantization.grid import BitWidths, Cpu, Grid, pair_limit
 
 Target = Literal["onnxruntime", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "tensorrt")
 _EIGHT = 8
-_FUNCTIONAL_LAYERS = {F.conv2d: "conv2d", F.linear: "linear", torch.matmul: "matmul", torch.bmm: "bmm"}
+_COMPUTED_WEIGHTS = {
+    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
+    aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.scaled_dot_product_attention,
+}  # fmt: skip
+"""Operations that are a layer only if their weights are constants, which capture then makes a module."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Placement:
 
 
 def place(
-    traced: fx.GraphModule,
+    graph: fx.GraphModule,
     bits: BitWidths,
     *,
     quantize_first_last: bool = False,
@@ -90,7 +94,7 @@ def place(
       8-bit quantizer, and behind it, for the layers, a narrow one.
 
     Args:
-        traced: from `folded_teacher`.
+        graph: from `folded_teacher`.
         bits: widths of weights and activations.
         quantize_first_last: False keeps the first and last layers at 8 bits: their weights, what they read, and what
             the first one writes through its activation, as in BRECQ (arXiv 2102.05426) and Genie (CVPR 2023). A stem
@@ -102,12 +106,12 @@ def place(
     Raises:
         GraphError: `layer_bits` names no quantized layer.
     """
-    layers, skipped = _layers(traced)
+    layers, skipped = _layers(graph)
     layer_bits = layer_bits or {}
     _require_layers(layer_bits, [str(node.target) for node in layers])
-    ranges = value_ranges(traced)
-    image_readers, last = {n for n in layers if _reads_image(traced, n)}, {n for n in layers if _is_last(traced, n)}
-    wide = set() if quantize_first_last else image_readers | last
+    ranges = value_ranges(graph)
+    first, last = _ends(graph, layers)
+    wide = set() if quantize_first_last else first | last
 
     def activation_site(
         name: str,
@@ -123,30 +127,31 @@ def place(
 
     demands: list[tuple[list[fx.Node], int]] = []  # producers that share a quantizer, and its width; 0 for any
     for node in layers:
-        producers = _producers(traced, node.all_input_nodes[0])
-        from_first = any(not {p, activated(traced, p)}.isdisjoint(wide & image_readers) for p in producers)
-        reads_eight = node in wide | image_readers or from_first
+        producers = _producers(node.all_input_nodes[0])
+        from_first = any(not {p, activated(p)}.isdisjoint(wide & first) for p in producers)
+        reads_image = any(producer.op == "placeholder" for producer in producers)
+        reads_eight = node in wide | first or reads_image or from_first
         demands.append((producers, _EIGHT if reads_eight else layer_bits.get(str(node.target), bits.activations)))
-    depths, added = _depths(traced), set[fx.Node]()
-    for node in filter(is_addition, traced.graph.nodes):
+    depths, added = _depths(graph), set[fx.Node]()
+    for node in filter(is_addition, graph.graph.nodes):
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
         fusable = [a for a in operands if a in layers and len(a.users) == 1]
         fused = max(fusable, key=depths.__getitem__, default=None)
-        for producers in (_producers(traced, a) for a in operands if a is not fused):
+        for producers in (_producers(a) for a in operands if a is not fused):
             added.update(producers)
             if fused is not None:
                 demands.append((producers, 0))
     activations: list[ActivationSite] = []
     narrow: dict[fx.Node, int] = {}  # producers that additions read too, and the width for the layers
-    for nodes, demanded in _groups(traced, demands):
+    for nodes, demanded in _groups(graph, demands):
         width = demanded or _EIGHT
         if width < _EIGHT and not added.isdisjoint(nodes):
             narrow |= dict.fromkeys(nodes, width)
             width = _EIGHT
         activations.append(activation_site(nodes[0].name, nodes, width))
     owner = {name: site.name for site in activations for name in site.producers}
-    outputs = [_fused_output(traced, node) for node in layers if node not in last]
-    for node in (*outputs, *_factors(traced, owner)):
+    outputs = [_fused_output(node) for node in layers if node not in last]
+    for node in (*outputs, *_factors(graph, owner)):
         if node.name not in owner:
             activations.append(activation_site(node.name, [node], _EIGHT, ("onnxruntime",)))
             owner[node.name] = node.name
@@ -154,7 +159,7 @@ def place(
     input_sites: dict[fx.Node, str] = {}
     for source in sources:
         readers = [node for node in layers if node.all_input_nodes[0] is source]
-        producer = _producers(traced, source)[0]
+        producer = _producers(source)[0]
         name = owner[producer.name]
         if producer in narrow:
             name = f"{source.name}.narrow"
@@ -180,39 +185,46 @@ def _require_layers(names: Iterable[str], layers: list[str]) -> None:
             raise GraphError(f"the model has no quantized layer {name!r}; {hint}")
 
 
-def _layers(traced: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
+def _layers(graph: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
     """Return the nodes that call a layer to quantize, in order, and the layers left out with the reason."""
-    calls: dict[str, list[fx.Node]] = {}
+    layers: list[fx.Node] = []
     skipped: dict[str, str] = {}
-    for node in traced.graph.nodes:
-        module = module_of(traced, node)
+    for node in graph.graph.nodes:
+        module = module_of(graph, node)
         if isinstance(module, nn.Conv2d | nn.Linear):
-            calls.setdefault(str(node.target), []).append(node)
-        elif module is not None and list(module.parameters(recurse=False)):
-            norm = isinstance(module, nn.BatchNorm2d)
-            reason = "BatchNorm without a layer to fold it into" if norm else "no INT8 form"
-            skipped[str(node.target)] = f"{type(module).__name__}: {reason}"
-        elif node.op == "call_function" and node.target in _FUNCTIONAL_LAYERS:
-            skipped[node.name] = f"{_FUNCTIONAL_LAYERS[node.target]}: a function call, only modules are quantized"
-    layers = []
-    for name, nodes in calls.items():
-        module = traced.get_submodule(name)
-        if len(nodes) > 1:
-            skipped[name] = f"{type(module).__name__}: called {len(nodes)} times, one set of scales does not fit"
-        elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            skipped[name] = f"Conv2d: padding mode {module.padding_mode!r} has no INT8 form"
-        else:
-            layers.append(nodes[0])
+            layers.append(node)
+        elif module is not None and not isinstance(module, Probabilities):
+            skipped[str(node.target)] = f"{type(module).__name__}: {node.meta.get('reason', 'no INT8 form')}"
+        elif operation(node) in _COMPUTED_WEIGHTS:
+            kind = operation(node).__name__
+            skipped[_label(node)] = f"{kind}: both operands depend on the image, or it has no INT8 form"
+        elif node.op == "call_function" and any(_is_parameter(graph, source) for source in node.all_input_nodes):
+            skipped[_label(node)] = f"{node.meta['module'][1] or operation(node).__name__}: no INT8 form"
     return layers, skipped
 
 
-def _producers(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+def _label(node: fx.Node) -> str:
+    """Return the name of the module that a node is from if that is of torch, else the node's."""
+    path, kind = node.meta["module"]
+    return path if path and hasattr(nn, kind) else node.name
+
+
+def _is_parameter(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node reads a parameter of the model that has more than one value."""
+    if node.op != "get_attr":
+        return False
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(graph.get_submodule(owner), name)
+    return isinstance(value, nn.Parameter) and value.numel() > 1
+
+
+def _producers(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that make the values of `node`, above everything that only moves them."""
     producers: list[fx.Node] = []
     stack = [node]
     while stack:
         top = stack.pop()
-        sources = moved_inputs(top) if moves_values(traced, top) else []
+        sources = moved_inputs(top) if moves_values(top) else []
         if sources:
             stack.extend(reversed(sources))
         elif top not in producers:
@@ -220,42 +232,50 @@ def _producers(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return producers
 
 
-def _reads_image(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a layer's input is the image, moved at most."""
-    return any(source.op == "placeholder" for source in _producers(traced, node.all_input_nodes[0]))
+def _ends(graph: fx.GraphModule, layers: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Return the layers that no other layer's values reach, and those whose values reach no other layer.
+
+    Whatever is computed between the image and the first ones, or between the last ones and the output, is no layer:
+    a normalization, a pooling, a softmax.
+    """
+    order, members = list(graph.graph.nodes), set(layers)
+    fed: set[fx.Node] = set()  # a layer's values reach it
+    for node in order:
+        if any(source in fed or source in members for source in node.all_input_nodes):
+            fed.add(node)
+    feeding: set[fx.Node] = set()  # its values reach a layer
+    for node in reversed(order):
+        if any(user in feeding or user in members for user in node.users):
+            feeding.add(node)
+    return members - fed, members - feeding
 
 
-def _is_last(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a layer's output leaves the net, moved at most."""
-    return any(user.op == "output" or (moves_values(traced, user) and _is_last(traced, user)) for user in node.users)
-
-
-def _fused_output(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _fused_output(node: fx.Node) -> fx.Node:
     """Return the node whose output a runtime fuses into the layer: the ReLU behind it, or the layer itself."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and is_rectifier(traced, users[0]) else node
+    return users[0] if len(users) == 1 and is_rectifier(users[0]) else node
 
 
-def _factors(traced: fx.GraphModule, quantized: Iterable[str]) -> list[fx.Node]:
+def _factors(graph: fx.GraphModule, quantized: Iterable[str]) -> list[fx.Node]:
     """Return the gates and products that a product reads whose output is quantized or, being a factor, will be."""
     names, factors = set(quantized), list[fx.Node]()
-    for node in reversed(traced.graph.nodes):
-        if is_product(traced, node) and node.name in names:
-            inputs = [n for n in node.all_input_nodes if is_gate(traced, n) or is_product(traced, n)]
+    for node in reversed(graph.graph.nodes):
+        if is_product(node) and node.name in names:
+            inputs = [n for n in node.all_input_nodes if is_gate(n) or is_product(n)]
             factors += [factor for factor in inputs if factor.name not in names]
             names.update(factor.name for factor in inputs)
     return factors
 
 
-def _depths(traced: fx.GraphModule) -> dict[fx.Node, int]:
+def _depths(graph: fx.GraphModule) -> dict[fx.Node, int]:
     """Return the length of the longest path from the graph's inputs to each node."""
     depths: dict[fx.Node, int] = {}
-    for node in traced.graph.nodes:
+    for node in graph.graph.nodes:
         depths[node] = 1 + max((depths[source] for source in node.all_input_nodes), default=0)
     return depths
 
 
-def _groups(traced: fx.GraphModule, demands: Iterable[tuple[list[fx.Node], int]]) -> list[tuple[list[fx.Node], int]]:
+def _groups(graph: fx.GraphModule, demands: Iterable[tuple[list[fx.Node], int]]) -> list[tuple[list[fx.Node], int]]:
     """Join demands that have a producer in common; return their producers and widest width in order of the graph."""
     groups: list[tuple[set[fx.Node], int]] = []
     for producers, width in demands:
@@ -263,6 +283,6 @@ def _groups(traced: fx.GraphModule, demands: Iterable[tuple[list[fx.Node], int]]
         members = set(producers).union(*(nodes for nodes, _ in joined))
         apart = [group for group in groups if group[0].isdisjoint(producers)]
         groups = [*apart, (members, max([width, *(bits for _, bits in joined)]))]
-    order = {node: index for index, node in enumerate(traced.graph.nodes)}
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
     ordered = [(sorted(nodes, key=order.__getitem__), width) for nodes, width in groups]
     return sorted(ordered, key=lambda group: order[group[0][0]])

@@ -165,14 +165,14 @@ def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | 
             fits = linear and not flat and not spatial if isinstance(module, nn.Linear) else linear == flat
             return (node, clip, relu_output if shiftable else None) if fits else None
         quantizes = isinstance(module, Quantizer)
-        kind = Homogeneity.ELEMENTWISE if quantizes else homogeneity(net, node)
+        kind = Homogeneity.ELEMENTWISE if quantizes else homogeneity(node)
         if kind is None or (kind is Homogeneity.CLIPPED and clip is not None):
             return None
         flat, spatial = flat or kind is Homogeneity.FLATTENING, spatial or kind is Homogeneity.SPATIAL
         clip = node if kind is Homogeneity.CLIPPED else clip
-        if is_rectifier(net, node):
+        if is_rectifier(node):
             relu_output = relu_output or node
-        elif kind is Homogeneity.ELEMENTWISE and not quantizes and not moves_values(net, node):
+        elif kind is Homogeneity.ELEMENTWISE and not quantizes and not moves_values(node):
             shiftable = False  # a slope or a sign would be another one after a shift
         node = node.all_input_nodes[0]
     return None

@@ -1,0 +1,237 @@
+"""Fold BatchNorm out of a captured graph, wherever that is exact, and write gated activations as products."""
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clusterq_deploy.models.capture import device_of, random_images, require_same
+from clusterq_deploy.models.rebuild import Shape, aten
+
+_FOLDED = 1e-3
+"""The largest difference that rounded weights explain, over the logits' standard deviation."""
+_GATES: dict[Any, Any] = {
+    aten.silu.default: aten.sigmoid.default,
+    aten.hardswish.default: aten.hardsigmoid.default,
+}
+"""Activations that are x * gate(x), by their gates: runtimes have integer kernels for the product only."""
+_Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | _BatchNorm
+
+
+def folded_teacher(captured: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph with BatchNorm folded, parameters free to be tuned: what a student starts from.
+
+    A BatchNorm is folded into the layers in front of it, else into the layers behind it. One that is left has the
+    reason in `meta["reason"]` of its node.
+
+    Args:
+        captured: from `models.capture.capture`.
+
+    Raises:
+        GraphError: the folded graph computes something else.
+    """
+    graph = copy.deepcopy(captured)
+    _separate_calls(graph)
+    for node in list(graph.graph.nodes):
+        if (gate := _GATES.get(node.target)) is not None:
+            _write_product(graph.graph, node, gate)
+    for node in list(graph.graph.nodes):
+        norm = module_of(graph, node)
+        if isinstance(norm, _BatchNorm):
+            _fold(graph, node, norm)
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    images = random_images(captured.meta["size"], device_of(graph))
+    require_same(captured, graph, images, "the folded graph", _FOLDED)
+    for parameter in graph.parameters():
+        parameter.requires_grad_(True)
+    return graph.eval()
+
+
+def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the submodule that a node calls, or None."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _separate_calls(graph: fx.GraphModule) -> None:
+    """Give each call of a shared layer parameters of its own: each is folded, scaled and tuned by its own values."""
+    seen: set[nn.Parameter] = set()
+    for module in graph.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            seen.add(parameter)
+
+
+def _write_product(graph: fx.Graph, node: fx.Node, gate: Any) -> None:
+    with graph.inserting_before(node):
+        gated = graph.create_node("call_function", gate, (node.args[0],), name=gate.overloadpacket.__name__)
+        product = graph.create_node("call_function", aten.mul.Tensor, (node.args[0], gated), name="mul")
+    gated.meta, product.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _fold(graph: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> None:
+    """Fold a BatchNorm into the layer in front of it or into those behind it; else note the reason at its node."""
+    scale, shift = affine_of(norm)
+    shifted = shift.is_meta or bool((shift != 0).any())
+    front = _layers_in_front(graph, node, len(scale))
+    for source, part in front:
+        _scale_outputs(source, scale[part], shift[part])
+    if not front:
+        behind = _layers_behind(graph, node, shifted=shifted)
+        if isinstance(behind, str):
+            node.meta["reason"] = f"{_description(graph, node.args[0])} in front of it, {behind} behind it"
+            return
+        for layer in behind:
+            _scale_inputs(layer, scale, shift)
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    graph.graph.erase_node(node)
+
+
+def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return what a BatchNorm does in eval mode, scale * x + shift: both (C,) float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift + norm.bias.detach().double() if norm.affine else shift
+
+
+def _layers_in_front(graph: fx.GraphModule, norm: fx.Node, channels: int) -> list[tuple[_Layer, slice]]:
+    """Return the layers whose outputs only this BatchNorm reads, through operations that keep channels.
+
+    There are several behind a concatenation: each has the channels of its slice. Empty if it also reads anything else.
+    """
+    layers: list[tuple[_Layer, slice]] = []
+    stack: list[tuple[Any, int, int, int]] = [(norm.args[0], 1, 0, channels)]  # a node, its axis, and its channels
+    while stack:
+        node, axis, start, end = stack.pop()
+        if not isinstance(node, fx.Node) or len(node.users) > 1:
+            return []
+        layer = module_of(graph, node)
+        if isinstance(layer, _Layer):
+            if axis != (len(_shape(node)) - 1 if isinstance(layer, nn.Linear) else 1):
+                return []
+            layers.append((layer, slice(start, end)))
+        elif node.target is aten.cat.default and (len(node.args) > 1 and node.args[1] == axis):
+            for source in cast(list[fx.Node], node.args[0]):
+                stack.append((source, axis, start, start := start + (_shape(source)[axis] or 0)))
+        elif (before := _axis_before(node, axis)) is not None and _shape(node.all_input_nodes[0])[
+            before
+        ] == end - start:
+            stack.append((node.args[0], before, start, end))
+        else:
+            return []
+    return layers
+
+
+def _layers_behind(graph: fx.GraphModule, norm: fx.Node, *, shifted: bool) -> list[nn.Conv2d | nn.Linear] | str:
+    """Return all layers that read a BatchNorm, through operations that keep channels; else what prevents it."""
+    layers: list[nn.Conv2d | nn.Linear] = []
+    stack = [(user, norm, 1) for user in norm.users]
+    while stack:
+        node, source, axis = stack.pop()
+        layer = module_of(graph, node)
+        if isinstance(layer, nn.Conv2d) and axis == 1:
+            if shifted and any(layer.padding):
+                return f"a convolution ({node.target}) that pads with zeros"
+            layers.append(layer)
+        elif isinstance(layer, nn.Linear) and axis == len(_shape(source)) - 1:
+            layers.append(layer)
+        else:
+            after = _axis_after(node, source, axis)
+            if after is None:
+                return _description(graph, node)
+            stack += [(user, node, after) for user in node.users]
+    return layers or "nothing"
+
+
+def _description(graph: fx.GraphModule, node: Any) -> str:
+    """Return what a node is, for a reason."""
+    if not isinstance(node, fx.Node) or node.op == "placeholder":
+        return "the image"
+    layer = module_of(graph, node)
+    return type(layer).__name__ if layer else {"output": "the output"}.get(node.op, node.name)
+
+
+def _axis_before(node: fx.Node, axis: int) -> int | None:
+    """Return where the channels at `axis` of a node's output are in its input; None if it mixes them."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or [n for n in node.all_input_nodes if n.op != "get_attr"] != [source]:
+        return None
+    candidates = [a for a in range(len(_shape(source))) if _axis_after(node, source, a) == axis]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _axis_after(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    """Return where the channels at `axis` of a node's input are in its output; None if it mixes them.
+
+    The operations are those that a multiplication and an addition per channel may be moved through.
+    """
+    before, after, target = _shape(source), _shape(node), node.target
+    args: Any = node.args
+    if axis >= len(before) or before[axis] is None or args[0] is not source:
+        return None
+    if target is aten.adaptive_avg_pool2d.default:
+        return axis if axis == 1 and len(before) == 4 else None
+    if target is aten.mean.dim:
+        dims = {d % len(before) for d in args[1]}
+        if axis in dims:
+            return None
+        return axis if len(after) == len(before) else axis - sum(d < axis for d in dims)
+    if target is aten.transpose.int:
+        first, second = (d % len(before) for d in args[1:3])
+        return int({first: second, second: first}.get(axis, axis))
+    if target is aten.permute.default:
+        return int([d % len(before) for d in args[1]].index(axis))
+    if target not in {aten.reshape.default, aten.flatten.using_ints}:
+        return None
+    if axis == len(before) - 1 and after[-1] == before[-1]:
+        return len(after) - 1
+    values = [math.prod(d or 0 for d in shape[1:]) for shape in (before, after)]  # of a sample; 0 if it is not known
+    if axis == 1 and len(after) >= 2 and values[0] == values[1] > 0:
+        return 1 if after[1] == before[1] or len(after) == 2 else None  # it may become a run of features
+    return None
+
+
+def _scale_outputs(layer: _Layer, scale: Tensor, shift: Tensor) -> None:
+    """Make a layer compute scale * y + shift per channel of its outputs y, in place."""
+    if isinstance(layer, _BatchNorm):
+        layer.affine, dtype = True, torch.float32
+        weight = scale if layer.weight is None else layer.weight.detach().double() * scale
+    elif isinstance(layer, nn.ConvTranspose2d):
+        dtype, inputs = layer.weight.dtype, len(layer.weight) // layer.groups
+        columns = scale.view(layer.groups, 1, -1).expand(-1, inputs, -1).flatten(0, 1)
+        weight = layer.weight.detach().double() * columns[..., None, None]
+    else:
+        dtype = layer.weight.dtype
+        weight = layer.weight.detach().double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
+    layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+
+
+def _scale_inputs(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    """Make a layer read scale * x + shift per channel of its inputs x, in place; a channel may be a run of features."""
+    weight = layer.weight.detach().double()
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    run = groups * weight.shape[1] // len(scale)
+    columns, shifts = (v.repeat_interleave(run).view(groups, 1, -1, 1) for v in (scale, shift))
+    grouped = weight.view(groups, len(weight) // groups, weight.shape[1], -1)
+    bias = (grouped * shifts).sum((2, 3)).flatten()
+    layer.weight = nn.Parameter((grouped * columns).view_as(weight).to(layer.weight.dtype))
+    layer.bias = nn.Parameter(
+        (bias if layer.bias is None else bias + layer.bias.detach().double()).to(layer.weight.dtype)
+    )
+
+
+def _shape(node: fx.Node) -> Shape:
+    shape: Shape = node.meta["shape"]
+    return shape

@@ -1,6 +1,7 @@
 """Measure a variant's accuracy: its graphs and the evaluation images go in, top-1, top-5 and agreement come out."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from clusterq_deploy.evaluation.accuracy import predictions, score
 from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import InputSpec
+from clusterq_deploy.models.inputs import label_names
 from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.results.report import Accuracy
 from clusterq_deploy.results.stages import EvaluationResult, UnreadableImages
@@ -80,6 +82,7 @@ class Graph:
     source: str
     input: InputSpec
     classes: int
+    class_names: tuple[str, ...] = ()
 
 
 def evaluate_file(
@@ -120,8 +123,9 @@ def evaluate_file(
 def _described(path: Path, metadata: dict[str, str], classes: int) -> Graph:
     try:
         spec = InputSpec.model_validate_json(metadata["clusterq.input"])
-        return Graph(metadata["clusterq.model"], metadata["clusterq.source"], spec, classes)
-    except (KeyError, ValueError) as error:
+        names = label_names({"label_names": json.loads(metadata.get("clusterq.label_names", "[]"))}, classes)
+        return Graph(metadata["clusterq.model"], metadata["clusterq.source"], spec, classes, names)
+    except (KeyError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} has no description of its input; only graphs of clusterq export do") from error
 
 

@@ -102,6 +102,21 @@ def test_load_evaluation_counts_files_that_it_passes_over(
     assert "2 with .jfif" in failure(tmp_path, colour)
 
 
+def test_label_digest_is_of_labels_that_were_read_otherwise_before(tmp_path: Path) -> None:
+    for name, folders, before in (
+        ("numbers", [str(n) for n in range(12)], True),
+        ("padded", [f"{n:02}" for n in range(1, 13)], True),
+        ("from one", [str(n) for n in range(1, 13)], False),
+        ("sorted", list("abcdefghijkl"), True),
+        ("named", list("mlkjihgfedcb"), False),
+    ):
+        for folder in folders:
+            paint(tmp_path / name / folder / "x.png", 0)
+        names = tuple("mlkjihgfedcb") if name == "named" else ()
+        data = load_evaluation(tmp_path / name, Graph("twelve", "file", SPEC, 12, names))
+        assert (data.label_digest is None) == before, name
+
+
 @pytest.mark.parametrize(
     ("table", "labels"),
     [

@@ -1,5 +1,6 @@
 """Labelled images to measure accuracy on, decoded when they are read."""
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -65,6 +66,7 @@ class EvaluationSet:
             called from several threads.
         unreadable: the unreadable rows so far.
         notes: clauses on how the labels were read, if that was not certain, and on files that were passed over.
+        label_digest: digest of the labels, if versions that knew neither names nor numbers from 1 read them otherwise.
     """
 
     name: str
@@ -73,6 +75,7 @@ class EvaluationSet:
     read: Callable[[int], Images]
     unreadable: Unreadable
     notes: tuple[str, ...] = ()
+    label_digest: str | None = None
 
     @classmethod
     def of(
@@ -193,7 +196,16 @@ def _from_folder(path: Path, model: Classifier, limit: int | None) -> Evaluation
         return read_image(files[row], printable(files[row].relative_to(path).as_posix()), spec)
 
     name = printable(path.resolve().name)
-    return EvaluationSet.of(name, len(files), labels[chosen], read, [*notes, note, passed_over])
+    data = EvaluationSet.of(name, len(files), labels[chosen], read, [*notes, note, passed_over])
+    if in_table or (np.diff(labels) >= 0).all() or _has_numbered_folders(path, samples):
+        return data
+    return replace(data, label_digest=hashlib.sha256(labels.tobytes()).hexdigest())
+
+
+def _has_numbered_folders(path: Path, samples: Samples) -> bool:
+    """Return whether every label is the number that its folder is named by."""
+    folders = [(file.relative_to(path).parts[0], label) for file, label in samples]
+    return all(folder.isdecimal() and int(folder) == label for folder, label in folders)
 
 
 def _read_class_folders(path: Path, classes: int, names: Sequence[str]) -> tuple[Samples, str | None]:

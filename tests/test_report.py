@@ -289,7 +289,7 @@ def test_report_says_how_labels_were_read_and_that_they_hardly_belong_to_the_cla
     wrong = build(evaluation={"notes": ["labels are numbered from 1"], "label_check": LabelCheck(**check)})
     for page in both(wrong):
         assert "imagenet-val: labels are numbered from 1." in page
-        assert "labels and classes hardly belong together: fp32 has a top-1 of 0.10 %" in page
+        assert "Labels and classes hardly belong together: fp32 has a top-1 of 0.10 %" in page
         assert "(as high or higher in 50.0 % of 200 permutations)" in page
         assert "renamed one-to-one to fit best 70.00 % (20.00 % in random order)" in page
     untrained = wrong.model_copy(update={"model": wrong.model.model_copy(update={"weights": "random (seed 0)"})})

@@ -127,7 +127,7 @@ def caveats(report: Report) -> list[str]:
         )
     check = None if report.model.random else report.evaluation.label_check
     if check and (warning := label_warning(check, BASELINE)):
-        sentences.append(f"{warning}.")
+        sentences.append(f"{warning[0].upper()}{warning[1:]}.")
     if any(error > allowed_cost(report) for error in errors):
         sentences.append(
             f"{report.evaluation.images:,} images are too few to tell whether a variant is within {_limit(labelled)}: "
@@ -153,9 +153,7 @@ def label_warning(check: LabelCheck, model: str) -> str | None:
     tests += f", with the classes renamed one-to-one to fit best {number(check.renamed)} % "
     tests += f"({number(check.renamed_permuted)} % in random order)"
     if not check.renaming_helps or check.renamed < _RECOGNIZED:
-        advice = (
-            "no renaming fits well, so that the images may not be as the model expects (contents, pixels, orientation)"
-        )
+        advice = "no renaming fits well: the images may not be as the model expects (contents, pixels, orientation)"
         return f"{verdict}; {tests}; {advice}"
     if check.shift is None or check.shifted is None:
         return f"{verdict}; {tests}: the classes seem to be in another order"

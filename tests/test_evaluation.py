@@ -12,7 +12,7 @@ from support import Counter
 from torch import nn
 
 from clusterq_deploy.errors import DataError
-from clusterq_deploy.evaluation.accuracy import predictions, score
+from clusterq_deploy.evaluation.accuracy import check_labels, predictions, score
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.evaluation.latency import (
     SESSIONS_DIFFER,
@@ -23,6 +23,8 @@ from clusterq_deploy.evaluation.latency import (
 )
 from clusterq_deploy.lowering import export_graph
 from clusterq_deploy.report.analysis import WIDEST
+from clusterq_deploy.report.text import label_warning
+from clusterq_deploy.results.report import LabelCheck
 from clusterq_deploy.runtimes.runners import Array, OnnxRunner, Runner
 
 
@@ -202,3 +204,50 @@ def test_benchmark_has_the_same_verdict_next_to_a_busy_process(busy: bool) -> No
     assert any(low <= 1 <= high for low, high in intervals), intervals
     assert light.speedup_low > 1 or light.speedup_high > WIDEST * light.speedup_low
     assert light.speedup > 1.5
+
+
+# ---- whether labels and classes belong together ----
+
+
+def checked(labels: np.ndarray, top: np.ndarray) -> LabelCheck | None:
+    """Return the check of predictions, of which only the first counts."""
+    data = EvaluationSet.from_images("set", np.zeros((len(labels), 1, 1, 1), np.float32), labels)
+    return check_labels(np.stack([top] * 5, axis=1), data)
+
+
+def test_check_labels_finds_labels_that_do_not_belong_to_the_classes() -> None:
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 12, 300)
+    noise = rng.random(300) < 0.3
+    top = np.where(noise, rng.integers(0, 12, 300), classes)
+    order = np.array([0, 1, *np.roll(np.arange(2, 12), 3)])  # two of twelve classes are in their places
+    right, shuffled = checked(classes, top), checked(order[classes], top)
+    moved, unrelated = checked(classes + 1, top), checked(rng.permutation(classes), top)
+    assert None not in (right, shuffled, moved, unrelated)
+    assert label_warning(right, "fp32") is None
+    assert (shuffled.at_chance, shuffled.renaming_helps) == (False, True)
+    assert shuffled.renamed == right.renamed == pytest.approx(right.top1)
+    assert "in another order" in label_warning(shuffled, "fp32")
+    assert (moved.shift, moved.shifted) == (-1, pytest.approx(right.top1))
+    assert "added to every label" in label_warning(moved, "fp32")
+    assert (unrelated.at_chance, unrelated.renaming_helps) == (True, False)
+    assert "no renaming fits well" in label_warning(unrelated, "fp32")
+
+
+@pytest.mark.parametrize("hit_rate", [0.15, 0.4, 0.9])
+@pytest.mark.parametrize(("images", "classes"), [(400, 2), (400, 10), (100, 1000), (2000, 1000)])
+def test_check_labels_accepts_right_labels(images: int, classes: int, hit_rate: float) -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, classes, images)
+    top = np.where(rng.random(images) < hit_rate + 1 / classes, labels, rng.integers(0, classes, images))
+    check = checked(labels, top)
+    assert check is not None
+    assert label_warning(check, "fp32") is None
+
+
+def test_check_labels_needs_images_and_labels_of_several_classes() -> None:
+    labels = np.arange(30) % 3
+    assert checked(labels[:19], labels[:19]) is None
+    assert checked(labels * 0, labels) is None
+    unlabelled = EvaluationSet.from_images("set", np.zeros((30, 1, 1, 1), np.float32))
+    assert check_labels(np.stack([labels] * 5, axis=1), unlabelled) is None

@@ -34,7 +34,15 @@ from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError, ReportError
 from clusterq_deploy.report import read_report, text, to_html, to_markdown
 from clusterq_deploy.report.analysis import accuracy_rows, latency_rows, points, standard_error, verdicts
-from clusterq_deploy.results.report import CalibrationInfo, FeatureInfo, FeatureSet, Report, Skipped, Variant
+from clusterq_deploy.results.report import (
+    CalibrationInfo,
+    FeatureInfo,
+    FeatureSet,
+    LabelCheck,
+    Report,
+    Skipped,
+    Variant,
+)
 
 # The smallest PNG: one grey pixel.
 PNG = bytes.fromhex(
@@ -274,6 +282,18 @@ def test_caveats_name_random_weights_and_unrecognized_images() -> None:
     (caveat,) = text.caveats(unlabelled(calibration={"teacher_top1": 3.2}))
     assert "The teacher predicts the intended label for only 3 % of the synthetic images" in caveat
     assert text.caveats(unlabelled()) == []
+
+
+def test_report_says_how_labels_were_read_and_that_they_hardly_belong_to_the_classes() -> None:
+    check = {"top1": 0.1, "permutations": 200, "permuted": 0.1, "reaching": 0.5, "renamed": 70, "renamed_permuted": 20}
+    wrong = build(evaluation={"notes": ["labels are numbered from 1"], "label_check": LabelCheck(**check)})
+    for page in both(wrong):
+        assert "imagenet-val: labels are numbered from 1." in page
+        assert "Labels and classes hardly belong together: fp32 has a top-1 of 0.10 %" in page
+        assert "(as high or higher in 50.0 % of 200 permutations)" in page
+        assert "renamed one-to-one to fit best 70.00 % (20.00 % in random order)" in page
+    untrained = wrong.model_copy(update={"model": wrong.model.model_copy(update={"weights": "random (seed 0)"})})
+    assert not any("belong together" in caveat for caveat in text.caveats(untrained))
 
 
 def test_suggested_speedup_is_marked_if_unsteady(page: str) -> None:

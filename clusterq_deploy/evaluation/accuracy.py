@@ -3,16 +3,22 @@
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import DataError
 from clusterq_deploy.evaluation.data import EvaluationSet
 from clusterq_deploy.oom import infer_split_on_oom
-from clusterq_deploy.results.report import Accuracy
+from clusterq_deploy.results.report import Accuracy, LabelCheck
 from clusterq_deploy.runtimes.runners import Runner
 
 Predictions = npt.NDArray[np.int64]
+
+_FEWEST = 20
+_PERMUTATIONS, _RENAMED_PERMUTATIONS = 200, 5
+_LARGEST = 2**22
+"""The entries of a confusion matrix whose best renaming takes about a second."""
 
 
 def predictions(
@@ -83,3 +89,48 @@ def score(
         top1, top5 = 100 * float(hits[:, 0].mean()), 100 * float(hits.any(axis=1).mean())
     agreement = 100 * float((predicted[:, 0] == teacher[:, 0]).mean())
     return Accuracy(runtime=runtime, top1=top1, top5=top5, agreement=agreement, graph=graph)
+
+
+def check_labels(predicted: Predictions, data: EvaluationSet) -> LabelCheck | None:
+    """Test whether a model's predictions and the labels of the readable images belong together.
+
+    Args:
+        predicted: (N, 5) from `predictions`.
+
+    Returns:
+        The tests; None without labels, for fewer than 20 images, or if all have one label.
+    """
+    if data.labels is None or len(predicted) < _FEWEST:
+        return None
+    labels, top = data.labels[data.readable], predicted[:, 0]
+    if len(labels) != len(top) or (labels == labels[0]).all():
+        return None
+    rng, measured = np.random.default_rng(0), 100 * float((labels == top).mean())
+    permuted = np.array([100 * float((rng.permutation(labels) == top).mean()) for _ in range(_PERMUTATIONS)])
+    renamed, control = _renamed(labels, top), None
+    if renamed is not None:
+        control = float(np.mean([_renamed(rng.permutation(labels), top) for _ in range(_RENAMED_PERMUTATIONS)]))
+    shifted = {shift: 100 * float((labels + shift == top).mean()) for shift in (-1, 1)}
+    shift = -1 if shifted[-1] > shifted[1] else 1
+    explained = renamed is not None and shifted[shift] > max(measured, 0.75 * renamed)
+    return LabelCheck(
+        top1=measured,
+        permutations=_PERMUTATIONS,
+        permuted=float(permuted.mean()),
+        reaching=float((permuted >= measured).mean()),
+        renamed=renamed,
+        renamed_permuted=control,
+        shift=shift if explained else None,
+        shifted=shifted[shift] if explained else None,
+    )
+
+
+def _renamed(labels: npt.NDArray[np.int64], top: npt.NDArray[np.int64]) -> float | None:
+    """Return the top-1, in percent, after the best one-to-one renaming of the labels; None of too many classes."""
+    given, rows = np.unique(labels, return_inverse=True)
+    answers, columns = np.unique(top, return_inverse=True)
+    shape = len(given), len(answers)
+    if shape[0] * shape[1] > _LARGEST:
+        return None
+    confusion = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
+    return 100 * float(confusion[linear_sum_assignment(confusion, maximize=True)].sum()) / len(labels)

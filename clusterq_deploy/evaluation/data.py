@@ -1,11 +1,13 @@
 """Labelled images to measure accuracy on, decoded when they are read."""
 
-import csv
+import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
@@ -14,15 +16,24 @@ from PIL import Image
 
 from clusterq_deploy.errors import DataError, UnreadableImageError
 from clusterq_deploy.evaluation.images import SUFFIXES, Images, Unreadable, printable, read_image
+from clusterq_deploy.evaluation.labels import (
+    LABELS_FILE,
+    Samples,
+    classes_of_folders,
+    numbering,
+    read_labels_file,
+)
 from clusterq_deploy.models import InputSpec
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.models.weights import first_line
 
+logger = logging.getLogger(__name__)
+
 Labels = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]
 
-_LABELS_FILE = "labels.csv"
-_FORMATS = f"a directory of class folders, a directory with {_LABELS_FILE} (file,label), or an .npz"
+_FORMATS = f"a directory of class folders, a directory with {LABELS_FILE} (file,label), or an .npz"
+_NAMED = 5
 _DECODERS = min(8, os.cpu_count() or 1)
 
 
@@ -37,6 +48,8 @@ class Classifier(Protocol):
     def input(self) -> InputSpec: ...
     @property
     def classes(self) -> int: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +65,8 @@ class EvaluationSet:
         read: returns the image of a row, (C, H, W) float32, normalized, or raises an `UnreadableImageError`. It is
             called from several threads.
         unreadable: the unreadable rows so far.
+        notes: clauses on how the labels were read, if that was not certain, and on files that were passed over.
+        label_digest: digest of the labels, if versions that knew neither names nor numbers from 1 read them otherwise.
     """
 
     name: str
@@ -59,11 +74,23 @@ class EvaluationSet:
     labels: Labels | None
     read: Callable[[int], Images]
     unreadable: Unreadable
+    notes: tuple[str, ...] = ()
+    label_digest: str | None = None
 
     @classmethod
-    def of(cls, name: str, count: int, labels: Labels | None, read: Callable[[int], Images]) -> Self:
-        """Make a set of `count` images; none is read yet."""
-        return cls(name, np.arange(count, dtype=np.int64), labels, read, Unreadable(name, count))
+    def of(
+        cls,
+        name: str,
+        count: int,
+        labels: Labels | None,
+        read: Callable[[int], Images],
+        notes: Sequence[str | None] = (),
+    ) -> Self:
+        """Make a set of `count` images; none is read yet. Log the notes that are not None."""
+        given = tuple(filter(None, notes))
+        for note in given:
+            logger.warning("%s: %s", name, note)
+        return cls(name, np.arange(count, dtype=np.int64), labels, read, Unreadable(name, count), given)
 
     @classmethod
     def from_images(cls, name: str, images: Images, labels: npt.ArrayLike | None = None) -> Self:
@@ -129,8 +156,9 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
 
     Args:
         path: a directory of class folders, a directory with labels.csv, or an .npz with `images` (N, H, W, C)
-            or (N, H, W) uint8 and `labels` (N,). Class folders whose names are class numbers are labelled by
-            them; any others are the classes in sorted order. None: the bundled model's held-out images.
+            or (N, H, W) uint8 and `labels` (N,). Class folders are named by the model's class names, by class
+            numbers from 0 or from 1, or by ImageNet's synsets; any others are the classes in sorted order. None: the
+            bundled model's held-out images.
         model: its input and its classes.
         limit: the largest number of images, evenly spaced over the set.
 
@@ -153,81 +181,83 @@ def load_evaluation(path: Path | None, model: Classifier, limit: int | None = No
 
 
 def _from_folder(path: Path, model: Classifier, limit: int | None) -> EvaluationSet:
-    in_table = (path / _LABELS_FILE).is_file()
-    samples = _read_labels_file(path) if in_table else _read_class_folders(path, model.classes)
+    in_table = (path / LABELS_FILE).is_file()
+    read_samples = read_labels_file if in_table else _read_class_folders
+    samples, *notes = read_samples(path, model.classes, model.class_names)
+    passed_over = None if in_table else _passed_over(path)
     if not samples:
-        raise DataError(f"no images were found in {str(path)!r}; expected {_FORMATS}")
-    labels = _check_labels(path, [label for _, label in samples], model.classes)
+        problem = f"no images were found in {str(path)!r}"
+        raise DataError(f"{problem}{f' ({passed_over})' if passed_over else ''}; expected {_FORMATS}")
+    labels, note = _check_labels(path, [label for _, label in samples], model.classes)
     chosen, spec = _evenly_spaced(len(samples), limit), model.input
     files = [samples[index][0] for index in chosen]
 
     def read(row: int) -> Images:
         return read_image(files[row], printable(files[row].relative_to(path).as_posix()), spec)
 
-    return EvaluationSet.of(printable(path.resolve().name), len(files), labels[chosen], read)
+    name = printable(path.resolve().name)
+    data = EvaluationSet.of(name, len(files), labels[chosen], read, [*notes, note, passed_over])
+    if in_table or (np.diff(labels) >= 0).all() or _has_numbered_folders(path, samples):
+        return data
+    return replace(data, label_digest=hashlib.sha256(labels.tobytes()).hexdigest())
 
 
-def _read_class_folders(path: Path, classes: int) -> list[tuple[Path, int]]:
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _has_numbered_folders(path: Path, samples: Samples) -> bool:
+    """Return whether every label is the number that its folder is named by."""
+    folders = [(file.relative_to(path).parts[0], label) for file, label in samples]
+    return all(folder.isdecimal() and int(folder) == label for folder, label in folders)
+
+
+def _read_class_folders(path: Path, classes: int, names: Sequence[str]) -> tuple[Samples, str | None]:
+    folders = _folders(path)
     if not folders:
-        raise DataError(f"{str(path)!r} has neither {_LABELS_FILE} nor folders; expected {_FORMATS}")
-    numbers = [int(folder.name) if folder.name.isdecimal() else -1 for folder in folders]
-    if not all(0 <= number < classes for number in numbers):
-        if len(folders) != classes:
-            raise DataError(
-                f"{str(path)!r} has {len(folders)} class folders, but the model has {classes} classes; "
-                f"expected one folder per class, or folders named by class numbers 0..{classes - 1}"
-            )
-        numbers = list(range(classes))
-    return [
+        raise DataError(f"{str(path)!r} has neither {LABELS_FILE} nor folders; expected {_FORMATS}")
+    try:
+        numbers, note = classes_of_folders([folder.name for folder in folders], classes, names)
+    except DataError as error:
+        raise DataError(f"{str(path)!r} {error}{_deeper(folders, classes, names)}") from error
+    samples = [
         (file, number)
         for folder, number in zip(folders, numbers, strict=True)
         for file in sorted(folder.rglob("*"))
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
     ]
+    return samples, note
 
 
-def _read_labels_file(path: Path) -> list[tuple[Path, int]]:
-    """Read rows of file,label; the files are in `path` or in its `images` folder."""
-    table = path / _LABELS_FILE
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            rows = [(number, row) for number, row in enumerate(csv.reader(stream), 1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {str(table)!r} ({first_line(error)}); expected rows of file,label") from error
-    if rows and _label(rows[0][1]) is None and not Path(rows[0][1][0]).suffix:
-        del rows[0]  # a header: neither a label nor a file's name
-    samples = []
-    for number, row in rows:
-        where, label = f"{str(table)!r} row {number}", _label(row)
-        if label is None:
-            raise DataError(f"{where} is {','.join(row)!r}; expected file,label with a whole number as label")
-        # Windows' rules find an absolute path and `..` in the syntax of both systems
-        windows = PureWindowsPath(row[0])
-        if windows.anchor or ".." in windows.parts:
-            raise DataError(f"{where} names {row[0]!r}, outside of the folder; expected a path below it")
-        file = next((file for file in (path / row[0], path / "images" / row[0]) if _is_file(file)), None)
-        if file is None:
-            raise DataError(f"{where} names {row[0]!r}, but there is no such file in the folder or its images folder")
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise DataError(f"{where} names {row[0]!r}, a link out of the folder; expected a file below it")
-        samples.append((file, label))
-    return samples
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except (OSError, ValueError):  # an impossible name: too long, or with a NUL
-        return False
+def _deeper(folders: list[Path], classes: int, names: Sequence[str]) -> str:
+    """Return which of the folders to give instead, as a clause, if there are class folders in one of them."""
+    fitting = []
+    for folder in folders:
+        try:
+            inner = [entry.name for entry in _folders(folder)]
+            if inner and classes_of_folders(inner, classes, names):
+                fitting.append((len(inner), not folder.name.startswith("train"), folder))
+        except (DataError, OSError):
+            continue
+    return f"; the class folders seem to be in {str(max(fitting)[-1])!r}: give that" if fitting else ""
 
 
-def _label(row: list[str]) -> int | None:
-    """Return the label of a row of file,label, or None."""
-    try:
-        return int(row[1]) if len(row) == 2 else None
-    except ValueError:
+def _passed_over(path: Path) -> str | None:
+    """Return the number of files in class folders and next to them that are not read, by suffix; None if all are."""
+    suffixes = Counter(
+        file.suffix.lower() or "no suffix"
+        for file in path.rglob("*")
+        if not file.name.startswith(".") and not file.is_dir()
+        if file.suffix.lower() not in SUFFIXES or file.parent == path
+    )
+    if not suffixes:
         return None
+    counts = [f"{count:,} with {printable(suffix)}" for suffix, count in suffixes.most_common(_NAMED)]
+    more = [f"{len(suffixes) - _NAMED} more suffixes"] if len(suffixes) > _NAMED else []
+    read = " ".join(sorted(SUFFIXES))
+    return (
+        f"{suffixes.total():,} files were passed over: {', '.join([*counts, *more])}; {read} in class folders are read"
+    )
 
 
 def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> EvaluationSet:
@@ -251,7 +281,7 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
             f"{str(path)!r} has images of {channels} channels, but the model has {model.input.size[0]}; "
             "convert the images, or choose other data"
         )
-    labels = _check_labels(path, labels, model.classes)
+    labels, note = _check_labels(path, labels, model.classes)
     chosen, spec = _evenly_spaced(len(images), limit), model.input
     images = images[chosen, ..., 0] if images.ndim == 4 and channels == 1 else images[chosen]
 
@@ -261,15 +291,19 @@ def _from_npz(path: Path, name: str, model: Classifier, limit: int | None) -> Ev
         except ValueError as error:
             raise UnreadableImageError(f"image {row}", first_line(error)) from error
 
-    return EvaluationSet.of(name, len(images), labels[chosen], read)
+    return EvaluationSet.of(name, len(images), labels[chosen], read, [note])
 
 
-def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> Labels:
+def _check_labels(path: Path, labels: npt.ArrayLike, classes: int) -> tuple[Labels, str | None]:
+    """Return labels as class numbers, and a note if they count from 1."""
     low, high = int(np.min(labels)), int(np.max(labels))
+    offset, note = numbering([low, high], classes)
+    if offset:
+        return np.asarray(labels, dtype=np.int64) - offset, note
     if low < 0 or high >= classes:
         outside = f"labels down to {low}" if low < 0 else f"labels up to {high}"
         raise DataError(f"{str(path)!r} has {outside}, but the model has {classes} classes; expected 0..{classes - 1}")
-    return np.asarray(labels, dtype=np.int64)
+    return np.asarray(labels, dtype=np.int64), None
 
 
 def _evenly_spaced(count: int, limit: int | None) -> Rows:

@@ -5,7 +5,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -88,11 +88,20 @@ def _module_of(node: onnx.NodeProto) -> str:
 
 
 def annotate(
-    proto: onnx.ModelProto, *, model: str, source: str, variant: str, inputs: InputSpec, provenance: Mapping[str, Any]
+    proto: onnx.ModelProto,
+    *,
+    model: str,
+    source: str,
+    variant: str,
+    inputs: InputSpec,
+    provenance: Mapping[str, Any],
+    class_names: Sequence[str] = (),
 ) -> onnx.ModelProto:
-    """Write into a graph how to make its input and where it came from; return the same graph."""
+    """Write into a graph how to make its input, its classes and where it came from; return the same graph."""
     described = {"model": model, "source": source, "variant": variant, "input": inputs.model_dump_json()}
     described["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+    if class_names:
+        described["label_names"] = json.dumps(class_names)
     onnx.helper.set_model_props(proto, {f"clusterq.{key}": value for key, value in described.items()})
     proto.producer_name = "clusterq-deploy"
     proto.graph.name = f"{model}-{variant}"

@@ -3,6 +3,7 @@
 torchvision is imported only when it is needed: it loads torch's compiler, which takes longer than torch itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from clusterq_deploy.models import digits
 
 BUNDLED = "digits"
+IMAGENET_CLASSES = 1000
 
 _WITHOUT_BATCHNORM = frozenset({
     "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny", "squeezenet1_0",
@@ -81,3 +83,16 @@ def available_models() -> list[ModelEntry]:
         has_batchnorm = name not in _WITHOUT_BATCHNORM
         entries.append(ModelEntry(name, "torchvision", size, parameters, top1, has_batchnorm=has_batchnorm))
     return entries
+
+
+def imagenet_names() -> Sequence[str]:
+    """Return the English names of ImageNet's 1000 classes in their order; two names occur twice."""
+    from torchvision.models import ResNet18_Weights
+
+    names: Sequence[str] = ResNet18_Weights.DEFAULT.meta["categories"]
+    return names
+
+
+def imagenet_synsets() -> list[str]:
+    """Return the WordNet ids of ImageNet's 1000 classes in their order, the sorted one: n01440764 is class 0."""
+    return (digits.ASSETS / "imagenet_synsets.txt").read_text(encoding="ascii").split()

@@ -16,9 +16,9 @@ from clusterq_deploy.report.analysis import (
     verdicts,
 )
 from clusterq_deploy.report.formats import ABSENT, TIMES, duration, milliseconds, number, percent, speedup, with_error
-from clusterq_deploy.results.report import FeatureSet, Histogram, LayerHistograms, Report, Variant
+from clusterq_deploy.results.report import FeatureSet, Histogram, LabelCheck, LayerHistograms, Report, Variant
 
-_RECOGNIZED = 50.0  # percent of the synthetic images
+_RECOGNIZED = 50.0  # percent of the images
 _BITS = re.compile(r"w(\d+)a(\d+)(?:\W.*)?")  # the weight and activation bits in a name such as `w4a8`
 
 _ERROR = "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both counts."
@@ -125,6 +125,9 @@ def caveats(report: Report) -> list[str]:
             "The weights are random: the numbers show that the model can be processed, and at what cost; they say "
             "nothing about the accuracy of a trained model."
         )
+    check = None if report.model.random else report.evaluation.label_check
+    if check and (warning := label_warning(check, BASELINE)):
+        sentences.append(f"{warning[0].upper()}{warning[1:]}.")
     if any(error > allowed_cost(report) for error in errors):
         sentences.append(
             f"{report.evaluation.images:,} images are too few to tell whether a variant is within {_limit(labelled)}: "
@@ -136,6 +139,25 @@ def caveats(report: Report) -> list[str]:
             "images says little about real ones. Evaluate on labelled images with --data."
         )
     return sentences
+
+
+def label_warning(check: LabelCheck, model: str) -> str | None:
+    """Return what the tests show if labels and classes hardly belong together; else None."""
+    if not check.at_chance and not check.renaming_helps:
+        return None
+    verdict = f"labels and classes hardly belong together: {model} has a top-1 of {number(check.top1)} %"
+    tests = f"with the labels in random order it is {number(check.permuted)} % (as high or higher in "
+    tests += f"{percent(check.reaching)} of {check.permutations} permutations)"
+    if check.renamed is None:
+        return f"{verdict}; {tests}"
+    tests += f", with the classes renamed one-to-one to fit best {number(check.renamed)} % "
+    tests += f"({number(check.renamed_permuted)} % in random order)"
+    if not check.renaming_helps or check.renamed < _RECOGNIZED:
+        advice = "no renaming fits well: the images may not be as the model expects (contents, pixels, orientation)"
+        return f"{verdict}; {tests}; {advice}"
+    if check.shift is None or check.shifted is None:
+        return f"{verdict}; {tests}: the classes seem to be in another order"
+    return f"{verdict}; {tests}, with {check.shift:+d} added to every label {number(check.shifted)} %"
 
 
 def _limit(labelled: bool) -> str:
@@ -160,6 +182,8 @@ def notes(report: Report) -> Iterator[str]:
     yield from _accuracy_notes(report)
     if unreadable := unreadable_note(report):
         yield unreadable
+    for note in report.evaluation.notes:
+        yield f"{report.evaluation.dataset}: {note}."
     yield from _grid_notes(report)
     if rows:
         yield (

@@ -12,6 +12,8 @@ from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, Late
 
 _QUANTILES = 21
 _MOST_DIGITS = 20
+_SIGNIFICANT = 0.01
+_LEAST_GAIN = 10.0  # points
 _Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -79,10 +81,43 @@ class ImageNote(Record):
     reason: str
 
 
+class LabelCheck(Record):
+    """Tests of whether labels belong to a model's classes: its top-1 against that with permuted labels, in percent.
+
+    `permuted` is the mean top-1 of `permutations` random permutations of the labels over the images, of which a share
+    in [0, 1], `reaching`, has at least `top1`. `renamed` is the top-1 after the one-to-one renaming of classes that
+    fits best, `renamed_permuted` the mean of the same for permuted labels; None if there are too many classes. `shift`
+    is -1 or 1 if that added to all labels explains most of `renamed`, with a top-1 of `shifted`.
+    """
+
+    top1: Percent
+    permutations: Count
+    permuted: Percent
+    reaching: float = Field(ge=0, le=1)
+    renamed: Percent | None = None
+    renamed_permuted: Percent | None = None
+    shift: Literal[-1, 1] | None = None
+    shifted: Percent | None = None
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether more than 1 % of the permutations reach a low top-1."""
+        return self.reaching > _SIGNIFICANT and self.top1 < (self.permuted + 100) / 2
+
+    @property
+    def renaming_helps(self) -> bool:
+        """Whether a renaming of classes has more than twice the top-1, in excess of chance."""
+        if self.renamed is None or self.renamed_permuted is None:
+            return False
+        return self.renamed - self.renamed_permuted > max(2 * (self.top1 - self.permuted), _LEAST_GAIN)
+
+
 class EvaluationInfo(Record):
     """The images that accuracy was measured on. `labelled` is False if only agreement is meaningful.
 
-    `unreadable` more images could not be read and are not counted; `unreadable_files` has the first of them.
+    `unreadable` more images could not be read and are not counted; `unreadable_files` has the first of them. `notes`
+    say how labels were read if that was not certain, and which files were passed over. `label_check` is None without
+    labels, for few images, and in older reports.
     """
 
     dataset: str
@@ -90,6 +125,8 @@ class EvaluationInfo(Record):
     labelled: bool = True
     unreadable: Count = 0
     unreadable_files: list[ImageNote] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    label_check: LabelCheck | None = None
 
 
 class Accuracy(Record):

@@ -12,6 +12,7 @@ from clusterq_deploy.results.report import (
     Environment,
     FeatureInfo,
     ImageNote,
+    LabelCheck,
     Latency,
     LayerHistograms,
     LayerNote,
@@ -111,10 +112,11 @@ class UnreadableImages(Record):
 
 
 class EvaluationResult(StageResult):
-    """The accuracy in each runtime; `unreadable` is None in older manifests."""
+    """The accuracy in each runtime; `unreadable` is None in older manifests. FP32's has the `label_check`."""
 
     accuracy: list[Accuracy]
     unreadable: UnreadableImages | None = None
+    label_check: LabelCheck | None = None
 
 
 class FeaturesResult(StageResult):

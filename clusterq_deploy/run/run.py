@@ -155,7 +155,8 @@ class Run:
     def data_inputs(self) -> dict[str, str | int | None]:
         """What identifies the evaluation images, with the content of their file."""
         path, name = self.config.data, self.evaluation.name  # read first, for its error messages
-        return {"data": fingerprint(path) if path else name, "limit": self.config.limit}
+        labels = {"labels": sha256} if (sha256 := self.evaluation.label_digest) else {}
+        return {"data": fingerprint(path) if path else name, "limit": self.config.limit, **labels}
 
     @cached_property
     def environment(self) -> Environment:

@@ -1,18 +1,22 @@
 """Measure a variant's accuracy: its graphs and the evaluation images go in, top-1, top-5 and agreement come out."""
 
 import hashlib
+import json
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.errors import DataError, EngineError, ExportError
-from clusterq_deploy.evaluation.accuracy import predictions, score
+from clusterq_deploy.evaluation.accuracy import check_labels, predictions, score
 from clusterq_deploy.evaluation.data import EvaluationSet, load_evaluation
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import InputSpec
+from clusterq_deploy.models.inputs import label_names
 from clusterq_deploy.quantization import BitWidths
-from clusterq_deploy.results.report import Accuracy
+from clusterq_deploy.report.text import label_warning
+from clusterq_deploy.results.report import Accuracy, LabelCheck
 from clusterq_deploy.results.stages import EvaluationResult, UnreadableImages
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs, Stage
@@ -20,6 +24,8 @@ from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner, TorchRunner
 from clusterq_deploy.stages import build, deployables, export
 from clusterq_deploy.stages.deployables import Deployable
+
+logger = logging.getLogger(__name__)
 
 NAME, RESULT = "evaluate", EvaluationResult
 
@@ -47,7 +53,14 @@ def work(run: Run, stage: AnyStage) -> tuple[EvaluationResult, list[str]]:
         answers = run.predictions(runner, checkpoint, "-".join([runner.runtime, *Path(model.path or "").parts]))
         accuracies.append(score(runner.runtime, answers, teacher, data, model.path))
     unreadable = UnreadableImages.model_validate(data.unreadable.summary())
-    return EvaluationResult(accuracy=accuracies, unreadable=unreadable), []
+    check = check_labels(teacher, data) if stage.variant == FP32 else None
+    _warn_of_labels(None if run.config.weights == "none" else check, data, FP32)
+    return EvaluationResult(accuracy=accuracies, unreadable=unreadable, label_check=check), []
+
+
+def _warn_of_labels(check: LabelCheck | None, data: EvaluationSet, model: str) -> None:
+    if check and (warning := label_warning(check, model)):
+        logger.warning("%s: %s", data.name, warning)
 
 
 def describe(run: Run, _: AnyStage) -> str:
@@ -80,6 +93,7 @@ class Graph:
     source: str
     input: InputSpec
     classes: int
+    class_names: tuple[str, ...] = ()
 
 
 def evaluate_file(
@@ -102,10 +116,12 @@ def evaluate_file(
         graph = _described(source, runner.metadata(), runner.classes)
     if data is None and graph.source != "bundled":
         raise DataError(f"{path} was exported from {graph.name}; give the evaluation images with --data")
-    images, accuracies = load_evaluation(data, graph, limit), []
+    images, accuracies = load_evaluation(data, graph, limit), list[Accuracy]()
 
     def measure(runner: Runner, name: str | None) -> None:
         answers = predictions(runner, images, EVALUATION_BATCH, progress)
+        if not accuracies:
+            _warn_of_labels(check_labels(answers, images), images, graph.name)
         accuracies.append(score(runner.runtime, answers, answers, images, name))
 
     graphs = deployables.file_graphs(path, (1, EVALUATION_BATCH, EVALUATION_BATCH)) if source == path else ()
@@ -120,8 +136,9 @@ def evaluate_file(
 def _described(path: Path, metadata: dict[str, str], classes: int) -> Graph:
     try:
         spec = InputSpec.model_validate_json(metadata["clusterq.input"])
-        return Graph(metadata["clusterq.model"], metadata["clusterq.source"], spec, classes)
-    except (KeyError, ValueError) as error:
+        names = label_names({"label_names": json.loads(metadata.get("clusterq.label_names", "[]"))}, classes)
+        return Graph(metadata["clusterq.model"], metadata["clusterq.source"], spec, classes, names)
+    except (KeyError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} has no description of its input; only graphs of clusterq export do") from error
 
 

@@ -83,6 +83,7 @@ def _write(
         source=run.model.source,
         variant=variant,
         inputs=run.model.input,
+        class_names=run.model.class_names,
         provenance=run.provenance(variant, target=target, **({"fp16": True} if fp16 else {})),
     )
     content = annotated.SerializeToString()

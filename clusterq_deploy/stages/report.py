@@ -97,6 +97,8 @@ def _evaluation(run: Run) -> records.EvaluationInfo:
         labelled=data.labelled,
         unreadable=unreadable.count,
         unreadable_files=unreadable.files,
+        notes=list(data.notes),
+        label_check=baseline.result.label_check if (baseline := run.finished(Stage(evaluate, FP32))) else None,
     )
 
 

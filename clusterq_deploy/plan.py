@@ -219,7 +219,7 @@ def peak_memory(run: Run, variants: Sequence[BitWidths]) -> int:
         variants: those to be quantized.
     """
     synthesis, tuning = run.config.synthesis, run.config.finetune
-    module, size = run.model.module, run.model.input.size
+    module, size = run.model.original, run.model.input.size
     if run.model.source == "torchvision":
         module = copy.deepcopy(module).to("meta")
     saved, widest = _pass_memory(module, size)

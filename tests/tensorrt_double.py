@@ -155,6 +155,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
         "current_device": lambda: 0,
         "get_device_properties": properties,
         "get_device_name": lambda _: world.gpu,
+        "get_rng_state": lambda: torch.zeros(16, dtype=torch.uint8),  # torch.export puts it back
+        "set_rng_state": lambda _: None,
         "Stream": Stream,
         "stream": lambda _: nullcontext(),
         "Event": functools.partial(Event, world),

@@ -37,7 +37,7 @@ _NODES = (
 )  # fmt: skip
 
 
-def load_exported(path: Path) -> tuple[fx.GraphModule, tuple[int, ...]]:
+def load_exported(path: Path) -> tuple[fx.GraphModule, tuple[int, int, int]]:
     """Read a program that `torch.export.save` wrote: images (N, C, H, W) to logits.
 
     Returns:
@@ -64,11 +64,12 @@ def load_exported(path: Path) -> tuple[fx.GraphModule, tuple[int, ...]]:
     if len(inputs) != 1 or not isinstance(inputs[0], torch.Tensor) or inputs[0].dim() != 4:
         raise ModelError(f"model {str(path)!r} has {len(inputs)} inputs; expected one, images (N, C, H, W)")
     batch, *size = inputs[0].shape
-    if not all(isinstance(side, int) for side in size):
+    if any(not isinstance(side, int) for side in size):
         raise ModelError(f"model {str(path)!r} was exported for images of several sizes; export it for one")
     plain = fx.GraphModule(module, module.graph)  # that of torch.export has no eval()
     plain.meta["batch"] = batch if isinstance(batch, int) else None
-    return plain, tuple(size)
+    channels, height, width = size
+    return plain, (channels, height, width)
 
 
 def _require_inert(path: Path) -> None:

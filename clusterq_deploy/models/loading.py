@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,9 +32,7 @@ class LoadedModel:
     """A classifier that is ready to be a teacher, by the name that the user gave.
 
     Attributes:
-        module: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen: the captured
-            graph, see `capture`.
-        original: the module that it was captured from, with the same parameters.
+        original: images (N, C, H, W) -> logits (N, classes); in eval mode, float32, its parameters frozen.
         source: "bundled", "torchvision", "timm" or "file".
         weights: a description of its weights.
         weights_sha256: digest over the tensors of its state_dict; empty if these have only shapes.
@@ -42,7 +41,6 @@ class LoadedModel:
     """
 
     name: str
-    module: fx.GraphModule
     original: nn.Module
     input: InputSpec
     classes: int
@@ -52,10 +50,20 @@ class LoadedModel:
     code_sha256: str | None = None
     class_names: tuple[str, ...] = ()
 
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The same network with the same parameters as a graph, captured when it is first needed.
+
+        Raises:
+            GraphError: it cannot be captured, or BatchNorm normalizes by the batch.
+        """
+        with _isolated():
+            return capture(self.original, self.input.size)
+
     @property
     def parameters(self) -> int:
         """The number of its parameters."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
+        return sum(parameter.numel() for parameter in self.original.parameters())
 
     def class_label(self, index: int) -> str:
         """Return a class by its number, and by its name if that is known and says more."""
@@ -97,13 +105,13 @@ def load_model(
         WeightsError: the weights cannot be read, do not fit, or are not finite.
         NoBatchNormError: the model has no BatchNorm statistics.
         ModelError: the model cannot be made, run, or fed.
-        GraphError: it cannot be captured as a graph.
+        GraphError: it has no BatchNorm modules and cannot be captured as a graph.
     """
     with _isolated():
         draft = _make_draft(name, weights, bars, shapes_only and weights in (None, _RANDOM))
     module = draft.module.eval().float().requires_grad_(False)
-    if draft.source == "torchvision" or any(isinstance(layer, _BatchNorm) for layer in module.modules()):
-        require_batchnorm(name, draft.source, module)  # before weights are fetched; others may call it as a function
+    if has_norms := draft.source == "torchvision" or any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        require_batchnorm(name, draft.source, module)  # before weights are fetched
     description = _fill(name, draft, weights)
     has_values = device_of(module).type != "meta"
     if has_values:
@@ -113,13 +121,14 @@ def load_model(
     module = module.to(device) if has_values else module
     with _isolated():
         classes = count_classes(name, module, spec)
-        graph = capture(module, spec.size)
-    require_batchnorm(name, draft.source, graph)
     path = Path(name if name.endswith(".pt2") else name.rpartition(":")[0])
     code = sha256_file(path) if draft.source == "file" else None
     same_classes = weights is None or (draft.source == "file" and weights != _RANDOM)  # a weights file may have others
     names = label_names(draft.cfg, classes) if same_classes else ()
-    return LoadedModel(name, graph, module, spec, classes, draft.source, description, sha256, code, names)
+    model = LoadedModel(name, module, spec, classes, draft.source, description, sha256, code, names)
+    if not has_norms:  # it may call them as functions
+        require_batchnorm(name, draft.source, model.module)
+    return model
 
 
 @contextmanager

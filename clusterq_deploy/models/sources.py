@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from clusterq_deploy.errors import ModelError, UnknownModelError
+from clusterq_deploy.models.capture import capture
 from clusterq_deploy.models.exported import load_exported
 from clusterq_deploy.models.inputs import entry
 from clusterq_deploy.models.registry import torchvision_cfg
@@ -158,13 +159,14 @@ def user_model(path: Path, factory: str) -> Draft:
 
 
 def exported_model(path: Path) -> Draft:
-    """Read a program of `torch.export.save`; its images have the size that it was exported with.
+    """Read a program of `torch.export.save` as a captured graph; its images have the size that it was exported with.
 
     Raises:
         ModelError: see `load_exported`.
+        GraphError: see `capture`.
     """
     module, size = load_exported(path)
-    return Draft(module, {"input_size": size}, "file", "in the program")
+    return Draft(capture(module.eval(), size), {"input_size": size}, "file", "in the program")
 
 
 def did_you_mean(near: list[str]) -> str:

@@ -105,7 +105,7 @@ class Run:
     @cached_property
     def pass_cost(self) -> float:
         """The cost of a forward pass of one image (`calib.support.flops.pass_cost`)."""
-        return pass_cost(self.model.module, self.model.input.size)
+        return pass_cost(self.model.original, self.model.input.size)
 
     def check(self) -> None:
         """Check the model and the data before any work.
@@ -168,7 +168,7 @@ class Run:
         if (computed := self._teacher_predictions) is not None:
             checkpoint.save("teacher", lambda: predictions_state(computed, self.evaluation), at_once=True)
             return computed
-        with TorchRunner(self.model.module) as runner:
+        with TorchRunner(self.model.original) as runner:
             self._teacher_predictions = self.predictions(runner, checkpoint, "teacher")
         return self._teacher_predictions
 

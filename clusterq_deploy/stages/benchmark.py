@@ -53,7 +53,7 @@ def work(run: Run, _: AnyStage) -> tuple[BenchmarkResult, list[str]]:
         *deployables.run_graphs_on_gpu(run, exports),
     ]
     if run.device.type == "cuda":
-        models.append(Deployable(FP32, None, TorchRunner.runtime, partial(TorchRunner, run.model.module)))
+        models.append(Deployable(FP32, None, TorchRunner.runtime, partial(TorchRunner, run.model.original)))
     timed, skipped = time_in_turn(models, run.model.input.size, settings, run.progress)
     latency = {v: [entry for model, entries in timed if model.variant == v for entry in entries] for v in exports}
     inspections: dict[str, list[EngineInspection]] = {variant: [] for variant in exports}

@@ -67,12 +67,12 @@ def test_evaluation_goes_on_in_smaller_batches_and_says_so(
                 raise torch.OutOfMemoryError(CUDA)
             return x
 
-    with TorchRunner(exported.model.module) as runner:
+    with TorchRunner(exported.model.original) as runner:
         whole = exported.predictions(runner)
-    limited = nn.Sequential(Limited(), exported.model.module)
+    limited = nn.Sequential(Limited(), exported.model.original)
     with TorchRunner(limited) as runner:
         assert exported.predictions(runner).tolist() == whole.tolist()
-    object.__setattr__(exported.model, "module", limited)
+    object.__setattr__(exported.model, "original", limited)
     assert exported.teacher_predictions().tolist() == whole.tolist()
     message = "evaluation on torch: there is not enough memory; again, with batches divided by"
     assert [record.getMessage() for record in caplog.records] == [f"{message} {divisor}" for divisor in (2, 4)] * 2

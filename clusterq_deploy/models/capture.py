@@ -10,8 +10,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
 
 import torch
 from torch import Tensor, fx, nn
@@ -118,34 +118,27 @@ def relative_difference(answers: Tensor, expected: Tensor) -> float:
 
 def _first_difference(model: nn.Module, graph: fx.GraphModule, images: Tensor, tolerance: float) -> str:
     """Return the first layer of a graph whose outputs are not the model's, in words; empty if none can be compared."""
-    expected: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_: nn.Module, __: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                expected.setdefault(name, output.detach().clone())
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, module in graph.named_modules():
-        if name in expected and not list(module.children()):
-            seen: list[Tensor] = []
-            handle = module.register_forward_hook(lambda _, __, output: seen.append(output))  # noqa: B023
-            graph(images)
-            handle.remove()
-            if (
-                seen
-                and seen[0].shape == expected[name].shape
-                and relative_difference(seen[0], expected[name]) > tolerance
-            ):
-                return f", first in {name}"
+    expected = _outputs(model, images)
+    for name, output in _outputs(graph, images).items():
+        same_shape = name in expected and output.shape == expected[name].shape
+        if name and same_shape and relative_difference(output, expected[name]) > tolerance:
+            return f", first in {name}"
     return ""
+
+
+def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of a model's modules by their names, each of its first call, in order of execution."""
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+
+            def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
+                if isinstance(output, Tensor):
+                    outputs.setdefault(name, output.detach().clone())
+
+            hooks.callback(module.register_forward_hook(keep).remove)
+        _answers(model, images)
+    return outputs
 
 
 def _program(model: nn.Module, size: tuple[int, int, int], device: torch.device) -> ExportedProgram:

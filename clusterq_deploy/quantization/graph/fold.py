@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq_deploy.models.capture import device_of, random_images, require_same
-from clusterq_deploy.models.rebuild import Shape, aten
+from clusterq_deploy.models.rebuild import aten
+from clusterq_deploy.quantization.graph.ops import shape_of
 
 _FOLDED = 1e-3
 """The largest difference that rounded weights explain, over the logits' standard deviation."""
@@ -118,13 +119,13 @@ def _layers_in_front(graph: fx.GraphModule, norm: fx.Node, channels: int) -> lis
             return []
         layer = module_of(graph, node)
         if isinstance(layer, _Layer):
-            if axis != (len(_shape(node)) - 1 if isinstance(layer, nn.Linear) else 1):
+            if axis != (len(shape_of(node)) - 1 if isinstance(layer, nn.Linear) else 1):
                 return []
             layers.append((layer, slice(start, end)))
         elif node.target is aten.cat.default and (len(node.args) > 1 and node.args[1] == axis):
             for source in cast(list[fx.Node], node.args[0]):
-                stack.append((source, axis, start, start := start + (_shape(source)[axis] or 0)))
-        elif (before := _axis_before(node, axis)) is not None and _shape(node.all_input_nodes[0])[
+                stack.append((source, axis, start, start := start + (shape_of(source)[axis] or 0)))
+        elif (before := _axis_before(node, axis)) is not None and shape_of(node.all_input_nodes[0])[
             before
         ] == end - start:
             stack.append((node.args[0], before, start, end))
@@ -144,7 +145,7 @@ def _layers_behind(graph: fx.GraphModule, norm: fx.Node, *, shifted: bool) -> li
             if shifted and any(layer.padding):
                 return f"a convolution ({node.target}) that pads with zeros"
             layers.append(layer)
-        elif isinstance(layer, nn.Linear) and axis == len(_shape(source)) - 1:
+        elif isinstance(layer, nn.Linear) and axis == len(shape_of(source)) - 1:
             layers.append(layer)
         else:
             after = _axis_after(node, source, axis)
@@ -167,7 +168,7 @@ def _axis_before(node: fx.Node, axis: int) -> int | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or [n for n in node.all_input_nodes if n.op != "get_attr"] != [source]:
         return None
-    candidates = [a for a in range(len(_shape(source))) if _axis_after(node, source, a) == axis]
+    candidates = [a for a in range(len(shape_of(source))) if _axis_after(node, source, a) == axis]
     return candidates[0] if len(candidates) == 1 else None
 
 
@@ -176,7 +177,7 @@ def _axis_after(node: fx.Node, source: fx.Node, axis: int) -> int | None:
 
     The operations are those that a multiplication and an addition per channel may be moved through.
     """
-    before, after, target = _shape(source), _shape(node), node.target
+    before, after, target = shape_of(source), shape_of(node), node.target
     args: Any = node.args
     if axis >= len(before) or before[axis] is None or args[0] is not source:
         return None
@@ -230,8 +231,3 @@ def _scale_inputs(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) ->
     layer.bias = nn.Parameter(
         (bias if layer.bias is None else bias + layer.bias.detach().double()).to(layer.weight.dtype)
     )
-
-
-def _shape(node: fx.Node) -> Shape:
-    shape: Shape = node.meta["shape"]
-    return shape

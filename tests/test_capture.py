@@ -142,6 +142,18 @@ class Mixed(nn.Module):
         return self.norm(torch.cat([self.small(small), self.large(large)], 1))
 
 
+class Doubled(nn.Module):
+    """A concatenation of a map with itself, which BatchNorm scales by two sets of factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.last(self.norm(torch.cat([y, y], 1)))
+
+
 def pruned() -> nn.Module:
     layer = nn.Conv2d(8, 8, 3)
     prune.l1_unstructured(layer, "weight", amount=0.5)
@@ -165,6 +177,7 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "called twice": (Twice, 0),
     "counted batch": (CountedBatch, 0),
     "mixed": (Mixed, 0),
+    "one map twice": (Doubled, 0),
     "pruned": (pruned, 0),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), 0),
     "lowest padding": (lambda: nn.Sequential(nn.ConstantPad2d(1, -torch.inf), nn.MaxPool2d(3)), 0),

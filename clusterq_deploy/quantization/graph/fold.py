@@ -131,7 +131,7 @@ def _layers_in_front(graph: fx.GraphModule, norm: fx.Node, channels: int) -> lis
             stack.append((node.args[0], before, start, end))
         else:
             return []
-    return layers
+    return layers if len({layer for layer, _ in layers}) == len(layers) else []  # a map may be there twice
 
 
 def _layers_behind(graph: fx.GraphModule, norm: fx.Node, *, shifted: bool) -> list[nn.Conv2d | nn.Linear] | str:

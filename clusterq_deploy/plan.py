@@ -246,7 +246,7 @@ def _pass_memory(module: nn.Module, size: tuple[int, int, int]) -> tuple[float, 
     with ExitStack() as hooks:
         hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor))
         for layer in module.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 hooks.enter_context(
                     layer.register_forward_hook(lambda _, __, y: values.append(y.numel() // len(images)))
                 )

@@ -84,7 +84,33 @@ class Branches(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-NETS: dict[str, type[nn.Module]] = {"residual": Residual, "mobile": Mobile, "branches": Branches}
+class Enlarging(nn.Module):
+    """Transposed convolutions: without overlap, in front of an addition, dilated with padding, and one in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.act = conv_bn(3, 8, stride=2), conv_bn(8, 12), nn.PReLU(8, 0.2)
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 6, 2, 2, bias=False), nn.BatchNorm2d(6))
+        self.down = conv_bn(6, 8, stride=2)
+        self.wide = nn.Sequential(nn.ConvTranspose2d(8, 12, (3, 2), 1, 1, dilation=(1, 2)), nn.BatchNorm2d(12))
+        self.odd = nn.Sequential(nn.ConvTranspose2d(12, 8, 3, (2, 3), 1, (1, 2), bias=False), nn.BatchNorm2d(8))
+        self.grouped = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2, groups=8, bias=False), nn.BatchNorm2d(8))
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        x = F.relu(self.down(F.relu(self.up(x))))
+        x = F.relu(self.wide(x) + self.side(x))
+        x = F.relu(self.grouped(F.relu(self.odd(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+NETS: dict[str, type[nn.Module]] = {
+    "residual": Residual,
+    "mobile": Mobile,
+    "branches": Branches,
+    "enlarging": Enlarging,
+}
 
 
 def make_net(name: str) -> nn.Module:

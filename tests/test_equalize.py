@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, captured, distance, images, make_net, require_same, twin
+from nets import NETS, calibrated, captured, distance, images, make_net, require_same, twin
 from support import seeded
 from torch import Tensor, nn
 
@@ -225,6 +225,7 @@ def test_equalize_nets_keeps_outputs() -> None:
         "residual": {("a1.0", "a2.0"), ("b1.0", "b2.0"), ("c1.0", "c2.0")},
         "mobile": {("expand.0.0", "depth.0.0"), ("squeeze", "excite")},
         "branches": set(),
+        "enlarging": {("stem.0", "up.0"), ("up.0", "down.0")},
     }
     for name, known in expected.items():
         net = make_net(name)
@@ -243,7 +244,7 @@ def test_equalize_dead_channels_stay_finite(dead: Sequence[int]) -> None:
     assert all(bool(p.isfinite().all()) for p in student.parameters())
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+@pytest.mark.parametrize("name", NETS)
 def test_correct_bias_removes_mean_shift(name: str) -> None:
     net, data = make_net(name), images(64)
     student = calibrated(net, "w3a8")

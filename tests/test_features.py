@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import captured, images, make_net
+from nets import NETS, captured, images, make_net
 from sklearn.metrics import silhouette_samples
 from support import seeded
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def test_penultimate_agrees_with_a_forward_pass_by_hand() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+@pytest.mark.parametrize("name", NETS)
 def test_penultimate_returns_what_the_classifier_turns_into_logits(name: str) -> None:
     net, x = make_net(name), images(5)
     (classifier,) = (layer for layer in net.modules() if isinstance(layer, nn.Linear))

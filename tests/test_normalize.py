@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import calibrated, images, make_net
+from nets import NETS, calibrated, images, make_net
 from torch import nn
 
 from clusterq_deploy.quantization.qat.parametrize import normalized
@@ -26,10 +26,10 @@ class Paddings(nn.Module):
 
 def nets() -> list[nn.Module]:
     torch.manual_seed(0)
-    return [Paddings().eval(), make_net("residual"), make_net("mobile"), make_net("branches")]
+    return [Paddings().eval(), *map(make_net, NETS)]
 
 
-@pytest.mark.parametrize("net", nets(), ids=["paddings", "residual", "mobile", "branches"])
+@pytest.mark.parametrize("net", nets(), ids=["paddings", *NETS])
 def test_normalized_keeps_outputs_and_restores_layers(net: nn.Module) -> None:
     student = calibrated(net)
     before = {name: value.clone() for name, value in student.state_dict().items()}

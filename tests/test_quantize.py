@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import calibrated, captured, images, make_net, require_same, synthesis
+from nets import NETS, calibrated, captured, images, make_net, require_same, synthesis
 from support import seeded
 from torch import nn
 
@@ -152,7 +152,7 @@ def test_set_scale_respects_limit_and_floor() -> None:
     assert float(quantizer.scale.detach()) == pytest.approx(1e-8)
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+@pytest.mark.parametrize("name", NETS)
 def test_fold_batchnorm_keeps_outputs(name: str) -> None:
     net = make_net(name)
     student = make_student(captured(net), BitWidths(8, 8))

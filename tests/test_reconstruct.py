@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import calibrated, captured, distance, images, make_net, twin
+from nets import NETS, calibrated, captured, distance, images, make_net, twin
 from support import seeded
 from torch import nn
 
@@ -44,9 +44,12 @@ def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> 
         nn.Conv2d(8, 12, 3, stride=2, padding=1),
         nn.Conv2d(8, 8, 3, padding="same", groups=8),
         nn.Conv2d(8, 12, (1, 3), padding=(0, 1), dilation=(1, 2), groups=4, bias=False),
+        nn.ConvTranspose2d(8, 12, 2, 2, bias=False),
+        nn.ConvTranspose2d(8, 12, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(1, 2)),
+        nn.ConvTranspose2d(8, 12, 3, padding=3),  # narrower than what it reads
     ],
 )
-def test_sample_patches_reproduce_layer_outputs(layer: nn.Conv2d) -> None:
+def test_sample_patches_reproduce_layer_outputs(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
     student = make_student(captured(nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Flatten()).eval()), BitWidths(4, 8))
     quantized = student.layers()["1"]
     x = torch.randn(4, 8, 9, 9, generator=seeded())
@@ -64,7 +67,7 @@ def test_weight_scales_follow_importance() -> None:
     assert float(weighed) < 0.5 * float(plain)
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "branches"])
+@pytest.mark.parametrize("name", NETS)
 def test_reconstruct_brings_student_nearer_to_teacher(name: str) -> None:
     net, data, fresh = make_net(name), images(256), images(256, seed=9)
     student, other = calibrated(net, "w3a8"), calibrated(net, "w3a8")

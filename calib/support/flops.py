@@ -21,7 +21,7 @@ def pass_cost(model: nn.Module, size: tuple[int, int, int]) -> float:
         nonlocal written
         written += output.numel() if isinstance(output, Tensor) else 0
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     image = torch.zeros(1, *size, device=next(model.parameters()).device)
     with ExitStack() as hooks, torch.no_grad(), FlopCounterMode(display=False) as counter:
         for layer in layers:

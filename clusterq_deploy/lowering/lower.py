@@ -21,7 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from clusterq_deploy.errors import ExportError
 from clusterq_deploy.lowering.qdq import constant, operand, store
-from clusterq_deploy.quantization.fake_quant import MARKER, MARKER_DOMAIN, Quantizer
+from clusterq_deploy.quantization.fake_quant import MARKER, MARKER_DOMAIN, QuantizedConvTranspose2d, Quantizer
 from clusterq_deploy.quantization.graph.placement import Target
 from clusterq_deploy.quantization.grid import ZERO_POINT, Grid
 from clusterq_deploy.quantization.student import Student
@@ -112,12 +112,16 @@ class _Lowering:
         site, output = marker.attributes["site"].as_string(), self._input(marker, 0)
         if site not in self.quantizers:
             raise ExportError(f"the graph has a quantizer {site!r}, but the model has not")
+        replaced = marker
         if site in self.layers:
+            if isinstance(self.layers[site], QuantizedConvTranspose2d):  # stored as its only reader turns it
+                (replaced,) = marker.outputs[0].consumers()
             output = self._lower_weight(marker, site)
         elif site not in self.absent:
             output = self._lower_activation(marker, self.quantizers[site])
-        convenience.replace_all_uses_with(marker.outputs[0], output)
-        self.graph.remove(marker, safe=True)
+        convenience.replace_all_uses_with(replaced.outputs[0], output)
+        for node in dict.fromkeys((replaced, marker)):
+            self.graph.remove(node, safe=True)
 
     def _keep_grid(self, node: ir.Node) -> None:
         """Mark the outputs of a node that only moves values as on its input's grid, so that integers are moved."""
@@ -152,7 +156,8 @@ class _Lowering:
         quantizer = layer.weight_quantizer
         integers = quantizer.integers(layer.weight.detach()).cpu().numpy()
         kind: type = ml_dtypes.int4 if self.graph_format == "int4" and quantizer.grid.bits <= 4 else np.int8
-        output = self._stored(marker, site, integers.astype(kind), self._scale(quantizer))
+        axis = 1 if isinstance(layer, QuantizedConvTranspose2d) else 0  # of the output channels
+        output = self._stored(marker, site, integers.astype(kind).swapaxes(0, axis), self._scale(quantizer), axis)
         self.weight_scales[output] = self._scale(quantizer)
         bias = quantizer.bias(layer.bias)
         if bias is not None and bias is not layer.bias:
@@ -244,15 +249,20 @@ class _Lowering:
         layer.replace_input_with(2, self._stored(layer, bias.name or "bias", rounded.astype(np.int32), scale))
 
     def _stored(
-        self, reader: ir.Node, name: str, integers: npt.NDArray[np.generic], scale: npt.NDArray[np.float32]
+        self,
+        reader: ir.Node,
+        name: str,
+        integers: npt.NDArray[np.generic],
+        scale: npt.NDArray[np.float32],
+        axis: int = 0,
     ) -> ir.Value:
-        """Store integers with a scale for each row, dequantized in front of their reader."""
+        """Store integers with a scale for each index of an axis, dequantized in front of their reader."""
         inputs = [
             self._constant(f"{name}.integers", integers),
             self._constant(f"{name}.scale", scale),
             self._constant(f"{name}.zero_point", np.zeros(len(scale), integers.dtype)),
         ]
-        return self._insert(reader, "DequantizeLinear", inputs, f"{name}.dequantized", axis=0)
+        return self._insert(reader, "DequantizeLinear", inputs, f"{name}.dequantized", axis=axis)
 
     @staticmethod
     def _scale(quantizer: Quantizer) -> npt.NDArray[np.float32]:

@@ -210,7 +210,30 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
-        return cast(Tensor, self._conv_forward(input, quantizer(self.weight), quantizer.bias(self.bias)))
+        return self.compute(input, quantizer(self.weight), quantizer.bias(self.bias))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the layer computes with another weight and bias."""
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
+
+
+class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution of one group whose weight passes a quantizer.
+
+    The weight is stored with its outputs first, (O, I, kH, kW), as that of other layers is: a row is an output channel.
+    """
+
+    weight_quantizer: Quantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        quantizer = self.weight_quantizer
+        return self.compute(input, quantizer(self.weight), quantizer.bias(self.bias))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the layer computes with another weight (O, I, kH, kW) and bias."""
+        geometry: tuple[Any, ...] = (self.stride, self.padding, self.output_padding, 1, self.dilation)
+        return F.conv_transpose2d(x, weight.transpose(0, 1), bias, *geometry)
 
 
 class QuantizedLinear(nn.Linear):
@@ -219,19 +242,32 @@ class QuantizedLinear(nn.Linear):
     weight_quantizer: Quantizer
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight_quantizer(self.weight), self.weight_quantizer.bias(self.bias))
+        return self.compute(input, self.weight_quantizer(self.weight), self.weight_quantizer.bias(self.bias))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the layer computes with another weight and bias."""
+        return F.linear(x, weight, bias)
 
 
-QuantizedLayer = QuantizedConv2d | QuantizedLinear
+QuantizedConvolution = QuantizedConv2d | QuantizedConvTranspose2d
+QuantizedLayer = QuantizedConvolution | QuantizedLinear
+QUANTIZABLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.Linear: QuantizedLinear,
+}
+"""Layers by the class of their quantized form."""
 
 
-def with_weight_quantizer(layer: nn.Conv2d | nn.Linear, quantizer: Quantizer) -> QuantizedLayer:
-    """Return the layer with the same parameters and a quantizer on its weight."""
-    kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+def with_weight_quantizer(layer: nn.Module, site: str, grid: Grid, pair_limit: int | None) -> QuantizedLayer:
+    """Return a layer of `QUANTIZABLE` with the same parameters and a quantizer per output channel on its weight."""
+    kind = QUANTIZABLE[type(layer)]
     quantized = cast(QuantizedLayer, kind.__new__(kind))
     quantized.__dict__.update(layer.__dict__)
-    quantized._modules = dict(layer._modules)
-    quantized.weight_quantizer = quantizer
+    quantized._parameters, quantized._modules = dict(layer._parameters), dict(layer._modules)
+    if isinstance(quantized, QuantizedConvTranspose2d):
+        quantized.weight = nn.Parameter(quantized.weight.detach().transpose(0, 1).contiguous())
+    quantized.weight_quantizer = Quantizer(site, grid, channels=len(quantized.weight), pair_limit=pair_limit)
     return quantized
 
 
@@ -242,12 +278,12 @@ def per_row(values: Tensor, weight: Tensor) -> Tensor:
 
 def group_count(layer: nn.Module) -> int:
     """Return the number of groups of a layer; 1 for a linear one."""
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return 1 if isinstance(layer, nn.Linear) else cast(int, layer.groups)
 
 
 def pooled_dims(layer: nn.Module, y: Tensor) -> list[int]:
     """Return all dimensions of a layer's outputs y but that of the channels: (N, C, H, W) or (..., C)."""
-    channel = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
+    channel = y.dim() - 1 if isinstance(layer, nn.Linear) else 1
     return [d for d in range(y.dim()) if d != channel]
 
 
@@ -257,10 +293,34 @@ def per_channel(values: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
     return values.view([1 if d in pooled else -1 for d in range(y.dim())])
 
 
-def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return a convolution's input (N, C, H, W) with the layer's padding of zeros around it."""
-    widths = list(layer._reversed_padding_repeated_twice)
-    return F.pad(x, widths) if any(widths) else x
+def padded(layer: QuantizedConvolution, x: Tensor) -> Tensor:
+    """Return a convolution's input (N, C, H, W) with the layer's padding of zeros around it.
+
+    A transposed one reads, at a stride of 1 and with its kernel turned round, what has zeros between the values too.
+    """
+    if isinstance(layer, nn.Conv2d):
+        widths = list(layer._reversed_padding_repeated_twice)
+        return F.pad(x, widths) if any(widths) else x
+    (up, across), (height, width) = layer.stride, x.shape[2:]
+    spread = x.new_zeros(*x.shape[:2], (height - 1) * up + 1, (width - 1) * across + 1)
+    spread[:, :, ::up, ::across] = x
+    reach = [layer.dilation[axis] * (layer.kernel_size[axis] - 1) - int(layer.padding[axis]) for axis in (0, 1)]
+    bottom, right = (reach[axis] + layer.output_padding[axis] for axis in (0, 1))
+    return F.pad(spread, [reach[1], right, reach[0], bottom])
+
+
+def window_step(layer: QuantizedConvolution) -> tuple[int, int]:
+    """Return how far a convolution's window moves over its `padded` input, in rows and columns."""
+    return cast(tuple[int, int], layer.stride) if isinstance(layer, nn.Conv2d) else (1, 1)
+
+
+def patches_of(layer: QuantizedConvolution, x: Tensor) -> Tensor:
+    """Return the patches of an input (N, C, H, W) for a convolution's rows, (N, C * kH * kW, places)."""
+    patches = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, 0, window_step(layer))
+    if isinstance(layer, nn.Conv2d):
+        return patches
+    turned: Tensor = patches.unflatten(1, (x.shape[1], -1)).flip(2).flatten(1, 2)
+    return turned
 
 
 def random_places(x: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, ...]:

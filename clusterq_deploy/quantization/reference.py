@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clusterq_deploy.quantization.fake_quant import QuantizedConv2d, QuantizedLayer, Quantizer
+from clusterq_deploy.quantization.fake_quant import QuantizedLayer, QuantizedLinear, Quantizer
 from clusterq_deploy.quantization.student import Student
 
 AT_ONCE = 64  # images that a layer or quantizer computes together, in a pass that has all images in memory
@@ -95,7 +95,7 @@ class _TwinInterpreter(fx.Interpreter):
             return torch.cat([exact, apply_in_parts(module, rounded)])
         outputs = apply_in_parts(self._twins[name], exact)
         affine = self._maps.get(name)
-        expected = outputs if affine is None else affine(outputs, 1 if isinstance(module, QuantizedConv2d) else -1)
+        expected = outputs if affine is None else affine(outputs, -1 if isinstance(module, QuantizedLinear) else 1)
         answer = self._visit(name, module, rounded, expected)
         del expected  # up to a gigabyte, and the next line needs two
         return torch.cat([outputs, answer])

@@ -216,9 +216,7 @@ def make_student(
     nodes = {node.name: node for node in graph.graph.nodes}
     for site in placement.weights:
         layer = graph.get_submodule(site.layer)
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            quantizer = Quantizer(site.name, site.grid, channels=len(layer.weight), pair_limit=site.pair_limit)
-            graph.set_submodule(site.layer, with_weight_quantizer(layer, quantizer))
+        graph.set_submodule(site.layer, with_weight_quantizer(layer, site.name, site.grid, site.pair_limit))
     sites = nn.ModuleDict()
     graph.add_submodule("quantizers", sites)
     for activation in placement.activations:

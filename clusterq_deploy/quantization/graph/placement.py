@@ -84,11 +84,12 @@ def place(
 ) -> Placement:
     """Decide on every quantizer of a folded graph.
 
-    - The input of each Conv2d and Linear is quantized, where its values are made: behind the ReLU in front of a
-      max-pool, behind each branch of a concatenation, so that what only moves values keeps their grid.
+    - The input of each Conv2d, ConvTranspose2d and Linear is quantized, where its values are made: behind the ReLU in
+      front of a max-pool, behind each branch of a concatenation, so that what only moves values keeps their grid.
     - At an addition the identity branch is quantized, the branch that ends in a convolution is not (it is fused).
-    - Only for ONNX Runtime, the output of a convolution that nothing else quantizes has an 8-bit quantizer, and so
-      has a factor of a product (SiLU, hard-swish, squeeze-excite), which is then computed on integers.
+    - Only for ONNX Runtime, the output of a convolution that nothing else quantizes has an 8-bit quantizer (not of a
+      transposed one, for which it has no integer kernel), and so has a factor of a product (SiLU, hard-swish,
+      squeeze-excite), which is then computed on integers.
     - What layers read has the given width. The image and what additions read have 8 bits: a sum computes in INT8 at
       any width, and the errors of narrow grids would add up along a residual trunk. A tensor that both read has an
       8-bit quantizer, and behind it, for the layers, a narrow one.
@@ -112,6 +113,7 @@ def place(
     ranges = value_ranges(graph)
     first, last = _ends(graph, layers)
     wide = set() if quantize_first_last else first | last
+    transposed = {node for node in layers if isinstance(module_of(graph, node), nn.ConvTranspose2d)}
 
     def activation_site(
         name: str,
@@ -128,14 +130,12 @@ def place(
     demands: list[tuple[list[fx.Node], int]] = []  # producers that share a quantizer, and its width; 0 for any
     for node in layers:
         producers = _producers(node.all_input_nodes[0])
-        from_first = any(not {p, activated(p)}.isdisjoint(wide & first) for p in producers)
-        reads_image = any(producer.op == "placeholder" for producer in producers)
-        reads_eight = node in wide | first or reads_image or from_first
-        demands.append((producers, _EIGHT if reads_eight else layer_bits.get(str(node.target), bits.activations)))
+        eight = node in wide | first or _reads_image_or(wide & first, producers)
+        demands.append((producers, _EIGHT if eight else layer_bits.get(str(node.target), bits.activations)))
     depths, added = _depths(graph), set[fx.Node]()
     for node in filter(is_addition, graph.graph.nodes):
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        fusable = [a for a in operands if a in layers and len(a.users) == 1]
+        fusable = [a for a in operands if a in layers and a not in transposed and len(a.users) == 1]
         fused = max(fusable, key=depths.__getitem__, default=None)
         for producers in (_producers(a) for a in operands if a is not fused):
             added.update(producers)
@@ -150,7 +150,7 @@ def place(
             width = _EIGHT
         activations.append(activation_site(nodes[0].name, nodes, width))
     owner = {name: site.name for site in activations for name in site.producers}
-    outputs = [_fused_output(node) for node in layers if node not in last]
+    outputs = [_fused_output(node) for node in layers if node not in last | transposed]
     for node in (*outputs, *_factors(graph, owner)):
         if node.name not in owner:
             activations.append(activation_site(node.name, [node], _EIGHT, ("onnxruntime",)))
@@ -171,7 +171,9 @@ def place(
     def weight_site(node: fx.Node) -> WeightSite:
         name, read = str(node.target), input_sites[node]
         grid = Grid(layer_bits.get(name, _EIGHT if node in wide else bits.weights), signed=True)
-        return WeightSite(f"{name}.weight", name, grid, read, pair_limit(grid, grids[read]) if cpu == "any" else None)
+        # ONNX Runtime runs a transposed one in float
+        limit = pair_limit(grid, grids[read]) if cpu == "any" and node not in transposed else None
+        return WeightSite(f"{name}.weight", name, grid, read, limit)
 
     return Placement(tuple(activations), tuple(map(weight_site, layers)), skipped)
 
@@ -191,8 +193,10 @@ def _layers(graph: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
     skipped: dict[str, str] = {}
     for node in graph.graph.nodes:
         module = module_of(graph, node)
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) or (isinstance(module, nn.ConvTranspose2d) and module.groups == 1):
             layers.append(node)
+        elif isinstance(module, nn.ConvTranspose2d):
+            skipped[str(node.target)] = "ConvTranspose2d of several groups: no step per output channel in ONNX"
         elif module is not None and not isinstance(module, Probabilities):
             skipped[str(node.target)] = f"{type(module).__name__}: {node.meta.get('reason', 'no INT8 form')}"
         elif operation(node) in _COMPUTED_WEIGHTS:
@@ -216,6 +220,11 @@ def _is_parameter(graph: fx.GraphModule, node: fx.Node) -> bool:
     owner, _, name = str(node.target).rpartition(".")
     value = getattr(graph.get_submodule(owner), name)
     return isinstance(value, nn.Parameter) and value.numel() > 1
+
+
+def _reads_image_or(first: set[fx.Node], producers: Iterable[fx.Node]) -> bool:
+    """Return whether one of the producers is the image, or one of the first layers through its activation."""
+    return any(node.op == "placeholder" or not {node, activated(node)}.isdisjoint(first) for node in producers)
 
 
 def _producers(node: fx.Node) -> list[fx.Node]:

@@ -117,7 +117,7 @@ def equalize(
 
     def search(node: fx.Node, value: Tensor) -> None:
         pair = by_input.get(node)
-        if pair is not None and (value.dim() == 2 or isinstance(pair.consumer, nn.Conv2d)):  # no tokens
+        if pair is not None and (value.dim() == 2 or not isinstance(pair.consumer, nn.Linear)):  # no tokens
             read, at_clip, rectified = (torch.cat(extremes[n or node]) for n in (node, pair.clip, pair.relu_output))
             shiftable = rectified if shifts and pair.relu_output else None
             result, affine = _choose(pair, value, read, at_clip, shiftable, rng)
@@ -220,7 +220,7 @@ def _choose(
         rng: samples values.
     """
     channels = len(pair.producer.weight)
-    exact = _outputs(pair.consumer, x, pair.consumer.weight)
+    exact = pair.consumer.compute(x, pair.consumer.weight, None)
     reach = _channel_maxima(extremes, channels)
     zero = torch.zeros_like(reach)
     low = zero if rectified is None else _low(pair, rectified)
@@ -258,6 +258,7 @@ def _low(pair: LayerPair, rectified: Tensor) -> Tensor:
     if pair.clip is not None:
         low = torch.where(rectified[:, 2].mean(0).view(channels, -1).mean(1) <= _CLIPPED, low, 0.0)
     possible = not pair.grid.signed and None not in (pair.producer.bias, pair.consumer.bias)
+    possible &= not isinstance(pair.consumer, nn.ConvTranspose2d)  # places read different parts of its kernel
     return low if possible else torch.zeros_like(low)
 
 
@@ -295,7 +296,7 @@ def _errors(pair: LayerPair, x: Tensor, exact: Tensor, scale: Tensor, shift: Ten
     )
     round_weight = Quantizer("weight", grid, len(weight), pair_limit=limit).to(x.device)
     round_weight.set_scale(weight_scales(weight, grid, pair_limit=limit))
-    difference = _outputs(layer, round_input(mapped), round_weight(weight)) - exact
+    difference = layer.compute(round_input(mapped), round_weight(weight), None) - exact
     dims = pooled_dims(layer, exact)
     weights = _position_weights(layer, x).expand_as(difference)
     total = weights.sum(dims, keepdim=True)
@@ -313,14 +314,6 @@ def _position_weights(layer: QuantizedLayer, x: Tensor) -> Tensor:
     window = x.new_ones(1, 1, *layer.kernel_size)
     read = F.conv2d(padded(layer, real[None, None]), window, None, layer.stride, 0, layer.dilation)
     return torch.where(read > window.numel() - 0.5, 1.0, _BORDER)
-
-
-def _outputs(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """Return the layer's outputs without its bias."""
-    if isinstance(layer, nn.Conv2d):
-        y: Tensor = layer._conv_forward(x, weight, None)
-        return y
-    return F.linear(x, weight)
 
 
 def _scale_columns(layer: QuantizedLayer, factor: Tensor) -> Tensor:

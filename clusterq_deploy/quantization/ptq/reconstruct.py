@@ -10,12 +10,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
-from clusterq_deploy.quantization.fake_quant import Bound, QuantizedLayer, group_count, padded, per_channel, pooled_dims
+from clusterq_deploy.quantization.fake_quant import (
+    Bound,
+    QuantizedLayer,
+    group_count,
+    patches_of,
+    per_channel,
+    pooled_dims,
+)
 from clusterq_deploy.quantization.ptq.calibrate import set_weight_scale
 from clusterq_deploy.quantization.qat.parametrize import layer_statistics
 from clusterq_deploy.quantization.reference import AT_ONCE, FloatTwin, apply_in_parts, visit_layers
@@ -250,7 +256,7 @@ def _sample_patches(
     share = max(1, _PATCHES // len(x))
     size = max(1, _UNFOLDED // (x.shape[1] * layer.kernel_size[0] * layer.kernel_size[1] * places))
     for part, answers in zip(x.split(size), target.split(size), strict=True):
-        patches = F.unfold(padded(layer, part), layer.kernel_size, layer.dilation, 0, layer.stride)
+        patches = patches_of(layer, part)
         values = (answers - bias).flatten(2)
         if share < places:
             picked = torch.randperm(places, generator=rng, device=rng.device)[:share].to(x.device)

@@ -22,12 +22,15 @@ from torch.nn.utils import parametrize
 
 from clusterq_deploy.quantization.fake_quant import (
     Bound,
+    QuantizedConvolution,
     QuantizedLayer,
+    QuantizedLinear,
     Quantizer,
     like_layout,
     padded,
     per_row,
     pooled_dims,
+    window_step,
 )
 from clusterq_deploy.quantization.student import Student
 
@@ -143,10 +146,10 @@ def layer_statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
 
     def measure(name: str, layer: QuantizedLayer, x: Tensor, y: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            mean = _mean_patch(layer, padded(layer, x), (y.shape[2], y.shape[3]))
-        else:
+        if isinstance(layer, QuantizedLinear):
             mean = x.flatten(0, -2).mean(0).expand_as(layer.weight)
+        else:
+            mean = _mean_patch(layer, padded(layer, x), (y.shape[2], y.shape[3]))
         statistics[name] = (mean, y.std(pooled_dims(layer, y)).clamp_min(1e-6))
 
     with ExitStack() as hooks:
@@ -157,7 +160,7 @@ def layer_statistics(student: Student, images: Tensor) -> dict[str, tuple[Tensor
     return statistics
 
 
-def _mean_patch(layer: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
+def _mean_patch(layer: QuantizedConvolution, x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the mean of the patches that a convolution reads of x (N, C, H, W), padded already, in its weight's shape.
 
     Computed per place of the kernel: as the gradient of the weight it crashed in torch 2.14's oneDNN at some batch
@@ -165,10 +168,11 @@ def _mean_patch(layer: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
     """
 
     def window(axis: int, place: int) -> slice:
-        start, step = place * layer.dilation[axis], layer.stride[axis]
+        start, step = place * layer.dilation[axis], window_step(layer)[axis]
         return slice(start, start + (size[axis] - 1) * step + 1, step)
 
     rows, columns = layer.kernel_size
     means = [x[:, :, window(0, i), window(1, j)].mean((0, 2, 3)) for i in range(rows) for j in range(columns)]
     patch = torch.stack(means, 1).view(layer.groups, -1, rows, columns)
+    patch = patch if isinstance(layer, nn.Conv2d) else patch.flip(2, 3)
     return patch.repeat_interleave(layer.out_channels // layer.groups, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import captured, images
+from nets import captured, conv_bn, images
 from support import seeded
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -152,6 +152,42 @@ class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         return self.last(self.norm(torch.cat([y, y], 1)))
+
+
+class Branches(nn.Module):
+    """Convolutions of one tensor, and perhaps its BatchNorm, that are added: a block of RepVGG as it is trained."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return F.relu(sum(branch(x) for branch in self.branches))
+
+
+MERGED: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
+    "block": (lambda: [conv_bn(8, 8), conv_bn(8, 8, 1), nn.BatchNorm2d(8)], 1),
+    "norm first": (lambda: [nn.BatchNorm2d(8), conv_bn(8, 8), conv_bn(8, 8)], 1),
+    "stride and groups": (lambda: [conv_bn(8, 8, 1, 2, 4), conv_bn(8, 8, 5, 2, 4), conv_bn(8, 8, 3, 2, 4)], 1),
+    "depthwise": (lambda: [conv_bn(8, 8, groups=8), nn.BatchNorm2d(8)], 1),
+    "bars": (lambda: [nn.Conv2d(8, 8, (3, 1), padding=(1, 0)), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)], 1),
+    "dilated": (lambda: [nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3, padding=1)], 2),
+    "other groups": (lambda: [conv_bn(8, 8), conv_bn(8, 8, 1, groups=2)], 2),
+    "beside the middle": (lambda: [nn.Conv2d(8, 8, 3, 4), nn.Conv2d(8, 8, 1, 4)], 2),
+    "norms only": (lambda: [nn.BatchNorm2d(8), nn.BatchNorm2d(8)], 0),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+@torch.no_grad()
+def test_branches_become_one_convolution_at_eight_bits(name: str) -> None:
+    branches, layers = MERGED[name]
+    net = trained(Net(Branches(*branches())))
+    graph, x = captured(net), images(5)
+    assert relative_difference(folded_teacher(graph, merge=True)(x), net(x)) < 1e-5
+    count = {bits: len(make_student(graph, BitWidths.parse(bits)).layers()) - 2 for bits in ("w8a8", "w4a8")}
+    assert count == {"w8a8": layers, "w4a8": sum(isinstance(m, nn.Conv2d) for m in net.body.modules())}
 
 
 def pruned() -> nn.Module:

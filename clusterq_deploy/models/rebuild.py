@@ -138,6 +138,7 @@ class Rebuild:
             or (target is aten._to_copy.default and node.meta["val"].dtype == source.meta["val"].dtype)
             or (target is aten.expand.default and _shape(node) == _shape(source))
             or (target is aten.slice.Tensor and _is_whole(node, 1))
+            or (target is aten.add.Tensor and _is_number(others[0], 0))  # where Python's sum() starts
         )
         return x if same else None
 
@@ -377,6 +378,11 @@ def _shape(node: fx.Node) -> Shape:
 def _plain_name(target: Any) -> str:
     """Return the name of an operation without its overload."""
     return str(getattr(target, "overloadpacket", target).__name__)
+
+
+def _is_number(value: Any, number: float) -> bool:
+    """Return whether an argument is a constant of this value, and not a node or a tensor."""
+    return isinstance(value, int | float) and value == number
 
 
 def _pair(value: Any) -> tuple[int, ...]:

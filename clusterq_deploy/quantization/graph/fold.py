@@ -5,6 +5,7 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,7 +23,7 @@ _GATES: dict[Any, Any] = {
 _Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | _BatchNorm
 
 
-def folded_teacher(captured: fx.GraphModule) -> fx.GraphModule:
+def folded_teacher(captured: fx.GraphModule, *, merge: bool = False) -> fx.GraphModule:
     """Return a copy of a graph with BatchNorm folded, parameters free to be tuned: what a student starts from.
 
     A BatchNorm is folded into the layers in front of it, else into the layers behind it. One that is left has the
@@ -30,6 +31,7 @@ def folded_teacher(captured: fx.GraphModule) -> fx.GraphModule:
 
     Args:
         captured: from `models.capture.capture`.
+        merge: whether convolutions that read the same tensor and are added become one; see `_merge_branches`.
 
     Raises:
         GraphError: the folded graph computes something else.
@@ -43,6 +45,9 @@ def folded_teacher(captured: fx.GraphModule) -> fx.GraphModule:
         norm = module_of(graph, node)
         if isinstance(norm, _BatchNorm):
             _fold(graph, node, norm)
+    for node in list(graph.graph.nodes):
+        if merge and node.target is aten.add.Tensor:
+            _merge_branches(graph, node)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -153,6 +158,59 @@ def _layers_behind(graph: fx.GraphModule, norm: fx.Node, *, shifted: bool) -> li
                 return _description(graph, node)
             stack += [(user, node, after) for user in node.users]
     return layers or "nothing"
+
+
+def _merge_branches(graph: fx.GraphModule, addition: fx.Node) -> None:
+    """Make one convolution of two that read the same tensor and are added; one may be a BatchNorm that is left.
+
+    That is how RepVGG (arXiv 2101.03697) is deployed: a smaller kernel is the middle of a larger one, and a BatchNorm
+    a kernel of one pixel.
+    """
+    nodes = [node for node in addition.args if isinstance(node, fx.Node) and len(node.users) == 1]
+    if len(nodes) < 2 or addition.kwargs or nodes[0].all_input_nodes != nodes[1].all_input_nodes:
+        return
+    layers = [module_of(graph, node) for node in nodes]
+    area = [math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 0 for layer in layers]
+    order = sorted((0, 1), key=area.__getitem__)
+    small, large = (layers[i] for i in order)
+    if not isinstance(large, nn.Conv2d) or not isinstance(small, nn.Conv2d | nn.BatchNorm2d):
+        return
+    if isinstance(small, nn.BatchNorm2d):
+        small = _as_convolution(small, large.groups)
+    if (weight := _embedded(small, large)) is None:
+        return
+    biases = [layer.bias.detach() for layer in (small, large) if layer.bias is not None]
+    large.weight = nn.Parameter(large.weight.detach() + weight)
+    large.bias = nn.Parameter(torch.stack(biases).sum(0)) if biases else None
+    addition.replace_all_uses_with(nodes[order[1]])
+    for node in (addition, nodes[order[0]]):
+        graph.graph.erase_node(node)
+
+
+def _as_convolution(norm: nn.BatchNorm2d, groups: int) -> nn.Conv2d:
+    """Return a convolution of one pixel that computes what a BatchNorm does in eval mode."""
+    scale, shift = affine_of(norm)
+    channels = len(scale)
+    layer = nn.Conv2d(channels, channels, 1, groups=groups)
+    weight = torch.eye(channels // groups, dtype=scale.dtype, device=scale.device).repeat(groups, 1) * scale[:, None]
+    layer.weight = nn.Parameter(weight[..., None, None].float())
+    layer.bias = nn.Parameter(shift.float())
+    return layer
+
+
+def _embedded(small: nn.Conv2d, large: nn.Conv2d) -> Tensor | None:
+    """Return the weight of a convolution inside the kernel of a larger one; None if their windows do not agree."""
+    if (small.stride, small.groups, small.weight.shape[:2]) != (large.stride, large.groups, large.weight.shape[:2]):
+        return None
+    borders: list[int] = []
+    for axis in (1, 0):
+        inner, outer, dilation = small.kernel_size[axis], large.kernel_size[axis], large.dilation[axis]
+        border, odd = divmod(outer - inner, 2)
+        aligned = int(large.padding[axis]) - int(small.padding[axis]) == border * dilation
+        if odd or not aligned or (inner > 1 and small.dilation[axis] != dilation):
+            return None
+        borders += [border, border]
+    return F.pad(small.weight.detach(), borders)
 
 
 def _description(graph: fx.GraphModule, node: Any) -> str:

@@ -38,6 +38,8 @@ class SynthesisResult(StageResult):
     recipe: str
     losses: dict[str, list[float]]
     batch_divisor: int = 1
+    statistics_distance: float | None = None
+    new_statistics: bool = False
 
 
 class Divergence(Record):

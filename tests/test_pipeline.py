@@ -367,6 +367,17 @@ def test_synthesis_warns_once_of_statistics_that_are_not_those_of_the_weights(
     assert [f"digits: t{caveat.removeprefix('T').removesuffix('.')}" for caveat in caveats] == lines
 
 
+def test_run_says_that_the_model_answers_with_probabilities(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ending = "    def forward(self, x):\n        return super().forward(x).softmax(1)\n\n\n"
+    make = "def make():\n    net = Net()\n    net.load_state_dict(digits().state_dict())\n    return net.eval()"
+    model = digits_module(tmp_path, f"{ending}{make}")
+    report = synthesized(tmp_path / "out", model=model)
+    (line,) = [message for message in caplog.messages if "probabilities" in message]
+    assert line.startswith(f"{model} ends in a softmax: ")
+    assert report.model.probabilities == "softmax"
+    assert report.calibration.teacher_top1 > 20  # by its logits, as the bundled model
+
+
 def test_run_refuses_wrong_input_before_any_work(tmp_path: Path) -> None:
     out = tmp_path / "out"
     np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.array([0, 1, 2, 99]))

@@ -316,6 +316,12 @@ def test_report_says_that_batchnorm_statistics_are_not_those_of_the_weights(
     assert not any("BatchNorm" in caveat for caveat in text.caveats(untrained))
 
 
+def test_report_says_that_the_model_answers_with_probabilities() -> None:
+    assert not any("probabilities" in note for note in text.notes(build()))
+    for page in both(build(model={"probabilities": "softmax"})):
+        assert "The model ends in a softmax" in page
+
+
 def test_suggested_speedup_is_marked_if_unsteady(page: str) -> None:
     unsteady = to_html(build(variants=[with_latency(FP32, coefficient_of_variation=0.2), W8A8, W4A4]))
     assert f"<dd>~3.28{TIMES}</dd>" in unsteady

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,11 @@ class Probabilities(nn.Module):
     def __init__(self, operation: Any, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self.operation, self.arguments, self.enabled = operation, arguments, True
+
+    @property
+    def function(self) -> Literal["softmax", "sigmoid"]:
+        """The function that makes the probabilities."""
+        return "sigmoid" if self.operation is aten.sigmoid.default else "softmax"
 
     def forward(self, logits: Tensor) -> Tensor:
         """Return probabilities for logits (N, classes), or the logits themselves."""

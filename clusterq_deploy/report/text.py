@@ -204,6 +204,11 @@ def notes(report: Report) -> Iterator[str]:
     rows = latency_rows(report)
     runtimes = {row.runtime for row in rows}
     yield from _accuracy_notes(report)
+    if report.model.probabilities:
+        yield (
+            f"The model ends in a {report.model.probabilities}: images were made and students tuned by the logits in "
+            "front of it; the graphs answer with probabilities, as the model does."
+        )
     if unreadable := unreadable_note(report):
         yield unreadable
     for note in report.evaluation.notes:

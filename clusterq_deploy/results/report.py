@@ -41,13 +41,17 @@ class Environment(Record):
 
 
 class ModelInfo(Record):
-    """The teacher: `input_size` is (channels, height, width); `weights` describes its weights in words."""
+    """The teacher: `input_size` is (channels, height, width); `weights` describes its weights in words.
+
+    `probabilities` is the function at its end that makes probabilities of logits; None if it answers with logits.
+    """
 
     name: str
     parameters: Count
     input_size: tuple[int, int, int]
     classes: Count
     weights: str | None = None
+    probabilities: Literal["softmax", "sigmoid"] | None = None
 
     @property
     def random(self) -> bool:

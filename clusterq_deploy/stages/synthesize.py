@@ -16,7 +16,7 @@ from calib.synthesis import Synthesis, SynthesisConfig
 from calib.synthesis import synthesize as make_images
 from clusterq_deploy.lowering import VERIFIED_IMAGES
 from clusterq_deploy.models import InputSpec
-from clusterq_deploy.models.capture import logits_only, require_same
+from clusterq_deploy.models.capture import logits_only, probabilities_of, require_same
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.report.text import statistics_warning
 from clusterq_deploy.results.stages import SynthesisResult
@@ -74,6 +74,7 @@ def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
         batch_divisor=divisor,
         statistics_distance=distance,
         new_statistics=new,
+        probabilities=probabilities_of(run.model.module),
     )
     return result, files
 

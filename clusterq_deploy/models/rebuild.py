@@ -237,6 +237,7 @@ class Rebuild:
             bias = torch.zeros_like(mean) if bias is None else bias
         layer = kind(len(mean), eps=eps, momentum=momentum, affine=weight is not None, device="meta")
         tensors = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+        tensors["num_batches_tracked"] = mean.new_zeros((), dtype=torch.long)  # torch's loading would add it
         called = self._call(node, parameters[2], layer, self.values[x], **tensors)
         called.meta["shape"] = self._shape(x)
         return called
@@ -249,8 +250,6 @@ class Rebuild:
             elif value is not None:
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
                 setattr(layer, key, parameter)
-        if "num_batches_tracked" in layer._buffers:
-            layer._buffers["num_batches_tracked"] = None
         name = self._layer_name(node, named)
         self._add_module(name, layer.eval())
         called = self.graph.create_node("call_module", name, (x,), name=name.replace(".", "_"))

@@ -1,5 +1,6 @@
 """Statistics of the inputs of BatchNorm layers, of batches and classes, and the moving centroids of the classes."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -118,6 +119,36 @@ class Tap:
         self.layers.clear()
         self.moments.clear()
         self.samples = samples
+
+
+class DistanceMeter:
+    """How far the statistics of a set of images are from the running ones, to see whether these are the net's own.
+
+    A channel's distance is sqrt(z^2 + r^2): z is the difference of the means over the running standard deviation, r the
+    logarithm of the quotient of the standard deviations. A layer's is the median of its channels.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[_BatchNorm] = []
+        self._sums: list[Tensor] = []  # per layer, of values and of squares, each averaged over space, (2, C) float64
+        self._samples = 0
+
+    def add(self, tap: Tap) -> None:
+        """Add a batch of images, by the record of its forward pass."""
+        batch = [torch.stack([m.mean.sum(0), (m.var + m.mean.square()).sum(0)]).double() for m in tap.moments]
+        self._sums = [a + b for a, b in zip(self._sums, batch, strict=True)] if self._sums else batch
+        self._layers, self._samples = list(tap.layers), self._samples + tap.samples
+
+    def distances(self) -> list[float]:
+        """Return the distance of each layer, in order of execution; infinite if it is not finite."""
+        distances = []
+        for layer, sums in zip(self._layers, self._sums, strict=True):
+            expected, std = running_statistics(layer)
+            mean, square = sums / self._samples
+            own_std = ((square - mean.square()).clamp_min(0) + layer.eps).sqrt()
+            distance = torch.hypot((mean - expected) / std, (own_std / std).log()).median()
+            distances.append(float(distance.nan_to_num(math.inf)))
+        return distances
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import copy
 import math
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from calib.bn_statistics import tap_batchnorm, within_class_diversity
+from calib.bn_statistics import DistanceMeter, tap_batchnorm, within_class_diversity
 from calib.calibration_set import CalibrationSet
 from calib.generator import ClassSampler
 from calib.refine import RefineConfig, refine, survives_flip
@@ -74,6 +75,8 @@ class Synthesis:
             None if no class has two images.
         flip: whether mirrored images have the same class.
         losses: each term by step.
+        statistics_distance: how far the images' BatchNorm statistics are from the running ones in the median layer;
+            see `DistanceMeter`.
     """
 
     calibration: CalibrationSet
@@ -81,6 +84,7 @@ class Synthesis:
     within_class_diversity: float | None
     flip: bool
     losses: History
+    statistics_distance: float
 
 
 def synthesize(
@@ -135,9 +139,9 @@ def synthesize(
     images = images.half().float()  # the precision in which they are stored
     if not bool(images.isfinite().all()):
         raise SynthesisError("synthesis diverged: the images have values that are not finite; lower the learning rates")
-    top1, diversity = _judge(teacher, images, labels, config.generator.batch_size)
+    top1, diversity, distance = _judge(teacher, images, labels, config.generator.batch_size)
     calibration = CalibrationSet(images.cpu(), labels.cpu())
-    return Synthesis(calibration, top1, diversity, flip, losses)
+    return Synthesis(calibration, top1, diversity, flip, losses, distance)
 
 
 @torch.no_grad()
@@ -155,12 +159,16 @@ def _channels_last(teacher: nn.Module, images: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float | None]:
-    """Return the teacher's top-1 (percent), and the diversity of its last BatchNorm layer's inputs within classes."""
-    correct, features = 0, []
+def _judge(teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float | None, float]:
+    """Return the teacher's top-1 (percent), and of BatchNorm inputs the diversity within classes and the distance.
+
+    The diversity is that of the last layer, the distance to the running statistics that of the median layer.
+    """
+    correct, features, meter = 0, [], DistanceMeter()
     with tap_batchnorm(teacher) as tap:
         for batch, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             correct += int((teacher(batch).argmax(1) == targets).sum())
             features.append(tap.moments[-1].mean)
+            meter.add(tap)
     diversity = within_class_diversity(torch.cat(features), labels) if len(labels.unique()) < len(labels) else None
-    return 100 * correct / len(labels), diversity
+    return 100 * correct / len(labels), diversity, median(meter.distances())

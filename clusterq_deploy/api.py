@@ -7,6 +7,7 @@
 `Pipeline` is the resumable shell around the same functions.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calib.bn_statistics import never_trained
 from calib.calibration_set import CalibrationSet
 from calib.refine import survives_flip
 from calib.support.progress import SILENT, Progress
@@ -30,11 +32,14 @@ from clusterq_deploy.models.loading import count_classes, require_batchnorm
 from clusterq_deploy.oom import retry_on_oom
 from clusterq_deploy.quantization import BitWidths, FinetuneConfig, Student, make_student
 from clusterq_deploy.quantization.grid import Cpu
+from clusterq_deploy.report.text import statistics_warning
 from clusterq_deploy.runtimes.runners import TorchRunner
 from clusterq_deploy.stages.quantize import in_smaller_batches, tune
 from clusterq_deploy.stages.synthesize import synthesize_in_memory
 
 __all__ = ["export", "quantize", "synthesize"]
+
+logger = logging.getLogger(__name__)
 
 
 def synthesize(
@@ -73,6 +78,8 @@ def synthesize(
         rng=lambda: torch.Generator(device).manual_seed(seed),
         progress=progress,
     )
+    if warning := statistics_warning(synthesis.statistics_distance, new=never_trained(teacher)):
+        logger.warning("%s: %s", name, warning)
     provenance = {"seed": seed, "input": spec.model_dump(mode="json"), "synthesis": settings.model_dump(mode="json")}
     return replace(synthesis.calibration, provenance=provenance)
 

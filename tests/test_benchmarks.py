@@ -219,6 +219,13 @@ def test_pages_in_the_docs_are_those_of_the_results() -> None:
     assert coverage.PAGE.read_text() == page, "run python benchmarks/coverage.py --table"
 
 
+def test_coverage_of_timm_asks_for_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = CliRunner().invoke(coverage.main, ["--timm", "--out", str(tmp_path / "coverage.json")])
+    assert result.exit_code == 1
+    assert "timm is not installed, and this project does not need it: pip install timm==" in result.stderr
+
+
 def test_read_cell_reads_a_real_report() -> None:
     report = json.loads((ROOT / "benchmarks/results/digits.json").read_text())
     record, config = read_cell(report, Cell("digits", "w4a4"))

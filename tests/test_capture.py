@@ -18,6 +18,7 @@ from clusterq_deploy.errors import GraphError, ModelError
 from clusterq_deploy.models.capture import capture, logits_only, relative_difference, require_same
 from clusterq_deploy.models.exported import load_exported
 from clusterq_deploy.quantization import BitWidths, make_student
+from clusterq_deploy.quantization.graph import fold
 from clusterq_deploy.quantization.graph.fold import folded_teacher
 
 
@@ -235,6 +236,29 @@ def test_capture_is_exact_and_folds(name: str) -> None:
     reasons = [reason for reason in student.placement.skipped.values() if reason.startswith("BatchNorm")]
     assert len(reasons) == left
     assert all(" behind it" in reason for reason in reasons)
+
+
+class Amplifying(nn.Module):
+    """A net whose rounding errors are large: it subtracts numbers that are almost equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((self.norm(self.stem(x)) - self.norm.bias[:, None, None]).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_folding_tells_rounding_that_a_net_amplifies_from_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Amplifying().eval(), images(3)
+    net.norm.bias.fill_(1e5)
+    graph = captured(net)
+    assert relative_difference(folded_teacher(graph)(x), net(x)) > 1e-3
+    affine_of = fold.affine_of
+    monkeypatch.setattr(fold, "affine_of", lambda norm: (1.01 * affine_of(norm)[0], affine_of(norm)[1]))
+    with pytest.raises(GraphError, match="the folded graph of Amplifying is another function"):
+        folded_teacher(graph)
 
 
 def test_calls_of_one_layer_have_quantizers_each() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 from support import SMALL, Counter, edited_stages, read_files, read_stages, redone, small_config
+from torch import nn
 
 from calib.support.flops import pass_cost
 from clusterq_deploy import Pipeline, read_report
@@ -16,9 +18,11 @@ from clusterq_deploy.config.run_config import make_config
 from clusterq_deploy.config.toml import read_settings
 from clusterq_deploy.errors import ConfigError, DataError, GraphError, RunDirectoryError
 from clusterq_deploy.files import sha256_file
+from clusterq_deploy.models import load_model
 from clusterq_deploy.models.digits import HELD_OUT
 from clusterq_deploy.quantization import BitWidths
-from clusterq_deploy.results.report import Artifact
+from clusterq_deploy.report import text
+from clusterq_deploy.results.report import Artifact, Report
 from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.run.run import resolve_device
 from clusterq_deploy.runtimes.tensorrt import unavailable_reason
@@ -309,6 +313,69 @@ def test_run_without_data_reports_agreement_on_held_out_synthetic_images(tmp_pat
 
 
 # ---- what is refused, and what is left out ----
+
+
+def synthesized(out: Path, **settings: object) -> Report:
+    """Make images and return the report of that."""
+    pipeline = Pipeline(small_config(**settings), out, command=["clusterq", "synthesize"])
+    pipeline.synthesize()
+    return pipeline.report()
+
+
+def permuted(layer: nn.BatchNorm2d) -> None:
+    """Give each channel of a layer the statistics of another one."""
+    for statistic in (layer.running_mean, layer.running_var):
+        statistic.copy_(statistic.roll(len(statistic) // 2))
+
+
+def renewed(layer: nn.BatchNorm2d) -> None:
+    """Give all channels of a layer the statistics of a new one."""
+    layer.reset_running_stats()
+
+
+def almost_renewed(layer: nn.BatchNorm2d) -> None:
+    """Give all channels of a layer the statistics of a new one, except a few."""
+    layer.reset_running_stats()
+    layer.running_var[0] = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (None, None),
+        (permuted, "the BatchNorm statistics hardly belong to the weights: half of the layers are"),
+        (almost_renewed, "the BatchNorm statistics hardly belong to the weights: half of the layers are"),
+        (renewed, "the BatchNorm statistics are those of new layers"),
+    ],
+)
+def test_synthesis_warns_once_of_statistics_that_are_not_those_of_the_weights(
+    change: Callable[[nn.BatchNorm2d], None] | None,
+    expected: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = load_model("digits", device=torch.device("cpu")).original
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d) and change:
+            change(layer)
+    weights = tmp_path / "net.pt"
+    torch.save(net.state_dict(), weights)
+    report = synthesized(tmp_path / "out", weights=str(weights))
+    lines = [message for message in caplog.messages if "BatchNorm statistics" in message]
+    assert [line.startswith(f"digits: {expected}") for line in lines] == [True] * (expected is not None)
+    caveats = [sentence for sentence in text.caveats(report) if "BatchNorm" in sentence]
+    assert [f"digits: t{caveat.removeprefix('T').removesuffix('.')}" for caveat in caveats] == lines
+
+
+def test_run_says_that_the_model_answers_with_probabilities(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ending = "    def forward(self, x):\n        return super().forward(x).softmax(1)\n\n\n"
+    make = "def make():\n    net = Net()\n    net.load_state_dict(digits().state_dict())\n    return net.eval()"
+    model = digits_module(tmp_path, f"{ending}{make}")
+    report = synthesized(tmp_path / "out", model=model)
+    (line,) = [message for message in caplog.messages if "probabilities" in message]
+    assert line.startswith(f"{model} ends in a softmax: ")
+    assert report.model.probabilities == "softmax"
+    assert report.calibration.teacher_top1 > 20  # by its logits, as the bundled model
 
 
 def test_run_refuses_wrong_input_before_any_work(tmp_path: Path) -> None:

@@ -353,10 +353,11 @@ def test_finetune_config_scaled_to_widths() -> None:
     assert eight.scale_learning_rate < config.scale_learning_rate
 
 
-def test_load_student_restores_student(tmp_path: Path) -> None:
-    student, path = calibrated("mobile", "w5a6", quantize_first_last=True), tmp_path / "quantized.safetensors"
+@pytest.mark.parametrize("net", ["mobile", "branches"])
+def test_load_student_restores_student(net: str, tmp_path: Path) -> None:
+    student, path = calibrated(net, "w5a6", quantize_first_last=True), tmp_path / "quantized.safetensors"
     path.write_bytes(student.to_bytes({"seed": 3}))
-    again, provenance = load_student(path, captured("mobile"))
+    again, provenance = load_student(path, captured(net))
     assert (again.bits, again.quantize_first_last, provenance) == (BitWidths(5, 6), True, {"seed": 3})
     with torch.no_grad():
         assert torch.equal(again(images()), student(images()))

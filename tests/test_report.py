@@ -296,6 +296,32 @@ def test_report_says_how_labels_were_read_and_that_they_hardly_belong_to_the_cla
     assert not any("belong together" in caveat for caveat in text.caveats(untrained))
 
 
+@pytest.mark.parametrize(
+    ("calibration", "expected"),
+    [
+        ({"statistics_distance": 3.14159}, "half of the layers are 3.1 standard deviations or more away"),
+        ({"statistics_distance": 0.9, "new_statistics": True}, "are those of new layers (mean 0, variance 1)"),
+        ({"statistics_distance": 0.31}, None),
+        ({}, None),  # an older report
+    ],
+)
+def test_report_says_that_batchnorm_statistics_are_not_those_of_the_weights(
+    calibration: dict[str, object], expected: str | None
+) -> None:
+    report = build(calibration=calibration)
+    for page in both(report):
+        assert ("The BatchNorm statistics" in page) == (expected is not None)
+        assert expected is None or expected in page
+    untrained = report.model_copy(update={"model": report.model.model_copy(update={"weights": "random (seed 0)"})})
+    assert not any("BatchNorm" in caveat for caveat in text.caveats(untrained))
+
+
+def test_report_says_that_the_model_answers_with_probabilities() -> None:
+    assert not any("probabilities" in note for note in text.notes(build()))
+    for page in both(build(model={"probabilities": "softmax"})):
+        assert "The model ends in a softmax" in page
+
+
 def test_suggested_speedup_is_marked_if_unsteady(page: str) -> None:
     unsteady = to_html(build(variants=[with_latency(FP32, coefficient_of_variation=0.2), W8A8, W4A4]))
     assert f"<dd>~3.28{TIMES}</dd>" in unsteady

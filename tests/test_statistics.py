@@ -1,5 +1,7 @@
 """Statistics of BatchNorm inputs and the losses on them, against plain formulas."""
 
+import math
+
 import pytest
 import torch
 from nets import images, make_net
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from calib.bn_statistics import (
     Centroids,
+    DistanceMeter,
     Moments,
     Tap,
     batchnorm_layers,
@@ -45,6 +48,22 @@ def test_never_trained_is_true_only_for_the_statistics_of_new_layers() -> None:
     assert never_trained(net)
     net[1].running_mean[1] = 0.1
     assert not never_trained(net)
+
+
+def test_distance_is_that_of_the_median_channel_over_all_batches() -> None:
+    x = draw(40, 3, 5, 5) * torch.tensor([1.0, 3.0, 9.0]).view(1, 3, 1, 1) + 2
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).eval()
+    net[0].running_mean.copy_(torch.tensor([1.9, 5.0, 2.0]))  # 0.1, 1 and 0 deviations away
+    net[0].running_var.copy_(torch.tensor([1.0, 9.0, 81.0 * math.e**4]))  # the last is too wide by e^2
+    net[1].running_mean[:] = math.nan
+    meter = DistanceMeter()
+    with tap_batchnorm(net) as tap:
+        for batch in x.split(16):  # the last one has fewer images
+            net(batch)
+            meter.add(tap)
+    first, second = meter.distances()
+    assert first == pytest.approx(1, abs=0.05)
+    assert second == math.inf
 
 
 def test_pool_and_batch_equal_statistics_of_the_pixels() -> None:

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,7 +31,7 @@ _FIXED_BATCH = 37  # for a program whose batch torch.export cannot leave free: a
 @contextmanager
 def logits_only(*graphs: nn.Module) -> Iterator[None]:
     """Compute logits with captured graphs that end in probabilities: a loss needs them, the classes are the same."""
-    ends = [module for graph in graphs for module in graph.modules() if isinstance(module, Probabilities)]
+    ends = [end for graph in graphs for end in _ends(graph)]
     for end in ends:
         end.enabled = False
     try:
@@ -38,6 +39,15 @@ def logits_only(*graphs: nn.Module) -> Iterator[None]:
     finally:
         for end in ends:
             end.enabled = True
+
+
+def probabilities_of(graph: nn.Module) -> Literal["softmax", "sigmoid"] | None:
+    """Return the function at the end of a captured graph that makes probabilities of logits; None if there is none."""
+    return next((end.function for end in _ends(graph)), None)
+
+
+def _ends(graph: nn.Module) -> list[Probabilities]:
+    return [module for module in graph.modules() if isinstance(module, Probabilities)]
 
 
 def capture(model: nn.Module, size: tuple[int, int, int]) -> fx.GraphModule:

@@ -1,5 +1,6 @@
 """Load a model of any source into one checked form."""
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from calib.support.errors import NoBatchNormError
 from clusterq_deploy.errors import ModelError, UnknownModelError, WeightsError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.models import digits, sources
-from clusterq_deploy.models.capture import capture, device_of
+from clusterq_deploy.models.capture import capture, device_of, probabilities_of
 from clusterq_deploy.models.checkpoints import read_weights
 from clusterq_deploy.models.inputs import InputSpec, input_spec, label_names
 from clusterq_deploy.models.registry import BUNDLED, torchvision_names
 from clusterq_deploy.models.weights import digest, expected_tensors, first_line, fit_state
+
+logger = logging.getLogger(__name__)
 
 _TIMM = "timm:"
 _RANDOM = "none"
@@ -58,7 +61,15 @@ class LoadedModel:
             GraphError: it cannot be captured, or BatchNorm normalizes by the batch.
         """
         with _isolated():
-            return capture(self.original, self.input.size)
+            graph = capture(self.original, self.input.size)
+        if end := probabilities_of(graph):
+            logger.warning(
+                "%s ends in a %s: images are made and students tuned by the logits in front of it; graphs answer with "
+                "probabilities, as the model does",
+                self.name,
+                end,
+            )
+        return graph
 
     @property
     def parameters(self) -> int:

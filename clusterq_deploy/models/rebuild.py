@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,11 @@ class Probabilities(nn.Module):
     def __init__(self, operation: Any, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self.operation, self.arguments, self.enabled = operation, arguments, True
+
+    @property
+    def function(self) -> Literal["softmax", "sigmoid"]:
+        """The function that makes the probabilities."""
+        return "sigmoid" if self.operation is aten.sigmoid.default else "softmax"
 
     def forward(self, logits: Tensor) -> Tensor:
         """Return probabilities for logits (N, classes), or the logits themselves."""
@@ -233,6 +238,7 @@ class Rebuild:
             bias = torch.zeros_like(mean) if bias is None else bias
         layer = kind(len(mean), eps=eps, momentum=momentum, affine=weight is not None, device="meta")
         tensors = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+        tensors["num_batches_tracked"] = mean.new_zeros((), dtype=torch.long)  # torch's loading would add it
         called = self._call(node, parameters[2], layer, self.values[x], **tensors)
         called.meta["shape"] = self._shape(x)
         return called
@@ -245,8 +251,6 @@ class Rebuild:
             elif value is not None:
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
                 setattr(layer, key, parameter)
-        if "num_batches_tracked" in layer._buffers:
-            layer._buffers["num_batches_tracked"] = None
         name = self._layer_name(node, named)
         self._add_module(name, layer.eval())
         called = self.graph.create_node("call_module", name, (x,), name=name.replace(".", "_"))

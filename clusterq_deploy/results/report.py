@@ -41,13 +41,17 @@ class Environment(Record):
 
 
 class ModelInfo(Record):
-    """The teacher: `input_size` is (channels, height, width); `weights` describes its weights in words."""
+    """The teacher: `input_size` is (channels, height, width); `weights` describes its weights in words.
+
+    `probabilities` is the function at its end that makes probabilities of logits; None if it answers with logits.
+    """
 
     name: str
     parameters: Count
     input_size: tuple[int, int, int]
     classes: Count
     weights: str | None = None
+    probabilities: Literal["softmax", "sigmoid"] | None = None
 
     @property
     def random(self) -> bool:
@@ -61,6 +65,10 @@ class CalibrationInfo(Record):
     `within_class_diversity` is measured at the inputs of the teacher's last BatchNorm; for `silhouette` see
     `FeatureSet`. `losses` has the training curves, a value per recorded step. The batches of synthesis were divided by
     `batch_divisor` to fit the memory. `preview_classes` has a number, and a name if known, per column of the preview.
+
+    `statistics_distance` is how far the images are from the running statistics of the median BatchNorm layer, in
+    standard deviations; None in older reports. `new_statistics` says that these are the ones of new layers, mean 0
+    and variance 1.
     """
 
     images: Count
@@ -72,6 +80,8 @@ class CalibrationInfo(Record):
     losses: dict[str, list[float]] = Field(default_factory=dict)
     batch_divisor: int = 1
     preview_classes: list[str] = Field(default_factory=list)
+    statistics_distance: float | None = None
+    new_statistics: bool = False
 
 
 class ImageNote(Record):

@@ -29,7 +29,10 @@ class StageResult(Record):
 
 
 class SynthesisResult(StageResult):
-    """The calibration set; see `CalibrationInfo`. `flip` says whether its images keep their class when mirrored."""
+    """The calibration set; see `CalibrationInfo`, and `ModelInfo` for `probabilities`.
+
+    `flip` says whether its images keep their class when mirrored.
+    """
 
     images: Count
     teacher_top1: Percent
@@ -38,6 +41,9 @@ class SynthesisResult(StageResult):
     recipe: str
     losses: dict[str, list[float]]
     batch_divisor: int = 1
+    statistics_distance: float | None = None
+    new_statistics: bool = False
+    probabilities: Literal["softmax", "sigmoid"] | None = None
 
 
 class Divergence(Record):

@@ -38,6 +38,7 @@ def write_report(run: Run) -> Report:
 def assemble(run: Run) -> Report:
     """Return the report of the finished stages."""
     model, commands = run.model, run.directory.commands or [run.command]
+    synthesis = run.finished(Stage(synthesize))
     timing, compared = run.finished(Stage(benchmark)), run.finished(Stage(features))
     if compared and compared.result.inputs != run.data_inputs:
         compared = None  # the real images are others by now
@@ -55,6 +56,7 @@ def assemble(run: Run) -> Report:
             input_size=model.input.size,
             classes=model.classes,
             weights=model.weights,
+            probabilities=synthesis.result.probabilities if synthesis else None,
         ),
         calibration=_calibration(run, compared),
         evaluation=_evaluation(run),

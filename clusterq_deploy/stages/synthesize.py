@@ -16,8 +16,9 @@ from calib.synthesis import Synthesis, SynthesisConfig
 from calib.synthesis import synthesize as make_images
 from clusterq_deploy.lowering import VERIFIED_IMAGES
 from clusterq_deploy.models import InputSpec
-from clusterq_deploy.models.capture import logits_only, require_same
+from clusterq_deploy.models.capture import logits_only, probabilities_of, require_same
 from clusterq_deploy.oom import retry_on_oom
+from clusterq_deploy.report.text import statistics_warning
 from clusterq_deploy.results.stages import SynthesisResult
 from clusterq_deploy.run.run import IMAGES, PREVIEW, Run
 from clusterq_deploy.run.stage import AnyStage, Json, Needs
@@ -40,12 +41,10 @@ def inputs(run: Run, _: AnyStage) -> Json:
 def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
     """Make the images in batches that fit the memory."""
     settings, spec = run.config.synthesis, run.model.input
-    if run.config.weights != "none" and never_trained(run.model.module):
-        logger.warning(
-            "the BatchNorm statistics of %s are those of new layers (mean 0, variance 1): nothing was learned from "
-            "data, and the images imitate nothing; are these the trained weights?",
-            run.model.name,
-        )
+    is_trained = run.config.weights != "none"
+    new = never_trained(run.model.module)
+    if is_trained and new:
+        logger.warning("%s: %s", run.model.name, statistics_warning(None, new=True))
     synthesis, divisor = synthesize_in_memory(
         run.model.module,
         spec,
@@ -55,6 +54,9 @@ def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
         progress=run.progress,
         checkpoint=lambda divisor: run.checkpoint(stage, divisor),
     )
+    distance = synthesis.statistics_distance
+    if is_trained and not new and (warning := statistics_warning(distance, new=False)):
+        logger.warning("%s: %s", run.model.name, warning)
     provenance = run.provenance("calibration", synthesis=settings.model_dump(mode="json"))
     calibration = replace(synthesis.calibration, provenance=provenance)
     sample = calibration.images[:VERIFIED_IMAGES].to(run.device)
@@ -70,6 +72,9 @@ def work(run: Run, stage: AnyStage) -> tuple[SynthesisResult, list[str]]:
         recipe=settings.recipe,
         losses=synthesis.losses,
         batch_divisor=divisor,
+        statistics_distance=distance,
+        new_statistics=new,
+        probabilities=probabilities_of(run.model.module),
     )
     return result, files
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from clusterq_deploy.lowering import (
     student_graphs,
     target_of,
     to_fp16,
+    to_tensorrt_rtx,
     verify,
 )
 from clusterq_deploy.lowering.graphs import _float_layers
@@ -133,11 +135,15 @@ def test_export_graph_names_modules_and_no_source_files(graph_format: GraphForma
             assert trace.encode() not in graph.SerializeToString()
 
 
+@pytest.mark.parametrize("convert", [to_fp16, to_tensorrt_rtx])
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
 @pytest.mark.parametrize("name", NETS)
-def test_to_fp16_converts_what_is_not_quantized(name: str, bits: str) -> None:
+def test_to_fp16_converts_what_is_not_quantized(
+    name: str, bits: str, convert: Callable[[onnx.ModelProto], onnx.ModelProto]
+) -> None:
     student, graph = graph_of(name, "tensorrt", bits)
-    fp16 = to_fp16(graph)
+    fp16 = convert(graph)
+    assert convert(fp16) is fp16 or convert is to_fp16
     assert check_tensorrt(fp16) == []
     assert types(fp16)[TensorProto.FLOAT] == 0
     assert types(fp16)[TensorProto.INT8] == types(graph)[TensorProto.INT8]
@@ -146,6 +152,27 @@ def test_to_fp16_converts_what_is_not_quantized(name: str, bits: str) -> None:
     sites = compare_integers(fp16, student, BATCH[:16].numpy(), graph_format="tensorrt")
     require_same_integers(sites, name=name)
     assert sum(site.ties for site in sites) <= 0.05 * sum(site.values for site in sites)
+    if convert is to_tensorrt_rtx:
+        makers, shapes = producers(fp16), {tensor.name: len(tensor.dims) for tensor in fp16.graph.initializer}
+        convolutions = [node for node in fp16.graph.node if node.op_type == "Conv"]
+        assert {(len(node.input), shapes[makers[node.input[1]].input[1]]) for node in convolutions} == {(2, 0)}
+
+
+def test_to_tensorrt_rtx_keeps_sums_within_fp16() -> None:
+    """A channel with a large step next to one with large sums: the whole weight's step is what the sums allow."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        net[0].weight[0] = 1.0
+        net[0].weight[1] = 0.0
+        net[0].weight[1, 0, 0, 0] = 1e4
+    student = calibrated(net, "w8a8")
+    graph = lower(export_graph(student, SIZE), student, "tensorrt")
+    spelled = to_tensorrt_rtx(graph)
+    expected, logits = (infer(g, images(4).numpy()) for g in (graph, spelled))
+    np.testing.assert_allclose(logits, expected, rtol=0.01)  # ONNX Runtime's CPU provider does not round to FP16
+    step, read, rows = (stored(spelled, name) for name in ("conv2d.step", "input_1.scale", "0.weight.integers"))
+    widest = float(step) * float(read) * 128 * np.abs(rows.astype(float)).sum((1, 2, 3)).max()
+    assert widest == pytest.approx(np.finfo(np.float16).max, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -1,6 +1,6 @@
 """Make the ONNX graphs that targets run from a quantized torch model: trace, lower, verify, check."""
 
-from clusterq_deploy.lowering.fp16 import fp16_baseline, to_fp16
+from clusterq_deploy.lowering.fp16 import fp16_baseline, to_fp16, to_tensorrt_rtx
 from clusterq_deploy.lowering.graphs import (
     FLOAT_FILE,
     FP16_FILE,
@@ -40,5 +40,6 @@ __all__ = [
     "student_graphs",
     "target_of",
     "to_fp16",
+    "to_tensorrt_rtx",
     "verify",
 ]

@@ -53,6 +53,77 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(proto)
 
 
+def to_tensorrt_rtx(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph lowered for TensorRT, spelled so that TensorRT-RTX's INT8 convolutions write FP16.
+
+    They write FP32, for another kernel to read, wherever a weight has a step per output channel. Here it has one step;
+    a factor per channel and the bias follow the convolution, in FP16, where they are one kernel with the activation
+    and the next quantizer. It is the same function up to FP16's rounding. `model` is not changed.
+
+    Raises:
+        ExportError: as for `to_fp16`.
+    """
+    if computes_in_fp16(model):
+        return model
+    spelled = ir.from_proto(model)
+    for node in list(spelled.graph):
+        if node.op_type == "Conv":
+            _factor_steps(spelled.graph, node)
+    RemoveUnusedNodesPass()(spelled)
+    return to_fp16(ir.to_proto(spelled))
+
+
+def _factor_steps(graph: ir.Graph, layer: ir.Node) -> None:
+    """Give a convolution's weight one step, and put factors per output channel and the bias behind it."""
+    weight, read = dequantized(operand(layer, 1)), dequantized(operand(layer, 0))
+    bias = None if operand(layer, 2) is None else constant(layer, 2)
+    if (
+        weight is None
+        or read is None
+        or weight.scale is None
+        or read.scale is None
+        or weight.kind is not ir.DataType.INT8
+    ):
+        return
+    integers = convenience.get_const_tensor(weight.source)
+    fits = (
+        weight.scale.ndim == 1
+        and weight.axis == 0
+        and read.scale.size == 1
+        and (operand(layer, 2) is None) == (bias is None)
+    )
+    if integers is None or integers.dtype is not ir.DataType.INT8 or not fits:
+        return
+    rows = np.abs(integers.numpy().astype(np.float64)).reshape(len(weight.scale), -1).sum(1)
+    most = 128 * float(read.scale.item()) * rows.max(initial=0)  # that it can write at a step of 1
+    step = min(float(weight.scale.max()), _LARGEST / most) if most else float(weight.scale.max())
+    name, shape = str(layer.outputs[0].name), (1, -1, *[1] * (len(integers.shape) - 2))
+    stored = [
+        weight.source,
+        store(graph, f"{name}.step", np.array(step, np.float32)),
+        store(graph, f"{name}.step_zero", np.array(0, np.int8)),
+    ]
+    whole = ir.node("DequantizeLinear", stored, name=f"{name}.weight")
+    graph.insert_before(layer, whole)
+    layer.replace_input_with(1, whole.outputs[0])
+    output, behind = layer.outputs[0], [("Mul", "factors", weight.scale / step)]
+    if bias is not None:
+        layer.resize_inputs(2)
+        behind.append(("Add", "bias", bias))
+    last, readers = layer, [*output.uses()]
+    for operator, what, values in behind:
+        factors = store(graph, f"{name}.{what}", values.astype(np.float32).reshape(shape))
+        node = ir.node(operator, [last.outputs[0], factors], name=f"{name}.{what}.applied")
+        graph.insert_after(last, node)
+        last = node
+    for use in readers:
+        use.node.replace_input_with(use.idx, last.outputs[0])
+    # its readers, and the graph, know the result by the name that the convolution had
+    last.outputs[0].name, output.name = name, f"{name}.unscaled"
+    if output.is_graph_output():
+        graph.outputs[list(graph.outputs).index(output)] = last.outputs[0]
+
+
 def fp16_baseline(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """Return the same network entirely in FP16, as a baseline for an INT8 engine's time, not for its accuracy.
 

@@ -259,9 +259,10 @@ def _gpu(index: int) -> str:
 
 def _tensorrt() -> Iterator[Finding]:
     """Test TensorRT, whose builder may crash the process; the doctor adds the remedy, which depends on the driver."""
-    from clusterq_deploy.runtimes.tensorrt.gpu import gpu_problem, start_builder, tensorrt_problem
+    from clusterq_deploy.runtimes.tensorrt.gpu import gpu_problem, start_builder
+    from clusterq_deploy.runtimes.tensorrt.library import library_problem
 
-    if problem := tensorrt_problem():
+    if problem := library_problem():
         yield replace(TENSORRT, found=problem)
     elif problem := gpu_problem():
         yield replace(TENSORRT, found=problem, remedy=_SEE_GPU)

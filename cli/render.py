@@ -154,11 +154,16 @@ def print_report(report: "Report", out: Path) -> None:
 
 def conclusions(report: "Report") -> list[str]:
     """Return what to deploy in each runtime, what makes that uncertain, and the images that could not be read."""
-    from clusterq_deploy.report import text
+    from clusterq_deploy.report import plans, text
     from clusterq_deploy.report.analysis import verdicts
 
     sentences = [text.sentence(verdict, report.evaluation.labelled) for verdict in verdicts(report)]
-    return [*sentences, *text.caveats(report), *filter(None, [text.unreadable_note(report)])]
+    return [
+        *sentences,
+        *plans.plan_sentences(report),
+        *text.caveats(report),
+        *filter(None, [text.unreadable_note(report)]),
+    ]
 
 
 def print_plan(plan: "Plan") -> None:

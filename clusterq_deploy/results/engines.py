@@ -125,10 +125,11 @@ class EnginePlan(Record):
 
     Attributes:
         engine: the engine's path in the run directory.
+        release: that of TensorRT-RTX; `targets` are the families of GPUs that the engine is for.
         kernels: their number, without events and computations of shapes; 0 if the table cannot be read.
         convolutions: the kernels that are convolutions; `convolutions_int8` of them read INT8.
         convolutions_write: the number of convolutions by the type that they write.
-        requantizations: kernels that only follow a convolution or matrix product in INT8, and write INT8 again.
+        requantizations: separate kernels that make INT8 again of what a convolution or matrix product in INT8 wrote.
         padded_channels: channels of convolutions' inputs and outputs that the graph does not have.
         bytes_in, bytes_out: activations that all kernels read and write per image, without weights.
         layers: the kernels, in order.
@@ -136,6 +137,8 @@ class EnginePlan(Record):
     """
 
     engine: str
+    release: str = ""
+    targets: list[str] = Field(default_factory=list)
     kernels: int = 0
     convolutions: int = 0
     convolutions_int8: int = 0

@@ -88,7 +88,7 @@ def build_engine(
             serialized: trt.IHostMemory | None = _build(builder, network, options, progress)
             if not serialized:
                 raise failure(f"{title()} cannot build {source}")
-            plan = _plan(onnx_path, engine_path.name, batch) if config.rtx else None
+            plan = _plan(onnx_path, engine_path.name, config, batch) if config.rtx else None
             advance()
 
     if batch != config.batch and "batch" in config.model_fields_set and derived_from is None:
@@ -118,14 +118,15 @@ def build_engine(
     return info
 
 
-def _plan(onnx_path: Path, engine: str, batch: tuple[int, int, int]) -> EnginePlan:
+def _plan(onnx_path: Path, engine: str, config: BuildConfig, batch: tuple[int, int, int]) -> EnginePlan:
     """Return the kernels of the engine that was built last; if they cannot be read, a record that says why."""
     only = batch[0] if batch[0] == batch[2] else 1
     try:
-        return plan_of(tensorrt_log().layers, convolution_channels(read_graph(onnx_path)), engine=engine, batch=only)
+        plan = plan_of(tensorrt_log().layers, convolution_channels(read_graph(onnx_path)), engine=engine, batch=only)
     except (EngineError, ExportError) as error:
         logger.warning("%s: %s", engine, error)
-        return EnginePlan(engine=engine, notes=[f"{error}."])
+        plan = EnginePlan(engine=engine, notes=[f"{error}."])
+    return plan.model_copy(update={"release": str(trt.__version__), "targets": list(config.rtx)})
 
 
 def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report
     from clusterq_deploy.report.tables import Table as ReportTable
+    from clusterq_deploy.results.engines import Compilation
 
 
 class LiveProgress:
@@ -164,6 +165,21 @@ def conclusions(report: "Report") -> list[str]:
         *text.caveats(report),
         *filter(None, [text.unreadable_note(report)]),
     ]
+
+
+def compiled(compilation: "Compilation") -> str:
+    """Return what TensorRT-RTX made of a graph, in one line."""
+    plan = compilation.plan
+    if plan is None:
+        return "TensorRT-RTX refuses it"
+    if not plan.kernels:
+        return f"TensorRT-RTX {plan.release} builds it; {' '.join(plan.notes)}"
+    writing = f", writing {', '.join(plan.convolutions_write)}" if plan.convolutions else ""
+    return (
+        f"TensorRT-RTX {plan.release} builds it for {', '.join(plan.targets)}: {plan.kernels} kernels, "
+        f"{plan.convolutions_int8} of {plan.convolutions} convolutions in INT8{writing}; {plan.requantizations} "
+        f"requantizations; {plan.bytes_moved:,} bytes of activations read and written per image"
+    )
 
 
 def print_plan(plan: "Plan") -> None:

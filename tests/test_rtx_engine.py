@@ -1,7 +1,9 @@
 """Engines of TensorRT-RTX that are built ahead of time, with the real parser and compiler, which need no GPU."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import tomllib
@@ -9,25 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from graphs import graph_of
+from graphs import graph_of, needs_compiler
 from nets import digits
-from onnx import TensorProto, helper
-from support import error_line, json_of
+from onnx import TensorProto, helper, numpy_helper
+from support import call, error_line, json_of, output_of
 from tensorrt_double import World, open_engine
 
 from calib.support.progress import SILENT, Advance
+from cli.main import main
 from clusterq_deploy.errors import EngineError, ExportError, TensorRTMissing
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.lowering import float_graphs
 from clusterq_deploy.results.engines import EnginePlan
 from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine, read_sidecar, unavailable_reason
+from clusterq_deploy.runtimes.tensorrt.compile import compile_graph
 from clusterq_deploy.runtimes.tensorrt.kernels import convolution_channels, plan_of
-from clusterq_deploy.runtimes.tensorrt.library import library_problem
+from clusterq_deploy.runtimes.tensorrt.library import RTX_DEFAULT, library_problem
 
-real = pytest.mark.skipif(library_problem("tensorrt_rtx") is not None, reason=str(library_problem("tensorrt_rtx")))
-AMPERE = BuildConfig(rtx=("sm80", "sm86", "sm89", "sm120"))
+AMPERE = BuildConfig(rtx=RTX_DEFAULT)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def build(graph: Path, folder: Path, config: BuildConfig = AMPERE) -> EnginePlan
     return info.plan
 
 
-@real
+@needs_compiler
 @pytest.mark.parametrize("name", ["fp32", "fp16", "w8a8"])
 def test_build_engine_writes_an_engine_for_several_gpus_without_any(
     name: str, graphs: dict[str, Path], tmp_path: Path
@@ -71,7 +75,7 @@ def test_build_engine_writes_an_engine_for_several_gpus_without_any(
     assert plan.bytes_moved == sum(layer.bytes_in + layer.bytes_out for layer in plan.layers)
 
 
-@real
+@needs_compiler
 def test_plan_of_half_precision_moves_half_the_bytes(graphs: dict[str, Path], tmp_path: Path) -> None:
     single, half = (build(graphs[name], tmp_path) for name in ("fp32", "fp16"))
     assert set(single.convolutions_write) == {"FP32"}
@@ -79,7 +83,7 @@ def test_plan_of_half_precision_moves_half_the_bytes(graphs: dict[str, Path], tm
     assert half.bytes_moved < 0.6 * single.bytes_moved
 
 
-@real
+@needs_compiler
 def test_plan_counts_bytes_of_one_image_of_a_fixed_batch(tmp_path: Path) -> None:
     moved = []
     for batch in ("batch", 1, 4):
@@ -95,7 +99,7 @@ def test_plan_counts_bytes_of_one_image_of_a_fixed_batch(tmp_path: Path) -> None
     assert moved == [2 * 4 * 8 * 4 * 4] * 3
 
 
-@real
+@needs_compiler
 def test_build_engine_names_what_the_parser_refuses(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Foo", ["x"], ["y"], "odd", doc_string="net.py(3)")],
@@ -113,7 +117,7 @@ def test_build_engine_names_what_the_parser_refuses(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
 
 
-@real
+@needs_compiler
 def test_turing_builds_fp16_and_refuses_float32_in_one_line(graphs: dict[str, Path], tmp_path: Path) -> None:
     turing = BuildConfig(rtx=("sm75",))
     assert build(graphs["fp16"], tmp_path, turing).kernels
@@ -133,7 +137,7 @@ class Interrupting:
         yield lambda n=1, **figures: None
 
 
-@real
+@needs_compiler
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_cancels_the_compiler_and_leaves_nothing(graphs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -234,7 +238,7 @@ def test_convolution_channels_are_those_of_the_graph() -> None:
     assert all(0 < number < 1000 for ends in channels.values() for number in ends)
 
 
-@real
+@needs_compiler
 def test_build_command_builds_a_file_and_its_baseline_ahead_of_time(graphs: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(graphs["w8a8"].read_bytes())
@@ -244,7 +248,7 @@ def test_build_command_builds_a_file_and_its_baseline_ahead_of_time(graphs: dict
     assert read_sidecar(Path(half["engine"])).options.rtx == ("sm89",)
 
 
-@real
+@needs_compiler
 def test_build_command_builds_a_runs_engines_once_and_the_report_has_their_plans(run_copy: Path) -> None:
     rows = json_of("build", run_copy, "--rtx", "sm86,sm89")
     engines = {row["engine"]: (run_copy / row["engine"]).stat().st_mtime_ns for row in rows}
@@ -274,7 +278,7 @@ def test_build_command_builds_a_runs_engines_once_and_the_report_has_their_plans
     assert read_sidecar(run_copy / "w4a4/model.rtx.engine").options.rtx == ("sm120",)
 
 
-@real
+@needs_compiler
 def test_turing_needs_graphs_in_fp16(run_copy: Path) -> None:
     assert "--rtx sm75 (Turing) multiplies no float32 matrices" in error_line("build", run_copy, "--rtx", "sm75")
     json_of("export", run_copy, "--fp16")
@@ -290,3 +294,57 @@ def test_build_command_refuses_unknown_gpus_in_one_line(value: str, tmp_path: Pa
     line = error_line("build", tmp_path / "net.onnx", "--rtx", value)
     assert "sm86" in line
     assert value.partition(",")[0] in line
+
+
+@needs_compiler
+def test_check_command_asks_the_compiler(graphs: dict[str, Path], tmp_path: Path) -> None:
+    good = output_of("check", graphs["w8a8"], "--compile")
+    assert "builds it for sm80, sm86, sm89, sm120: " in good
+    assert "convolutions in INT8, writing FP32" in good
+    graph = onnx.load(graphs["w8a8"])
+    zero = next(node for node in graph.graph.node if node.op_type == "QuantizeLinear")
+    graph.graph.initializer.append(numpy_helper.from_array(np.array(3, np.int8), "three"))
+    zero.input[2] = "three"
+    onnx.save(graph, tmp_path / "bad.onnx")
+    result = call("check", tmp_path / "bad.onnx", "--compile", "--json")
+    assert result.exit_code == 1
+    rows = {row["rule"]: row for row in json.loads(result.stdout) if row["severity"] == "error"}
+    assert rows.keys() == {"zero-point", "compile"}
+    assert rows["compile"]["node"] == rows["zero-point"]["node"] == zero.name
+    assert "Non-zero zero point is not supported" in rows["compile"]["message"]
+    assert rows["compile"]["message"].endswith("quantize symmetrically, around 0 (rule zero-point)")
+    assert "TensorRT-RTX refuses it" in call("check", tmp_path / "bad.onnx", "--compile").stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.abort()", "the compiler crashes with signal 6 on this file"),
+        ("import os; os.kill(os.getpid(), 9)", "the compiler crashes with signal 9 on this file"),
+        ("import sys; sys.exit('no more')", "the compiler ends with code 1: no more"),
+    ],
+)
+def test_compile_graph_survives_a_compiler_that_crashes(
+    code: str, message: str, graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run
+    monkeypatch.setattr("subprocess.run", lambda command, **options: run([command[0], "-c", code], **options))
+    (refusal,) = compile_graph(graphs["w8a8"]).refusals
+    assert refusal.reason == message
+    result = call("check", graphs["w8a8"], "--compile")
+    assert result.exit_code == 1
+    assert "TensorRT-RTX refuses it" in result.stdout
+
+
+def test_check_command_says_how_to_install_the_compiler(
+    graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install 'clusterq-deploy[rtx]'" in error_line("check", graphs["w8a8"], "--compile")
+
+
+def test_option_without_a_value_names_the_default_gpus() -> None:
+    (option,) = (param for param in main.commands["build"].params if param.name == "rtx")
+    assert option.flag_value == ",".join(RTX_DEFAULT)

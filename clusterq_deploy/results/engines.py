@@ -154,3 +154,19 @@ class EnginePlan(Record):
     def bytes_moved(self) -> int:
         """Bytes of activations that are read and written per image."""
         return self.bytes_in + self.bytes_out
+
+
+class Refusal(Record):
+    """What a parser or compiler refuses: a node of the graph, its operator, why, and what to do; empty if unknown."""
+
+    node: str = ""
+    operator: str = ""
+    reason: str
+    remedy: str = ""
+
+
+class Compilation(Record):
+    """The answer of TensorRT-RTX's parser and compiler about a graph: what they refuse, or the plan of an engine."""
+
+    refusals: list[Refusal] = Field(default_factory=list)
+    plan: EnginePlan | None = None

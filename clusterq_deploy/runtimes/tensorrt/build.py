@@ -18,9 +18,9 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from calib.support.progress import Advance, Progress
-from clusterq_deploy.errors import EngineError, ExportError, RunDirectoryError
+from clusterq_deploy.errors import EngineError, ExportError, GraphRefused, RunDirectoryError
 from clusterq_deploy.files import read_graph, sha256_file, write_bytes
-from clusterq_deploy.results.engines import EnginePlan
+from clusterq_deploy.results.engines import EnginePlan, Refusal
 from clusterq_deploy.runtimes.tensorrt.gpu import (
     build_problem,
     diagnose,
@@ -29,6 +29,7 @@ from clusterq_deploy.runtimes.tensorrt.gpu import (
     require,
     tensorrt_log,
     title,
+    without_driver,
 )
 from clusterq_deploy.runtimes.tensorrt.kernels import convolution_channels, plan_of
 from clusterq_deploy.runtimes.tensorrt.library import trt, using
@@ -37,6 +38,7 @@ from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, EngineInfo, M
 logger = logging.getLogger(__name__)
 
 _DOC_LENGTH = 160
+_UNNAMED = re.compile(r"Invalid Node - (?:node_of_)?(\S+)")  # of a node without a name the parser reports its output's
 _LOCK_TIMEOUT_S = 30
 _POLL_S = 0.5  # on Windows a wait without a timeout does not notice Ctrl-C
 
@@ -133,8 +135,8 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
     """Parse the graph into the parser's network.
 
     Raises:
-        EngineError: TensorRT cannot; the message has every problem with its node, operator and doc string, and a hint
-            about `source`, the user's file.
+        GraphRefused: the parser cannot; the message has every problem with its node, operator and doc string, and a
+            hint about `source`, the user's file.
     """
     if parser.parse_from_file(str(onnx_path)):
         return
@@ -142,21 +144,24 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
         docs = {node.name: " ".join(node.doc_string.split()) for node in read_graph(onnx_path).graph.node if node.name}
     except ExportError:  # TensorRT's own message describes the problem of the file
         docs = {}
-    problems, descriptions = [], []
+    problems, refusals = [], []
     for index in range(parser.num_errors):
         error: trt.ParserError = parser.get_error(index)
-        name: str = error.node_name()
-        place: str = error.node_operator() or "no operator"
         description: str = error.desc()
+        reason = without_driver(description)
+        name: str = error.node_name() or "".join(_UNNAMED.findall(reason)[:1])
+        operator: str = error.node_operator()
+        place = operator or "no operator"
         if doc := docs.get(name):
             place += f', "{doc}"' if len(doc) <= _DOC_LENGTH else f', "{doc[:_DOC_LENGTH]}..."'
-        descriptions.append(" ".join(description.split()))
-        problems.append(f"{name or 'unnamed node'} ({place}): {descriptions[-1]}")
-    diagnosis = diagnose(descriptions)
+        diagnosis = diagnose([reason])
+        remedy = diagnosis.advice if diagnosis else ""
+        refusals.append(Refusal(node=name, operator=operator, reason=reason, remedy=remedy))
+        problems.append(f"{name or 'unnamed node'} ({place}): {reason}")
     hint = f"clusterq check {source} lists the rules of TensorRT that the graph breaks"
-    raise EngineError(
-        f"{title()} cannot parse {source}: {'; '.join(problems) or 'no reason given'}; "
-        f"{diagnosis.advice if diagnosis else hint}"
+    remedies = [refusal.remedy for refusal in refusals if refusal.remedy]
+    raise GraphRefused(
+        f"{title()} cannot parse {source}: {'; '.join(problems) or 'no reason given'}; {(*remedies, hint)[0]}", refusals
     )
 
 

@@ -18,6 +18,7 @@ from clusterq_deploy.runtimes.tensorrt.library import RTX_TARGETS, TITLES, Libra
 logger = logging.getLogger(__name__)
 
 _LAYERS = "Layers:"
+_DRIVER_CALL = re.compile(r"\s*\[checkMacros\.cpp::catchCudaError\S* Error Code 1: Cuda Runtime \(.*\)")
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,18 @@ def _log(_: Library) -> trt.ILogger:
     return Log()
 
 
+def without_driver(message: str) -> str:
+    """Return a message in one line, without the failed call of a driver that TensorRT-RTX appends if there is none."""
+    line = " ".join(message.split())
+    return line if in_use() == "tensorrt" or torch.cuda.is_available() else _DRIVER_CALL.sub("", line)
+
+
 def failure(message: str, *details: str) -> EngineError:
     """Return an EngineError of one line: what failed, why, and what to do if that is known.
 
     `details` are messages in addition to the errors that TensorRT logged since `explained` began.
     """
-    lines = [" ".join(text.split()) for text in (*details, *tensorrt_log().errors)]
+    lines = list(filter(None, map(without_driver, (*details, *tensorrt_log().errors))))
     if diagnosis := diagnose(lines):
         return EngineError(f"{message}: {diagnosis.advice} ({title()}: {diagnosis.message})")
     return EngineError("; ".join([message, *lines]))

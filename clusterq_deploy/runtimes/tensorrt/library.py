@@ -16,6 +16,7 @@ RtxTarget = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]
 """A family of GPUs that TensorRT-RTX builds for, by its compute capability: sm86 is 8.6."""
 
 RTX_TARGETS: tuple[RtxTarget, ...] = get_args(RtxTarget)
+RTX_DEFAULT: tuple[RtxTarget, ...] = ("sm80", "sm86", "sm89", "sm120")
 TURING: RtxTarget = "sm75"
 TITLES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _EXTRAS: dict[Library, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}

@@ -1,9 +1,11 @@
 # make demo   a fresh machine: installs, and runs the main job on the bundled model
 # make test   a fresh machine: installs, and passes the tests
 # make test-all   the same, and then the tests that take long: processes that are killed, whole runs, load
+#                EXTRAS=[rtx] installs an extra too
 # make check  what every commit passes: format, lint, types, tests
 
 PYTHON ?= python3
+EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,7 +37,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --editable ".$(EXTRAS)" --group dev
 	touch $@
 
 clean:

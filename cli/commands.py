@@ -136,27 +136,58 @@ def report(
             render.print_line(note)
 
 
-@options.command(click.argument("file", type=options.PATH, metavar="FILE.onnx"))
-def check(ctx: click.Context, /, file: Path, as_json: bool) -> None:
+@options.command(
+    click.argument("file", type=options.PATH, metavar="FILE.onnx"),
+    click.option(
+        "--compile",
+        "compiled",
+        is_flag=True,
+        help="Also ask the parser and the compiler of TensorRT-RTX, for the default GPUs of build --rtx.",
+    ),
+)
+def check(ctx: click.Context, /, file: Path, compiled: bool, as_json: bool) -> None:
     """Check FILE.onnx, of any exporter, against TensorRT's rules for quantized graphs, and for sums that saturate.
 
     TensorRT is not needed. The exit code is 1 if TensorRT would refuse the graph. Warnings are about speed, and about
     layers whose integer sums exceed 16 bits in ONNX Runtime on x86 CPUs without VNNI, where they saturate.
+
+    With --compile, what the real parser or compiler refuses is listed too, as `compile`, and the exit code is 1 if it
+    refuses anything; else a line has the plan of the engine. They run in a process of their own and need no GPU.
     """
     from cli import render
     from clusterq_deploy.files import read_graph
     from clusterq_deploy.lowering import check_saturation, check_tensorrt
+    from clusterq_deploy.runtimes.tensorrt.compile import compile_graph
 
     graph = read_graph(file)
     broken_rules, saturating = check_tensorrt(graph), check_saturation(graph)
-    if broken_rules or saturating or as_json:
-        render.show([asdict(row) for row in (*broken_rules, *saturating)], as_json)
+    compilation = compile_graph(file) if compiled else None
+    refusals = compilation.refusals if compilation else []
+    rules: dict[str, list[str]] = {}
+    for rule in broken_rules:
+        rules.setdefault(rule.node, []).append(f"{rule.message} (rule {rule.rule})")
+    rows = [asdict(row) for row in (*broken_rules, *saturating)] + [
+        {
+            "rule": "compile",
+            "severity": "error",
+            "node": refusal.node,
+            "message": f"{refusal.operator or 'compiler'}: {refusal.reason}; "
+            + (
+                refusal.remedy or "; ".join(rules.get(refusal.node, ["no rule names it: change the node in the model"]))
+            ),
+        }
+        for refusal in refusals
+    ]
+    if rows or as_json:
+        render.show(rows, as_json)
     errors = sum(rule.severity == "error" for rule in broken_rules)
     if not as_json:
         layers = f"; {len(saturating)} layers saturate in ONNX Runtime on CPUs without VNNI" if saturating else ""
         warnings = len(broken_rules) - errors
         render.print_line(f"{file}: errors {errors}, warnings {warnings} for TensorRT{layers}")
-    if errors:
+        if compilation:
+            render.print_line(f"{file}: {render.compiled(compilation)}")
+    if errors or refusals:
         ctx.exit(1)
 
 

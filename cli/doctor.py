@@ -21,14 +21,19 @@ from typing import TYPE_CHECKING
 import click
 
 from cli import options
-from cli.probe import ESSENTIAL, GPU_PROVIDERS, TENSORRT, Finding, gib, guarded, tensorrt_remedy
+from cli.probe import ESSENTIAL, GPU_PROVIDERS, RTX, TENSORRT, Finding, gib, guarded, tensorrt_remedy
 
 if TYPE_CHECKING:
     from calib.support.progress import Progress
 
 _LIMIT = 60.0  # seconds for a part: on a cold disk importing torch takes half of them
 
-_EXPECTED = {**ESSENTIAL, **{name: (row,) for name, row in GPU_PROVIDERS.items()}, "tensorrt": (TENSORRT,)}
+_EXPECTED = {
+    **ESSENTIAL,
+    **{name: (row,) for name, row in GPU_PROVIDERS.items()},
+    "tensorrt": (TENSORRT,),
+    "rtx": (RTX,),
+}
 """The findings of each part, as they are reported if the part fails."""
 
 _TITLES = {part: rows[0].name for part, rows in _EXPECTED.items()} | {
@@ -39,6 +44,7 @@ _TITLES = {part: rows[0].name for part, rows in _EXPECTED.items()} | {
 REQUIRABLE = {
     "gpu": "GPU",
     "tensorrt": "TensorRT",
+    "rtx": "TensorRT-RTX",
     "onnxruntime-cuda": "ONNX Runtime, CUDA",
     "onnxruntime-tensorrt": "ONNX Runtime, Tensorrt",
     "timm": "timm",
@@ -96,6 +102,8 @@ def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
         parts += GPU_PROVIDERS
     if importlib.util.find_spec("tensorrt"):
         parts.append("tensorrt")
+    if any(map(importlib.util.find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))):
+        parts.append("rtx")
     with progress.task("Doctor", len(parts)) as advance, ThreadPoolExecutor(len(parts)) as pool:
 
         def test(part: str) -> list[Finding]:
@@ -106,13 +114,14 @@ def diagnose(folder: Path, progress: "Progress") -> list[Finding]:
             return findings
 
         findings = dict(zip(parts, pool.map(test, parts), strict=True))
-    tensorrt = findings.pop("tensorrt", [])
+    tensorrt, rtx = findings.pop("tensorrt", []), findings.pop("rtx", [])
     by_name = {row.name: row for rows in findings.values() for row in rows}  # of a provider: tested overrides listed
     driver = by_name.get("NVIDIA driver")
     return [
         Finding("Python", "ok", platform.python_version(), "all commands", essential=True),
         *by_name.values(),
         _with_remedy(tensorrt, driver.found if driver and driver.state == "ok" else None),
+        *(rtx or [replace(RTX, state="absent", found="not installed")]),
         *guarded("memory", memory),
         *guarded("disk here", partial(disk, folder)),
         *guarded(_TEMPORARY, disk),

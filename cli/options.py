@@ -68,9 +68,17 @@ def _layer_bits(text: str) -> tuple[str, int]:
     return layer, int(bits)
 
 
+def _rtx_targets(text: str) -> tuple[str, ...]:
+    targets = tuple(text.lower().split(","))
+    if not all(target.startswith("sm") for target in targets):
+        raise ValueError("not families of GPUs")
+    return targets
+
+
 _INTEGERS = Parsed("n,n,...", lambda text: tuple(map(int, text.split(","))), "3,224,224")
 _NUMBERS = Parsed("n,n,...", lambda text: tuple(map(float, text.split(","))), "0.5,0.5,0.5")
 _BATCH = Parsed("min:opt:max", _batch, "1:8:32")
+_TARGETS = Parsed("sm,sm,...", _rtx_targets, "sm86,sm89")
 _LAYER_BITS = Parsed("layer=bits", _layer_bits, "layer1.0.conv1=8")
 PATH = click.Path(path_type=Path)
 
@@ -189,6 +197,15 @@ build_options = _all(
     click.option("--version-compatible", is_flag=True, help="Let later TensorRT releases run the engine, more slowly."),
     click.option(
         "--hardware-compatible", is_flag=True, help="Let all GPUs from Ampere on run the engine, more slowly."
+    ),
+    click.option(
+        "--rtx",
+        type=_TARGETS,
+        is_flag=False,
+        flag_value="sm80,sm86,sm89,sm120",
+        metavar="[SM,...]",
+        help="Also build engines of TensorRT-RTX, ahead of time, for these families of GPUs; no GPU is needed. Without "
+        "a value: sm80,sm86,sm89,sm120, all from Ampere on.  [default: build none]",
     ),
 )
 data_options = _all(

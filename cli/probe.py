@@ -82,6 +82,7 @@ GPU_PROVIDERS = {
     ),
 }
 TENSORRT = _row("TensorRT", "engines", None, essential=False)
+RTX = _row("TensorRT-RTX", "its engines, check --compile", "pip install 'clusterq-deploy[rtx]'", essential=False)
 _TIMM = _row("timm", "models named timm:NAME", "pip install 'clusterq-deploy[timm]'", essential=False)
 
 
@@ -259,15 +260,30 @@ def _gpu(index: int) -> str:
 
 def _tensorrt() -> Iterator[Finding]:
     """Test TensorRT, whose builder may crash the process; the doctor adds the remedy, which depends on the driver."""
-    from clusterq_deploy.runtimes.tensorrt.gpu import gpu_problem, start_builder, tensorrt_problem
+    from clusterq_deploy.runtimes.tensorrt.gpu import gpu_problem, start_builder
+    from clusterq_deploy.runtimes.tensorrt.library import library_problem
 
-    if problem := tensorrt_problem():
+    if problem := library_problem():
         yield replace(TENSORRT, found=problem)
     elif problem := gpu_problem():
         yield replace(TENSORRT, found=problem, remedy=_SEE_GPU)
     else:
         start_builder()
         yield replace(TENSORRT, state="ok", found=_version("tensorrt"))
+
+
+def _rtx() -> Iterator[Finding]:
+    """Test TensorRT-RTX, whose builder needs no GPU."""
+    from clusterq_deploy.runtimes.tensorrt import library_version
+    from clusterq_deploy.runtimes.tensorrt.gpu import start_builder
+    from clusterq_deploy.runtimes.tensorrt.library import library_problem, using
+
+    if problem := library_problem("tensorrt_rtx"):
+        yield replace(RTX, found=problem)
+        return
+    with using("tensorrt_rtx"):
+        start_builder()
+    yield replace(RTX, state="ok", found=library_version("tensorrt_rtx"), remedy=None)
 
 
 def _on_gpu(name: str) -> Iterator[Finding]:
@@ -307,7 +323,7 @@ def run_graph(provider: str) -> str:
     return "computes"
 
 
-_CHECKS = {"library": _library, "torchvision": _torchvision, "runtime": _runtime, "tensorrt": _tensorrt}
+_CHECKS = {"library": _library, "torchvision": _torchvision, "runtime": _runtime, "tensorrt": _tensorrt, "rtx": _rtx}
 
 if __name__ == "__main__":
     gc.disable()  # saves a tenth of the time of imports

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clusterq_deploy.plan import Plan
     from clusterq_deploy.report import Report
     from clusterq_deploy.report.tables import Table as ReportTable
+    from clusterq_deploy.results.engines import Compilation
 
 
 class LiveProgress:
@@ -154,11 +155,31 @@ def print_report(report: "Report", out: Path) -> None:
 
 def conclusions(report: "Report") -> list[str]:
     """Return what to deploy in each runtime, what makes that uncertain, and the images that could not be read."""
-    from clusterq_deploy.report import text
+    from clusterq_deploy.report import plans, text
     from clusterq_deploy.report.analysis import verdicts
 
     sentences = [text.sentence(verdict, report.evaluation.labelled) for verdict in verdicts(report)]
-    return [*sentences, *text.caveats(report), *filter(None, [text.unreadable_note(report)])]
+    return [
+        *sentences,
+        *plans.plan_sentences(report),
+        *text.caveats(report),
+        *filter(None, [text.unreadable_note(report)]),
+    ]
+
+
+def compiled(compilation: "Compilation") -> str:
+    """Return what TensorRT-RTX made of a graph, in one line."""
+    plan = compilation.plan
+    if plan is None:
+        return "TensorRT-RTX refuses it"
+    if not plan.kernels:
+        return f"TensorRT-RTX {plan.release} builds it; {' '.join(plan.notes)}"
+    writing = f", writing {', '.join(plan.convolutions_write)}" if plan.convolutions else ""
+    return (
+        f"TensorRT-RTX {plan.release} builds it for {', '.join(plan.targets)}: {plan.kernels} kernels, "
+        f"{plan.convolutions_int8} of {plan.convolutions} convolutions in INT8{writing}; {plan.requantizations} "
+        f"requantizations; {plan.bytes_moved:,} bytes of activations read and written per image"
+    )
 
 
 def print_plan(plan: "Plan") -> None:

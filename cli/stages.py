@@ -14,6 +14,7 @@ from cli import options
 if TYPE_CHECKING:
     from clusterq_deploy.config.run_config import RunConfig
     from clusterq_deploy.pipeline import Pipeline
+    from clusterq_deploy.runtimes.tensorrt import BuildConfig, EngineInfo
 
 _VERIFIED = 1000  # images of `export --verify`
 _Rows = list[dict[str, Any]]
@@ -156,7 +157,8 @@ def build(ctx: click.Context, /, target: Path, **_: Any) -> _Rows:
     """Build TensorRT engines: of RUN's variants and baselines, or of one ONNX file, of any exporter (next to it).
 
     For a file, an FP16 engine without quantizers is also built, as MODEL.fp16.engine: the baseline for INT8.
-    Ctrl-C cancels a build; finished engines are kept.
+    Ctrl-C cancels a build; finished engines are kept. With --rtx, engines of TensorRT-RTX are built too, as
+    MODEL.rtx.engine, also where there is no GPU.
     """
     from cli.render import LiveProgress
     from clusterq_deploy.errors import TensorRTMissing
@@ -164,29 +166,34 @@ def build(ctx: click.Context, /, target: Path, **_: Any) -> _Rows:
     from clusterq_deploy.runtimes import tensorrt as engine
     from clusterq_deploy.stages.build import build_file
 
-    if reason := engine.unavailable_reason():
-        raise TensorRTMissing(f"no engine can be built here: {reason}")
+    def require_library(config: "BuildConfig") -> None:
+        if not config.rtx and (reason := engine.unavailable_reason()):
+            raise TensorRTMissing(f"no engine can be built here: {reason}")
+
     if target.suffix == ".onnx":
         config = options.config_of(ctx, model="digits").build  # a placeholder: the build has no model
+        require_library(config)
         engines = build_file(target, config, LiveProgress(ctx.obj["quiet"]))
-        return [
-            {"engine": str(path), "size_bytes": info.size_bytes, "seconds": info.seconds}
-            for path, info in engines.items()
-        ]
+        return [{"engine": str(path), **_engine_figures(info)} for path, info in engines.items()]
     with _resumed(ctx, target) as pipeline:
+        require_library(pipeline.config.build)
         variants = [FP32, *_variants(ctx, pipeline, "export")]
-        records = {variant: pipeline.build(variant) for variant in variants}
+        records = [(variant, pipeline.build(variant)) for variant in variants]
+        if pipeline.config.build.rtx:
+            records += [(variant, pipeline.rtx(variant)) for variant in variants]
     return [
-        {
-            "variant": variant,
-            "engine": artifact.path,
-            "size_bytes": artifact.size_bytes,
-            "seconds": engine.read_sidecar(target / artifact.path).seconds,
-        }
-        for variant, record in records.items()
+        {"variant": variant, "engine": built.path, **_engine_figures(engine.read_sidecar(target / built.path))}
+        for variant, record in records
         if record
-        for artifact in record.result.artifacts
+        for built in record.result.artifacts
     ]
+
+
+def _engine_figures(info: "EngineInfo") -> dict[str, Any]:
+    """Return the figures of an engine for a row; those of its plan are None for engines of TensorRT."""
+    plan = info.plan.model_dump(include={"kernels", "convolutions_int8", "requantizations"}) if info.plan else {}
+    moved = {"bytes_moved": info.plan.bytes_moved} if info.plan else {}
+    return {"size_bytes": info.size_bytes, "seconds": info.seconds, **plan, **moved}
 
 
 @options.command(options.target_argument("RUN|FILE"), options.data_options, options.bits_option)

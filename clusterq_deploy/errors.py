@@ -18,12 +18,18 @@
     ├── ExportError            a graph could not be written
     │   └── VerificationError  a graph does not compute what the torch model computes
     └── EngineError            a TensorRT engine cannot be built, loaded or run
+        ├── GraphRefused       the parser refuses nodes of a graph
         └── TensorRTMissing    there is no TensorRT or no NVIDIA GPU
 
 Each message is one line for a person: what was received, what was expected, what to do.
 """
 
+from typing import TYPE_CHECKING
+
 from calib.support.errors import ClusterQError, NoBatchNormError, SynthesisError
+
+if TYPE_CHECKING:
+    from clusterq_deploy.results.engines import Refusal
 
 __all__ = [
     "ClusterQError",
@@ -33,6 +39,7 @@ __all__ = [
     "ExportError",
     "FeatureError",
     "GraphError",
+    "GraphRefused",
     "ModelError",
     "NoBatchNormError",
     "OutOfMemoryError",
@@ -110,6 +117,14 @@ class VerificationError(ExportError):
 
 class EngineError(ClusterQError, RuntimeError):
     """A TensorRT engine cannot be built, loaded or run."""
+
+
+class GraphRefused(EngineError):  # noqa: N818
+    """The parser of TensorRT refuses nodes of a graph: `refusals` has each."""
+
+    def __init__(self, message: str, refusals: "list[Refusal]") -> None:
+        super().__init__(message)
+        self.refusals = refusals
 
 
 class TensorRTMissing(EngineError):  # noqa: N818

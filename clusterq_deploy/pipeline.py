@@ -18,6 +18,7 @@ from clusterq_deploy.stages import (
     features,
     quantize,
     report,
+    rtx,
     sensitivity,
     synthesize,
 )
@@ -32,6 +33,8 @@ def stages(config: RunConfig) -> list[AnyStage]:
         *(Stage(quantize, width) for width in bits),  # model, images -> V/quantized.safetensors
         *(Stage(export, width) for width in bits),  # student -> V/model.ort.onnx, model.trt.onnx, model.int4.onnx
         *(Stage(build, variant) for variant in variants),  # graph for TensorRT -> V/model.engine
+        # the same, and those of the float model -> V/model.rtx.engine, V/model.fp16.rtx.engine, if asked for
+        *(Stage(rtx, variant) for variant in variants if config.build.rtx),
         *(Stage(evaluate, variant) for variant in variants),  # graphs, engines, evaluation images -> accuracy
         Stage(features),  # synthetic and real images -> their features, compared
         Stage(benchmark),  # graphs, engines -> latency
@@ -80,6 +83,10 @@ class Pipeline(Run):
         """Build a variant's TensorRT engine; return None if that cannot be done."""
         stage = Stage(build, variant)
         return None if unavailable(stage) else self.do(stage)
+
+    def rtx(self, variant: str) -> Finished[results.RtxResult]:
+        """Build a variant's engines of TensorRT-RTX for the GPUs that the configuration names."""
+        return self.do(Stage(rtx, variant))
 
     def evaluate(self, variant: str) -> Finished[results.EvaluationResult]:
         """Measure a variant's accuracy in torch and as each runtime executes its graphs."""

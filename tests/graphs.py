@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from nets import calibrated
 from onnx import numpy_helper
@@ -14,8 +15,13 @@ from clusterq_deploy.lowering import GraphFormat, export_graph, lower, target_of
 from clusterq_deploy.quantization import Student
 from clusterq_deploy.quantization.grid import Cpu
 from clusterq_deploy.runtimes.runners import OnnxRunner, TorchRunner
+from clusterq_deploy.runtimes.tensorrt.library import library_problem
 
 SIZE = (3, 16, 16)
+_MISSING = library_problem("tensorrt_rtx")
+needs_compiler = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
+"""Marks a test that asks the real parser and compiler of TensorRT-RTX, which need no GPU."""
+
 GRAPH_FORMATS: tuple[GraphFormat, ...] = ("onnxruntime", "tensorrt", "int4")
 
 

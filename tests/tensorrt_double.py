@@ -27,11 +27,19 @@ import pytest
 import torch
 
 from calib.support.progress import SILENT, Progress
-from clusterq_deploy.runtimes.tensorrt import BuildConfig, TensorRTRunner, build_engine, gpu, runner, sidecar
-from clusterq_deploy.runtimes.tensorrt import build as build_module
+from clusterq_deploy.runtimes.tensorrt import BuildConfig, TensorRTRunner, build_engine, gpu, sidecar
 
 API: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
 """The public members of TensorRT's classes, by release and class."""
+
+
+RTX_ONLY = {
+    "ComputeCapability.SM86",
+    "ComputeCapability.SM89",
+    "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+}
+"""The members that only TensorRT-RTX has, and the code asks of no other library."""
 
 
 def build(graph: Path, progress: Progress = SILENT, **options: object) -> Path:
@@ -63,7 +71,7 @@ class Strict:
 
 
 def _require(owner: str, name: str) -> None:
-    if not name.startswith("_"):
+    if not name.startswith("_") and f"{owner}.{name}" not in RTX_ONLY:
         for release, classes in API.items():
             assert owner not in classes or name in classes[owner], f"{owner}.{name} is not in every release: {release}"
 
@@ -94,6 +102,8 @@ class World:
     load_error: str | None = None
     captures: bool = True
     flags: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    """The compute capabilities of an engine of TensorRT-RTX."""
     options: Any = None
     profiles: dict[str, Any] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)
@@ -126,9 +136,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> World:
     weakref.finalize(world, shutil.rmtree, world.caches, ignore_errors=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world.caches))
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(world))
-    new_log = functools.cache(gpu.tensorrt_log.__wrapped__)
-    for user in (gpu, build_module, runner):
-        monkeypatch.setattr(user, "tensorrt_log", new_log)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", tensorrt_module(world))
+    monkeypatch.setattr(gpu, "_log", functools.cache(gpu._log.__wrapped__))
     monkeypatch.setattr(sidecar, "driver_version", lambda: "555.1")
 
     class Graph:
@@ -200,6 +209,7 @@ class Event:
 
 
 VALUES: dict[str, dict[str, Any]] = {
+    "ComputeCapability": {"SM86": "8.6", "SM89": "8.9"},
     "BuilderFlag": {"VERSION_COMPATIBLE": "VERSION_COMPATIBLE"},
     "DataType": {"FLOAT": "FLOAT", "HALF": "HALF", "BF16": "BF16"},
     "HardwareCompatibilityLevel": {"AMPERE_PLUS": "AMPERE_PLUS"},
@@ -275,6 +285,10 @@ def tensorrt_module(world: World) -> ModuleType:
 
         def set_flag(self, flag: str) -> None:
             world.flags.append(flag)
+
+        def set_compute_capability(self, target: str, index: int) -> None:
+            assert index < self.num_compute_capabilities
+            world.targets.append(target)
 
         def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
             return world.profile_index

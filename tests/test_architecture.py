@@ -10,6 +10,7 @@ from support import ROOT, run_python
 
 from clusterq_deploy import RunConfig
 from clusterq_deploy.pipeline import stages
+from clusterq_deploy.runtimes.tensorrt import BuildConfig
 
 STAGES = ROOT / "clusterq_deploy/stages"
 ALLOWED = {
@@ -80,7 +81,7 @@ def test_stages_are_all_in_the_table_and_on_the_page() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     modules = [importlib.import_module(f"clusterq_deploy.stages.{file.stem}") for file in STAGES.glob("[a-z]*.py")]
     kinds = {module.NAME: module for module in modules if hasattr(module, "NAME")}
-    table = stages(RunConfig(model="digits", bits=("w4a4",)))
+    table = stages(RunConfig(model="digits", bits=("w4a4",), build=BuildConfig(rtx=("sm86",))))
     assert {stage.kind.NAME for stage in table} == kinds.keys() - {"sensitivity"}  # quantize runs it if it needs it
     assert all(stage.kind is kinds[stage.kind.NAME] for stage in table)
     for stage in table:

@@ -187,7 +187,7 @@ def test_doctor_processes_load_only_what_they_answer_for(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     loaded = [json.loads(line) for line in notes.read_text().splitlines()]
     by_part = dict(loaded)
-    assert len(loaded) == len(by_part) == 1 + len(by_part.keys() & {*ESSENTIAL, *GPU_PROVIDERS, "tensorrt"})
+    assert len(loaded) == len(by_part) == 1 + len(by_part.keys() & {*ESSENTIAL, *GPU_PROVIDERS, "tensorrt", "rtx"})
     assert by_part["--json"] == []  # the doctor itself
     assert by_part["torchvision"] == ["torch", "torchvision", "numpy"]
     assert by_part["runtime"] == ["onnx", "onnxruntime", "numpy"]

@@ -35,6 +35,11 @@ MESSAGES = [
     ("no operator", 'Assertion failed: creator && "Plugin not found, are the plugin name and version correct?"'),
     ("no operator", "getPluginCreator could not find plugin: Round version: 1"),
     ("no operator", "No importer registered for op: DCNv2"),
+    (
+        "Turing",
+        "Error Code 1: Myelin ([pass.cpp:337: check_turing_op_compatibility] Cannot compile operation 'node_linear' "
+        "for Turing (SM75): FP32 GEMM is not supported. In compileGraph at codeGenerator.cpp:2012)",
+    ),
     ("CUDA broken", "CUDA initialization failure with error: 222. Please check your CUDA installation"),
 ]
 

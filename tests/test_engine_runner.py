@@ -92,7 +92,7 @@ def test_runner_loads_a_compatible_engine_where_it_fits(
         (lambda engine: engine.unlink(), "cannot read .*engine: No such file"),
         (lambda engine: sidecar_path(engine).unlink(), "needs its sidecar"),
         (lambda engine: sidecar_path(engine).write_text("{"), "not a sidecar: the file"),
-        (lambda engine: sidecar_path(engine).write_text('{"built_on": {}}'), r"not a sidecar: built_on\.gpu"),
+        (lambda engine: sidecar_path(engine).write_text('{"built_on": {}}'), r"not a sidecar: built_on\.tensorrt"),
         (lambda _: None, r"cannot load .*; Serialization assertion failed"),
     ],
 )

@@ -13,17 +13,19 @@ from clusterq_deploy.evaluation.latency import latency_stats
 from clusterq_deploy.report import read_report, to_html, to_markdown
 from clusterq_deploy.report.analysis import latency_rows
 from clusterq_deploy.report.engines import engine_notes
+from clusterq_deploy.report.plans import plan_sentences, plan_tables
 from clusterq_deploy.report.tables import closing_table
 from clusterq_deploy.report.text import notes
 from clusterq_deploy.results.engines import (
     EngineInspection,
     EngineLayer,
+    EnginePlan,
     GpuTelemetry,
     LatencyStats,
     MissedLayer,
     Reading,
 )
-from clusterq_deploy.results.report import Accuracy, Latency, Report, Variant
+from clusterq_deploy.results.report import Accuracy, Artifact, Latency, Report, Variant
 
 TRTEXEC = "trtexec --loadEngine=w8a8/model.engine --shapes=images:8x3x224x224 --useCudaGraph"
 GPU = GpuTelemetry(
@@ -221,3 +223,69 @@ def test_report_table_has_the_time_of_the_runtime_that_was_scored() -> None:
     table = rich_table(closing_table(report(*latencies, accuracy=scores)))
     columns = {column.header: [str(cell) for cell in column.cells] for column in table.columns}
     assert columns["batch 1, ms"] == ["3.000", "7.000"]
+
+
+def planned(**moved: int) -> Report:
+    """Return a report with a plan for each variant: `fp32`, `fp16`, `w8a8` with that many bytes read."""
+    variants = []
+    for name in ("fp32", "w8a8"):
+        suffixes = {"fp32": "", "fp16": ".fp16"} if name == "fp32" else {name: ""}
+        plans, files = [], []
+        for row, suffix in suffixes.items():
+            path = f"{name}/model{suffix}.rtx.engine"
+            if row in moved:
+                counts = {"kernels": 20, "convolutions": 9, "convolutions_write": {"FP32": 9}, "padded_channels": 3721}
+                origin = {"engine": path, "release": "1.7.1", "targets": ["sm86"]}
+                plans.append(EnginePlan(**origin, **counts, bytes_in=moved[row]))
+            file = {"kind": "engine", "target": "tensorrt_rtx", "path": path, "size_bytes": 9, "fp16": row == "fp16"}
+            files.append(Artifact.model_validate(file))
+        variants.append(Variant(name=name, seconds=0, artifacts=files, plans=plans))
+    return build().model_copy(update={"variants": variants})
+
+
+def test_plans_are_a_table_a_picture_and_a_sentence() -> None:
+    report = planned(fp32=2_000_000, fp16=1_000_000, w8a8=1_900_000)
+    (table,) = plan_tables(report)
+    assert [(row[0], row[1], row[2], row[5], row[8]) for row in table.rows] == [
+        ("fp32", "20", "0 of 9", "3,721", "2.00\N{MULTIPLICATION SIGN}"),
+        ("fp16", "20", "0 of 9", "3,721", "1.00\N{MULTIPLICATION SIGN}"),
+        ("w8a8", "20", "0 of 9", "3,721", "1.90\N{MULTIPLICATION SIGN}"),
+    ]
+    sentence = "On RTX GPUs w8a8 moves 1.9 times the bytes of fp16, in 20 kernels against 20: expect no gain."
+    page, markdown = to_html(report), to_markdown(report)
+    assert sentence in page
+    assert f"- {sentence}" in markdown
+    assert 'aria-label="kernels: fp32 20, fp16 20, w8a8 20"' in page
+    assert "MB per image: fp32 2.00, fp16 1.00, w8a8 1.90" in page
+    assert "(TensorRT-RTX 1.7.1 for sm86): nothing was run and nothing was timed" in markdown
+    assert "TensorRT-RTX, ahead of time" not in to_html(build())
+
+
+@pytest.mark.parametrize(
+    ("moved", "sentences"),
+    [
+        ({"fp16": 1000, "w8a8": 700}, ["moves 0.7 times the bytes of fp16", "it may be faster: measure it there"]),
+        ({"fp16": 1000, "w8a8": 960}, ["moves 1.0 times the bytes of fp16", "expect no gain"]),
+        ({"fp32": 1000, "w8a8": 700}, ["moves 0.7 times the bytes of fp32"]),
+        ({"w8a8": 700}, []),
+        ({"fp16": 1000}, []),
+    ],
+)
+def test_plan_sentences_compare_bytes_with_the_float_model(moved: dict[str, int], sentences: list[str]) -> None:
+    found = plan_sentences(planned(**moved))
+    assert len(found) == bool(sentences)
+    assert all(words in found[0] for words in sentences)
+
+
+def test_plan_sentences_are_silent_where_engines_were_timed() -> None:
+    report = planned(fp16=1000, w8a8=2000)
+    timed = report.variants[1].model_copy(update={"latency": [LATENCY.model_copy(update={"runtime": "tensorrt-rtx"})]})
+    assert plan_sentences(report.model_copy(update={"variants": [report.variants[0], timed]})) == []
+
+
+def test_a_plan_that_cannot_be_read_is_a_note() -> None:
+    report = planned(fp16=1000)
+    unread = EnginePlan(engine="w8a8/model.rtx.engine", notes=["the plan is unknown."])
+    variant = report.variants[1].model_copy(update={"plans": [unread]})
+    page = to_html(report.model_copy(update={"variants": [report.variants[0], variant]}))
+    assert "w8a8/model.rtx.engine: the plan is unknown." in page

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graphs import graph_of, stored
+from graphs import graph_of, needs_compiler, stored
 from nets import NETS
 from onnx import TensorProto, helper, numpy_helper
 from support import call, error_line, output_of
 
-from clusterq_deploy.errors import ExportError, VerificationError
+from calib.support.progress import SILENT
+from clusterq_deploy.errors import EngineError, ExportError, GraphRefused, VerificationError
 from clusterq_deploy.files import read_graph
 from clusterq_deploy.lowering import RULES, check_saturation, check_tensorrt, require_tensorrt
+from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine
 
 Mutation = Callable[[onnx.ModelProto], str]
 """Breaks one rule in a graph, and returns the name of the node that is to be blamed ("" for the whole file)."""
@@ -344,6 +346,51 @@ def test_check_tensorrt_finds_a_break_where_it_is(rule: str, mutate: Mutation) -
     assert {b.rule for b in breaks} == {rule}
     assert [b.node for b in breaks] == [blamed]
     assert breaks[0].severity == RULES[rule].severity
+
+
+COMPILED = {
+    "_old_opset": "quantizers with an axis, in opset 11",
+    "_computed_scale": "a scale that is computed at run time",
+    "_unsigned": "an activation in UINT8, zero-point 0",
+    "_no_zero_point": "a QuantizeLinear without zero-point, which is UINT8",
+    "_unsigned_in_a_branch": "UINT8 in a branch of an If",
+    "_unsigned_float_weight": "a QuantizeLinear to UINT8 of a float weight",
+    "_scales_of_channels": "a scale for each channel of an activation",
+}
+"""The mutations that a rule calls an error and TensorRT-RTX builds, as the documentation describes them."""
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rule", "mutate"), MUTATIONS, ids=[mutate.__name__[1:] for _, mutate in MUTATIONS])
+def test_compiler_refuses_what_breaks_a_rule_except_what_the_documentation_lists(
+    rule: str, mutate: Mutation, tmp_path: Path
+) -> None:
+    graph = graph_for_tensorrt("branches" if rule == "concat" else "residual")
+    blamed = mutate(graph)
+    onnx.save(graph, tmp_path / "net.onnx")
+    config, engine = BuildConfig(rtx=("sm86",)), tmp_path / "net.rtx.engine"
+    if RULES[rule].severity == "warning" or mutate.__name__ in COMPILED:
+        plan = build_engine(tmp_path / "net.onnx", engine, config, SILENT).plan
+        assert plan is not None
+        assert plan.kernels
+        return
+    with pytest.raises(EngineError) as caught:
+        build_engine(tmp_path / "net.onnx", engine, config, SILENT)
+    if isinstance(caught.value, GraphRefused):
+        (refusal,) = caught.value.refusals
+        assert refusal.node in {blamed, "bias_float", ""}
+        assert refusal.reason
+    else:
+        assert rule == "weight-type"  # INT4 parses, and does not compile
+    assert "driver" not in str(caught.value)  # there is none, and none is needed
+
+
+def test_documentation_lists_what_the_compiler_builds_although_a_rule_is_broken() -> None:
+    rules = {mutate.__name__: rule for rule, mutate in MUTATIONS}
+    text = (Path(__file__).parents[1] / "docs/graphs.md").read_text()
+    for name, words in COMPILED.items():
+        assert RULES[rules[name]].severity == "error"
+        assert f"| `{rules[name]}` | {words} | builds" in text
 
 
 def test_every_rule_has_a_mutation_and_a_row_in_the_documentation() -> None:

@@ -7,15 +7,18 @@ from the syntax tree. So a name that a release lacks is found with neither Tenso
 
 import ast
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
-from tensorrt_double import API
+from tensorrt_double import API, RTX_ONLY
 
 import clusterq_deploy.runtimes.tensorrt
+from clusterq_deploy.runtimes.tensorrt.library import Library, library_problem, trt, using
 
 PACKAGE = Path(clusterq_deploy.runtimes.tensorrt.__file__).parent
 TEXTS = {source: source.read_text() for source in sorted(PACKAGE.glob("*.py"))}
+RTX_NAMES = RTX_ONLY | {"ComputeCapability"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -37,7 +40,7 @@ def test_only_the_engine_package_uses_names_of_tensorrt() -> None:
                 importing.add(source)
             elif isinstance(node, ast.Name):
                 assert node.id != "trt" or source in TEXTS, source
-    assert importing & set(TEXTS) == {PACKAGE / "gpu.py"}
+    assert importing & set(TEXTS) == {PACKAGE / "library.py"}
 
 
 def test_asked_names_finds_every_kind_of_name() -> None:
@@ -95,14 +98,14 @@ def test_name_problems_requires_annotations_of_results(code: str) -> None:
     assert any("annotation" in problem for problem in name_problems(code))
 
 
-@pytest.mark.tensorrt
-def test_installed_release_has_every_name() -> None:
-    trt = pytest.importorskip("tensorrt", reason="tensorrt is not installed", exc_type=ImportError)
-    for text in TEXTS.values():
-        for _, name in asked_names(ast.parse(text)):
-            value = trt
-            for part in name.split("."):
-                value = getattr(value, part)
+@pytest.mark.parametrize("library", [pytest.param("tensorrt", marks=pytest.mark.tensorrt), "tensorrt_rtx"])
+def test_installed_release_has_every_name(library: Library) -> None:
+    if problem := library_problem(library):
+        pytest.skip(problem)
+    names = {name for text in TEXTS.values() for _, name in asked_names(ast.parse(text))}
+    with using(library):
+        for name in names if library == "tensorrt_rtx" else names - RTX_NAMES:
+            attrgetter(name)(trt)
 
 
 def name_problems(code: str) -> list[str]:
@@ -111,7 +114,7 @@ def name_problems(code: str) -> list[str]:
     problems = [f"{line}: {call} needs an annotation" for line, call in unannotated(tree)]
     for line, name in asked_names(tree):
         owner, _, member = name.partition(".")
-        for release, classes in API.items():
+        for release, classes in () if name in RTX_NAMES else API.items():
             if owner not in classes or (member and member not in classes[owner]):
                 problems.append(f"{line}: trt.{name} is not in every release: {release}")
                 break

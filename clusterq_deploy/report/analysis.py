@@ -92,12 +92,12 @@ def accuracy_rows(report: Report) -> list[AccuracyRow]:
     """Return a row for each variant and runtime, in the order of the report."""
     images, rows = report.evaluation.images, []
     fp32 = _baseline(report)
-    scored = [accuracy for accuracy in reversed(fp32.accuracy) if _name_of(fp32, accuracy.graph) == BASELINE]
+    scored = [accuracy for accuracy in reversed(fp32.accuracy) if name_of(fp32, accuracy.graph) == BASELINE]
     baselines = {accuracy.runtime: accuracy for accuracy in scored}  # the first file in each runtime
     for variant in report.variants:
         sizes: dict[str | None, int] = {file.path: file.size_bytes for file in variant.artifacts}
         for accuracy in variant.accuracy:
-            name, drop, drop_error = _name_of(variant, accuracy.graph), None, None
+            name, drop, drop_error = name_of(variant, accuracy.graph), None, None
             other = None if name == BASELINE else baselines.get(accuracy.runtime)
             if other and other.top1 is not None and accuracy.top1 is not None:
                 drop = other.top1 - accuracy.top1
@@ -122,7 +122,7 @@ def latency_rows(report: Report) -> list[LatencyRow]:
     rows = []
     for variant in report.variants:
         for latency in variant.latency:
-            name = _name_of(variant, latency.graph)
+            name = name_of(variant, latency.graph)
             speedup = None if name == BASELINE else latency.speedup or _ratio(report, latency, BASELINE)
             over_half = None if name in FLOAT else _ratio(report, latency, HALF)
             values = dict(latency) | {"speedup": speedup}
@@ -225,7 +225,7 @@ def _baseline(report: Report) -> Variant:
     return next(fp32, Variant(name=BASELINE, seconds=0))
 
 
-def _name_of(variant: Variant, graph: str | None) -> str:
+def name_of(variant: Variant, graph: str | None) -> str:
     """Return the name of a row about one of a variant's files: `fp16` for the float model in FP16, else the variant."""
     half = any(artifact.path == graph and artifact.fp16 for artifact in variant.artifacts)
     return HALF if half and variant.name == BASELINE else variant.name
@@ -241,7 +241,7 @@ def _counterparts(report: Report, latency: Latency, name: str) -> list[Latency]:
     return [
         other
         for other in fp32.latency
-        if (other.runtime, other.batch, other.threads) == setting and _name_of(fp32, other.graph) == name
+        if (other.runtime, other.batch, other.threads) == setting and name_of(fp32, other.graph) == name
     ]
 
 

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from clusterq_deploy.report import formats
 from clusterq_deploy.report.analysis import BASELINE, FLOAT, LatencyRow, Point, latency_rows, points, verdicts
 from clusterq_deploy.report.formats import scientific
+from clusterq_deploy.report.plans import megabytes, plans
 from clusterq_deploy.results.report import Histogram, Points, Report
 
 _INK, _MUTED, _RULE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -282,6 +283,19 @@ def sensitivity_bars(report: Report) -> list[Bars]:
             rows = [(layer.layer, layer.kl, scientific(layer.kl), layer.layer in variant.keep) for layer in layers]
             charts.append(Bars("KL from the fp32 model, nats", described, _bars(rows)))
     return charts
+
+
+def plan_bars(report: Report) -> list[Bars]:
+    """Return the bytes that each plan of TensorRT-RTX moves, and its kernels; those of float engines are grey."""
+    shown = plans(report)
+    moved = [(name, plan.bytes_moved, megabytes(plan.bytes_moved), name in FLOAT) for name, plan in shown]
+    kernels = [(name, plan.kernels, str(plan.kernels), name in FLOAT) for name, plan in shown]
+    charts = {"activations read and written, MB per image": moved, "kernels": kernels}
+    return [
+        Bars(title, f"{title}: {', '.join(f'{name} {number}' for name, _, number, _ in rows)}", _bars(rows))
+        for title, rows in charts.items()
+        if rows
+    ]
 
 
 def slowest_bars(report: Report) -> list[Bars]:

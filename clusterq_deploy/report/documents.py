@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import jinja2
 from PIL import Image
 
-from clusterq_deploy.report import engines, tables, text
+from clusterq_deploy.report import engines, plans, tables, text
 from clusterq_deploy.report.analysis import BASELINE, accuracy_rows, latency_rows, verdicts
 from clusterq_deploy.report.tables import Table, escaped
 from clusterq_deploy.results.report import Report
@@ -24,11 +24,12 @@ def to_markdown(report: Report) -> str:
     sections = [
         f"# {escaped(text.model_name(report))}: quantization report",
         escaped(text.summary(report)),
-        _bullets(text.sentence(verdict, labelled) for verdict in verdicts(report)),
+        _bullets([*(text.sentence(verdict, labelled) for verdict in verdicts(report)), *plans.plan_sentences(report)]),
         " ".join(f"**{escaped(caveat)}**" for caveat in text.caveats(report)),
         _section(tables.accuracy_table(accuracy_rows(report), labelled), "Not measured."),
         _section(tables.latency_table(latency_rows(report)), "Not measured."),
         *_engines(report),
+        *_plans(report),
         _section(tables.file_table(report), "None was written."),
         _bullets(f"{path}: {notes}" for path, notes in text.file_notes(report)),
         "## How to read these numbers",
@@ -59,6 +60,12 @@ def _engines(report: Report) -> list[str]:
             textwrap.indent("\n".join(commands), "    "),
         ]
     return ["## TensorRT engines", *parts, _bullets(engines.engine_notes(report))] if parts else []
+
+
+def _plans(report: Report) -> list[str]:
+    parts = [_section(table, level=3) for table in plans.plan_tables(report)]
+    notes = _bullets(plans.plan_notes(report))
+    return ["## TensorRT-RTX, ahead of time", *parts, notes] if notes else []
 
 
 def _sensitivities(report: Report) -> list[str]:
@@ -103,6 +110,7 @@ def to_html(report: Report, preview_png: bytes | None = None) -> str:
         report=report,
         text=text,
         engines=engines,
+        plans=plans,
         charts=charts,
         baseline=BASELINE,
         verdicts=suggestions,

@@ -1,4 +1,4 @@
-"""Records of TensorRT engines: the parts of their latency, the GPU during it, and their layers."""
+"""Records of engines: the parts of their latency, the GPU during it, their layers, and what a compiler planned."""
 
 from typing import Literal
 
@@ -102,3 +102,71 @@ class EngineInspection(Record):
     quantized_layers: int = 0
     missed: list[MissedLayer] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+
+
+class PlannedKernel(Record):
+    """One kernel of a plan: TensorRT-RTX's type of it, the ONNX nodes it computes, and the activations it moves.
+
+    `reads` and `writes` have the type of each activation, such as INT8; `bytes_in` and `bytes_out` are their sizes
+    per image. `padded_channels` are those of a convolution's input and output that the graph does not have.
+    """
+
+    kind: str
+    nodes: list[str] = Field(default_factory=list)
+    reads: list[str] = Field(default_factory=list)
+    writes: list[str] = Field(default_factory=list)
+    bytes_in: int
+    bytes_out: int
+    padded_channels: int = 0
+
+
+class EnginePlan(Record):
+    """What the compiler of TensorRT-RTX made of a graph, by its own table; nothing was run, and nothing timed.
+
+    Attributes:
+        engine: the engine's path in the run directory.
+        release: that of TensorRT-RTX; `targets` are the families of GPUs that the engine is for.
+        kernels: their number, without events and computations of shapes; 0 if the table cannot be read.
+        convolutions: the kernels that are convolutions; `convolutions_int8` of them read INT8.
+        convolutions_write: the number of convolutions by the type that they write.
+        requantizations: separate kernels that make INT8 again of what a convolution or matrix product in INT8 wrote.
+        padded_channels: channels of convolutions' inputs and outputs that the graph does not have.
+        bytes_in, bytes_out: activations that all kernels read and write per image, without weights.
+        layers: the kernels, in order.
+        notes: sentences on what is missing, and why.
+    """
+
+    engine: str
+    release: str = ""
+    targets: list[str] = Field(default_factory=list)
+    kernels: int = 0
+    convolutions: int = 0
+    convolutions_int8: int = 0
+    convolutions_write: dict[str, int] = Field(default_factory=dict)
+    requantizations: int = 0
+    padded_channels: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    layers: list[PlannedKernel] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of activations that are read and written per image."""
+        return self.bytes_in + self.bytes_out
+
+
+class Refusal(Record):
+    """What a parser or compiler refuses: a node of the graph, its operator, why, and what to do; empty if unknown."""
+
+    node: str = ""
+    operator: str = ""
+    reason: str
+    remedy: str = ""
+
+
+class Compilation(Record):
+    """The answer of TensorRT-RTX's parser and compiler about a graph: what they refuse, or the plan of an engine."""
+
+    refusals: list[Refusal] = Field(default_factory=list)
+    plan: EnginePlan | None = None

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from clusterq_deploy.errors import ReportError
 from clusterq_deploy.results import Count, Duration, Finite, Percent, Record
-from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats
+from clusterq_deploy.results.engines import EngineInspection, EnginePlan, GpuTelemetry, LatencyStats
 
 _QUANTILES = 21
 _MOST_DIGITS = 20
@@ -160,7 +160,7 @@ class Artifact(Record):
     """
 
     kind: Literal["onnx", "engine"]
-    target: Literal["onnxruntime", "tensorrt", "int4"]
+    target: Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "int4"]
     path: str
     size_bytes: Count
     fp16: bool = False
@@ -258,6 +258,7 @@ class Variant(Record):
     memory. `histograms` has the quantized layers in order of execution. `kept_step` is the step of fine-tuning whose
     weights were used: 0 if none improved on the start on held-out images, None if nothing was tuned. `cpu` is the
     target of the graph for ONNX Runtime: `any`, or `vnni`, without which its sums saturate; None for the baseline.
+    `plans` has the kernels of its engines of TensorRT-RTX.
     """
 
     name: str
@@ -266,6 +267,7 @@ class Variant(Record):
     artifacts: list[Artifact] = Field(default_factory=list)
     latency: list[Latency] = Field(default_factory=list)
     inspections: list[EngineInspection] = Field(default_factory=list)
+    plans: list[EnginePlan] = Field(default_factory=list)
     quantized_layers: int | None = None
     skipped_layers: list[LayerNote] = Field(default_factory=list)
     keep: dict[str, int] = Field(default_factory=dict)

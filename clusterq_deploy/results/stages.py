@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer
 
 from clusterq_deploy.results import Count, Percent, Record
-from clusterq_deploy.results.engines import EngineInspection
+from clusterq_deploy.results.engines import EngineInspection, EnginePlan
 from clusterq_deploy.results.report import (
     Accuracy,
     Artifact,
@@ -107,6 +107,13 @@ class BuildResult(StageResult):
     """The engines."""
 
     artifacts: list[Artifact]
+
+
+class RtxResult(BuildResult):
+    """The engines of TensorRT-RTX, the plan of each, and the graphs that have none."""
+
+    plans: list[EnginePlan]
+    skipped: list[Skipped] = Field(default_factory=list)
 
 
 class UnreadableImages(Record):

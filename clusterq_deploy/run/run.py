@@ -33,6 +33,7 @@ from clusterq_deploy.run.directory import RunDirectory
 from clusterq_deploy.run.manifest import StageRecord, broken_manifest, digest
 from clusterq_deploy.run.stage import AnyStage, Finished, Json, Needs, Stage
 from clusterq_deploy.runtimes.runners import Runner, TorchRunner
+from clusterq_deploy.runtimes.tensorrt import TURING, build_problem, require
 from clusterq_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -108,17 +109,34 @@ class Run:
         return pass_cost(self.model.original, self.model.input.size)
 
     def check(self) -> None:
-        """Check the model and the data before any work.
+        """Check the model, the data and what engines require before any work.
 
         Raises:
+            TensorRTMissing, ConfigError: see `check_rtx`.
             GraphError: BatchNorm cannot be folded, or the model has no layer of a name in `keep`.
             DataError: the evaluation data does not fit.
         """
+        if self.config.build.rtx:
+            self.check_rtx()
         folded = folded_teacher(self.model.module)
         for bits in self.config.widths:
             place(folded, bits, quantize_first_last=self.config.first_last, layer_bits=self.config.keep)
         if self.has_own_data:
             _ = self.evaluation
+
+    def check_rtx(self) -> None:
+        """Check that engines of TensorRT-RTX can be built here.
+
+        Raises:
+            TensorRTMissing: it is not installed.
+            ConfigError: they are for Turing, and the graphs are not in FP16.
+        """
+        require(build_problem("tensorrt_rtx"))
+        if TURING in self.config.build.rtx and not self.config.fp16:
+            raise ConfigError(
+                f"--rtx {TURING} (Turing) multiplies no float32 matrices: export the graphs with --fp16, or leave it "
+                "out"
+            )
 
     def write_config(self) -> None:
         """Write the configuration to the run directory, after `check`."""

@@ -156,7 +156,9 @@ def time_engine(runner: engine.TensorRTRunner, name: str, settings: BenchmarkCon
     latencies = []
     for batch in settings.batches:
         times = runner.measure(batch, **options, cuda_graph=True)
-        command = runner.trtexec_command(name, batch, **options, cuda_graph=times.cuda_graph)
+        command = None
+        if runner.info.options.library == "tensorrt":  # TensorRT-RTX has another tool
+            command = runner.trtexec_command(name, batch, **options, cuda_graph=times.cuda_graph)
         record = summarize_engine(runner.runtime, batch, times)
         latencies.append(record.model_copy(update={"graph": name, "trtexec": command}))
     return latencies

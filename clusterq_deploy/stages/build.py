@@ -1,6 +1,7 @@
 """Build a variant's TensorRT engine: its graph goes in, an engine and its sidecar come out."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +22,7 @@ from clusterq_deploy.stages import export
 logger = logging.getLogger(__name__)
 
 NAME, RESULT = "build", BuildResult
-ENGINE = ".engine"
+ENGINE, RTX_ENGINE = ".engine", ".rtx.engine"
 
 
 def needs(_: Run, stage: AnyStage) -> Needs:
@@ -33,22 +34,39 @@ def inputs(run: Run, _: AnyStage) -> Json:
     """Return the machine and the build settings, except the timing cache, which does not affect the result."""
     settings = _build_config(run)
     return {
-        "settings": settings.model_dump(mode="json", exclude={"timing_cache"}),
+        "settings": settings.model_dump(mode="json", exclude={"timing_cache", "rtx"}),
         "machine": engine.this_machine().binding(settings),
     }
 
 
 def work(run: Run, stage: AnyStage) -> tuple[BuildResult, list[str]]:
     """Build a variant's engine; for the float baseline one in FP32 and one in FP16."""
-    graphs = run.require_finished(Stage(export, stage.variant)).result.artifacts
-    settings, folder, engines = _build_config(run), run.directory.path, []
-    for graph in graphs:
-        if stage.variant == FP32 or graph.target == "tensorrt":
-            # w8a8/model.engine for w8a8/model.trt.onnx, fp32/model.fp16.engine for fp32/model.fp16.onnx
-            name = graph.path.removesuffix(".onnx").removesuffix(".trt") + ENGINE
-            size = engine.build_engine(folder / graph.path, folder / name, settings, run.progress).size_bytes
-            engines.append(Artifact(kind="engine", target="tensorrt", path=name, size_bytes=size, fp16=graph.fp16))
-    return BuildResult(artifacts=engines), [file for built in engines for file in (built.path, f"{built.path}.json")]
+    settings = _build_config(run)
+    engines = [build_graph(run, graph, settings, ENGINE)[0] for graph in graphs_of_engines(run, stage.variant)]
+    return BuildResult(artifacts=engines), engine_files(engines)
+
+
+def graphs_of_engines(run: Run, variant: str) -> list[Artifact]:
+    """Return the graphs of an exported variant that engines are built from."""
+    graphs = run.require_finished(Stage(export, variant)).result.artifacts
+    return [graph for graph in graphs if variant == FP32 or graph.target == "tensorrt"]
+
+
+def build_graph(
+    run: Run, graph: Artifact, config: engine.BuildConfig, suffix: str
+) -> tuple[Artifact, engine.EngineInfo]:
+    """Build the engine of a run's graph next to it; return it with its sidecar."""
+    # w8a8/model.engine for w8a8/model.trt.onnx, fp32/model.fp16.engine for fp32/model.fp16.onnx
+    name = graph.path.removesuffix(".onnx").removesuffix(".trt") + suffix
+    folder = run.directory.path
+    info = engine.build_engine(folder / graph.path, folder / name, config, run.progress)
+    size, target = info.size_bytes, config.library
+    return Artifact(kind="engine", target=target, path=name, size_bytes=size, fp16=graph.fp16), info
+
+
+def engine_files(engines: Iterable[Artifact]) -> list[str]:
+    """Return the files of engines, with their sidecars."""
+    return [file for built in engines for file in (built.path, f"{built.path}.json")]
 
 
 def describe(_: Run, __: AnyStage) -> str:
@@ -64,19 +82,36 @@ def profile_batches(config: RunConfig) -> tuple[int, int, int]:
 
 
 def _build_config(run: Run) -> engine.BuildConfig:
-    """Return the build settings with `profile_batches`."""
-    return run.config.build.model_copy(update={"batch": profile_batches(run.config)})
+    """Return TensorRT's build settings with `profile_batches`."""
+    return run.config.build.model_copy(update={"batch": profile_batches(run.config), "rtx": ()})
 
 
 def build_file(path: Path, config: engine.BuildConfig, progress: Progress = SILENT) -> dict[Path, engine.EngineInfo]:
-    """Build the engine of an ONNX file, of any exporter, and its FP16 baseline, both next to it.
+    """Build the engines of an ONNX file, of any exporter, and of its FP16 baseline, all next to it.
+
+    They are TensorRT's if it and a GPU are there, and TensorRT-RTX's if the settings name GPUs for it.
+
+    Raises:
+        TensorRTMissing: there is nothing to build engines with.
+        EngineError: the library cannot build the graph.
+    """
+    engines: dict[Path, engine.EngineInfo] = {}
+    if not config.rtx or not engine.unavailable_reason():
+        engines = _build_file(path, config.model_copy(update={"rtx": ()}), ENGINE, progress)
+    return engines | (_build_file(path, config.for_rtx(), RTX_ENGINE, progress) if config.rtx else {})
+
+
+def _build_file(
+    path: Path, config: engine.BuildConfig, suffix: str, progress: Progress
+) -> dict[Path, engine.EngineInfo]:
+    """Build the engine of an ONNX file, and of its FP16 baseline.
 
     A graph that computes in FP16 needs no baseline; if none can be built, a warning says why.
 
     Raises:
         EngineError: TensorRT cannot build the graph.
     """
-    engine_path, baseline_path = path.with_suffix(ENGINE), path.with_suffix(f".fp16{ENGINE}")
+    engine_path, baseline_path = path.with_suffix(suffix), path.with_suffix(f".fp16{suffix}")
     engines = {engine_path: engine.build_engine(path, engine_path, config, progress)}
     try:
         if baseline := fp16_baseline(read_graph(path)):

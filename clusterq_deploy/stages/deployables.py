@@ -14,12 +14,12 @@ import torch
 from clusterq_deploy.errors import EngineError, ExportError
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.results.report import Skipped
-from clusterq_deploy.results.stages import ExportResult
+from clusterq_deploy.results.stages import BuildResult, ExportResult
 from clusterq_deploy.run.run import EVALUATION_BATCH, FP32, Run
-from clusterq_deploy.run.stage import Stage
+from clusterq_deploy.run.stage import Kind, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
 from clusterq_deploy.runtimes.runners import OnnxRunner, Runner
-from clusterq_deploy.stages import build
+from clusterq_deploy.stages import build, rtx
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +115,24 @@ def left_to_others(runner: OnnxRunner, graph: str) -> str | None:
 
 def engine_stages(*variants: str) -> tuple[str, ...]:
     """Return the build stages of variants, if engines run here."""
-    return () if engine.unavailable_reason() else tuple(f"build/{variant}" for variant in variants)
+    return tuple(f"{kind.NAME}/{variant}" for kind in _runnable().values() for variant in variants)
 
 
 def run_engines(run: Run, variant: str) -> list[Deployable[engine.TensorRTRunner]]:
     """Return the engines of a variant of a run, if they run here."""
-    built = None if engine.unavailable_reason() else run.finished(Stage(build, variant))
-    paths = [artifact.path for artifact in built.result.artifacts] if built else []
-    return [Deployable(variant, p, "tensorrt", partial(engine.TensorRTRunner, run.directory.path / p)) for p in paths]
+    finished = [run.finished(Stage(kind, variant)) for kind in _runnable().values()]
+    return [
+        Deployable(variant, built.path, built.target, partial(engine.TensorRTRunner, run.directory.path / built.path))
+        for stage in finished
+        if stage
+        for built in stage.result.artifacts
+    ]
+
+
+def _runnable() -> dict[engine.Library, Kind[BuildResult]]:
+    """Return the libraries whose engines run here, with the kind of stage that builds them."""
+    kinds: dict[engine.Library, Kind[BuildResult]] = {"tensorrt": build, "tensorrt_rtx": rtx}
+    return {library: kind for library, kind in kinds.items() if not engine.unavailable_reason(library)}
 
 
 def run_graphs_on_gpu(run: Run, exports: Mapping[str, ExportResult]) -> list[Deployable[OnnxRunner]]:
@@ -151,7 +161,7 @@ def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[e
     """
     if path.suffix == build.ENGINE:
         yield Deployable("", str(path), "tensorrt", partial(engine.TensorRTRunner, path))
-    elif not engine.unavailable_reason():
+    elif libraries := _runnable():
         digest = sha256_file(path)
         for built in sorted(path.parent.glob(f"*{build.ENGINE}")):
             try:
@@ -159,10 +169,11 @@ def file_engines(path: Path, *, baselines: bool = True) -> Iterator[Deployable[e
             except EngineError as error:  # for example of another tool
                 logger.warning("%s is skipped: %s", built, error)
                 continue
-            if info.source != path.name or (info.derived and not baselines):
+            library = info.options.library
+            if info.source != path.name or (info.derived and not baselines) or library not in libraries:
                 continue
             if info.source_sha256 == digest:
-                yield Deployable("", str(built), "tensorrt", partial(engine.TensorRTRunner, built))
+                yield Deployable("", str(built), library, partial(engine.TensorRTRunner, built))
             else:
                 logger.warning("%s was built from an earlier %s; build it again", built, path.name)
 

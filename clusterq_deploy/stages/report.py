@@ -14,7 +14,7 @@ from clusterq_deploy.results.stages import BenchmarkResult, ExportResult, Featur
 from clusterq_deploy.run.run import FP32, IMAGES, PREVIEW, Run
 from clusterq_deploy.run.stage import Finished, Stage
 from clusterq_deploy.runtimes import tensorrt as engine
-from clusterq_deploy.stages import benchmark, build, evaluate, export, features, quantize, sensitivity, synthesize
+from clusterq_deploy.stages import benchmark, build, evaluate, export, features, quantize, rtx, sensitivity, synthesize
 from clusterq_deploy.version import __version__
 
 _CURVE_POINTS = 200
@@ -108,21 +108,23 @@ def _variant(
     run: Run, name: str, exported: Finished[ExportResult], timing: Finished[BenchmarkResult] | None
 ) -> records.Variant:
     tuned, built = run.finished(Stage(quantize, name)), run.finished(Stage(build, name))
+    ahead = run.finished(Stage(rtx, name))
     costs, measured = run.finished(Stage(sensitivity, name)), run.finished(Stage(evaluate, name))
     tuning = _shared(tuned.result, records.Variant) if tuned else {}
     if tuning and not tuning["losses"].get("held_out_kl"):
         tuning["kept_step"] = None
     return records.Variant(
         name=name,
-        seconds=sum(stage.seconds for stage in (tuned, exported, built) if stage),
+        seconds=sum(stage.seconds for stage in (tuned, exported, built, ahead) if stage),
         accuracy=measured.result.accuracy if measured else [],
         artifacts=[
             artifact.model_copy(update={"sha256": stage.files[artifact.path]})
-            for stage in (exported, built)
+            for stage in (exported, built, ahead)
             if stage
             for artifact in stage.result.artifacts
         ],
         latency=timing.result.latency.get(name, []) if timing else [],
+        plans=ahead.result.plans if ahead else [],
         inspections=timing.result.inspections.get(name, []) if timing else [],
         sensitivities=[
             records.LayerSensitivity(layer=layer.layer, bits=layer.bits, **layer.cost.model_dump())
@@ -153,6 +155,10 @@ def _skipped(
     skipped, reason = [], engine.unavailable_reason()
     if reason or not any(run.finished(Stage(build, variant)) for variant in _variants(run)):
         skipped.append(Skipped(stage="build", reason=reason or "not requested"))
+    ahead = [stage for variant in _variants(run) if (stage := run.finished(Stage(rtx, variant)))]
+    skipped += [entry for stage in ahead for entry in stage.result.skipped]
+    if ahead and (reason := engine.unavailable_reason("tensorrt_rtx")):
+        skipped.append(Skipped(stage="rtx", reason=f"built, not run: {reason}"))
     if timing:
         skipped += timing.result.skipped
     if baseline and baseline.result.no_fp16:

@@ -1,4 +1,4 @@
-"""Build a TensorRT engine from an ONNX graph with explicit Q/DQ."""
+"""Build an engine of TensorRT or TensorRT-RTX from an ONNX graph with explicit Q/DQ."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from calib.support.progress import Advance, Progress
-from clusterq_deploy.errors import EngineError, ExportError, RunDirectoryError
+from clusterq_deploy.errors import EngineError, ExportError, GraphRefused, RunDirectoryError
 from clusterq_deploy.files import read_graph, sha256_file, write_bytes
-from clusterq_deploy.runtimes.tensorrt.gpu import diagnose, explained, failure, require_tensorrt, tensorrt_log, trt
-from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, EngineInfo, Machine, sidecar_path, this_machine
+from clusterq_deploy.results.engines import EnginePlan, Refusal
+from clusterq_deploy.runtimes.tensorrt.gpu import (
+    build_problem,
+    diagnose,
+    explained,
+    failure,
+    require,
+    tensorrt_log,
+    title,
+    without_driver,
+)
+from clusterq_deploy.runtimes.tensorrt.kernels import convolution_channels, plan_of
+from clusterq_deploy.runtimes.tensorrt.library import trt, using
+from clusterq_deploy.runtimes.tensorrt.sidecar import BuildConfig, EngineInfo, Machine, built_machine, sidecar_path
 
 logger = logging.getLogger(__name__)
 
 _DOC_LENGTH = 160
+_UNNAMED = re.compile(r"Invalid Node - (?:node_of_)?(\S+)")  # of a node without a name the parser reports its output's
 _LOCK_TIMEOUT_S = 30
 _POLL_S = 0.5  # on Windows a wait without a timeout does not notice Ctrl-C
 
@@ -33,7 +46,7 @@ _POLL_S = 0.5  # on Windows a wait without a timeout does not notice Ctrl-C
 def build_engine(
     onnx_path: Path, engine_path: Path, config: BuildConfig, progress: Progress, *, derived_from: Path | None = None
 ) -> EngineInfo:
-    """Build an engine for the current CUDA device, and write it with its sidecar.
+    """Build an engine for the current CUDA device, or for the GPUs in `config.rtx`, and write it with its sidecar.
 
     The network is strongly typed: it has the precisions of the graph. Both files are written completely or not at all.
     Ctrl-C cancels the build.
@@ -46,41 +59,43 @@ def build_engine(
             the sidecar names it instead of the graph.
 
     Raises:
-        TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
-        EngineError: TensorRT cannot parse or build the graph, or this GPU does not support `config`.
+        TensorRTMissing: the library is not there, or TensorRT has no NVIDIA GPU.
+        EngineError: the library cannot parse or build the graph, or this GPU does not support `config`.
         RunDirectoryError: the graph cannot be read, or the engine cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed; any exception of a signal handler ends a build in the same way.
     """
-    require_tensorrt()
-    start = time.perf_counter()
-    source, machine = derived_from or onnx_path, this_machine()
-    if config.hardware_compatible and not machine.is_ampere_or_later:
-        raise EngineError(
-            f"{machine.gpu} has compute capability {machine.compute_capability}; --hardware-compatible engines are for "
-            "8.0 (Ampere) and later, and built there: leave the option out"
-        )
-    source_sha256 = sha256_file(source)
-    with progress.task(f"build {engine_path.name}", total=2) as advance, explained(f"build {source}"):
-        builder: trt.Builder = trt.Builder(tensorrt_log())
-        network: trt.INetworkDefinition = builder.create_network(
-            1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        )
-        # the parser owns the weights that the network points to: it has to exist until the engine is built
-        parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
-        _parse(parser, onnx_path, source)
-        options: trt.IBuilderConfig
-        options, batch = _configure(builder, network, config, source)
-        cache_path = timing_cache_path(config, machine)
-        cache = use_timing_cache(options, cache_path) if cache_path else None
-        advance()
-        plan: trt.IHostMemory | None = _build(builder, network, options, progress)
-        if not plan:
-            raise failure(f"TensorRT cannot build {source}")
-        advance()
+    require(build_problem(config.library))
+    start, source = time.perf_counter(), derived_from or onnx_path
+    with using(config.library):
+        machine = built_machine(config)
+        if config.hardware_compatible and not machine.is_ampere_or_later:
+            raise EngineError(
+                f"{machine.gpu} has compute capability {machine.compute_capability}; --hardware-compatible engines are "
+                "for 8.0 (Ampere) and later, and built there: leave the option out"
+            )
+        source_sha256 = sha256_file(source)
+        with progress.task(f"build {engine_path.name}", total=2) as advance, explained(f"build {source}"):
+            builder: trt.Builder = trt.Builder(tensorrt_log())
+            network: trt.INetworkDefinition = builder.create_network(
+                1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            )
+            # the parser owns the weights that the network points to: it has to exist until the engine is built
+            parser: trt.OnnxParser = trt.OnnxParser(network, tensorrt_log())
+            _parse(parser, onnx_path, source)
+            options: trt.IBuilderConfig
+            options, batch = _configure(builder, network, config, source)
+            cache_path = timing_cache_path(config, machine)
+            cache = use_timing_cache(options, cache_path) if cache_path else None
+            advance()
+            serialized: trt.IHostMemory | None = _build(builder, network, options, progress)
+            if not serialized:
+                raise failure(f"{title()} cannot build {source}")
+            plan = _plan(onnx_path, engine_path.name, config, batch) if config.rtx else None
+            advance()
 
     if batch != config.batch and "batch" in config.model_fields_set and derived_from is None:
         logger.warning("%s fixes the batch at %d; the batch sizes %s are ignored", source, batch[0], config.batch)
-    engine = memoryview(plan)
+    engine = memoryview(serialized)
     info = EngineInfo(
         built_on=machine,
         source=source.name,
@@ -89,6 +104,7 @@ def build_engine(
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         size_bytes=engine.nbytes,
         options=config.model_copy(update={"batch": batch}),
+        plan=plan,
         seconds=time.perf_counter() - start,
         created=datetime.now(UTC).replace(microsecond=0),
     )
@@ -104,12 +120,23 @@ def build_engine(
     return info
 
 
+def _plan(onnx_path: Path, engine: str, config: BuildConfig, batch: tuple[int, int, int]) -> EnginePlan:
+    """Return the kernels of the engine that was built last; if they cannot be read, a record that says why."""
+    only = batch[0] if batch[0] == batch[2] else 1
+    try:
+        plan = plan_of(tensorrt_log().layers, convolution_channels(read_graph(onnx_path)), engine=engine, batch=only)
+    except (EngineError, ExportError) as error:
+        logger.warning("%s: %s", engine, error)
+        plan = EnginePlan(engine=engine, notes=[f"{error}."])
+    return plan.model_copy(update={"release": str(trt.__version__), "targets": list(config.rtx)})
+
+
 def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
     """Parse the graph into the parser's network.
 
     Raises:
-        EngineError: TensorRT cannot; the message has every problem with its node, operator and doc string, and a hint
-            about `source`, the user's file.
+        GraphRefused: the parser cannot; the message has every problem with its node, operator and doc string, and a
+            hint about `source`, the user's file.
     """
     if parser.parse_from_file(str(onnx_path)):
         return
@@ -117,21 +144,24 @@ def _parse(parser: trt.OnnxParser, onnx_path: Path, source: Path) -> None:
         docs = {node.name: " ".join(node.doc_string.split()) for node in read_graph(onnx_path).graph.node if node.name}
     except ExportError:  # TensorRT's own message describes the problem of the file
         docs = {}
-    problems, descriptions = [], []
+    problems, refusals = [], []
     for index in range(parser.num_errors):
         error: trt.ParserError = parser.get_error(index)
-        name: str = error.node_name()
-        place: str = error.node_operator() or "no operator"
         description: str = error.desc()
+        reason = without_driver(description)
+        name: str = error.node_name() or "".join(_UNNAMED.findall(reason)[:1])
+        operator: str = error.node_operator()
+        place = operator or "no operator"
         if doc := docs.get(name):
             place += f', "{doc}"' if len(doc) <= _DOC_LENGTH else f', "{doc[:_DOC_LENGTH]}..."'
-        descriptions.append(" ".join(description.split()))
-        problems.append(f"{name or 'unnamed node'} ({place}): {descriptions[-1]}")
-    diagnosis = diagnose(descriptions)
+        diagnosis = diagnose([reason])
+        remedy = diagnosis.advice if diagnosis else ""
+        refusals.append(Refusal(node=name, operator=operator, reason=reason, remedy=remedy))
+        problems.append(f"{name or 'unnamed node'} ({place}): {reason}")
     hint = f"clusterq check {source} lists the rules of TensorRT that the graph breaks"
-    raise EngineError(
-        f"TensorRT cannot parse {source}: {'; '.join(problems) or 'no reason given'}; "
-        f"{diagnosis.advice if diagnosis else hint}"
+    remedies = [refusal.remedy for refusal in refusals if refusal.remedy]
+    raise GraphRefused(
+        f"{title()} cannot parse {source}: {'; '.join(problems) or 'no reason given'}; {(*remedies, hint)[0]}", refusals
     )
 
 
@@ -145,7 +175,11 @@ def _configure(
     options: trt.IBuilderConfig = builder.create_builder_config()
     options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
     options.builder_optimization_level = config.optimization_level
-    options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector names layers and their types
+    options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # inspector and log name layers and their types
+    if config.rtx:
+        options.num_compute_capabilities = len(config.rtx)
+        for index, target in enumerate(config.rtx):
+            options.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
     if config.version_compatible:
         options.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if config.hardware_compatible:
@@ -164,11 +198,12 @@ def _configure(
             profile.set_shape(tensor.name, *((size, *rest) for size in config.batch))
         batches.append(batch)
     if not batches:
+        read_graph(source)  # the parser reads a file that is not ONNX as an empty graph
         raise EngineError(f"{source} has no input")
     if -1 not in batches:
         return options, (batches[0],) * 3
     if options.add_optimization_profile(profile) < 0:
-        raise failure(f"TensorRT refuses the batch sizes {config.batch} for {source}")
+        raise failure(f"{title()} refuses the batch sizes {config.batch} for {source}")
     return options, config.batch
 
 
@@ -180,10 +215,11 @@ def _build(
     The build runs in a thread: Python runs signal handlers in the main thread, and only between its own instructions.
     """
     cancelled = threading.Event()
-    device = torch.cuda.current_device()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def work() -> trt.IHostMemory | None:
-        torch.cuda.set_device(device)  # each thread has its own current device
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own current device
         return builder.build_serialized_network(network, options)
 
     with _progress_monitor(progress, cancelled) as monitor, ThreadPoolExecutor(1, "build") as pool:
@@ -243,7 +279,8 @@ def _progress_monitor(progress: Progress, cancelled: threading.Event) -> Iterato
 
 def timing_cache_path(config: BuildConfig, machine: Machine) -> Path | None:
     """Return the file of the timing cache for a build, or None; by default there is one per GPU, CUDA and TensorRT."""
-    if config.timing_cache == "none" or config.optimization_level == 0:  # level 0 measures nothing
+    # level 0 measures nothing, and neither does TensorRT-RTX
+    if config.timing_cache == "none" or config.optimization_level == 0 or config.rtx:
         return None
     if config.timing_cache is not None:
         return config.timing_cache

@@ -1,4 +1,4 @@
-"""TensorRT and the GPU: the module itself, whether both work here, and diagnoses of their errors."""
+"""The library's log, diagnoses of its errors, and whether it and the GPU work here."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
 from clusterq_deploy.errors import ClusterQError, EngineError, TensorRTMissing
+from clusterq_deploy.runtimes.tensorrt.library import RTX_TARGETS, TITLES, Library, in_use, library_problem, trt
 
 logger = logging.getLogger(__name__)
 
-
-class _Module:
-    """The `tensorrt` module, imported when one of its names is first needed."""
-
-    def __getattr__(self, name: str) -> Any:
-        import tensorrt
-
-        return getattr(tensorrt, name)
-
-
-trt: Any = _Module()
-"""TensorRT; the rest of the package imports this name."""
+_LAYERS = "Layers:"
+_DRIVER_CALL = re.compile(r"\s*\[checkMacros\.cpp::catchCudaError\S* Error Code 1: Cuda Runtime \(.*\)")
 
 
 @dataclass(frozen=True)
@@ -87,6 +77,11 @@ KNOWN_FAILURES = {
         "an operator is neither TensorRT's own nor a plugin's",
         "replace it in the model, or load its plugin; clusterq check lists operators that are not ONNX's own",
     ),
+    "Turing": KnownFailure(
+        r"Cannot compile operation '(?P<what>[^']*)' for Turing",
+        "Turing (sm75) has no kernel for {what}",
+        "use a graph in FP16 (clusterq export RUN --fp16), or leave sm75 out of --rtx",
+    ),
     "CUDA broken": KnownFailure(
         r"CUDA initialization failure with error:? (?P<what>\d+)",
         "CUDA does not start (error {what})",
@@ -113,13 +108,18 @@ def diagnose(messages: Sequence[str]) -> Diagnosis | None:
     return None
 
 
-@cache
 def tensorrt_log() -> trt.ILogger:
-    """Return the logger that all of TensorRT's objects share: TensorRT uses the first one for the whole process.
+    """Return the logger that all objects of the library in use share: it uses the first one for the whole process.
 
     Errors and warnings are logged as such, information at debug level, and verbose messages are dropped. `errors` has
-    the last error messages. TensorRT calls the logger from its own threads.
+    the last error messages, `layers` the verbose message of TensorRT-RTX with its kernels. The library calls the logger
+    from its own threads.
     """
+    return _log(in_use())
+
+
+@cache
+def _log(_: Library) -> trt.ILogger:
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.ERROR,
         trt.ILogger.ERROR: logging.ERROR,
@@ -131,9 +131,12 @@ def tensorrt_log() -> trt.ILogger:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # the binding requires this call instead of super()
             self.errors: deque[str] = deque(maxlen=10)
+            self.layers = ""
 
         def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
             if (level := levels.get(severity)) is None:
+                if msg.startswith(_LAYERS):
+                    self.layers = msg
                 return
             logger.log(level, "%s", msg)
             if level == logging.ERROR:
@@ -142,20 +145,26 @@ def tensorrt_log() -> trt.ILogger:
     return Log()
 
 
+def without_driver(message: str) -> str:
+    """Return a message in one line, without the failed call of a driver that TensorRT-RTX appends if there is none."""
+    line = " ".join(message.split())
+    return line if in_use() == "tensorrt" or torch.cuda.is_available() else _DRIVER_CALL.sub("", line)
+
+
 def failure(message: str, *details: str) -> EngineError:
     """Return an EngineError of one line: what failed, why, and what to do if that is known.
 
     `details` are messages in addition to the errors that TensorRT logged since `explained` began.
     """
-    lines = [" ".join(text.split()) for text in (*details, *tensorrt_log().errors)]
+    lines = list(filter(None, map(without_driver, (*details, *tensorrt_log().errors))))
     if diagnosis := diagnose(lines):
-        return EngineError(f"{message}: {diagnosis.advice} (TensorRT: {diagnosis.message})")
+        return EngineError(f"{message}: {diagnosis.advice} ({title()}: {diagnosis.message})")
     return EngineError("; ".join([message, *lines]))
 
 
 @contextmanager
 def explained(action: str) -> Iterator[None]:
-    """Clear earlier errors, and turn what TensorRT's bindings raise in the block into an EngineError.
+    """Clear what was logged earlier, and turn what the bindings raise in the block into an EngineError.
 
     The bindings raise TypeError if an object cannot be created, MemoryError for C++'s bad_alloc, and ValueError or
     RuntimeError otherwise. `action` is what the block does, for the message: `start the builder`.
@@ -163,30 +172,53 @@ def explained(action: str) -> Iterator[None]:
     Raises:
         EngineError: the block raised one of these; a `ClusterQError` is unchanged.
     """
-    tensorrt_log().errors.clear()
+    log = tensorrt_log()
+    log.errors.clear()
+    log.layers = ""
     try:
         yield
     except ClusterQError:
         raise
     except (MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise failure(f"TensorRT cannot {action}", str(error) or type(error).__name__) from error
+        raise failure(f"{title()} cannot {action}", str(error) or type(error).__name__) from error
 
 
-def unavailable_reason() -> str | None:
-    """Return one line with everything that prevents building and running engines here, or None."""
-    return "; ".join(filter(None, (gpu_problem(), tensorrt_problem()))) or None
+def title() -> str:
+    """Return the name of the library in use, for messages."""
+    return TITLES[in_use()]
 
 
-def require_tensorrt() -> None:
-    """Raise TensorRTMissing if engines cannot be built and run here, with the message of `unavailable_reason`."""
-    if reason := unavailable_reason():
-        raise TensorRTMissing(reason)
+def unavailable_reason(library: Library = "tensorrt") -> str | None:
+    """Return one line with everything that prevents running the engines of a library here, or None."""
+    return "; ".join(filter(None, (gpu_problem(library), library_problem(library)))) or None
 
 
-def gpu_problem() -> str | None:
-    """Return one line with the reason why torch cannot use an NVIDIA GPU, and a remedy; None if it can."""
+def build_problem(library: Library) -> str | None:
+    """Return one line with what prevents building engines here, or None: only TensorRT needs a GPU for it."""
+    return unavailable_reason() if library == "tensorrt" else library_problem(library)
+
+
+def require(problem: str | None) -> None:
+    """Raise TensorRTMissing if there is a problem.
+
+    Raises:
+        TensorRTMissing: its message is `problem`.
+    """
+    if problem:
+        raise TensorRTMissing(problem)
+
+
+def gpu_problem(library: Library = "tensorrt") -> str | None:
+    """Return one line with the reason why torch or a library cannot use a GPU, and a remedy; None if they can."""
     if torch.cuda.is_available():
-        return None
+        if library == "tensorrt":
+            return None
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if f"sm{gpu.major}{gpu.minor}" in RTX_TARGETS:
+            return None
+        return (
+            f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}; TensorRT-RTX runs on {', '.join(RTX_TARGETS)}"
+        )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a build for the CUDA that nvidia-smi shows"
     try:
@@ -196,19 +228,6 @@ def gpu_problem() -> str | None:
             return diagnosis.advice
     no_gpu = KNOWN_FAILURES["no GPU"]
     return f"{no_gpu.cause}: {no_gpu.remedy}"
-
-
-def tensorrt_problem() -> str | None:
-    """Return one line with the reason why TensorRT cannot be imported; None if it can."""
-    try:
-        version = str(trt.__version__)
-    except (ImportError, OSError, RuntimeError) as error:  # a shared library is missing, or is for another CUDA
-        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":
-            return "tensorrt is not installed: pip install 'clusterq-deploy[tensorrt]'"
-        return f"tensorrt is installed but cannot be imported: {' '.join(str(error).split())}"
-    if tuple(map(int, version.split(".")[:2])) < (10, 3):
-        return f"tensorrt {version} is too old: install 10.3 or later"
-    return None
 
 
 def start_builder() -> None:

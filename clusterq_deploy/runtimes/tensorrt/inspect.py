@@ -13,10 +13,10 @@ from clusterq_deploy.results.engines import EngineInspection, EngineLayer, Misse
 _SLOWEST = 10
 _TYPE = re.compile(r"\b(u?int\d+|fp\d+|bf16|bfloat16|half|float|bool)\b", re.IGNORECASE)
 _SHORT = {"HALF": "FP16", "FLOAT": "FP32", "BFLOAT16": "BF16"}
-_ONNX_NODE = re.compile(r"\[ONNX Layer: ([^|\]\x1e\x1f]+)")
+ONNX_NODE = re.compile(r"\[ONNX Layer: ([^|\]\x1e\x1f]+)")
 _FUSION = re.compile(r" \+ | \|\| |[\x1e\x1f]")
 _COPY = "Reformatting CopyNode"
-_IDLE = {"constant", "noop", "signal", "wait"}
+IDLE = {"constant", "noop", "signal", "wait"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Layer:
     @property
     def computes(self) -> bool:
         """Whether it does more than store, copy or wait for something."""
-        return not self._copies and (self.kind or "").lower() not in _IDLE
+        return not self._copies and (self.kind or "").lower() not in IDLE
 
     @property
     def _copies(self) -> bool:
@@ -96,7 +96,7 @@ def _layer(entry: Any) -> Layer:
     if not isinstance(entry, dict):
         entry = {"Name": entry}
     name = str(entry.get("Name", ""))
-    nodes = [*_FUSION.split(name), *_ONNX_NODE.findall(str(entry.get("Metadata", "")))]
+    nodes = [*_FUSION.split(name), *ONNX_NODE.findall(str(entry.get("Metadata", "")))]
     return Layer(
         name=name,
         kind=entry.get("LayerType"),

@@ -1,11 +1,12 @@
-"""Run, time and inspect a TensorRT engine, with torch tensors as its buffers."""
+"""Run, time and inspect an engine of TensorRT or TensorRT-RTX, with torch tensors as its buffers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import shlex
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 from clusterq_deploy.errors import EngineError
 from clusterq_deploy.runtimes.runners import Array, Runner
-from clusterq_deploy.runtimes.tensorrt.gpu import explained, failure, require_tensorrt, tensorrt_log, trt
+from clusterq_deploy.runtimes.tensorrt.gpu import explained, failure, require, tensorrt_log, title, unavailable_reason
+from clusterq_deploy.runtimes.tensorrt.library import trt, using
 from clusterq_deploy.runtimes.tensorrt.sidecar import EngineInfo, check_machine, read_sidecar, this_machine
 from clusterq_deploy.runtimes.tensorrt.timing import CallTimer, EngineTimes
 
@@ -29,6 +31,7 @@ class TensorRTRunner(Runner):
     are those of the largest batch, so that their addresses never change.
 
     Attributes:
+        runtime: `tensorrt` or `tensorrt-rtx`.
         info: the engine's sidecar.
         batch_range: smallest and largest batch that the engine accepts in one call.
     """
@@ -39,18 +42,20 @@ class TensorRTRunner(Runner):
         """Load the engine at `engine_path` onto a CUDA device, if it can run there according to its sidecar.
 
         Raises:
-            TensorRTMissing: there is no TensorRT, or no NVIDIA GPU.
+            TensorRTMissing: its library is not there, or no NVIDIA GPU that it serves.
             EngineError: the engine is for another machine, differs from its sidecar, or cannot be loaded.
         """
-        require_tensorrt()
+        self.info = read_sidecar(engine_path)
+        library = self.info.options.library
+        self.runtime = library.replace("_", "-")
+        require(unavailable_reason(library))
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
-        with torch.cuda.stream(self._stream), explained(f"load {engine_path}"):
-            self.info = read_sidecar(engine_path)
+        with self._working(f"load {engine_path}"):
             check_machine(engine_path, self.info, this_machine())
             self._engine: trt.ICudaEngine = _deserialize(engine_path, self.info)
             self._context: trt.IExecutionContext = self._engine.create_execution_context()
             if self._context is None:
-                raise failure(f"TensorRT cannot make an execution context for {engine_path}")
+                raise failure(f"{title()} cannot make an execution context for {engine_path}")
             self._input_name, self._output_name = _input_and_output(self._engine)
             shape = tuple(self._engine.get_tensor_shape(self._input_name))
             self._is_dynamic = -1 in shape
@@ -76,7 +81,7 @@ class TensorRTRunner(Runner):
             raise EngineError(f"images have shape {images.shape}; the engine accepts (N, {expected})")
         logits = np.empty((len(images), *self._output.shape[1:]), dtype=np.float32)
         smallest, largest = self.batch_range
-        with torch.cuda.stream(self._stream), explained("run the engine"):
+        with self._working("run the engine"):
             for first in range(0, len(images), largest):
                 chunk = images[first : first + largest]
                 # rows of a padded batch beyond the chunk are of an earlier batch; their logits are not read
@@ -104,7 +109,7 @@ class TensorRTRunner(Runner):
             EngineError: the batch is outside `batch_range`, or TensorRT cannot run.
         """
         self._require_open(batch)
-        with torch.cuda.stream(self._stream), explained("run the engine"):
+        with self._working("run the engine"):
             self._set_batch(self._context, batch)
             graph = self._capture() if cuda_graph else None
             launch = graph.replay if graph is not None else lambda: self._enqueue(self._context)
@@ -147,7 +152,7 @@ class TensorRTRunner(Runner):
             EngineError: the batch is outside `batch_range`, or TensorRT cannot inspect the engine.
         """
         self._require_open(batch)
-        with explained("inspect the engine"):
+        with self._working("inspect the engine"):
             self._set_batch(self._context, batch)
             inspector: trt.EngineInspector = self._engine.create_engine_inspector()
             inspector.execution_context = self._context  # its shapes determine formats
@@ -173,10 +178,10 @@ class TensorRTRunner(Runner):
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 times_ms[layer_name] = times_ms.get(layer_name, 0.0) + ms
 
-        with torch.cuda.stream(self._stream), explained("profile the engine"):
+        with self._working("profile the engine"):
             context: trt.IExecutionContext | None = self._engine.create_execution_context()
             if context is None:
-                raise failure("TensorRT cannot make an execution context to profile")
+                raise failure(f"{title()} cannot make an execution context to profile")
             self._set_batch(context, batch)
             self._set_addresses(context)
             profiler = Profiler()
@@ -196,6 +201,12 @@ class TensorRTRunner(Runner):
             self._context = self._engine = None
             self._input = self._output = torch.empty(0)
 
+    @contextmanager
+    def _working(self, action: str) -> Iterator[None]:
+        """Make the engine's stream current and its library the one in use; see `explained`."""
+        with torch.cuda.stream(self._stream), using(self.info.options.library), explained(action):
+            yield
+
     def _require_open(self, batch: int | None = None) -> None:
         """Raise an EngineError if the runner is closed, or the batch is outside `batch_range`."""
         if self._context is None:
@@ -208,9 +219,9 @@ class TensorRTRunner(Runner):
         """Shape a context's next call for `batch` images; return the shape of its output."""
         shape = (batch, *self._input.shape[1:])
         if not context.set_input_shape(self._input_name, shape):
-            raise failure(f"TensorRT refuses the input shape {shape}")
+            raise failure(f"{title()} refuses the input shape {shape}")
         if unknown := context.infer_shapes():
-            raise failure(f"TensorRT cannot infer {', '.join(unknown)} for the input shape {shape}")
+            raise failure(f"{title()} cannot infer {', '.join(unknown)} for the input shape {shape}")
         return tuple(context.get_tensor_shape(self._output_name))
 
     def _set_addresses(self, context: trt.IExecutionContext) -> None:
@@ -219,7 +230,7 @@ class TensorRTRunner(Runner):
 
     def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self._stream.cuda_stream):
-            raise failure("TensorRT cannot enqueue the engine")
+            raise failure(f"{title()} cannot enqueue the engine")
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """Return one call as a CUDA graph; None if TensorRT cannot be captured."""
@@ -248,7 +259,7 @@ def _deserialize(engine_path: Path, info: EngineInfo) -> trt.ICudaEngine:
     runtime.engine_host_code_allowed = info.options.version_compatible
     engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise failure(f"TensorRT cannot load {engine_path}")
+        raise failure(f"{title()} cannot load {engine_path}")
     return engine
 
 

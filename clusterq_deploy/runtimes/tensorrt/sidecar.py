@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from calib.support.config import StageConfig
 from clusterq_deploy.environment import driver_version
 from clusterq_deploy.errors import EngineError
-from clusterq_deploy.runtimes.tensorrt.gpu import trt
+from clusterq_deploy.results.engines import EnginePlan
+from clusterq_deploy.runtimes.tensorrt.library import TITLES, Library, RtxTarget, trt
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +71,23 @@ class BuildConfig(StageConfig):
     hardware_compatible: bool = False
     """Let every GPU of compute capability 8.0 (Ampere) or later run the engine, at some cost in speed."""
 
+    rtx: tuple[RtxTarget, ...] = ()
+    """Families of GPUs that TensorRT-RTX builds for, ahead of time; empty for TensorRT's engines, for the GPU here."""
+
+    @property
+    def library(self) -> Library:
+        """The library that builds the engine."""
+        return "tensorrt_rtx" if self.rtx else "tensorrt"
+
+    def for_rtx(self) -> "BuildConfig":
+        """Return the settings without those that TensorRT-RTX does not have."""
+        return BuildConfig(**self.model_dump(include={"batch", "workspace_bytes", "rtx"}))
+
+    @field_validator("rtx")
+    @classmethod
+    def _each_once(cls, rtx: tuple[RtxTarget, ...]) -> tuple[RtxTarget, ...]:
+        return tuple(dict.fromkeys(rtx))
+
     @model_validator(mode="after")
     def _batch_ascends(self) -> Self:
         if list(self.batch) != sorted(self.batch):
@@ -69,29 +96,35 @@ class BuildConfig(StageConfig):
 
 
 class Machine(BaseModel):
-    """The machine that an engine is for. `cuda` is torch's release of it; `driver` is None if unknown."""
+    """The machine that an engine is for. `cuda` is torch's release of it; `driver` is None if unknown.
+
+    An engine of TensorRT-RTX has only the release of that in `tensorrt`: it is not for the machine that built it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    gpu: str
-    compute_capability: str
-    driver: str | None
-    cuda: str | None
+    gpu: str | None = None
+    compute_capability: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
     tensorrt: str
 
     @property
     def is_ampere_or_later(self) -> bool:
         """Whether hardware-compatible engines run here."""
-        return _numbers(self.compute_capability) >= (8, 0)
+        return _numbers(self.compute_capability or "") >= (8, 0)
 
     def binding(self, config: BuildConfig) -> dict[str, str]:
         """Return what an engine built with `config` requires of a machine, by field name."""
-        fields = {"gpu", "compute_capability"} if not config.hardware_compatible else set()
+        fields = set() if config.hardware_compatible or config.rtx else {"gpu", "compute_capability"}
         return self.model_dump(include=fields | ({"tensorrt"} if not config.version_compatible else set()))
 
 
 class EngineInfo(BaseModel):
-    """Content of the sidecar. `source` is the ONNX file, or if `derived` the one that its graph was made from."""
+    """Content of the sidecar. `source` is the ONNX file, or if `derived` the one that its graph was made from.
+
+    `plan` has the kernels of an engine of TensorRT-RTX.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -102,6 +135,7 @@ class EngineInfo(BaseModel):
     engine_sha256: str
     size_bytes: int
     options: BuildConfig
+    plan: EnginePlan | None = None
     seconds: float
     created: datetime
 
@@ -116,6 +150,11 @@ def this_machine() -> Machine:
         cuda=torch.version.cuda,
         tensorrt=trt.__version__,
     )
+
+
+def built_machine(config: BuildConfig) -> Machine:
+    """Describe the machine that an engine built here is for, with the library in use."""
+    return Machine(tensorrt=trt.__version__) if config.rtx else this_machine()
 
 
 def sidecar_path(engine_path: Path) -> Path:
@@ -145,21 +184,24 @@ def read_sidecar(engine_path: Path) -> EngineInfo:
 def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
     """Raise an EngineError if an engine cannot run on `here`; log a warning about another driver or CUDA."""
     built, options = info.built_on, info.options
+    target = f"sm{(here.compute_capability or '').replace('.', '')}"
+    ahead = target in options.rtx
     ampere = options.hardware_compatible and here.is_ampere_or_later
+    capability = ", ".join(options.rtx) or built.compute_capability
     later = options.version_compatible and _is_supported_later(built.tensorrt, here.tensorrt)
     differences = [
         f"{what} is {running}, the engine is built for {expected}"
         for what, expected, running, compatible in (
-            ("GPU", built.gpu, here.gpu, options.hardware_compatible),
-            ("compute capability", built.compute_capability, here.compute_capability, ampere),
-            ("TensorRT", built.tensorrt, here.tensorrt, later),
+            ("GPU", built.gpu, here.gpu, options.hardware_compatible or bool(options.rtx)),
+            ("compute capability", capability, here.compute_capability, ampere or ahead),
+            (TITLES[options.library], built.tensorrt, here.tensorrt, later),
         )
         if running != expected and not compatible
     ]
     if differences:
         raise EngineError(f"{engine_path} cannot run here: {'; '.join(differences)}; build it again here")
     for what, expected, running in (("driver", built.driver, here.driver), ("CUDA", built.cuda, here.cuda)):
-        if running != expected:
+        if running != expected and not options.rtx:
             logger.warning("%s was built with %s %s, here it is %s", engine_path, what, expected, running)
 
 

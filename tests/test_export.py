@@ -245,6 +245,19 @@ def test_fp16_baseline_refuses_mixed_types_and_integers_that_go_elsewhere() -> N
         fp16_baseline(graph)
 
 
+def test_verify_accepts_ties_in_most_images_if_no_integer_differs_otherwise() -> None:
+    net = make_net("residual")
+    graph = export_graph(net, SIZE)
+    exact = net(BATCH).numpy()
+    shift = 0.1 * exact.std()  # of all classes alike
+    most, every = exact.copy(), exact + shift
+    most[2:] += shift
+    for expected, same_integers in ((most, False), (every, True)):
+        with pytest.raises(VerificationError, match=r"its logits differ by 0\.1 standard"):
+            verify(graph, BATCH.numpy(), expected, name="g", optimized=False, same_integers=same_integers)
+    assert verify(graph, BATCH.numpy(), most, name="g", optimized=False, same_integers=True).typical > 0.05
+
+
 def test_verify_refuses_an_fp16_graph_of_another_model() -> None:
     net = make_net("residual")
     graph = to_fp16(export_graph(net, SIZE))

@@ -102,6 +102,16 @@ def test_reconstruct_dead_channels_stay_finite() -> None:
         assert bool(F.relu(student(images())).isfinite().all())
 
 
+def test_reconstruct_fits_inputs_that_hardly_vary_next_to_their_mean() -> None:
+    net, x = make_net("residual"), images(64)
+    with torch.no_grad():
+        net.c2[1].bias += 3000
+    student = calibrated(net, "w4a4")
+    errors = reconstruct(student, twin(student), x, rng=seeded())
+    assert all(torch.tensor(pair).isfinite().all() for pair in errors.values())
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+
+
 def test_reconstruct_skips_very_wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["clusterq_deploy.quantization.ptq.reconstruct"]
     monkeypatch.setattr(module, "_WIDEST", 1)

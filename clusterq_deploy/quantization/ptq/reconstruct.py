@@ -220,9 +220,12 @@ def _fit_weight(layer: QuantizedLayer, x: Tensor, target: Tensor, rng: torch.Gen
     second = weight.new_zeros(groups, columns, columns)
     cross = weight.new_zeros(groups, rows, columns)
     mean, residual_mean, seen = weight.new_zeros(groups, columns, 1), weight.new_zeros(groups, rows, 1), 0
-    for patches, values in _sample_patches(layer, x, target, rng):
+    for sampled, values in _sample_patches(layer, x, target, rng):
+        remaining = values - weight @ sampled
+        if seen == 0:  # moments are taken around these: around zero, inputs that hardly vary lose all digits
+            pivot, residual_pivot = sampled.mean(2, keepdim=True), remaining.mean(2, keepdim=True)
+        patches, residual = sampled - pivot, remaining - residual_pivot
         second += patches @ patches.mT
-        residual = values - weight @ patches
         cross += residual @ patches.mT
         mean += patches.sum(2, keepdim=True)
         residual_mean += residual.sum(2, keepdim=True)

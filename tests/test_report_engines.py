@@ -225,8 +225,11 @@ def test_report_table_has_the_time_of_the_runtime_that_was_scored() -> None:
     assert columns["batch 1, ms"] == ["3.000", "7.000"]
 
 
-def planned(**moved: int) -> Report:
-    """Return a report with a plan for each variant: `fp32`, `fp16`, `w8a8` with that many bytes read."""
+def planned(stored: tuple[int, int] = (0, 0), **moved: int) -> Report:
+    """Return a report with a plan for each variant: `fp32`, `fp16`, `w8a8` with that many bytes read.
+
+    `stored` are the bytes of weights in the float plans and in that of `w8a8`.
+    """
     variants = []
     for name in ("fp32", "w8a8"):
         suffixes = {"fp32": "", "fp16": ".fp16"} if name == "fp32" else {name: ""}
@@ -236,7 +239,8 @@ def planned(**moved: int) -> Report:
             if row in moved:
                 counts = {"kernels": 20, "convolutions": 9, "convolutions_write": {"FP32": 9}, "padded_channels": 3721}
                 origin = {"engine": path, "release": "1.7.1", "targets": ["sm86"]}
-                plans.append(EnginePlan(**origin, **counts, bytes_in=moved[row]))
+                weights = stored[row == "w8a8"]
+                plans.append(EnginePlan(**origin, **counts, bytes_in=moved[row], bytes_stored=weights))
             file = {"kind": "engine", "target": "tensorrt_rtx", "path": path, "size_bytes": 9, "fp16": row == "fp16"}
             files.append(Artifact.model_validate(file))
         variants.append(Variant(name=name, seconds=0, artifacts=files, plans=plans))
@@ -246,7 +250,7 @@ def planned(**moved: int) -> Report:
 def test_plans_are_a_table_a_picture_and_a_sentence() -> None:
     report = planned(fp32=2_000_000, fp16=1_000_000, w8a8=1_900_000)
     (table,) = plan_tables(report)
-    assert [(row[0], row[1], row[2], row[5], row[8]) for row in table.rows] == [
+    assert [(row[0], row[1], row[2], row[5], row[9]) for row in table.rows] == [
         ("fp32", "20", "0 of 9", "3,721", "2.00\N{MULTIPLICATION SIGN}"),
         ("fp16", "20", "0 of 9", "3,721", "1.00\N{MULTIPLICATION SIGN}"),
         ("w8a8", "20", "0 of 9", "3,721", "1.90\N{MULTIPLICATION SIGN}"),
@@ -275,6 +279,14 @@ def test_plan_sentences_compare_bytes_with_the_float_model(moved: dict[str, int]
     found = plan_sentences(planned(**moved))
     assert len(found) == bool(sentences)
     assert all(words in found[0] for words in sentences)
+
+
+def test_plan_sentence_counts_weights_at_batch_1() -> None:
+    (sentence,) = plan_sentences(planned(stored=(1000, 500), fp16=1000, w8a8=1100))
+    assert sentence.endswith(
+        "moves 1.1 times the bytes of fp16, in 20 kernels against 20: expect no gain at large batches; with the "
+        "weights, at batch 1, it moves 0.80 times the bytes."
+    )
 
 
 def test_plan_sentences_are_silent_where_engines_were_timed() -> None:

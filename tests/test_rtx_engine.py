@@ -24,7 +24,7 @@ from calib.support.progress import SILENT, Advance
 from cli.main import main
 from clusterq_deploy.errors import EngineError, ExportError, TensorRTMissing
 from clusterq_deploy.files import sha256_file
-from clusterq_deploy.lowering import float_graphs
+from clusterq_deploy.lowering import float_graphs, to_fp16, to_tensorrt_rtx
 from clusterq_deploy.results.engines import EnginePlan
 from clusterq_deploy.runtimes.tensorrt import BuildConfig, build_engine, read_sidecar, unavailable_reason
 from clusterq_deploy.runtimes.tensorrt.compile import compile_graph
@@ -81,6 +81,22 @@ def test_plan_of_half_precision_moves_half_the_bytes(graphs: dict[str, Path], tm
     assert set(single.convolutions_write) == {"FP32"}
     assert set(half.convolutions_write) == {"FP16"}
     assert half.bytes_moved < 0.6 * single.bytes_moved
+
+
+@needs_compiler
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("name", ["residual", "mobile", "enlarging"])
+def test_to_tensorrt_rtx_moves_fewer_bytes(name: str, fp16: bool, tmp_path: Path) -> None:
+    """Convolutions write FP16 once their weights have one step each, in a graph with FP16 scales too."""
+    graph = graph_of(name, "tensorrt", "w8a8")[1]
+    plans = []
+    for number, model in enumerate((graph, to_tensorrt_rtx(to_fp16(graph) if fp16 else graph))):
+        onnx.save(model, path := tmp_path / f"{number}.onnx")
+        plans.append(build(path, tmp_path))
+    plain, spelled = plans
+    assert spelled.convolutions_int8 == plain.convolutions_int8 > 0
+    assert spelled.convolutions_write == {"FP16": spelled.convolutions}
+    assert spelled.bytes_moved < 0.75 * plain.bytes_moved
 
 
 @needs_compiler
@@ -212,6 +228,7 @@ def test_plan_of_reads_the_table_of_the_log() -> None:
     assert (plan.kernels, plan.convolutions, plan.convolutions_int8, plan.convolutions_write) == (2, 1, 1, {"FP32": 1})
     assert (plan.requantizations, plan.padded_channels) == (1, 1)
     assert (plan.bytes_in, plan.bytes_out) == (4 * 64 + 4 * 6 * 64, 4 * 6 * 64 + 6 * 64)
+    assert (convolution.bytes_stored, plan.bytes_stored) == (6 * 4 * 9, 6 * 4 * 9)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +285,10 @@ def test_build_command_builds_a_runs_engines_once_and_the_report_has_their_plans
     report = json_of("report", run_copy)
     plans = {plan["engine"]: plan for variant in report["variants"] for plan in variant["plans"]}
     assert list(plans) == list(engines)
-    assert plans["w8a8/model.rtx.engine"]["convolutions_int8"] == plans["fp32/model.rtx.engine"]["convolutions"]
+    convolutions, quantized = plans["fp32/model.rtx.engine"]["convolutions"], plans["w8a8/model.rtx.engine"]
+    assert quantized["convolutions_int8"] == convolutions
+    assert (quantized["respelled"], quantized["convolutions_write"]) == (True, {"FP16": convolutions})
+    assert read_sidecar(run_copy / "w8a8/model.rtx.engine").source == "model.trt.onnx"
     built = [file for variant in report["variants"] for file in variant["artifacts"] if file["kind"] == "engine"]
     assert {(file["path"], file["target"]) for file in built} == {(name, "tensorrt_rtx") for name in engines}
     reasons = {entry["stage"]: entry["reason"] for entry in report["skipped"]}

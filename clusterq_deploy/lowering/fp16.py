@@ -63,36 +63,25 @@ def to_tensorrt_rtx(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ExportError: as for `to_fp16`.
     """
-    if computes_in_fp16(model):
-        return model
-    spelled = ir.from_proto(model)
+    spelled, kind = ir.from_proto(model), np.float16 if computes_in_fp16(model) else np.float32
     for node in list(spelled.graph):
         if node.op_type == "Conv":
-            _factor_steps(spelled.graph, node)
+            _factor_steps(spelled.graph, node, kind)
     RemoveUnusedNodesPass()(spelled)
-    return to_fp16(ir.to_proto(spelled))
+    proto = ir.to_proto(spelled)
+    return proto if kind == np.float16 else to_fp16(proto)
 
 
-def _factor_steps(graph: ir.Graph, layer: ir.Node) -> None:
+def _factor_steps(graph: ir.Graph, layer: ir.Node, kind: type[np.float16 | np.float32]) -> None:
     """Give a convolution's weight one step, and put factors per output channel and the bias behind it."""
     weight, read = dequantized(operand(layer, 1)), dequantized(operand(layer, 0))
-    bias = None if operand(layer, 2) is None else constant(layer, 2)
-    if (
-        weight is None
-        or read is None
-        or weight.scale is None
-        or read.scale is None
-        or weight.kind is not ir.DataType.INT8
-    ):
+    if weight is None or weight.scale is None or weight.scale.ndim != 1 or weight.axis != 0:
+        return
+    if read is None or read.scale is None or read.scale.size != 1:
         return
     integers = convenience.get_const_tensor(weight.source)
-    fits = (
-        weight.scale.ndim == 1
-        and weight.axis == 0
-        and read.scale.size == 1
-        and (operand(layer, 2) is None) == (bias is None)
-    )
-    if integers is None or integers.dtype is not ir.DataType.INT8 or not fits:
+    bias = None if operand(layer, 2) is None else constant(layer, 2)
+    if integers is None or integers.dtype is not ir.DataType.INT8 or (operand(layer, 2) is None) != (bias is None):
         return
     rows = np.abs(integers.numpy().astype(np.float64)).reshape(len(weight.scale), -1).sum(1)
     most = 128 * float(read.scale.item()) * rows.max(initial=0)  # that it can write at a step of 1
@@ -100,7 +89,7 @@ def _factor_steps(graph: ir.Graph, layer: ir.Node) -> None:
     name, shape = str(layer.outputs[0].name), (1, -1, *[1] * (len(integers.shape) - 2))
     stored = [
         weight.source,
-        store(graph, f"{name}.step", np.array(step, np.float32)),
+        store(graph, f"{name}.step", np.array(step, kind)),
         store(graph, f"{name}.step_zero", np.array(0, np.int8)),
     ]
     whole = ir.node("DequantizeLinear", stored, name=f"{name}.weight")
@@ -112,7 +101,7 @@ def _factor_steps(graph: ir.Graph, layer: ir.Node) -> None:
         behind.append(("Add", "bias", bias))
     last, readers = layer, [*output.uses()]
     for operator, what, values in behind:
-        factors = store(graph, f"{name}.{what}", values.astype(np.float32).reshape(shape))
+        factors = store(graph, f"{name}.{what}", values.astype(kind).reshape(shape))
         node = ir.node(operator, [last.outputs[0], factors], name=f"{name}.{what}.applied")
         graph.insert_after(last, node)
         last = node

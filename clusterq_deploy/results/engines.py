@@ -108,7 +108,8 @@ class PlannedKernel(Record):
     """One kernel of a plan: TensorRT-RTX's type of it, the ONNX nodes it computes, and the activations it moves.
 
     `reads` and `writes` have the type of each activation, such as INT8; `bytes_in` and `bytes_out` are their sizes
-    per image. `padded_channels` are those of a convolution's input and output that the graph does not have.
+    per image, `bytes_stored` that of its weights and other constants. `padded_channels` are those of a convolution's
+    input and output that the graph does not have.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class PlannedKernel(Record):
     writes: list[str] = Field(default_factory=list)
     bytes_in: int
     bytes_out: int
+    bytes_stored: int = 0
     padded_channels: int = 0
 
 
@@ -132,6 +134,8 @@ class EnginePlan(Record):
         requantizations: separate kernels that make INT8 again of what a convolution or matrix product in INT8 wrote.
         padded_channels: channels of convolutions' inputs and outputs that the graph does not have.
         bytes_in, bytes_out: activations that all kernels read and write per image, without weights.
+        bytes_stored: weights and other constants that all kernels read per call.
+        respelled: whether the engine's graph was spelled for this compiler; see `lowering.to_tensorrt_rtx`.
         layers: the kernels, in order.
         notes: sentences on what is missing, and why.
     """
@@ -147,6 +151,8 @@ class EnginePlan(Record):
     padded_channels: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    bytes_stored: int = 0
+    respelled: bool = False
     layers: list[PlannedKernel] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 

@@ -11,7 +11,7 @@ from calib.support.progress import SILENT, Progress
 from clusterq_deploy.config.run_config import RunConfig
 from clusterq_deploy.errors import EngineError, ExportError
 from clusterq_deploy.files import read_graph
-from clusterq_deploy.lowering import fp16_baseline
+from clusterq_deploy.lowering import fp16_baseline, to_tensorrt_rtx
 from clusterq_deploy.results.report import Artifact
 from clusterq_deploy.results.stages import BuildResult
 from clusterq_deploy.run.run import FP32, Run
@@ -58,10 +58,27 @@ def build_graph(
     """Build the engine of a run's graph next to it; return it with its sidecar."""
     # w8a8/model.engine for w8a8/model.trt.onnx, fp32/model.fp16.engine for fp32/model.fp16.onnx
     name = graph.path.removesuffix(".onnx").removesuffix(".trt") + suffix
-    folder = run.directory.path
-    info = engine.build_engine(folder / graph.path, folder / name, config, run.progress)
+    path, target_path = run.directory.path / graph.path, run.directory.path / name
+    spelled = _spelled_for(config, graph, path)
+    if spelled is None:
+        info = engine.build_engine(path, target_path, config, run.progress)
+    else:
+        with TemporaryDirectory() as folder:
+            onnx.save(spelled, Path(folder) / path.name)
+            info = engine.build_engine(Path(folder) / path.name, target_path, config, run.progress, spelling_of=path)
     size, target = info.size_bytes, config.library
     return Artifact(kind="engine", target=target, path=name, size_bytes=size, fp16=graph.fp16), info
+
+
+def _spelled_for(config: engine.BuildConfig, graph: Artifact, path: Path) -> onnx.ModelProto | None:
+    """Return a quantized graph as TensorRT-RTX computes it best; None for any other, or if FP16 cannot hold it."""
+    if not config.rtx or graph.target != "tensorrt" or graph.fp16:
+        return None
+    try:
+        return to_tensorrt_rtx(read_graph(path))
+    except ExportError as error:
+        logger.warning("%s is built as it is, with convolutions that write FP32: %s", graph.path, error)
+        return None
 
 
 def engine_files(engines: Iterable[Artifact]) -> list[str]:

@@ -44,7 +44,13 @@ _POLL_S = 0.5  # on Windows a wait without a timeout does not notice Ctrl-C
 
 
 def build_engine(
-    onnx_path: Path, engine_path: Path, config: BuildConfig, progress: Progress, *, derived_from: Path | None = None
+    onnx_path: Path,
+    engine_path: Path,
+    config: BuildConfig,
+    progress: Progress,
+    *,
+    derived_from: Path | None = None,
+    spelling_of: Path | None = None,
 ) -> EngineInfo:
     """Build an engine for the current CUDA device, or for the GPUs in `config.rtx`, and write it with its sidecar.
 
@@ -57,6 +63,7 @@ def build_engine(
         progress: shows parsing and building, with TensorRT's own nested phases, from several threads.
         derived_from: the file that the graph was made from, such as a quantized one of which it is the FP16 baseline;
             the sidecar names it instead of the graph.
+        spelling_of: the file whose function the graph has in another spelling; the sidecar names it instead, too.
 
     Raises:
         TensorRTMissing: the library is not there, or TensorRT has no NVIDIA GPU.
@@ -65,7 +72,7 @@ def build_engine(
         KeyboardInterrupt: Ctrl-C was pressed; any exception of a signal handler ends a build in the same way.
     """
     require(build_problem(config.library))
-    start, source = time.perf_counter(), derived_from or onnx_path
+    start, source = time.perf_counter(), derived_from or spelling_of or onnx_path
     with using(config.library):
         machine = built_machine(config)
         if config.hardware_compatible and not machine.is_ampere_or_later:
@@ -91,6 +98,8 @@ def build_engine(
             if not serialized:
                 raise failure(f"{title()} cannot build {source}")
             plan = _plan(onnx_path, engine_path.name, config, batch) if config.rtx else None
+            if plan is not None and spelling_of is not None:
+                plan = plan.model_copy(update={"respelled": True})
             advance()
 
     if batch != config.batch and "batch" in config.model_fields_set and derived_from is None:

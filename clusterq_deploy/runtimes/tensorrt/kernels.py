@@ -18,8 +18,8 @@ from clusterq_deploy.runtimes.tensorrt.inspect import IDLE, ONNX_NODE, type_in
 
 _END = "\nI/O Tensors:"
 _KERNEL = re.compile(
-    r"Name: .*, LayerType: (?P<kind>\w+), Inputs: \[(?P<reads>.*)\], Constants: \[.*\], Outputs: \[(?P<writes>.*)\], "
-    r"TacticName: .*, Metadata: ?(?P<metadata>.*)"
+    r"Name: .*, LayerType: (?P<kind>\w+), Inputs: \[(?P<reads>.*)\], Constants: \[(?P<stored>.*)\], "
+    r"Outputs: \[(?P<writes>.*)\], TacticName: .*, Metadata: ?(?P<metadata>.*)"
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<shape>[-\d,]*)\],.*? Datatype: (?P<type>\w+)")
 _BITS = {"FP32": 32, "FP16": 16, "BF16": 16, "FP8": 8, "INT8": 8, "UINT8": 8, "BOOL": 8, "INT4": 4, "FP4": 4}
@@ -64,7 +64,7 @@ def plan_of(table: str, channels: Channels, *, engine: str, batch: int = 1) -> E
         kind, reads, writes = match["kind"], _tensors(match["reads"], batch), _tensors(match["writes"], batch)
         if kind in _NO_KERNELS:
             continue
-        nodes = ONNX_NODE.findall(match["metadata"])
+        nodes, stored = ONNX_NODE.findall(match["metadata"]), _tensors(match["stored"], batch=1)
         is_product = kind in _PRODUCTS
         if is_product and reads and reads[0].type == "INT8":
             integers |= {tensor.name for tensor in writes if tensor.type != "INT8"}
@@ -78,6 +78,7 @@ def plan_of(table: str, channels: Channels, *, engine: str, batch: int = 1) -> E
                 writes=[tensor.type for tensor in writes],
                 bytes_in=sum(tensor.size_bytes for tensor in reads),
                 bytes_out=sum(tensor.size_bytes for tensor in writes),
+                bytes_stored=sum(tensor.size_bytes for tensor in stored),
                 padded_channels=_padding(nodes, reads, writes, channels) if kind == _CONVOLUTION else 0,
             )
         )
@@ -92,6 +93,7 @@ def plan_of(table: str, channels: Channels, *, engine: str, batch: int = 1) -> E
         padded_channels=sum(layer.padded_channels for layer in layers),
         bytes_in=sum(layer.bytes_in for layer in layers),
         bytes_out=sum(layer.bytes_out for layer in layers),
+        bytes_stored=sum(layer.bytes_stored for layer in layers),
         layers=layers,
     )
 

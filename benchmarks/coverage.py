@@ -57,8 +57,8 @@ _FAMILY_IMAGES = 4
 _FAMILY_INTRODUCTION = f"""## Families of timm
 
 One model of each family of architectures with BatchNorm in timm {_TIMM}, in the same way, by
-`python benchmarks/coverage.py --timm`, on {_FAMILY_IMAGES} images of 96 x 96 pixels, or of the only size that a model
-runs at. *Captured* is the difference of the captured graph from timm's own module, *folded* that of the graph without
+`python benchmarks/coverage.py --timm`, on {_FAMILY_IMAGES} images of 96 x 96 pixels, or of a size that a model
+needs. *Captured* is the difference of the captured graph from timm's own module, *folded* that of the graph without
 BatchNorm from it, in float64: the largest one of the logits, over their standard deviation.
 """
 _FAMILY_HEAD = ("model", "captured / folded", "quantized layers", "left in float", "integers", "ties / others")

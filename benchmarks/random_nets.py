@@ -39,7 +39,7 @@ SEED = 0
 CALIBRATED = 32
 _GROUPS, _FITTED, _BATCH = 20, 256, 16
 _SMALL = (3, 96, 96)  # of an image for timm's models that are not made for one size
-_SIZES = {"timm:halonet26t": (3, 128, 128)}  # others that a model needs, here for its blocks of 8 x 8
+_SIZES = {"timm:halonet26t": (3, 256, 256)}  # others that a model needs, here for blocks of 8 x 8 in its last maps
 _FEW = 40
 _RIDGE = 0.3
 

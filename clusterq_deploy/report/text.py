@@ -21,7 +21,7 @@ from clusterq_deploy.results.report import FeatureSet, Histogram, LabelCheck, La
 _RECOGNIZED = 50.0  # percent of the images
 _FOREIGN = 0.5
 """Standard deviations between images and the statistics that they were made for: the median layer of models with their
-own statistics has 0.05 to 0.31, even after a dozen steps; of those with reset, shuffled or foreign ones 0.8 to 4."""
+own statistics has 0.05 to 0.31, even after a dozen steps; of those with reset, shuffled or foreign ones 0.8 or more."""
 _BITS = re.compile(r"w(\d+)a(\d+)(?:\W.*)?")  # the weight and activation bits in a name such as `w4a8`
 
 _ERROR = "± is one standard error, sqrt(p (1 - p) / n), with half an image added to both counts."

@@ -20,7 +20,8 @@ from clusterq_deploy.quantization import (
     make_student,
     reconstruct,
 )
-from clusterq_deploy.quantization.ptq.equalize import Equalized
+from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize_trunks
+from clusterq_deploy.quantization.ptq.ptq import PTQResult, equalize_and_calibrate
 from clusterq_deploy.quantization.qat.losses import feature_sites, matched_features
 from clusterq_deploy.quantization.reference import ChannelAffine
 
@@ -232,6 +233,50 @@ def test_equalize_nets_keeps_outputs() -> None:
         student, pairs = equalized(net)
         assert pairs == known
         require_same(student, net, images())
+
+
+def loud_trunk() -> nn.Module:
+    """Return the net with residuals, one channel of its first trunk 60 times as large: the same function."""
+    net = make_net("residual")
+    with torch.no_grad():
+        for norm in (net.stem[1], net.a2[1]):
+            norm.weight[3] *= 60
+            norm.bias[3] *= 60
+        for reader in (net.a1[0], net.b1[0], net.down[0]):
+            reader.weight[:, 3] /= 60
+    return net
+
+
+def test_equalize_trunks_gives_all_channels_of_a_residual_trunk_the_grid() -> None:
+    plain, loud = calibrated("residual", "w8a8"), calibrated(loud_trunk(), "w8a8")
+    teacher, fresh = make_net("residual"), images(64, seed=9)
+    evened = make_student(captured(loud_trunk()), BitWidths(8, 8))
+    start = equalize_and_calibrate(evened, images(), batch_size=16, rng=seeded())
+    (trunk,) = start.trunks
+    assert (trunk.producers, trunk.consumers) == (["stem.0", "a2.0"], ["a1.0", "b1.0", "down.0"])
+    assert trunk.error_after < 0.05 * trunk.error_before
+    require_same(evened, teacher, fresh, atol=1e-3)  # biases are rounded
+    require_same(start.reference.graph, teacher, fresh)
+    errors = [distance(student, teacher, fresh) for student in (plain, loud, evened)]
+    assert errors[1] > 20 * errors[0]
+    assert errors[2] < 2 * errors[0]
+
+
+def test_equalized_trunks_are_restored_with_their_twin() -> None:
+    student, again = (make_student(captured(loud_trunk()), BitWidths(8, 8)) for _ in range(2))
+    start = equalize_and_calibrate(student, images(), batch_size=16, rng=seeded())
+    restored = PTQResult.from_state(again, start.state_dict(student))
+    torch.testing.assert_close(restored.trunks[0].scale, start.trunks[0].scale)
+    for name, layer in start.reference.graph.layers().items():
+        torch.testing.assert_close(restored.reference.graph.layers()[name].weight, layer.weight)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_equalize_trunks_leaves_even_trunks(name: str) -> None:
+    student = make_student(captured(name), BitWidths(4, 4))
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    assert equalize_trunks(student, images()) == []
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
 @pytest.mark.parametrize("dead", [[2], range(8)], ids=["one", "all"])

@@ -133,7 +133,7 @@ def test_histogram_nets_have_mapped_channels() -> None:
 
 def test_histograms_show_weight_before_reconstruction() -> None:
     student, reference = initialized("residual", "w4a4")
-    reconstruct_or_correct_bias(student, images(), PTQResult(reference, [], {}, {}), rng=seeded(0))
+    reconstruct_or_correct_bias(student, images(), PTQResult(reference, [], [], {}, {}), rng=seeded(0))
     layer = student.layers()["b2.0"]
     steps = layer.weight.detach() / layer.weight_quantizer.scale.detach().view(-1, 1, 1, 1)
     assert float((steps - steps.round()).abs().max()) < 1e-3  # the student's own are on the grid

@@ -79,6 +79,7 @@ class QuantizeResult(StageResult):
     cpu: Literal["any", "vnni"] | None = None
     losses: dict[str, list[float]] = Field(default_factory=dict)
     kept_step: int | None = None
+    trunks: list[dict[str, str | int | float]] = Field(default_factory=list)
     equalized: list[dict[str, str | int | float]] = Field(default_factory=list)
     reconstruction_errors: dict[str, tuple[float, float]] = Field(default_factory=dict)
     bias_shifts: dict[str, float] = Field(default_factory=dict)

@@ -81,6 +81,7 @@ def work(run: Run, stage: AnyStage) -> tuple[QuantizeResult, list[str]]:
         cpu=student.target_cpu,
         losses=tuning.losses,
         kept_step=tuning.best_step,
+        trunks=[trunk.summary() for trunk in ptq.trunks],
         equalized=[asdict(pair) for pair in ptq.equalized],
         reconstruction_errors=ptq.errors,
         bias_shifts=ptq.shifts,

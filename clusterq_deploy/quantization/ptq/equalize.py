@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from calib.support.progress import SILENT, Progress
+from clusterq_deploy.models.rebuild import aten
 from clusterq_deploy.quantization.fake_quant import (
     QuantizedLayer,
     Quantizer,
@@ -32,7 +33,17 @@ from clusterq_deploy.quantization.fake_quant import (
     pooled_dims,
     random_places,
 )
-from clusterq_deploy.quantization.graph.ops import Homogeneity, homogeneity, is_rectifier, moves_values
+from clusterq_deploy.quantization.graph.ops import (
+    Homogeneity,
+    argument,
+    data_inputs,
+    homogeneity,
+    is_addition,
+    is_rectifier,
+    moves_values,
+    operation,
+    shape_of,
+)
 from clusterq_deploy.quantization.grid import Grid
 from clusterq_deploy.quantization.ptq.calibrate import activation_scale, weight_scales
 from clusterq_deploy.quantization.reference import ChannelAffine
@@ -51,6 +62,8 @@ _SEARCHED_VALUES = 1 << 16
 _BORDER = 0.02
 """What an error at the border of a map counts, one inside being 1. On MobileNetV1 0.25, padding that means another
 value at one of the first blocks cost KL 0.004 to 0.012, errors of the same size everywhere 0.2 to 0.3."""
+_UNEVEN = 4.0  # the widest channel's range over the median's from which it is tried to scale a trunk
+_WORTHWHILE = 0.5  # a trunk is scaled if its readers' error falls below this share: healthy ones gain less, or nothing
 _LEAST_VARIANCE = 1e-3  # of the mean variance: outputs that hardly vary carry no information
 
 
@@ -134,6 +147,160 @@ def equalize(
         for pair, affine in maps:
             _apply(pair, affine)
     return results, {pair.names[0]: affine for pair, affine in maps if not affine.is_identity}
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Tensors that additions tie together, such as a residual trunk, and how much their channels were scaled.
+
+    Attributes:
+        producers, consumers: the layers that write them and those that read them, by the teacher's names.
+        scale: (C,) float32, at least 1.
+        error_before, error_after: relative squared error of the consumers' outputs, a mean over them.
+    """
+
+    producers: list[str]
+    consumers: list[str]
+    scale: Tensor
+    error_before: float
+    error_after: float
+
+    def summary(self) -> dict[str, str | int | float]:
+        """Return the first and the last layer, the largest scale and the errors, for a record."""
+        return {
+            "first": self.producers[0],
+            "last": self.consumers[-1],
+            "largest_scale": float(self.scale.max()),
+            "error_before": self.error_before,
+            "error_after": self.error_after,
+        }
+
+    def apply(self, student: Student) -> None:
+        """Scale the channels in a student that was made of the same teacher, in place; it computes the same."""
+        layers = student.layers()
+        with torch.no_grad():
+            for name in self.producers:
+                layer = layers[name]
+                layer.weight.mul_(per_row(self.scale.to(student.device), layer.weight))
+                if layer.bias is not None:
+                    layer.bias.mul_(self.scale.to(student.device))
+            for name in self.consumers:
+                layers[name].weight.copy_(_scale_columns(layers[name], 1 / self.scale.to(student.device)))
+
+
+def equalize_trunks(student: Student, images: Tensor, *, progress: Progress = SILENT) -> list[Trunk]:
+    """Scale the channels of tensors that several layers write or read, and nothing but what passes scales on, in place.
+
+    One loud channel leaves the others of a residual trunk few values of its grid; no other tensor can have a step for
+    it. To be called on a fresh student, before its twin is made of it: it computes what it did, but for rounding.
+
+    Args:
+        student: its weights and biases are changed.
+        images: (N, C, H, W) float32, normalized; the first 128 are used.
+
+    Returns:
+        The trunks whose readers have less than half of their error by it.
+    """
+    trunks, rng = _find_trunks(student), torch.Generator().manual_seed(0)
+    readers = {node: trunk for trunk in trunks for node in trunk.reads}
+    reach = {trunk: torch.zeros(()) for trunk in trunks}
+    errors = {trunk: [0.0] * len(_EXPONENTS) for trunk in trunks}
+
+    def measure(node: fx.Node, value: Tensor) -> None:
+        if (trunk := readers.get(node)) is not None:
+            largest = _extremes(value)[:, 1].amax(0)
+            reach[trunk] = torch.maximum(reach[trunk].to(largest), largest / largest.max().clamp_min(1e-12))
+
+    def search(node: fx.Node, value: Tensor) -> None:
+        if (trunk := readers.get(node)) is None or _range_ratio(reach[trunk]) < _UNEVEN:
+            return
+        for pair in trunk.reads[node]:
+            exact = pair.consumer.compute(value, pair.consumer.weight, None)
+            for place, exponent in enumerate(_EXPONENTS):
+                scale = _scales(reach[trunk], None, exponent)
+                error = _errors(pair, value, exact, scale, torch.zeros_like(scale), rng)
+                errors[trunk][place] += float(error.mean()) / trunk.count
+
+    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES) if trunks else ()
+    with torch.no_grad(), student.in_float(), progress.task("Equalization of trunks", len(batches) + 1) as advance:
+        for batch in batches:
+            _Watcher(student.net, measure).run(batch)
+            advance(1)
+        for batch in batches[:1]:
+            _Watcher(student.net, search).run(batch)
+        advance(1)
+    results = []
+    for trunk in trunks:
+        plain, best = errors[trunk][0], min(errors[trunk])
+        if best < plain * _WORTHWHILE:
+            scale = _scales(reach[trunk], None, _EXPONENTS[errors[trunk].index(best)])
+            results.append(Trunk(trunk.producers, trunk.consumers, scale, plain, best))
+            results[-1].apply(student)
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _TrunkLayers:
+    """A trunk's writers and readers, by name, and the nodes that are read, each with its readers."""
+
+    producers: list[str]
+    consumers: list[str]
+    reads: dict[fx.Node, list[LayerPair]]
+
+    @property
+    def count(self) -> int:
+        return len(self.consumers)
+
+
+def _find_trunks(student: Student) -> list[_TrunkLayers]:
+    """Return the sets of tensors with one scale per channel that only layers write and read, in order of execution."""
+    net, layers, quantizers = student.net, student.layers(), student.quantizers()
+    root: dict[fx.Node, fx.Node] = {}  # of a union of nodes
+
+    def find(node: fx.Node) -> fx.Node:
+        while root.setdefault(node, node) is not node:
+            node = root[node]
+        return node
+
+    unfit: list[fx.Node] = []
+    for node in net.graph.nodes:
+        if str(node.target) in layers and node.op == "call_module":
+            continue
+        quantizes = node.op == "call_module" and isinstance(net.get_submodule(str(node.target)), Quantizer)
+        tensors = [*data_inputs(node), node]
+        if quantizes or _passes_channels(node):
+            for tensor in tensors:
+                root[find(tensor)] = find(node)
+        else:
+            unfit += tensors
+    excluded = {find(node) for node in unfit}
+    sites = {site.layer: site for site in student.placement.weights}
+    found: dict[fx.Node, _TrunkLayers] = {}
+    for node in net.graph.nodes:
+        name = str(node.target)
+        if node.op != "call_module" or name not in layers:
+            continue
+        if (union := find(node)) not in excluded:
+            found.setdefault(union, _TrunkLayers([], [], {})).producers.append(name)
+        read = node.all_input_nodes[0]
+        if (union := find(read)) not in excluded:
+            grid, site = quantizers[sites[name].input_site].grid, sites[name].input_site
+            pair = LayerPair(layers[name], layers[name], (name, name), read, None, None, site, grid)
+            trunk = found.setdefault(union, _TrunkLayers([], [], {}))
+            trunk.consumers.append(name)
+            trunk.reads.setdefault(read, []).append(pair)
+    ends = [(t, len(t.producers), len(t.consumers)) for t in found.values()]
+    return [trunk for trunk, producers, consumers in ends if producers and consumers and producers + consumers > 2]
+
+
+def _passes_channels(node: fx.Node) -> bool:
+    """Return whether a node's output has the channels of all its inputs, scaled as they are, along dimension 1."""
+    shapes = [shape_of(tensor) for tensor in (node, *data_inputs(node))]
+    if not all(len(shape) in {2, 4} and shape[1] == shapes[0][1] for shape in shapes):
+        return False
+    pooled = operation(node) is aten.mean and {d % 4 for d in argument(node, 1, "dim")} == {2, 3}
+    kinds = {Homogeneity.ELEMENTWISE, Homogeneity.SPATIAL, Homogeneity.FLATTENING}
+    return is_addition(node) or pooled or homogeneity(node) in kinds
 
 
 def _find_pairs(student: Student) -> list[LayerPair]:

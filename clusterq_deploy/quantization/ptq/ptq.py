@@ -9,7 +9,7 @@ from torch import Tensor
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
 from clusterq_deploy.quantization.ptq.calibrate import calibrate
-from clusterq_deploy.quantization.ptq.equalize import Equalized, equalize
+from clusterq_deploy.quantization.ptq.equalize import Equalized, Trunk, equalize, equalize_trunks
 from clusterq_deploy.quantization.ptq.reconstruct import correct_bias, reconstruct
 from clusterq_deploy.quantization.reference import ChannelAffine, FloatTwin
 from clusterq_deploy.quantization.student import Student
@@ -20,6 +20,7 @@ class PTQResult:
     """What was done to a student."""
 
     reference: FloatTwin
+    trunks: list[Trunk]
     equalized: list[Equalized]
     errors: dict[str, tuple[float, float]]  # of `reconstruct`; empty if weights have 8 bits
     shifts: dict[str, float]  # of `correct_bias`; empty if weights were reconstructed, which corrects biases too
@@ -29,6 +30,7 @@ class PTQResult:
         return {
             "student": student.state_dict(),
             "maps": {name: vars(affine) for name, affine in self.reference.maps.items()},
+            "trunks": [vars(trunk) for trunk in self.trunks],
             "equalized": [asdict(pair) for pair in self.equalized],
             "errors": self.errors,
             "shifts": self.shifts,
@@ -37,6 +39,9 @@ class PTQResult:
     @classmethod
     def from_state(cls, student: Student, state: State) -> "PTQResult":
         """Restore a result, and in place its student, which must be fresh from `make_student`."""
+        trunks = [Trunk(**trunk) for trunk in state["trunks"]]
+        for trunk in trunks:
+            trunk.apply(student)
         teacher = _teacher(student)
         student.load_state_dict(state["student"])
         maps = {
@@ -44,7 +49,7 @@ class PTQResult:
             for name, affine in state["maps"].items()
         }
         equalized = [Equalized(**pair) for pair in state["equalized"]]
-        return cls(FloatTwin(teacher, maps), equalized, state["errors"], state["shifts"])
+        return cls(FloatTwin(teacher, maps), trunks, equalized, state["errors"], state["shifts"])
 
 
 def _teacher(student: Student) -> Student:
@@ -80,15 +85,16 @@ def equalize_and_calibrate(
     progress: Progress = SILENT,
     checkpoint: Checkpoint = NOWHERE,
 ) -> PTQResult:
-    """Set all scales; weights and biases stay the teacher's, in the student's channels."""
+    """Set all scales; weights and biases stay the teacher's, but for scales of channels."""
     if (saved := checkpoint.load("calibrated")) is not None:
         rng.set_state(saved["rng"])
         return PTQResult.from_state(student, saved["state"])
-    teacher = _teacher(student)
     with student.on_int8_grids():
+        trunks = equalize_trunks(student, images, progress=progress)
+        teacher = _teacher(student)
         equalized, maps = equalize(student, images, rng=rng, progress=progress)
         calibrate(student, images, batch_size=batch_size, rng=rng, progress=progress)
-    result = PTQResult(FloatTwin(teacher, maps), equalized, {}, {})
+    result = PTQResult(FloatTwin(teacher, maps), trunks, equalized, {}, {})
     checkpoint.save("calibrated", lambda: {"state": result.state_dict(student), "rng": rng.get_state()}, at_once=True)
     return result
 

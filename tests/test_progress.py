@@ -65,7 +65,7 @@ def test_sensitivities_and_plan_precision_show_each_quantization(max_drop: float
     teacher, bits, counter = make_net("residual"), BitWidths(4, 4), Counter()
     judged = {"judged": images(16), "batch_size": 16, "rng": seeded()}
     costs = sensitivities(make_student(captured(teacher), bits), images(16), **judged, progress=counter)  # type: ignore[arg-type]
-    assert counter.names == ["Equalisation", "Calibration", "Reconstruction", "Sensitivity w4a4"]
+    assert counter.names == ["Trunks", "Equalisation", "Calibration", "Reconstruction", "Sensitivity w4a4"]
     counter.ended.clear()
     layers = {"quantize_first_last": False, "layer_bits": {}, "images": images(16)}
     plan_precision(captured(teacher), bits, costs=costs, max_drop=max_drop, **layers, **judged, progress=counter)  # type: ignore[arg-type]

@@ -201,7 +201,9 @@ def equalize_trunks(student: Student, images: Tensor, *, progress: Progress = SI
     Returns:
         The trunks whose readers have less than half of their error by it.
     """
-    trunks, rng = _find_trunks(student), torch.Generator().manual_seed(0)
+    if not (trunks := _find_trunks(student)):
+        return []
+    rng = torch.Generator().manual_seed(0)
     readers = {node: trunk for trunk in trunks for node in trunk.reads}
     reach = {trunk: torch.zeros(()) for trunk in trunks}
     errors = {trunk: [0.0] * len(_EXPONENTS) for trunk in trunks}
@@ -221,13 +223,12 @@ def equalize_trunks(student: Student, images: Tensor, *, progress: Progress = SI
                 error = _errors(pair, value, exact, scale, torch.zeros_like(scale), rng)
                 errors[trunk][place] += float(error.mean()) / trunk.count
 
-    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES) if trunks else ()
-    with torch.no_grad(), student.in_float(), progress.task("Equalization of trunks", len(batches) + 1) as advance:
+    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES)
+    with torch.no_grad(), student.in_float(), progress.task("Trunks", len(batches) + 1) as advance:
         for batch in batches:
             _Watcher(student.net, measure).run(batch)
             advance(1)
-        for batch in batches[:1]:
-            _Watcher(student.net, search).run(batch)
+        _Watcher(student.net, search).run(batches[0])
         advance(1)
     results = []
     for trunk in trunks:

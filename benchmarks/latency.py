@@ -61,8 +61,13 @@ class _Images:
         return None if batch is None else {INPUT: batch}
 
 
-def statically_quantized(graph: onnx.ModelProto, images: Array) -> onnx.ModelProto:
-    """Quantize a float graph by ONNX Runtime's own quantizer, with images (N, C, H, W) to calibrate on."""
+def statically_quantized(graph: onnx.ModelProto, images: Array, *, for_tensorrt: bool = False) -> onnx.ModelProto:
+    """Quantize a float graph by ONNX Runtime's own quantizer, with images (N, C, H, W) to calibrate on.
+
+    `for_tensorrt` gives symmetric INT8 activations and float biases, which its parser requires.
+    """
+    kind = QuantType.QInt8 if for_tensorrt else QuantType.QUInt8
+    options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if for_tensorrt else {}
     with tempfile.TemporaryDirectory() as folder:
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
         quant_pre_process(graph, prepared)
@@ -71,8 +76,9 @@ def statically_quantized(graph: onnx.ModelProto, images: Array) -> onnx.ModelPro
             quantized,
             _Images(images),
             per_channel=True,
-            activation_type=QuantType.QUInt8,
+            activation_type=kind,
             weight_type=QuantType.QInt8,
+            extra_options=options,
         )
         return onnx.load(quantized)
 

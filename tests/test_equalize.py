@@ -225,7 +225,7 @@ def test_equalize_nets_keeps_outputs() -> None:
     expected = {
         "residual": {("a1.0", "a2.0"), ("b1.0", "b2.0"), ("c1.0", "c2.0")},
         "mobile": {("expand.0.0", "depth.0.0"), ("squeeze", "excite")},
-        "branches": set(),
+        "branches": {("conv", "fc")},
         "enlarging": {("stem.0", "up.0"), ("up.0", "down.0")},
     }
     for name, known in expected.items():

@@ -150,18 +150,20 @@ def homogeneity(node: fx.Node) -> Homogeneity | None:
     called = operation(node)
     if called in _RELU | _SLOPES:
         return Homogeneity.ELEMENTWISE
-    if called in _MAX_POOLS | _AVERAGE_POOLS or (called in _PADS and _pads_space(node)) or _averages_space(node):
+    if called in _MAX_POOLS | _AVERAGE_POOLS or (called in _PADS and _pads_space(node)):
         return Homogeneity.SPATIAL
+    if _averages_space(node):
+        return Homogeneity.SPATIAL if len(shape_of(node)) == 4 else Homogeneity.FLATTENING
     if is_rectifier(node):
         return Homogeneity.CLIPPED
     return Homogeneity.FLATTENING if _flattens(node) else None
 
 
 def _averages_space(node: fx.Node) -> bool:
-    """Return whether a node is the mean over height and width that keeps them as dimensions."""
-    if operation(node) is not aten.mean or len(shape_of(node)) != 4:
+    """Return whether a node is the mean over height and width, which it keeps as dimensions or not."""
+    if operation(node) is not aten.mean or len(shape_of(data_inputs(node)[0])) != 4:
         return False
-    return {d % 4 for d in argument(node, 1, "dim")} == {2, 3}
+    return {d % 4 for d in argument(node, 1, "dim") or ()} == {2, 3}
 
 
 def _pads_space(node: fx.Node) -> bool:

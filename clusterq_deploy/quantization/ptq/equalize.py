@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from calib.support.progress import SILENT, Progress
-from clusterq_deploy.models.rebuild import aten
 from clusterq_deploy.quantization.fake_quant import (
     QuantizedLayer,
     Quantizer,
@@ -35,13 +34,11 @@ from clusterq_deploy.quantization.fake_quant import (
 )
 from clusterq_deploy.quantization.graph.ops import (
     Homogeneity,
-    argument,
     data_inputs,
     homogeneity,
     is_addition,
     is_rectifier,
     moves_values,
-    operation,
     shape_of,
 )
 from clusterq_deploy.quantization.grid import Grid
@@ -299,9 +296,8 @@ def _passes_channels(node: fx.Node) -> bool:
     shapes = [shape_of(tensor) for tensor in (node, *data_inputs(node))]
     if not all(len(shape) in {2, 4} and shape[1] == shapes[0][1] for shape in shapes):
         return False
-    pooled = operation(node) is aten.mean and {d % 4 for d in argument(node, 1, "dim")} == {2, 3}
     kinds = {Homogeneity.ELEMENTWISE, Homogeneity.SPATIAL, Homogeneity.FLATTENING}
-    return is_addition(node) or pooled or homogeneity(node) in kinds
+    return is_addition(node) or homogeneity(node) in kinds
 
 
 def _find_pairs(student: Student) -> list[LayerPair]:

@@ -219,13 +219,15 @@ def page(results: dict[str, Any]) -> str:
         "activations, MB",
         "of FP16",
         "with weights, batch 1",
+        "changes",
     )
     for name, record in results["models"].items():
         base = record["plans"][_REFERENCE]["1"]
         rows: list[list[object]] = []
         for spelling, plans in record["plans"].items():
+            changes = SPELLINGS[spelling][1] if spelling in SPELLINGS else ""
             if "error" in plans:
-                rows.append([spelling, plans["error"], *[""] * 5])
+                rows.append([spelling, plans["error"], *[""] * 6])
                 continue
             plan, moved = (
                 plans["1"],
@@ -235,7 +237,9 @@ def page(results: dict[str, Any]) -> str:
             counts = f"{plan['convolutions_int8']} of {plan['convolutions']}"
             writes = ", ".join(plan["convolutions_write"])
             ratios = f"{moved[0] / moved[1]:.2f} / {moved[2] / moved[3]:.2f}"
-            rows.append([spelling, plan["kernels"], counts, writes, megabytes(moved[0]), ratios, f"{total:.2f}"])
+            rows.append(
+                [spelling, plan["kernels"], counts, writes, megabytes(moved[0]), ratios, f"{total:.2f}", changes]
+            )
         parts.append(f"## {name}\n\n{table(head, rows)}")
     machine, release = record["environment"], record["release"]
     parts.append(
@@ -252,15 +256,16 @@ _INTRODUCTION = """# Spellings for TensorRT-RTX
 
 What the compiler of TensorRT-RTX makes of one W8A8 network, by the way it is written, and of the INT8 graphs of other
 quantizers; by `python benchmarks/plans.py`, for sm86 (FP8: sm89). Bytes are those of activations per image, as all
-kernels read and write them, relative to the FP16 plan at batch 1 / 32; the last column adds the weights, which are read
+kernels read and write them, relative to the FP16 plan at batch 1 / 32; *with weights* adds the weights, which are read
 once per call. A plan is no latency: no engine was run.
 
 No INT8 convolution writes INT8 on this release: it writes float, and a second kernel applies the activation and rounds
 again, where an FP16 convolution is fused with its bias, residual and ReLU. With a step per output channel, which all
 quantizers use, it writes FP32 even if all scales are FP16. With one step for the whole weight it writes FP16; factors
 per channel behind it, in the second kernel, make it the same function. That is the spelling that `--rtx` builds. Large
-batches move more bytes than FP16 all the same, in more kernels; at batch 1, where weights count, fewer. Any mixture of
-INT8 and FP16 that was tried moves more activations than FP16 alone, so there is no option for one.
+batches move more bytes than FP16 all the same, in more kernels; at batch 1, where weights count, the two ResNets move
+fewer. No mixture of INT8 and FP16 that was tried moves fewer activations than FP16 alone, so there is no option for one.
+The last column says what a spelling changes of the quantized network's function.
 """
 
 

@@ -134,13 +134,8 @@ def equalize(
             results.append(result)
             maps.append((pair, affine))
 
-    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES)
-    with torch.no_grad(), student.in_float(), progress.task("Equalisation", len(batches) + 1) as advance:
-        for batch in batches:
-            _Watcher(student.net, measure).run(batch)
-            advance(1)
-        _Watcher(student.net, search).run(batches[0])
-        advance(1)
+    _watch(student, images, measure, search, progress, "Equalisation")
+    with torch.no_grad():
         for pair, affine in maps:
             _apply(pair, affine)
     return results, {pair.names[0]: affine for pair, affine in maps if not affine.is_identity}
@@ -207,7 +202,7 @@ def equalize_trunks(student: Student, images: Tensor, *, progress: Progress = SI
 
     def measure(node: fx.Node, value: Tensor) -> None:
         if (trunk := readers.get(node)) is not None:
-            largest = _extremes(value)[:, 1].amax(0)
+            largest = value.abs().amax([d for d in range(value.dim()) if d != 1])
             reach[trunk] = torch.maximum(reach[trunk].to(largest), largest / largest.max().clamp_min(1e-12))
 
     def search(node: fx.Node, value: Tensor) -> None:
@@ -218,15 +213,9 @@ def equalize_trunks(student: Student, images: Tensor, *, progress: Progress = SI
             for place, exponent in enumerate(_EXPONENTS):
                 scale = _scales(reach[trunk], None, exponent)
                 error = _errors(pair, value, exact, scale, torch.zeros_like(scale), rng)
-                errors[trunk][place] += float(error.mean()) / trunk.count
+                errors[trunk][place] += float(error.mean()) / len(trunk.consumers)
 
-    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES)
-    with torch.no_grad(), student.in_float(), progress.task("Trunks", len(batches) + 1) as advance:
-        for batch in batches:
-            _Watcher(student.net, measure).run(batch)
-            advance(1)
-        _Watcher(student.net, search).run(batches[0])
-        advance(1)
+    _watch(student, images, measure, search, progress, "Trunks")
     results = []
     for trunk in trunks:
         plain, best = errors[trunk][0], min(errors[trunk])
@@ -244,10 +233,6 @@ class _TrunkLayers:
     producers: list[str]
     consumers: list[str]
     reads: dict[fx.Node, list[LayerPair]]
-
-    @property
-    def count(self) -> int:
-        return len(self.consumers)
 
 
 def _find_trunks(student: Student) -> list[_TrunkLayers]:
@@ -287,8 +272,7 @@ def _find_trunks(student: Student) -> list[_TrunkLayers]:
             trunk = found.setdefault(union, _TrunkLayers([], [], {}))
             trunk.consumers.append(name)
             trunk.reads.setdefault(read, []).append(pair)
-    ends = [(t, len(t.producers), len(t.consumers)) for t in found.values()]
-    return [trunk for trunk, producers, consumers in ends if producers and consumers and producers + consumers > 2]
+    return [t for t in found.values() if t.producers and t.consumers and len(t.producers) + len(t.consumers) > 2]
 
 
 def _passes_channels(node: fx.Node) -> bool:
@@ -342,10 +326,23 @@ def _source(net: fx.GraphModule, consumer: fx.Node) -> tuple[fx.Node, fx.Node | 
     return None
 
 
+_Show = Callable[[fx.Node, Tensor], None]
+
+
+@torch.no_grad()
+def _watch(student: Student, images: Tensor, measure: _Show, search: _Show, progress: Progress, title: str) -> None:
+    """Show `measure` the float tensors of the first 128 images, and then `search` those of the first 32."""
+    batches = images[:_MEASURED_IMAGES].to(student.device).split(_SEARCHED_IMAGES)
+    with student.in_float(), progress.task(title, len(batches) + 1) as advance:
+        for show, batch in [*((measure, batch) for batch in batches), (search, batches[0])]:
+            _Watcher(student.net, show).run(batch)
+            advance(1)
+
+
 class _Watcher(fx.Interpreter):
     """Runs a graph and passes every tensor that it computes to a function."""
 
-    def __init__(self, net: fx.GraphModule, show: Callable[[fx.Node, Tensor], None]) -> None:
+    def __init__(self, net: fx.GraphModule, show: _Show) -> None:
         super().__init__(net)
         self._show = show
 

@@ -264,8 +264,8 @@ again, where an FP16 convolution is fused with its bias, residual and ReLU. With
 quantizers use, it writes FP32 even if all scales are FP16. With one step for the whole weight it writes FP16; factors
 per channel behind it, in the second kernel, make it the same function. That is the spelling that `--rtx` builds. Large
 batches move more bytes than FP16 all the same, in more kernels; at batch 1, where weights count, the two ResNets move
-fewer. No mixture of INT8 and FP16 that was tried moves fewer activations than FP16 alone, so there is no option for one.
-The last column says what a spelling changes of the quantized network's function.
+fewer. No mixture of INT8 and FP16 that was tried moves fewer activations than FP16 alone, so there is no option for
+one. The last column says what a spelling changes of the quantized network's function.
 """
 
 

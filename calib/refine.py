@@ -34,7 +34,7 @@ class RefineConfig(StageConfig):
         variation_weight: weight of the total variation.
         spread_weight: weight of `image_variance_loss`.
         spread_mean, spread_std: its required variances.
-        shift: the largest random shift of images between steps, in pixels: against overfitting of single pixels.
+        shift: the largest shift of images in a step, in pixels: against overfitting of single pixels.
     """
 
     steps: int = Field(60, ge=0)
@@ -61,6 +61,24 @@ def shift_images(images: Tensor, down: int, right: int, flip: bool) -> Tensor:
         height, width = images.shape[-2:]
         images = padded[..., reach - down : reach - down + height, reach - right : reach - right + width]
     return images.flip(-1) if flip else images
+
+
+def move_apart(images: Tensor, reach: int, flip: bool, rng: torch.Generator) -> Tensor:
+    """Return images (N, C, H, W) in about as many parts as there are shifts by at most `reach`, each moved by another.
+
+    One shift for all would let the images fit the pixels that layers with strides see at even shifts, and miss the
+    statistics at odd ones. If `flip`, parts are mirrored at random.
+    """
+    moves = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
+    parts = images.chunk(len(moves))
+    order = torch.randperm(len(moves), generator=rng, device=rng.device).tolist()
+    mirrored = torch.randint(2, (len(parts),), generator=rng, device=rng.device).bool().tolist()
+    return torch.cat(
+        [
+            shift_images(part, down, right, flip and mirror)
+            for part, (down, right), mirror in zip(parts, (moves[i] for i in order), mirrored, strict=False)
+        ]  # a small batch has fewer parts than there are shifts
+    )
 
 
 def natural_noise(shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -172,10 +190,9 @@ class _Batch:
     def step(self, teacher: nn.Module, flip: bool) -> bool:
         """Take an optimizer step. Return False if it was skipped because its loss or gradient is not finite."""
         config, pixels, rng = self._config, self.pixels, self._rng
-        move = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng, device=rng.device).tolist()
-        mirror = bool(torch.randint(2, (), generator=rng, device=rng.device))
+        views = move_apart(pixels, config.shift, flip, rng)
         with tap_batchnorm(teacher) as tap, mixed_precision(pixels.device):
-            logits = teacher(shift_images(pixels, move[0], move[1], flip and mirror)).float()
+            logits = teacher(views).float()
         bns = bns_loss(tap, config.shallow_weight, config.deep_weight, relative=True)
         unsure = logits.softmax(1).gather(1, self._labels[:, None]).squeeze(1) < config.confident
         ce = (F.cross_entropy(logits, self._labels, reduction="none") * unsure).mean()

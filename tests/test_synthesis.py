@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import digits, images, make_net, synthesis
+from nets import conv_bn, digits, images, make_net, synthesis
 from pydantic import ValidationError
 from support import seeded
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from calib import CalibrationSet, GeneratorConfig, RefineConfig, SynthesisConfig
 from calib.bn_statistics import tap_batchnorm, within_class_diversity
 from calib.calibration_set import previewed_classes
 from calib.generator import ClassSampler, Generator, upsample_and_convolve
-from calib.refine import natural_noise, refine, shift_images, survives_flip
+from calib.refine import move_apart, natural_noise, refine, shift_images, survives_flip
 from calib.support.amp import FiniteSteps
 from calib.synthesis import Synthesis
 from calib.training import GeneratorTrainer
@@ -213,6 +213,43 @@ def test_refine_holds_images_apart_by_spread_weight() -> None:
         return losses["spread"][-1]
 
     assert shortfall(1.0) < 0.8 * shortfall(0.0)
+
+
+def test_refine_matches_statistics_at_odd_and_even_shifts_of_a_net_with_strides() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        convs = (conv_bn(a, b, stride=2) for a, b in ((3, 16), (16, 24), (24, 24)))
+        net = nn.Sequential(*(nn.Sequential(conv, nn.ReLU()) for conv in convs), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    shape = torch.Size((128, 3, 32, 32))
+    net(natural_noise(shape, seeded()))
+    config, limits = RefineConfig(steps=40), (torch.tensor(-2.0), torch.tensor(2.0))
+    _, losses = refine(
+        net.eval().requires_grad_(False),
+        torch.zeros(shape),
+        torch.arange(128) % 24,
+        config=config,
+        limits=limits,
+        flip=False,
+        rng=seeded(),
+    )
+    assert max(losses["bns"][-8:]) < 0.1  # one shift for the whole batch: 0.17, and 0.9 in the middle
+
+
+@pytest.mark.parametrize("count", [3, 128])
+def test_move_apart_moves_parts_by_different_shifts_and_mirrors_some(count: int) -> None:
+    places = torch.zeros(count, 1, 9, 9)
+    places[:, :, 4, 4] = 1
+    moved = move_apart(places, 2, False, seeded())
+    found = moved.flatten(1).argmax(1)
+    assert torch.equal(moved.sum((1, 2, 3)), torch.ones(count))
+    assert len(found.unique()) == (22 if count == 128 else 3)  # six images are moved together
+    assert bool(((found // 9 - 4).abs() <= 2).all() and ((found % 9 - 4).abs() <= 2).all())
+    ramp = torch.arange(9.0).expand(count, 1, 9, 9)
+    mirrored = move_apart(ramp, 2, True, seeded())[:, 0, 0, 0] > 4
+    assert 0 < int(mirrored.sum()) < count
 
 
 def test_shift_images_moves_whole_pixels() -> None:

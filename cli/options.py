@@ -199,6 +199,16 @@ build_options = _all(
         "--hardware-compatible", is_flag=True, help="Let all GPUs from Ampere on run the engine, more slowly."
     ),
     click.option(
+        "--same-capability",
+        is_flag=True,
+        help="Let all GPUs of the same compute capability run the engine, more slowly (TensorRT 10.9 and later).",
+    ),
+    click.option(
+        "--build-route",
+        metavar="'-NAME=VALUE ...'",
+        help="Settings of TensorRT's compiler, for experts (TensorRT 11.4 and later).  [default: none]",
+    ),
+    click.option(
         "--rtx",
         type=_TARGETS,
         is_flag=False,

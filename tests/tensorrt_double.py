@@ -42,6 +42,15 @@ RTX_ONLY = {
 """The members that only TensorRT-RTX has, and the code asks of no other library."""
 
 
+LATER = {
+    "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
+    "IBuilderConfig.all_build_routes",
+    "IBuilderConfig.build_route",
+    "ICudaEngine.get_engine_stat",
+}
+"""Members that only later releases have; the code looks whether they are there."""
+
+
 def build(graph: Path, progress: Progress = SILENT, **options: object) -> Path:
     """Build `model.engine` next to a graph."""
     engine = graph.with_name("model.engine")
@@ -63,6 +72,8 @@ class Strict:
 
     def __getattr__(self, name: str) -> Any:
         _require(type(self).__name__, name)
+        if f"{type(self).__name__}.{name}" in LATER:
+            raise AttributeError(name)
         raise NotImplementedError(f"the double has no {type(self).__name__}.{name}")
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -71,7 +82,7 @@ class Strict:
 
 
 def _require(owner: str, name: str) -> None:
-    if not name.startswith("_") and f"{owner}.{name}" not in RTX_ONLY:
+    if not name.startswith("_") and f"{owner}.{name}" not in RTX_ONLY | LATER:
         for release, classes in API.items():
             assert owner not in classes or name in classes[owner], f"{owner}.{name} is not in every release: {release}"
 
@@ -123,6 +134,8 @@ class World:
     inspected_batch: int = 0
     layer_ms: dict[str, float] = field(default_factory=dict)
     profiled_runs: int = 0
+    weights_bytes: int | None = None
+    """What the engine's statistics say, in releases that have them."""
 
     def move(self, **changes: object) -> None:
         """Go to another machine."""
@@ -212,7 +225,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "ComputeCapability": {"SM86": "8.6", "SM89": "8.9"},
     "BuilderFlag": {"VERSION_COMPATIBLE": "VERSION_COMPATIBLE"},
     "DataType": {"FLOAT": "FLOAT", "HALF": "HALF", "BF16": "BF16"},
-    "HardwareCompatibilityLevel": {"AMPERE_PLUS": "AMPERE_PLUS"},
+    "HardwareCompatibilityLevel": {
+        "AMPERE_PLUS": "AMPERE_PLUS",
+        "SAME_COMPUTE_CAPABILITY": "SAME_COMPUTE_CAPABILITY",
+    },
     "ILogger": {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4},
     "IProfiler": {},
     "IProgressMonitor": {},
@@ -392,8 +408,10 @@ def tensorrt_module(world: World) -> ModuleType:
             return True
 
     def cuda_engine(plan: dict[str, Any]) -> Any:
+        later = {} if world.weights_bytes is None else {"get_engine_stat": lambda _: world.weights_bytes}
         return strict(
             "ICudaEngine",
+            **later,
             num_io_tensors=2,
             get_tensor_name=lambda _, index: ("images", "logits")[index],
             get_tensor_mode=lambda _, name: "INPUT" if name == "images" else "OUTPUT",

@@ -60,6 +60,29 @@ def test_build_refuses_a_compatible_engine_on_an_older_gpu(world: World, graph: 
         build(graph, hardware_compatible=True)
 
 
+def test_build_for_the_same_capability(world: World, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(graph, same_capability=True)
+    assert world.options.hardware_compatibility_level == "SAME_COMPUTE_CAPABILITY"
+    monkeypatch.delattr(sys.modules["tensorrt"].HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY")
+    world.move(version="10.3.0")
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 has no --same-capability engines: 10\.9 and later have"):
+        build(graph, same_capability=True)
+
+
+def test_build_passes_a_route_on_where_the_release_knows_it(
+    world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineError, match=r"TensorRT 10\.9\.0 has no --build-route: 11\.4 and later have"):
+        build(graph, build_route="-fuse=off")
+    config = sys.modules["tensorrt"].IBuilderConfig
+    monkeypatch.setattr(config, "build_route", "", raising=False)
+    monkeypatch.setattr(config, "all_build_routes", "-fuse=on|off -tile=1", raising=False)
+    build(graph, build_route="-fuse=off -tile=2")
+    assert world.options.build_route == "-fuse=off -tile=2"
+    with pytest.raises(EngineError, match=r"--build-route: TensorRT 10\.9\.0 knows no lanes; it knows fuse, tile"):
+        build(graph, build_route="-fuse=off --lanes=3")
+
+
 def test_build_uses_the_callers_device_in_another_thread(
     world: World, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +112,14 @@ def test_build_names_a_missing_graph(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch": (4, 2, 8)}, {"batch": (0, 1, 1)}, {"optimization_level": 6}, {"fp16": True}]
+    "options",
+    [
+        {"hardware_compatible": True, "same_capability": True},
+        {"batch": (4, 2, 8)},
+        {"batch": (0, 1, 1)},
+        {"optimization_level": 6},
+        {"fp16": True},
+    ],
 )
 def test_build_config_refuses(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

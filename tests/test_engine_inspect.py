@@ -280,6 +280,12 @@ def test_inspect_engine_names_what_is_quantized_and_reads_a_float(
     assert [layer.name for layer in inspection.slowest] == ["node_conv2d_1", "node_conv2d"]
 
 
+def test_inspect_engine_has_the_memory_of_weights_where_the_release_tells(world: World, engine: Path) -> None:
+    assert inspect(engine)[0].weights_bytes is None
+    world.weights_bytes = 4096
+    assert inspect(engine)[0].weights_bytes == 4096
+
+
 def test_inspect_engine_needs_no_graph(engine: Path) -> None:
     engine.with_name("model.trt.onnx").unlink()
     inspection, _ = inspect(engine)

@@ -66,6 +66,8 @@ def test_runner_refuses_an_engine_of_another_machine(
     [
         ({"hardware_compatible": True}, {"gpu": "Other", "capability": (8, 0)}, True),
         ({"hardware_compatible": True}, {"gpu": "Other", "capability": (7, 5)}, False),
+        ({"same_capability": True}, {"gpu": "Other"}, True),
+        ({"same_capability": True}, {"capability": (8, 0)}, False),
         ({"version_compatible": True}, {"version": "10.16.1"}, True),
         ({"version_compatible": True}, {"version": "11.0.0"}, True),
         ({"version_compatible": True}, {"version": "10.3.0"}, False),

@@ -201,6 +201,8 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "timing_cache": (["none"], "none"),
     "version_compatible": ([], True),
     "hardware_compatible": ([], True),
+    "same_capability": ([], True),
+    "build_route": (["-fuse=off"], "-fuse=off"),
     "rtx": (["sm86,sm89"], ["sm86", "sm89"]),
     "batches": (["1,8"], [1, 8]),
     "threads": (["2"], 2),

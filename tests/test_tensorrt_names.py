@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
-from tensorrt_double import API, RTX_ONLY
+from tensorrt_double import API, LATER, RTX_ONLY
 
 import clusterq_deploy.runtimes.tensorrt
 from clusterq_deploy.runtimes.tensorrt.library import Library, library_problem, trt, using
@@ -104,8 +104,16 @@ def test_installed_release_has_every_name(library: Library) -> None:
         pytest.skip(problem)
     names = {name for text in TEXTS.values() for _, name in asked_names(ast.parse(text))}
     with using(library):
-        for name in names if library == "tensorrt_rtx" else names - RTX_NAMES:
+        for name in names if library == "tensorrt_rtx" else names - RTX_NAMES - LATER:
             attrgetter(name)(trt)
+
+
+def test_later_names_are_in_the_newest_release_and_not_in_the_oldest() -> None:
+    releases = list(API.values())
+    for name in LATER:
+        owner, _, member = name.partition(".")
+        assert member not in releases[0][owner]
+        assert member in releases[-1][owner]
 
 
 def name_problems(code: str) -> list[str]:
@@ -114,7 +122,7 @@ def name_problems(code: str) -> list[str]:
     problems = [f"{line}: {call} needs an annotation" for line, call in unannotated(tree)]
     for line, name in asked_names(tree):
         owner, _, member = name.partition(".")
-        for release, classes in () if name in RTX_NAMES else API.items():
+        for release, classes in () if name in RTX_NAMES | LATER else API.items():
             if owner not in classes or (member and member not in classes[owner]):
                 problems.append(f"{line}: trt.{name} is not in every release: {release}")
                 break

@@ -14,7 +14,8 @@ Settings = dict[str, Any]
 _OPTIONS = {
     "": "model weights input_size mean std bits first_last keep max_drop cpu fp16 data limit seed device effort",
     "synthesis": "recipe images",
-    "build": "batch optimization_level timing_cache version_compatible hardware_compatible rtx",
+    "build": "batch optimization_level timing_cache version_compatible hardware_compatible same_capability build_route "
+    "rtx",
     "benchmark": "batches threads",
 }
 PLACES: dict[str, tuple[str, ...]] = {

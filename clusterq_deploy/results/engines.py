@@ -80,6 +80,7 @@ class EngineInspection(Record):
         engine: the engine's path in the run directory.
         batch: images per call of the inspection.
         detailed: whether the engine has more details of its layers than their names.
+        weights_bytes: memory of the engine's weights; None if this release of TensorRT does not tell.
         layers: their number, including `reformats` and `quantizers`, which only change a layout or a type.
         precisions: number of computing layers by the type of their inputs.
         total_ms: mean time of all layers per call, by the profiler, which slows them down; `reformat_ms`: of reformats.
@@ -92,6 +93,7 @@ class EngineInspection(Record):
     engine: str
     batch: int
     detailed: bool
+    weights_bytes: int | None = None
     layers: int
     reformats: int = 0
     quantizers: int = 0

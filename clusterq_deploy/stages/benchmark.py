@@ -178,4 +178,5 @@ def inspect_engine(runner: engine.TensorRTRunner, name: str, path: Path, batch: 
     except EngineError as error:
         note = f"The engine could not be inspected: {error}."
         return EngineInspection(engine=name, batch=batch, detailed=False, layers=0, notes=[note]), text
-    return engine.summarize_layers(layers, times_ms, quantized, engine=name, batch=batch), text
+    inspection = engine.summarize_layers(layers, times_ms, quantized, engine=name, batch=batch)
+    return inspection.model_copy(update={"weights_bytes": runner.weights_bytes()}), text

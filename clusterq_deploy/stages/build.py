@@ -31,10 +31,14 @@ def needs(_: Run, stage: AnyStage) -> Needs:
 
 
 def inputs(run: Run, _: AnyStage) -> Json:
-    """Return the machine and the build settings, except the timing cache, which does not affect the result."""
+    """Return the machine and the build settings, except the timing cache, which does not affect the result.
+
+    Settings that older versions lack count only if they are set.
+    """
     settings = _build_config(run)
+    later = {name for name in ("same_capability", "build_route") if not getattr(settings, name)}
     return {
-        "settings": settings.model_dump(mode="json", exclude={"timing_cache", "rtx"}),
+        "settings": settings.model_dump(mode="json", exclude={"timing_cache", "rtx", *later}),
         "machine": engine.this_machine().binding(settings),
     }
 

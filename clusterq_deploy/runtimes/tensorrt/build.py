@@ -181,18 +181,7 @@ def _configure(
 
     Every input with a dynamic batch gets its smallest, optimal and largest shape; a fixed batch has no profile.
     """
-    options: trt.IBuilderConfig = builder.create_builder_config()
-    options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
-    options.builder_optimization_level = config.optimization_level
-    options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # inspector and log name layers and their types
-    if config.rtx:
-        options.num_compute_capabilities = len(config.rtx)
-        for index, target in enumerate(config.rtx):
-            options.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
-    if config.version_compatible:
-        options.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if config.hardware_compatible:
-        options.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    options: trt.IBuilderConfig = _options(builder, config)
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
     batches = []
     for index in range(network.num_inputs):
@@ -214,6 +203,43 @@ def _configure(
     if options.add_optimization_profile(profile) < 0:
         raise failure(f"{title()} refuses the batch sizes {config.batch} for {source}")
     return options, config.batch
+
+
+def _options(builder: trt.Builder, config: BuildConfig) -> trt.IBuilderConfig:
+    """Return TensorRT's configuration for `config`, without shapes."""
+    options: trt.IBuilderConfig = builder.create_builder_config()
+    options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
+    options.builder_optimization_level = config.optimization_level
+    options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # inspector and log name layers and their types
+    if config.rtx:
+        options.num_compute_capabilities = len(config.rtx)
+        for index, target in enumerate(config.rtx):
+            options.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    if config.version_compatible:
+        options.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if config.hardware_compatible:
+        options.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if config.same_capability:
+        if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
+            raise EngineError(f"TensorRT {trt.__version__} has no --same-capability engines: 10.9 and later have")
+        options.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    if config.build_route:
+        _set_route(options, config.build_route)
+    return options
+
+
+def _set_route(options: trt.IBuilderConfig, route: str) -> None:
+    """Set what TensorRT's compiler is to do differently, by names that this release knows."""
+    if not hasattr(options, "build_route"):
+        raise EngineError(f"TensorRT {trt.__version__} has no --build-route: 11.4 and later have")
+    known = {word.partition("=")[0].lstrip("-") for word in str(options.all_build_routes).split()}
+    asked = [word.partition("=")[0].lstrip("-") for word in route.split()]
+    if unknown := [name for name in asked if name not in known]:
+        raise EngineError(
+            f"--build-route: TensorRT {trt.__version__} knows no {', '.join(unknown)}; "
+            f"it knows {', '.join(sorted(known)) or 'none'}"
+        )
+    options.build_route = route
 
 
 def _build(

@@ -159,6 +159,11 @@ class TensorRTRunner(Runner):
             information: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
             return information
 
+    def weights_bytes(self) -> int | None:
+        """Return the memory of the engine's weights; None if this release does not tell (before TensorRT 10.16)."""
+        self._require_open()
+        return int(self._engine.get_engine_stat()) if hasattr(self._engine, "get_engine_stat") else None
+
     def layer_times(self, batch: int, runs: int = 50) -> dict[str, float]:
         """Return mean milliseconds of each layer in a call of `batch` images, in order, by TensorRT's profiler.
 

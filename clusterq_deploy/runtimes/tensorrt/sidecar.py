@@ -71,6 +71,12 @@ class BuildConfig(StageConfig):
     hardware_compatible: bool = False
     """Let every GPU of compute capability 8.0 (Ampere) or later run the engine, at some cost in speed."""
 
+    same_capability: bool = False
+    """Let every GPU of the same compute capability run the engine, at some cost in speed; TensorRT 10.9 has it."""
+
+    build_route: str = ""
+    """Settings of TensorRT's compiler, `-name=value ...`, as TensorRT 11.4 and later accept them; for experts."""
+
     rtx: tuple[RtxTarget, ...] = ()
     """Families of GPUs that TensorRT-RTX builds for, ahead of time; empty for TensorRT's engines, for the GPU here."""
 
@@ -78,6 +84,11 @@ class BuildConfig(StageConfig):
     def library(self) -> Library:
         """The library that builds the engine."""
         return "tensorrt_rtx" if self.rtx else "tensorrt"
+
+    @property
+    def any_gpu(self) -> bool:
+        """Whether an engine runs on other GPUs than the one that it was built on."""
+        return self.hardware_compatible or self.same_capability or bool(self.rtx)
 
     def for_rtx(self) -> "BuildConfig":
         """Return the settings without those that TensorRT-RTX does not have."""
@@ -92,6 +103,12 @@ class BuildConfig(StageConfig):
     def _batch_ascends(self) -> Self:
         if list(self.batch) != sorted(self.batch):
             raise ValueError(f"batch is {self.batch}; expected (min, opt, max) with min <= opt <= max")
+        return self
+
+    @model_validator(mode="after")
+    def _one_compatibility(self) -> Self:
+        if self.hardware_compatible and self.same_capability:
+            raise ValueError("hardware_compatible and same_capability exclude each other: the first is for more GPUs")
         return self
 
 
@@ -116,7 +133,8 @@ class Machine(BaseModel):
 
     def binding(self, config: BuildConfig) -> dict[str, str]:
         """Return what an engine built with `config` requires of a machine, by field name."""
-        fields = set() if config.hardware_compatible or config.rtx else {"gpu", "compute_capability"}
+        fields = set() if config.hardware_compatible or config.rtx else {"compute_capability"}
+        fields |= set() if config.any_gpu else {"gpu"}
         return self.model_dump(include=fields | ({"tensorrt"} if not config.version_compatible else set()))
 
 
@@ -192,7 +210,7 @@ def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
     differences = [
         f"{what} is {running}, the engine is built for {expected}"
         for what, expected, running, compatible in (
-            ("GPU", built.gpu, here.gpu, options.hardware_compatible or bool(options.rtx)),
+            ("GPU", built.gpu, here.gpu, options.any_gpu),
             ("compute capability", capability, here.compute_capability, ampere or ahead),
             (TITLES[options.library], built.tensorrt, here.tensorrt, later),
         )

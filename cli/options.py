@@ -206,7 +206,7 @@ build_options = _all(
     click.option(
         "--build-route",
         metavar="'-NAME=VALUE ...'",
-        help="Settings of TensorRT's compiler, for experts (TensorRT 11.4 and later).  [default: none]",
+        help="Settings of TensorRT's compiler, for experts (TensorRT 11.4 and later).  [default: TensorRT's own]",
     ),
     click.option(
         "--rtx",

@@ -74,7 +74,7 @@ class BuildConfig(StageConfig):
     same_capability: bool = False
     """Let every GPU of the same compute capability run the engine, at some cost in speed; TensorRT 10.9 has it."""
 
-    build_route: str = ""
+    build_route: str | None = None
     """Settings of TensorRT's compiler, `-name=value ...`, as TensorRT 11.4 and later accept them; for experts."""
 
     rtx: tuple[RtxTarget, ...] = ()

@@ -98,8 +98,6 @@ class World:
     classes: int = 5
     parsed: list[bytes] = field(default_factory=list)
     """The graphs that were parsed."""
-    parser_errors: tuple[tuple[str, str, str], ...] = ()
-    """Node, operator and description of each."""
     profile_error: str | None = None
     profile_index: int = 0
     build_error: str | None = None
@@ -256,23 +254,14 @@ def tensorrt_module(world: World) -> ModuleType:
     tensor = strict("ITensor", name="images", shape=property(lambda _: world.input_shape))
     network = strict("INetworkDefinition", num_inputs=1, get_input=lambda _, index: tensor)
 
-    def parser_error(index: int) -> Any:
-        answers = zip(("node_name", "node_operator", "desc"), world.parser_errors[index], strict=True)
-        return strict("ParserError", **{name: (lambda _, answer=answer: answer) for name, answer in answers})
-
     class OnnxParser(Strict):
-        num_errors = property(lambda _: len(world.parser_errors))
-
         def __init__(self, parsed_into: Any, log: Any) -> None:
             assert parsed_into is network
             assert isinstance(log, module.ILogger)
 
         def parse_from_file(self, path: str) -> bool:
             world.parsed.append(Path(path).read_bytes())
-            return not world.parser_errors
-
-        def get_error(self, index: int) -> Any:
-            return parser_error(index)
+            return True
 
     class IOptimizationProfile(Strict):
         def set_shape(self, name: str, smallest: Any, tuned: Any, largest: Any) -> None:

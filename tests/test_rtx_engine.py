@@ -22,7 +22,7 @@ from tensorrt_double import World, open_engine
 
 from calib.support.progress import SILENT, Advance
 from cli.main import main
-from clusterq_deploy.errors import EngineError, ExportError, TensorRTMissing
+from clusterq_deploy.errors import EngineError, ExportError, RunDirectoryError, TensorRTMissing
 from clusterq_deploy.files import sha256_file
 from clusterq_deploy.lowering import float_graphs, to_fp16, to_tensorrt_rtx
 from clusterq_deploy.results.engines import EnginePlan
@@ -52,6 +52,15 @@ def build(graph: Path, folder: Path, config: BuildConfig = AMPERE) -> EnginePlan
     assert info == read_sidecar(engine)
     assert info.plan is not None
     return info.plan
+
+
+def save_net(folder: Path, nodes: list[onnx.NodeProto], shape: list[int | str]) -> Path:
+    """Write a net of these nodes from `x` to `y`, which have one shape, and return its file."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:])
+    path = folder / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
 
 
 @needs_compiler
@@ -103,33 +112,39 @@ def test_to_tensorrt_rtx_moves_fewer_bytes(name: str, fp16: bool, tmp_path: Path
 def test_plan_counts_bytes_of_one_image_of_a_fixed_batch(tmp_path: Path) -> None:
     moved = []
     for batch in ("batch", 1, 4):
-        graph = helper.make_graph(
-            [helper.make_node("Relu", ["x"], ["y"], "relu")],
-            "net",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 8, 4, 4])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 8, 4, 4])],
-        )
-        path = tmp_path / "net.onnx"
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+        path = save_net(tmp_path, [helper.make_node("Relu", ["x"], ["y"], "relu")], [batch, 8, 4, 4])
         moved.append(build(path, tmp_path).bytes_moved)
     assert moved == [2 * 4 * 8 * 4 * 4] * 3
 
 
 @needs_compiler
 def test_build_engine_names_what_the_parser_refuses(tmp_path: Path) -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Foo", ["x"], ["y"], "odd", doc_string="net.py(3)")],
-        "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
-    )
-    path = tmp_path / "net.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
-    with pytest.raises(EngineError, match=r'^TensorRT-RTX cannot parse .*: odd \(Foo, "net\.py\(3\)"\): .*operator'):
+    nodes = [
+        helper.make_node("Foo", ["x"], ["a"], "odd", doc_string="net.py(3):  f\n" + "x" * 200),
+        helper.make_node("Bar", ["a"], ["b"]),
+        helper.make_node("Relu", ["b"], ["y"], "relu", doc_string="another node"),
+    ]
+    path = save_net(tmp_path, nodes, [1, 4])
+    with pytest.raises(
+        EngineError,
+        match=r'^TensorRT-RTX cannot parse .*: odd \(Foo, "net\.py\(3\): f x+\.\.\."\): .*; unnamed node \(Bar\): .*; '
+        r"an operator is neither .*: replace it in the model, or load its plugin",
+    ) as caught:
         build(path, tmp_path)
+    assert "another node" not in str(caught.value)
     path.write_bytes(b"hello\n")  # the parser reads it as an empty graph
     with pytest.raises(ExportError, match="is not an ONNX file"):
         build(path, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@needs_compiler
+def test_build_engine_refuses_other_dynamic_sizes_than_the_batch(tmp_path: Path) -> None:
+    path = save_net(tmp_path, [helper.make_node("Relu", ["x"], ["y"], "relu")], ["n", 3, "h", 4])
+    with pytest.raises(EngineError, match=r"input x of \S+ has shape \(-1, 3, -1, 4\); only the first .*"):
+        build(path, tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"cannot read .*none\.onnx: No such file"):
+        build(tmp_path / "none.onnx", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
 
 

@@ -34,7 +34,7 @@ from calib.support.progress import SILENT
 from clusterq_deploy.environment import collect_environment
 from clusterq_deploy.errors import ClusterQError
 from clusterq_deploy.lowering import export_graph, lower, to_fp16, to_tensorrt_rtx
-from clusterq_deploy.lowering.fp16 import _factor_steps
+from clusterq_deploy.lowering.fp16 import factor_steps
 from clusterq_deploy.lowering.qdq import constant, dequantized, operand, store
 from clusterq_deploy.quantization import BitWidths
 from clusterq_deploy.report.plans import megabytes
@@ -132,7 +132,7 @@ SPELLINGS: dict[str, tuple[Spelling, str]] = {
     "the same, scales in FP16": (to_fp16, "FP16's rounding"),
     "the same, biases as additions": (lambda graph: convolutions(graph, bias_behind), "none"),
     "one step per weight, factors behind, in FP32": (
-        lambda graph: convolutions(graph, lambda g, node: _factor_steps(g, node, np.float32)),
+        lambda graph: convolutions(graph, lambda g, node: factor_steps(g, node, np.float32)),
         "none",
     ),
     "one step per weight, factors behind, in FP16 (used)": (to_tensorrt_rtx, "FP16's rounding"),

@@ -66,13 +66,13 @@ def to_tensorrt_rtx(model: onnx.ModelProto) -> onnx.ModelProto:
     spelled, kind = ir.from_proto(model), np.float16 if computes_in_fp16(model) else np.float32
     for node in list(spelled.graph):
         if node.op_type == "Conv":
-            _factor_steps(spelled.graph, node, kind)
+            factor_steps(spelled.graph, node, kind)
     RemoveUnusedNodesPass()(spelled)
     proto = ir.to_proto(spelled)
     return proto if kind == np.float16 else to_fp16(proto)
 
 
-def _factor_steps(graph: ir.Graph, layer: ir.Node, kind: type[np.float16 | np.float32]) -> None:
+def factor_steps(graph: ir.Graph, layer: ir.Node, kind: type[np.float16 | np.float32]) -> None:
     """Give a convolution's weight one step, and put factors per output channel and the bias behind it."""
     weight, read = dequantized(operand(layer, 1)), dequantized(operand(layer, 0))
     if weight is None or weight.scale is None or weight.scale.ndim != 1 or weight.axis != 0:

@@ -173,10 +173,17 @@ def test_latency_rows_of_an_engine_are_unsteady_if_its_computation_is() -> None:
 def test_pages_of_an_engine_without_details_have_dashes_and_a_note() -> None:
     note = "The engine has only the names of its layers."
     unknown = EngineInspection(
-        engine="w8a8/model.engine", batch=1, detailed=False, layers=12, quantized_layers=21, notes=[note]
+        engine="w8a8/model.engine",
+        batch=1,
+        detailed=False,
+        weights_bytes=2_500_000,
+        layers=12,
+        quantized_layers=21,
+        notes=[note],
     )
     own = report(timed(gpu=GpuTelemetry(reason="none")), inspections=(unknown,))
     assert f"w8a8, model.engine: {note}" in engine_notes(own)
+    assert "w8a8, model.engine: its weights take 2.5 MB of the GPU's memory." in engine_notes(own)
     (line,) = [line for line in to_markdown(own).splitlines() if " 12 |" in line]
     assert line.count(DASH) == 7
     assert "The GPU during" not in to_markdown(own)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from clusterq_deploy.report.analysis import BASELINE, UNSTEADY
-from clusterq_deploy.report.formats import ABSENT, file_name, milliseconds, percent, shortened, speedup
+from clusterq_deploy.report.formats import ABSENT, file_name, milliseconds, percent, shortened, size, speedup
 from clusterq_deploy.report.tables import Table
 from clusterq_deploy.results.engines import EngineInspection, GpuTelemetry, LatencyStats, Reading
 from clusterq_deploy.results.report import Latency, Report
@@ -71,6 +71,8 @@ def engine_notes(report: Report) -> Iterator[str]:
             if more := len(inspection.missed) - len(layers):
                 layers.append(f"and {more} more (report.json has them)")
             yield f"{where}: quantized in the graph, but not in INT8 in the engine: {'; '.join(layers)}."
+        if inspection.weights_bytes is not None:
+            yield f"{where}: its weights take {size(inspection.weights_bytes)} of the GPU's memory."
         yield from (f"{where}: {note}" for note in inspection.notes)
     if any(inspection.slowest for _, inspection in inspected):
         yield (

@@ -31,7 +31,7 @@ FAMILIES = tuple(f"timm:{name}" for name in (
     "cspresnet50", "cspdarknet53", "darknet53", "cs3darknet_s", "densenet121", "dpn48b", "inception_v4",
     "inception_resnet_v2", "nasnetalarge", "pnasnet5large", "vgg11_bn", "hgnetv2_b0", "convmixer_768_32", "starnet_s1",
     "tresnet_m", "levit_128s", "levit_conv_128s", "efficientvit_b0", "efficientvit_m0", "mobilevit_xxs",
-    "mobilevitv2_050", "visformer_tiny", "tiny_vit_5m_224", "shvit_s1", "swiftformer_xs", "edgenext_xx_small",
+    "mobilevitv2_050", "visformer_tiny", "tiny_vit_5m_224", "shvit_s1", "swiftformer_xs",
     "halonet26t", "lambda_resnet26t", "botnet26t_256",
 ))  # fmt: skip
 """One of timm's models, mostly the smallest, per family of architectures with BatchNorm."""

@@ -3,7 +3,6 @@
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.support.progress import SILENT, Progress
@@ -132,5 +131,7 @@ def _renamed(labels: npt.NDArray[np.int64], top: npt.NDArray[np.int64]) -> float
     shape = len(given), len(answers)
     if shape[0] * shape[1] > _LARGEST:
         return None
+    from scipy.optimize import linear_sum_assignment  # its import takes a third of a second
+
     confusion = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
     return 100 * float(confusion[linear_sum_assignment(confusion, maximize=True)].sum()) / len(labels)

@@ -86,7 +86,7 @@ class BuildConfig(StageConfig):
         return "tensorrt_rtx" if self.rtx else "tensorrt"
 
     @property
-    def any_gpu(self) -> bool:
+    def is_portable(self) -> bool:
         """Whether an engine runs on other GPUs than the one that it was built on."""
         return self.hardware_compatible or self.same_capability or bool(self.rtx)
 
@@ -134,7 +134,7 @@ class Machine(BaseModel):
     def binding(self, config: BuildConfig) -> dict[str, str]:
         """Return what an engine built with `config` requires of a machine, by field name."""
         fields = set() if config.hardware_compatible or config.rtx else {"compute_capability"}
-        fields |= set() if config.any_gpu else {"gpu"}
+        fields |= set() if config.is_portable else {"gpu"}
         return self.model_dump(include=fields | ({"tensorrt"} if not config.version_compatible else set()))
 
 
@@ -210,7 +210,7 @@ def check_machine(engine_path: Path, info: EngineInfo, here: Machine) -> None:
     differences = [
         f"{what} is {running}, the engine is built for {expected}"
         for what, expected, running, compatible in (
-            ("GPU", built.gpu, here.gpu, options.any_gpu),
+            ("GPU", built.gpu, here.gpu, options.is_portable),
             ("compute capability", capability, here.compute_capability, ampere or ahead),
             (TITLES[options.library], built.tensorrt, here.tensorrt, later),
         )

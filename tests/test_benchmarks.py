@@ -255,3 +255,23 @@ def test_script_that_measures_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'clusterq_deploy'} & set(sys.modules)"
     code = f"import sys, accuracy; sys.exit(len({heavy}))"
     assert run_python("-c", code, cwd=ROOT / "benchmarks").returncode == 0
+
+
+@pytest.mark.slow
+def test_gpu_runs_go_on_where_an_earlier_call_ended(tmp_path: Path) -> None:
+    results = tmp_path / "gpu.json"
+    options = ["--only", "digits-fast", "--device", "cpu", "--out", tmp_path / "runs", "--results", results]
+
+    def call(minutes: float) -> str:
+        process = run_python(ROOT / "benchmarks/gpu.py", *options, "--minutes", minutes)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    assert call(0.15) == "to do: digits-fast; start again\n"
+    assert not results.exists()
+    assert call(9).endswith("nothing is left\n")
+    record = json.loads(results.read_text())["digits-fast"]
+    assert record["calls"] == 2
+    assert record["wall_seconds"] > sum(record["stage_seconds"].values()) > 0
+    assert {entry["runtime"] for entry in record["accuracy"]["w8a8"]} == {"torch", "onnxruntime-cpu"}
+    assert call(9) == "nothing is left\n"

@@ -75,8 +75,6 @@ def record_of(folder: Path, run: GpuRun, seconds: float, calls: int) -> dict[str
     stages = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
     return {
         **asdict(run),
-        "code": code_digest(),
-        "commit": commit(),
         "environment": report["environment"],
         "wall_seconds": seconds,
         "calls": calls,
@@ -89,7 +87,7 @@ def record_of(folder: Path, run: GpuRun, seconds: float, calls: int) -> dict[str
 @click.command()
 @click.option("--models-file", type=click.Path(path_type=Path, exists=True), help="Python file with the factories.")
 @click.option("--data-dir", type=click.Path(path_type=Path, exists=True), help="Folder of the evaluation data.")
-@click.option("--only", "names", multiple=True, help="A run by its name, MODEL-EFFORT; may be repeated.")
+@click.option("--only", "names", multiple=True, type=click.Choice([run.name for run in RUNS]), help="May be repeated.")
 @click.option("--device", default="cuda", show_default=True, help="For clusterq.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=9.0, show_default=True)
 @click.option(
@@ -105,34 +103,35 @@ def main(
     out: Path,
     results: Path,
 ) -> None:
-    """Do the runs that have no results, as far as the minutes go."""
+    """Do the runs that have no results of these sources, as far as the minutes go."""
     end, out = time.monotonic() + 60 * minutes, out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     records: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
     wanted = [run for run in RUNS if not names or run.name in names]
     if any(run.data for run in wanted) and not (models_file and data_dir):
         raise click.UsageError("give --models-file and --data-dir, or --only digits-fast")
-    for run in wanted:
-        if run.name in records:
-            continue
+    code = code_digest()
+    missing = [run for run in wanted if records.get(run.name, {}).get("code") != code]
+    for run in list(missing):
         if (left := end - time.monotonic()) <= 0:
             break
         spent = out / f"{run.name}.json"
         seconds, calls = json.loads(spent.read_text()) if spent.is_file() else (0.0, 0)
         start = time.monotonic()
         command = arguments(run, models_file and models_file.resolve(), data_dir and data_dir.resolve(), device, out)
-        code = attempt(command, out / f"{run.name}.log", left)
+        ended = attempt(command, out / f"{run.name}.log", left)
         seconds, calls = seconds + time.monotonic() - start, calls + 1
         write(spent, json.dumps([seconds, calls]))
-        if code:
-            raise click.ClickException(f"{run.name} ended with code {code}; see {run.name}.log in {out.name}")
-        if code is None:
+        if ended:
+            raise click.ClickException(f"{run.name} ended with code {ended}; see {run.name}.log in {out.name}")
+        if ended is None:
             break
-        records[run.name] = record_of(out / run.name, run, seconds, calls)
+        records[run.name] = {**record_of(out / run.name, run, seconds, calls), "code": code, "commit": commit()}
         write(results, f"{json.dumps(records, indent=1)}\n")
         click.echo(f"{run.name}: {seconds:.0f} s")
-    missing = [run.name for run in wanted if run.name not in records]
-    click.echo(f"to do: {', '.join(missing)}; start again" if missing else "nothing is left")
+        missing.remove(run)
+    names_left = ", ".join(run.name for run in missing)
+    click.echo(f"to do: {names_left}; start again" if missing else "nothing is left")
 
 
 if __name__ == "__main__":

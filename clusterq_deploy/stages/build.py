@@ -31,16 +31,10 @@ def needs(_: Run, stage: AnyStage) -> Needs:
 
 
 def inputs(run: Run, _: AnyStage) -> Json:
-    """Return the machine and the build settings, except the timing cache, which does not affect the result.
-
-    Settings that older versions lack count only if they are set.
-    """
+    """Return the machine and the build settings, except the timing cache, which does not affect the result."""
     settings = _build_config(run)
-    later = {name for name in ("same_capability", "build_route") if not getattr(settings, name)}
-    return {
-        "settings": settings.model_dump(mode="json", exclude={"timing_cache", "rtx", *later}),
-        "machine": engine.this_machine().binding(settings),
-    }
+    machine = engine.this_machine().binding(settings)
+    return {"settings": settings.recorded("timing_cache", "rtx"), "machine": machine}
 
 
 def work(run: Run, stage: AnyStage) -> tuple[BuildResult, list[str]]:

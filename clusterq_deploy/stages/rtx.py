@@ -16,10 +16,7 @@ needs = build.needs
 def inputs(run: Run, _: AnyStage) -> Json:
     """Return the settings and the release."""
     run.check_rtx()
-    return {
-        "settings": _settings(run).model_dump(mode="json", exclude={"same_capability", "build_route"}),
-        "release": engine.library_version("tensorrt_rtx"),
-    }
+    return {"settings": _settings(run).recorded(), "release": engine.library_version("tensorrt_rtx")}
 
 
 def work(run: Run, stage: AnyStage) -> tuple[RtxResult, list[str]]:

@@ -232,8 +232,9 @@ def _set_route(options: trt.IBuilderConfig, route: str) -> None:
     """Set what TensorRT's compiler is to do differently, by names that this release knows."""
     if not hasattr(options, "build_route"):
         raise EngineError(f"TensorRT {trt.__version__} has no --build-route: 11.4 and later have")
-    known = {word.partition("=")[0].lstrip("-") for word in str(options.all_build_routes).split()}
-    asked = [word.partition("=")[0].lstrip("-") for word in route.split()]
+    asked, known = (
+        [word.partition("=")[0].lstrip("-") for word in text.split()] for text in (route, options.all_build_routes)
+    )
     if unknown := [name for name in asked if name not in known]:
         raise EngineError(
             f"--build-route: TensorRT {trt.__version__} knows no {', '.join(unknown)}; "

@@ -4,7 +4,7 @@ import logging
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import (
@@ -89,6 +89,11 @@ class BuildConfig(StageConfig):
     def is_portable(self) -> bool:
         """Whether an engine runs on other GPUs than the one that it was built on."""
         return self.hardware_compatible or self.same_capability or bool(self.rtx)
+
+    def recorded(self, *without: str) -> dict[str, Any]:
+        """Return the settings that a run's results depend on, as JSON; those that older versions lack only if set."""
+        later = {name for name in ("same_capability", "build_route") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude={*without, *later})
 
     def for_rtx(self) -> "BuildConfig":
         """Return the settings without those that TensorRT-RTX does not have."""

@@ -101,6 +101,8 @@ class _Lowering:
         for node in list(self.graph):
             if node.domain == MARKER_DOMAIN and node.op_type == MARKER:
                 self._lower_marker(node)
+            elif node.op_type == "ReduceMean" and self.target == "onnxruntime":
+                self._pool_globally(node)
             elif node.op_type in MOVING:
                 self._keep_grid(node)
         if self.target == "onnxruntime":
@@ -182,6 +184,16 @@ class _Lowering:
         output = self._insert(marker, "DequantizeLinear", [integers, *inputs[1:]], f"{label}.dequantized")
         self.qparams[output] = qparams
         return output
+
+    def _pool_globally(self, node: ir.Node) -> None:
+        """Write a mean over height and width as GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
+        x, axes, shape = self._input(node, 0), constant(node, 1), node.outputs[0].shape
+        if x not in self.qparams or axes is None or shape is None or len(shape) != 4:
+            return
+        if node.attributes.get_int("keepdims", 1) == 1 and sorted(int(axis) % 4 for axis in axes) == [2, 3]:
+            pooled = self._insert(node, "GlobalAveragePool", [x], f"{node.outputs[0].name}.pooled")
+            convenience.replace_all_uses_with(node.outputs[0], pooled)
+            self.graph.remove(node, safe=True)
 
     def _bound(self, marker: ir.Node, integers: ir.Value, grid: Grid, label: str) -> ir.Value:
         """Bound UINT8 integers to the grid if it is narrower than the type."""

@@ -275,3 +275,16 @@ def test_gpu_runs_go_on_where_an_earlier_call_ended(tmp_path: Path) -> None:
     assert record["wall_seconds"] > sum(record["stage_seconds"].values()) > 0
     assert {entry["runtime"] for entry in record["accuracy"]["w8a8"]} == {"torch", "onnxruntime-cpu"}
     assert call(9) == "nothing is left\n"
+
+
+@pytest.mark.slow
+def test_speed_times_every_stage_next_to_a_bare_pass(tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    process = run_python(ROOT / "benchmarks/speed.py", "digits", "--steps", 2, "--out", file)
+    assert process.returncode == 0, process.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert list(row["stages"]) == ["generator", "refinement", "tuning", "evaluation"]
+    for stage, of in row["stages"].items():
+        assert f"digits, {stage}: bare" in process.stdout
+        assert of["ratio"] == pytest.approx(of["step_ms"] / of["bare_ms"])
+        assert 0.3 < of["ratio"] < 10  # of the same work and more, on a machine that does other things

@@ -113,5 +113,5 @@ def test_amounts_of_a_large_model_are_scaled_and_those_asked_for_stay(tmp_path: 
     config = make_config({"model": "resnet18", "weights": "none", "bits": ["w4a4"], "device": "cpu"})
     asked, done = amounts(config), amounts(Run(config, tmp_path / "out", shapes_only=True).config)
     assert (asked["synthesis.images"], done["synthesis.images"]) == (1024, 256)
-    assert (asked["finetune.steps"], done["finetune.steps"]) == (1200, 300)
+    assert (asked["finetune.steps"], done["finetune.steps"]) == (600, 150)
     assert asked["synthesis.refine.steps"] == done["synthesis.refine.steps"]

@@ -10,6 +10,7 @@ from support import seeded
 from torch import nn
 
 from clusterq_deploy.quantization import BitWidths, Grid, correct_bias, make_student, reconstruct
+from clusterq_deploy.quantization.fake_quant import per_row
 from clusterq_deploy.quantization.ptq.calibrate import weight_scales
 from clusterq_deploy.quantization.ptq.reconstruct import _round_compensated, _sample_patches
 
@@ -18,8 +19,11 @@ def test_round_compensated_is_nearest_for_uncorrelated_inputs() -> None:
     weight = torch.randn(2, 5, 7, generator=seeded())
     hessian = torch.diag_embed(torch.rand(2, 7, generator=seeded()) + 0.5)
     scale = torch.full((2, 5), 0.3)
-    expected = (weight / 0.3).round().clamp(-8, 7) * 0.3
-    torch.testing.assert_close(_round_compensated(weight, hessian, scale, -8, 7), expected)
+    expected = (weight / 0.3).round().clamp(-8, 7)
+    found = _round_compensated(weight, hessian, scale, -8, 7)
+    torch.testing.assert_close((found / 0.3).round(), expected)
+    kept = expected + (weight / 0.3 - expected).clamp(-0.49, 0.49)  # how near it was to its other neighbour
+    torch.testing.assert_close(found, kept.clamp(-8, 7) * 0.3)
 
 
 @pytest.mark.parametrize("columns", [9, 200])
@@ -30,11 +34,9 @@ def test_round_compensated_beats_nearest_for_correlated_inputs(columns: int) -> 
     hessian = x @ x.mT / 4096
     scale = torch.full((3, 4), 0.5)
     found = _round_compensated(weight, hessian, scale, -8, 7)
-    steps = found / 0.5
-    torch.testing.assert_close(steps, steps.round())
-    assert float(steps.abs().max()) <= 8
-    plain = (weight / 0.5).round().clamp(-8, 7) * 0.5
-    error, plain_error = (float(((w - weight) @ x).square().mean()) for w in (found, plain))
+    assert float(found.abs().max()) <= 4
+    rounded, plain = ((w / 0.5).round().clamp(-8, 7) * 0.5 for w in (found, weight))
+    error, plain_error = (float(((w - weight) @ x).square().mean()) for w in (rounded, plain))
     assert error < 0.6 * plain_error
 
 
@@ -78,9 +80,13 @@ def test_reconstruct_brings_student_nearer_to_teacher(name: str) -> None:
     assert all(after <= before * 1.05 + 1e-4 for before, after in errors.values())
     assert distance(student, net, fresh) < 0.5 * before
     assert distance(student, net, fresh) < 1.1 * distance(other, net, fresh)
-    for layer in student.layers().values():  # the weight lies on its grid, the bias on its accumulator's
-        torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=1e-4, atol=1e-6)
-        assert bool((layer.weight_quantizer.scale > 0).all())
+    for layer in student.layers().values():  # no weight is on the boundary to another integer
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        assert bool((quantizer.scale > 0).all())
+        if quantizer.pair_limit is None:
+            with torch.no_grad():
+                apart = (weight - quantizer(weight)).abs() / per_row(quantizer.scale, weight)
+            assert 0.1 < float(apart.max()) <= 0.4901
     settled = {k: v.clone() for k, v in student.state_dict().items()}
     student.round_biases_to_accumulator()
     for key, value in student.state_dict().items():

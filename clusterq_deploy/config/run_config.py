@@ -43,6 +43,7 @@ _EFFORTS: Mapping[str, Settings] = {
 # The settings of synthesis are in calib.synthesis.
 _PAPER: Settings = {
     "finetune": {
+        "steps": 1200,
         "ce_weight": 1.0,
         "kl_weight": 1.0,
         "temperature": 1.0,

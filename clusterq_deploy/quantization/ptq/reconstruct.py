@@ -36,6 +36,7 @@ _PATCHES = 1 << 17  # sampled per layer
 _UNFOLDED = 1 << 24  # values of patches at a time
 _WIDEST = 8192  # columns of a row; the second moments of more (VGG's first Linear has 25,088) take gigabytes
 _BLOCK = 128  # columns that are rounded before the others are updated
+_WITHIN = 0.49  # of a step: how far a weight may stay from the integer that it is rounded to
 
 
 @torch.no_grad()
@@ -273,9 +274,10 @@ def _grouped(values: Tensor, groups: int) -> Tensor:
 
 
 def _round_compensated(weight: Tensor, hessian: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-    """Return a weight (G, O, K) on the grid of steps and ends (G, O); later columns make up for each one's error.
+    """Return a weight (G, O, K) for the grid of steps and ends (G, O); later columns make up for each one's error.
 
-    Columns whose inputs vary most come first; it is algorithm 1 of arXiv 2210.17323.
+    Columns whose inputs vary most come first; it is algorithm 1 of arXiv 2210.17323. What is returned rounds to its
+    integers, but keeps how near it was to the next ones, so that fine-tuning can tell which weights to move over.
     """
     order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     weight = weight.gather(2, order[:, None].expand_as(weight)).clone()
@@ -286,11 +288,12 @@ def _round_compensated(weight: Tensor, hessian: Tensor, scale: Tensor, low: Boun
         end = min(start + _BLOCK, columns)
         errors = torch.zeros_like(weight[..., start:end])
         for column in range(start, end):
-            values = weight[..., column]
-            fixed = (values / scale).round().clamp(low, high) * scale
-            error = (values - fixed) / factor[:, column, column, None]
+            values = weight[..., column] / scale
+            fixed = values.round().clamp(low, high)
+            kept = (fixed + (values - fixed).clamp(-_WITHIN, _WITHIN)).clamp(low, high)
+            error = (values - fixed) * scale / factor[:, column, column, None]
             weight[..., column:end] -= error[..., None] * factor[:, None, column, column:end]
-            weight[..., column] = fixed
+            weight[..., column] = kept * scale
             errors[..., column - start] = error
         weight[..., end:] -= errors @ factor[:, start:end, end:]
     return torch.empty_like(weight).scatter_(2, order[:, None].expand_as(weight), weight)

@@ -48,9 +48,9 @@ class FinetuneConfig(StageConfig):
     A share of the synthetic images is not tuned on, but selects among the last checkpoints, in views drawn once.
     """
 
-    steps: int = Field(1200, ge=0)  # of Adam with cosine decay, at most; fewer if the start is near the teacher
+    steps: int = Field(600, ge=0)  # of Adam with cosine decay, at most; fewer if the start is near the teacher
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(0.01, gt=0)  # of weights, in steps of their grid, if activations have no more bits
+    learning_rate: float = Field(0.001, gt=0)  # of weights, in steps of their grid
     bias_learning_rate: float = Field(1e-3, gt=0)  # in standard deviations of the channel's outputs
     scale_learning_rate: float = Field(3e-3, gt=0)  # of the logarithms of the scales
     ce_weight: float = Field(0.0, ge=0)  # 1 in (11) of arXiv 2205.00179
@@ -72,16 +72,12 @@ class FinetuneConfig(StageConfig):
     def scaled_to(self, bits: BitWidths) -> "FinetuneConfig":
         """Return the settings for a variant: above four bits there is less to fix, so steps are fewer and smaller.
 
-        The weights' steps are smaller by themselves, being in units of a finer grid. If activations have more bits than
-        weights, the weights' learning rate is halved for every two of them: the noise of rounding weights is no longer
-        hidden by that of the activations (MobileNetV1 W4A8 moved away from its model without it).
+        The weights' steps are smaller by themselves, being in units of a finer grid.
         """
         spare = max(0, min(bits.weights, bits.activations) - 4)
-        finer = max(0, bits.activations - bits.weights)
         return self.model_copy(
             update={
                 "steps": math.ceil(self.steps / (1 + spare)),
-                "learning_rate": self.learning_rate / 2 ** (finer / 2),
                 "bias_learning_rate": self.bias_learning_rate / 2**spare,
                 "scale_learning_rate": self.scale_learning_rate / 2**spare,
             }

@@ -21,8 +21,8 @@ _TERMS = ("bns", "ce", "spread", "variation")
 _SHARED_NOISE = 0.8  # of the noise's variance
 _UNSETTLED = 1.5
 """L_BNS of a first batch from which steps are too few. CIFAR ResNets are at 0.2 to 0.4 after 60 steps, a ResNet-18 at
-1.1 after 40. A MobileNetV1 was at 2.3 after 60, and 256 images of 150 steps served W4A8 better than 1,024 of 60 (KL 0.33
-and 0.41 before fine-tuning)."""
+1.1 after 40. A MobileNetV1 was at 2.3 after 60, and 256 images of 150 steps served W4A8 better than 1,024 of 60 (KL
+0.33 and 0.41 before fine-tuning)."""
 
 
 class RefineConfig(StageConfig):

@@ -198,7 +198,8 @@ def test_libraries_of_another_release_than_the_bindings_are_an_error(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("ctypes.CDLL", lambda _: None)
     for name in ("tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # so that the stand-in is removed, whatever was there
+        del sys.modules[name]
     assert "its bindings are 1.7.1.116, its libraries 1.8.0" in str(library_problem("tensorrt_rtx"))
 
 

@@ -44,7 +44,7 @@ _IMAGES = 256
 
 
 class Clock:
-    """A progress that keeps the time between two advances of the longest task, in milliseconds."""
+    """A progress that keeps the time between two advances, in milliseconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.steps = device, list[float]()
@@ -71,16 +71,23 @@ def now(device: torch.device) -> float:
     return 1000 * time.perf_counter()
 
 
+def times(work: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Return how long each of so many calls takes, in milliseconds."""
+    clock = Clock(device)
+    with clock.task("", count) as advance:
+        for _ in range(count):
+            work()
+            advance()
+    return clock.steps
+
+
 def ratio(bare: Callable[[], object], steps: Callable[[], list[float]], device: torch.device) -> dict[str, float]:
     """Time a bare pass and steps in turn; return the medians in milliseconds, and their ratio."""
     bare_ms, step_ms = list[float](), list[float]()
     for _ in range(_WARMUP):
         bare()
     for _ in range(_ROUNDS):
-        for _ in range(_BARE):
-            start = now(device)
-            bare()
-            bare_ms.append(now(device) - start)
+        bare_ms += times(bare, _BARE, device)
         step_ms += steps()
     of = {"bare_ms": statistics.median(bare_ms), "step_ms": statistics.median(step_ms)}
     return {**of, "ratio": of["step_ms"] / of["bare_ms"]}
@@ -98,15 +105,7 @@ def generator(model: LoadedModel, device: torch.device, steps: int) -> dict[str,
         trainer.optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), labels).backward()
 
-    def timed() -> list[float]:
-        times = []
-        for _ in range(steps):
-            start = now(device)
-            trainer.step(warmup=False)
-            times.append(now(device) - start)
-        return times
-
-    return ratio(bare, timed, device)
+    return ratio(bare, lambda: times(lambda: trainer.step(warmup=False), steps, device), device)
 
 
 def refinement(model: LoadedModel, images: Tensor, device: torch.device, steps: int) -> dict[str, float]:

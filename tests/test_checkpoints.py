@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from nets import captured, images, make_net, synthesis
+from nets import captured, digits, images, make_net, synthesis
 from support import seeded
 from torch import Tensor
 
 from calib.calibration_set import CalibrationSet
+from calib.refine import RefineConfig, refine
 from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
+from calib.training import History
 from clusterq_deploy.errors import UnreadableImageError
 from clusterq_deploy.evaluation.accuracy import predictions
 from clusterq_deploy.evaluation.data import EvaluationSet
@@ -99,7 +101,7 @@ def test_synthesize_goes_on_to_the_same_images(tmp_path: Path) -> None:
     settings: dict[str, object] = {
         "images": 40,
         "generator": {"steps": 9, "warmup_steps": 4, "batch_size": 16},
-        "refine": {"steps": 5, "batch_size": 16},
+        "refine": {"steps": 5, "batch_size": 16, "longer": 1},
     }
 
     def work(checkpoint: Checkpoint) -> Synthesis:
@@ -112,6 +114,23 @@ def test_synthesize_goes_on_to_the_same_images(tmp_path: Path) -> None:
     assert torch.equal(resumed.calibration.labels, whole.calibration.labels)
     for name in ("losses", "teacher_top1", "within_class_diversity", "flip"):
         assert getattr(resumed, name) == getattr(whole, name), name
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("after", [[1], [1, 3], [9]])  # in the first attempt, and in either batch of the second
+def test_refine_goes_on_in_the_attempt_that_it_was_in(tmp_path: Path, after: list[int]) -> None:
+    start, labels = torch.zeros(40, *digits().input.size), torch.arange(40) % 10
+    config, limits = RefineConfig(steps=2, batch_size=20, longer=2.5), (torch.tensor(-2.0), torch.tensor(2.0))
+
+    def work(checkpoint: Checkpoint) -> tuple[Tensor, History]:
+        options: dict[str, Any] = {"config": config, "limits": limits, "flip": False, "checkpoint": checkpoint}
+        return refine(digits().module, start, labels, rng=seeded(), **options)
+
+    whole, losses = work(NOWHERE)
+    found, resumed = resume(work, tmp_path, after)
+    assert torch.equal(found, whole)
+    assert resumed == losses
+    assert len(losses["bns"]) == 5
 
 
 @pytest.mark.parametrize(("bits", "after"), [("w4a4", [1, 1, 3, 2]), ("w8a8", [1])])

@@ -1,6 +1,5 @@
 """Synthesis: every term does its work, the same seed makes the same images, and divergence ends in an error."""
 
-import copy
 import importlib
 import math
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from calib.calibration_set import previewed_classes
 from calib.generator import ClassSampler, Generator, upsample_and_convolve
 from calib.refine import move_apart, natural_noise, refine, shift_images, survives_flip
 from calib.support.amp import FiniteSteps
-from calib.support.checkpoint import NOWHERE, Checkpoint, State
 from calib.synthesis import Synthesis
 from calib.training import GeneratorTrainer
 
@@ -217,44 +215,18 @@ def test_refine_holds_images_apart_by_spread_weight() -> None:
     assert shortfall(1.0) < 0.8 * shortfall(0.0)
 
 
-class Interrupted:
-    """A checkpoint that keeps what is saved at the `at`-th time, and interrupts the work then."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-        self.state: State | None = None
-
-    def load(self, phase: str) -> State | None:
-        return self.state
-
-    def save(self, phase: str, state: Callable[[], State], *, at_once: bool = False) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.state = copy.deepcopy(state())
-            raise KeyboardInterrupt
-
-
 def test_refine_takes_more_steps_if_a_first_batch_is_far_from_the_statistics() -> None:
     start, labels = torch.zeros(40, *digits().input.size), torch.arange(40) % 10
-    options: dict[str, Any] = {"limits": (torch.tensor(-2.0), torch.tensor(2.0)), "flip": False}
+    limits = (torch.tensor(-2.0), torch.tensor(2.0))
 
-    def refined(config: RefineConfig, checkpoint: Checkpoint = NOWHERE) -> tuple[Tensor, int]:
-        options.update(config=config, rng=seeded(), checkpoint=checkpoint)
-        found, losses = refine(digits().module, start, labels, **options)
-        return found, len(losses["bns"])
+    def taken(steps: int, longer: float) -> int:
+        config = RefineConfig(steps=steps, batch_size=20, longer=longer)
+        _, losses = refine(digits().module, start, labels, config=config, limits=limits, flip=False, rng=seeded())
+        return len(losses["bns"])
 
-    few = RefineConfig(steps=2, batch_size=20, longer=2.5)
-    assert refined(RefineConfig(steps=30, batch_size=20, longer=2.5))[1] == 30  # near enough
-    assert refined(few.model_copy(update={"longer": 1.0}))[1] == 2
-    expected, steps = refined(few)
-    assert steps == 5
-    for at in (1, 4, 9):  # in the first attempt, and in either batch of the second
-        interrupted = Interrupted(at)
-        with pytest.raises(KeyboardInterrupt):
-            refined(few, interrupted)
-        again, steps = refined(few, interrupted)
-        assert steps == 5
-        torch.testing.assert_close(again, expected)
+    assert taken(30, longer=2.5) == 30  # near enough
+    assert taken(2, longer=1.0) == 2
+    assert taken(2, longer=2.5) == 5
 
 
 def test_refine_matches_statistics_at_odd_and_even_shifts_of_a_net_with_strides() -> None:
